@@ -1,0 +1,307 @@
+"""The tiny base: a small CLIP, BEATs, two Q-Formers and a Llama, trained from nothing on what the built-in world shows and sounds like.
+
+`python train.py tiny-base` makes it in three stages, each a loop a page long:
+  see    vision encoder + visual Q-Former: what is where, read from the Q-Former's tokens by a small probe (thrown away after)
+  hear   BEATs + audio Q-Former: what sounds in this second, and how a voice feels, the same way
+  read   the LM (and the connectors, slowly) on statements about scenes: places, things, boxes, spans, movements, voices
+The base never sees an instruction, an answer tag, a question, a matching pair or a test seed (split "base" has its own):
+what a task asks and how it is answered is left to the adapter. The probes are why a 2-million-parameter LM learns to look at all
+in minutes: without them the connectors get their first useful gradient only after the LM has learned to read them.
+
+Shapes: B scenes of a batch, C things of the world, Q queries, D width.
+"""
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from crab_min.beats import fbank
+from crab_min.config import TINY_MODEL
+from crab_min.interface import TASKS, Part
+from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, load_tokenizer
+from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
+from crab_min.world_tasks import clip_rows, where
+
+GRID = 224                                             # boxes are whole numbers on a 224 x 224 grid (interface.py)
+
+
+@dataclass
+class BaseConfig:
+    """How long each stage of the base lasts."""
+    see_steps: int = field(default=2500, metadata={"help": "steps of stage see (64 pictures each)"})
+    hear_steps: int = field(default=1500, metadata={"help": "steps of stage hear (24 clips each)"})
+    read_steps: int = field(default=6000, metadata={"help": "steps of stage read (24 scenes each)"})
+    base_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of all three stages"})
+
+
+# --- what is true of a scene, in words -----------------------------------------------------------------------------------
+NUMBERS = ("no", "one", "two", "three", "four")
+
+
+def box_of(mask: np.ndarray) -> list[int] | None:
+    """The box [x1, y1, x2, y2] of a mask (H, W) on the 224 grid; None where it is empty."""
+    ys, xs = np.nonzero(mask)
+    if not len(xs):
+        return None
+    h, w = mask.shape
+    return [round(GRID * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h)]
+
+
+def words(labels: list[str]) -> str:
+    return " and ".join(f"the {label}" for label in labels) if labels else "nothing"
+
+
+def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, hears: range | None) -> list[str]:
+    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the seconds `hears`."""
+    facts, objects = [], scene.objects
+    if sees:
+        facts.append(f"the place is {scene.place}.")
+    if scene.kind == "face":
+        facts += [f"the face is {scene.emotion}."] * (sees and not scene.masked) + [f"the voice is {scene.emotion}."] * (hears is not None)
+        facts += [f"the person is {'masked' if scene.masked else 'not masked'}."] * sees + [f"the person feels {scene.emotion}."] * (hears is not None)
+        return rng.sample(facts, rng.randint(1, min(3, len(facts))))
+    visible = [o for o in objects if (o.seen_at(seen_at) if seen_at is not None else o.seen)] if sees else []
+    audible = [o for o in objects if hears is not None and any(s < hears.stop and e > hears.start for s, e in o.heard)]
+    if sees:
+        facts += [f"{NUMBERS[len(visible)]} things are seen.", f"{words([o.label for o in sorted(visible, key=lambda o: (o.x, o.y))])} can be seen."]
+        for o in visible:
+            if scene.movement:
+                facts += [f"the {o.label} is {scene.movement}."] * (2 * (seen_at is None))
+                continue
+            facts.append(f"the {o.label} is {where(o)}.")
+            if seen_at is not None and (box := box_of(renderer.mask(scene, o, seen_at))):
+                facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}."] * 3
+            elif seen_at is None:
+                facts.append("the {} is seen from {} to {}.".format(o.label, *o.seen[0]))
+    if hears is not None:
+        order = sorted(audible, key=lambda o: o.heard[0])
+        facts += [f"{NUMBERS[len(audible)]} sounds are heard.", f"{words([o.label for o in order])} can be heard."]
+        if len(hears) == SECONDS:
+            second = rng.randrange(SECONDS)
+            facts.append(f"at {second} {words([o.label for o in order if o.heard_at(second)])} can be heard.")
+            facts += ["the {} is heard from {} to {}.".format(o.label, *o.heard[0]) for o in audible] * 2
+    if sees and hears is not None:
+        facts += [f"the {o.label} is {'' if o in visible else 'not '}seen and {'' if o in audible else 'not '}heard." for o in objects if o in visible + audible]
+        facts += [f"the {o.label} is {where(o)} and is heard." for o in visible if o in audible and not scene.movement]
+    return rng.sample(facts, rng.randint(2, min(5, len(facts))))
+
+
+def gibberish(text, rng: random.Random) -> str:
+    """Random tokens, twice: copying is all the base can learn of the words that it is never told about."""
+    ids = [rng.randrange(len(SPECIALS), len(text)) for _ in range(rng.randint(3, 14))]
+    line = text.decode(ids)
+    return f"{line}\n{line}"
+
+
+COMMON = """a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech speaking talking singing laughing crying
+walking running standing sitting dancing playing performing holding looking moving driving riding cutting cooking washing eating drinking music song
+instrument guitar piano flute drum violin saxophone accordion cello trumpet stage street road house kitchen room garden field forest tree water river sea
+beach rain wind storm fire engine motor machine truck train bus boat airplane helicopter motorcycle bicycle siren alarm horn chainsaw lawn mower hammer
+animal dog cat horse cow sheep goat pig chicken rooster duck bird lion elephant black white red green blue yellow brown dark bright small large big little
+old young long short high low loud quiet soft sharp happy sad angry surprised afraid disgusted neutral joy sadness anger fear first second third last left
+right middle top bottom before after while during then when where which what who how many more less than between from until always never only both other
+another picture image video audio sound sounds clip scene camera background there is are was were has have the this that these those with without and or
+but not of in on at to for by its their his her it they he she making produces heard seen shown continues starts ends begins time range object event""".replace("\n", " ")
+
+
+def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
+    """Byte-level BPE with single digits: 256 bytes, the special tokens, and `merges` merges learned from the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=len(alphabet) + len(SPECIALS) + merges, show_progress=False,
+                                                              special_tokens=list(SPECIALS), initial_alphabet=alphabet))
+    return tokenizer
+
+
+# --- the stages ----------------------------------------------------------------------------------------------------------
+def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log) -> None:
+    """The loop the three stages share: AdamW, warm-up and cosine, bfloat16 products; `loss_of(step)` gives the loss and figures."""
+    parameters = [p for m in modules for p in m.requires_grad_(True).parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .5 + .5 * float(np.cos(np.pi * s / steps)) + .01))
+    bar = tqdm(range(steps), desc=name, unit="step")
+    for step in bar:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, figures = loss_of(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            bar.set_postfix(loss=f"{loss.item():.3f}", **figures)
+            log({"stage": name, "step": step, "loss": round(loss.item(), 4), **figures})
+
+
+def probe(width: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, outputs))
+
+
+def draw(renderer: Renderer, kinds: tuple, step: int, count: int, seed: int) -> list[Scene]:
+    """Scenes never drawn before and never again: split "base", numbered by step."""
+    return [renderer.scene("base", kinds[i % len(kinds)], step * count + i, seed) for i in range(count)]
+
+
+def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
+    """Pictures: which things (C), their boxes (C, 4), the place, and the face's emotion, from the Q-Former's tokens."""
+    things, places, rng = len(renderer.things), list(renderer.places), np.random.default_rng(seed)
+    queries = model.visual_qformer.config.queries * model.llm.config.hidden_size
+    head = probe(queries, things * 5 + len(places) + len(EMOTIONS) + 1)
+    patch_head = nn.Linear(model.vision.width, things + 1)                    # what each patch shows: a dense start for the encoder
+    side = SIZE // 8
+
+    def loss_of(step):
+        scenes, frames, present, boxes, patches = draw(renderer, ("one", "many", "many", "action", "face"), step, 64, seed), [], [], [], []
+        for scene in scenes:
+            t = float(rng.uniform(0, SECONDS))
+            frames.append(renderer.frames(scene, [t]))
+            here, box, grid = np.zeros(things), np.zeros((things, 4)), np.full((side, side), things)
+            for o in scene.objects if scene.kind != "face" else []:
+                mask = renderer.mask(scene, o, t)
+                if (b := box_of(mask)) is not None:
+                    here[o.thing], box[o.thing] = 1, np.array(b) / GRID
+                    grid[mask.reshape(side, 8, side, 8).mean((1, 3)) > 80] = o.thing
+            present.append(here), boxes.append(box), patches.append(grid.ravel())
+        pixels = np.stack(frames).astype(np.float32) + rng.normal(0, 4, (len(frames), 1, 1, 1, 1))          # films are never that clean
+        features = model.vision(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)))                     # (B, 1, S, W)
+        out = head(model.visual_qformer(features).flatten(1))                                               # (B, Q * D) -> ...
+        here, box, place, face = out.split([things, things * 4, len(places), len(EMOTIONS) + 1], 1)
+        present, boxes = torch.tensor(np.stack(present)).float(), torch.tensor(np.stack(boxes)).float()
+        place_gold = torch.tensor([places.index(s.place) for s in scenes])
+        face_gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion and not s.masked else len(EMOTIONS) for s in scenes])
+        off = (box.view(-1, things, 4) - boxes).abs().mean(-1)                                              # (B, C)
+        loss = F.binary_cross_entropy_with_logits(here, present) * 5 + F.cross_entropy(place, place_gold) * .3 + F.cross_entropy(face, face_gold)
+        loss = loss + 10 * (off * present).sum() / present.sum().clamp(min=1)
+        loss = loss + F.cross_entropy(patch_head(features[:, 0]).flatten(0, 1), torch.tensor(np.stack(patches)).flatten())
+        found = ((here > 0) == (present > 0)).all(1).float().mean()
+        return loss, {"all_found": round(found.item(), 2), "box_off": round(GRID * float((off * present).sum() / present.sum()), 1),
+                      "face": round((face.argmax(1) == face_gold).float().mean().item(), 2)}
+
+    train_stage("see", [model.vision, model.visual_qformer, head, patch_head], config.see_steps, config.base_lr, loss_of, log)
+
+
+def seconds_of(waves: np.ndarray) -> Tensor:
+    """fbank of every whole second of 10-s waves (B, N): (B, 10, 98, 128); a frame never reaches over the second's end."""
+    whole = fbank(torch.from_numpy(waves))                                                                  # (B, 998, 128)
+    return torch.stack([whole[:, 100 * i:100 * i + 98] for i in range(SECONDS)], 1)
+
+
+def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
+    """Sound: which things sound in each second (10, C) and the emotion of a voice, from the audio Q-Former's tokens."""
+    things, count = len(renderer.things), 24
+    queries = model.audio_qformer.config.queries * model.llm.config.hidden_size
+    head = probe(queries, things + len(EMOTIONS) + 1)
+
+    def loss_of(step):
+        scenes = draw(renderer, ("one", "many", "many", "action", "face", "face"), step, count, seed)
+        present = torch.tensor([[[any(o.thing == c and o.heard_at(s) for o in scene.objects) for c in range(things)]
+                                 for s in range(SECONDS)] for scene in scenes]).float()                     # (B, 10, C)
+        banks = seconds_of(np.stack([renderer.wave(scene) for scene in scenes]))
+        features, _ = model.audio.beats(banks.flatten(0, 1))                                                # (B * 10, 48, W)
+        out = head(model.audio_qformer(features[:, None]).flatten(1)).view(count, SECONDS, -1)              # (B, 10, C + 7)
+        here, voice = out.split([things, len(EMOTIONS) + 1], -1)
+        gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion else len(EMOTIONS) for s in scenes])[:, None].expand(-1, SECONDS)
+        loss = F.binary_cross_entropy_with_logits(here, present) * 5 + F.cross_entropy(voice.flatten(0, 1), gold.flatten())
+        faces = gold[:, 0] < len(EMOTIONS)
+        return loss, {"all_heard": round(((here > 0) == (present > 0)).all(-1).float().mean().item(), 2),
+                      "voice": round((voice.argmax(-1) == gold)[faces].float().mean().item(), 2)}
+
+    train_stage("hear", [model.audio, model.audio_qformer, head], config.hear_steps, config.base_lr, loss_of, log)
+
+
+def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random) -> tuple[list[Part], list[tuple], Callable]:
+    """One way of showing a scene: the parts of a prompt, the raw media, and a function that draws statements true of them."""
+    def part(kind):
+        return Part("text", text=rng.choice(["", "", f"{kind}: "])), Part(kind)
+    view = rng.choice(["image", "image", "audio", "clip", "clip", "clip", "moment"])
+    if scene.kind in ("face", "action"):
+        view = rng.choice(["audio", "clip", "clip"])
+    parts, media, seen_at, hears = [], [], None, None
+    if view in ("image", "moment"):
+        seen_at = rng.randrange(SECONDS) + .5
+        parts += part("image")
+        media.append(("image", renderer.frames(scene, [seen_at])))
+    if view == "clip":
+        count = 4 if scene.kind == "face" else 10
+        parts += part("video")
+        media.append(("video", renderer.frames(scene, [(i + .5) * SECONDS / count for i in range(count)])))
+    if view in ("audio", "clip", "moment"):
+        hears = range(int(seen_at), int(seen_at) + 1) if view == "moment" else range(0, 4 if scene.kind == "face" else SECONDS)
+        parts += part("audio")
+        media.append(("audio", (renderer.wave(scene), hears)))
+    return parts, media, partial(statements, renderer, scene, rng, seen_at, view != "audio", hears)
+
+
+def encode_all(model: AVLanguageModel, media: list[list[tuple]]) -> list[list[MediaFeatures]]:
+    """Features of the raw media of a batch, each kind in one pass of its encoder."""
+    out = [[None] * len(sample) for sample in media]
+    with torch.no_grad():
+        for kind in ("image", "video"):
+            for count in {len(m[1]) for sample in media for m in sample if m[0] == kind}:
+                where = [(i, j) for i, sample in enumerate(media) for j, m in enumerate(sample) if m[0] == kind and len(m[1]) == count]
+                for (i, j), features in zip(where, model.encode(kind, [media[i][j][1] for i, j in where])):
+                    out[i][j] = features
+        where = [(i, j) for i, sample in enumerate(media) for j, m in enumerate(sample) if m[0] == "audio"]
+        if where:
+            banks = seconds_of(np.stack([media[i][j][1][0] for i, j in where]))
+            chosen = torch.cat([bank[list(media[i][j][1][1])] for bank, (i, j) in zip(banks, where)])
+            features, _ = model.audio.beats(chosen)                                                         # (sum of T, 48, W)
+            for (i, j), f in zip(where, features.split([len(media[i][j][1][1]) for i, j in where])):
+                out[i][j] = MediaFeatures("audio", f, torch.ones(f.shape[:2], dtype=torch.bool))
+    return out
+
+
+def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
+    """The LM learns to say what the connectors' tokens mean: statements in random order, loss on every word of them."""
+    rng, count, shown = random.Random(seed), 24, []
+    model.requires_grad_(False)
+
+    def loss_of(step):
+        if step % 8 == 7:
+            prompts, media, targets = [[]] * count, [[]] * count, [gibberish(model.tokenizer, rng) for _ in range(count)]
+        else:
+            if step % 2 == 0:                                                 # encoding costs as much as a step: show each scene twice
+                kinds = rng.choice([("one", "many", "many")] * 3 + [("action",), ("face",)])
+                shown[:] = [show(model, renderer, scene, rng) for scene in draw(renderer, kinds, step + 10 ** 6, count, seed)]
+                encoded = encode_all(model, [views[1] for views in shown])
+                shown[:] = [(parts, features, say) for (parts, _, say), features in zip(shown, encoded)]
+            prompts, media, targets = [s[0] for s in shown], [s[1] for s in shown], [" ".join(s[2]()) for s in shown]
+        loss, tokens = model(model.collate(prompts, media, targets))
+        return loss / tokens, {}
+
+    train_stage("read", [model.llm, *model.connectors().values()], config.read_steps, config.base_lr, loss_of, log)
+
+
+def corpus(renderer: Renderer, seed: int) -> list[str]:
+    """What the tokenizer (not the model) learns its merges from: statements, and the words that tasks are put and answered in."""
+    rng = random.Random(seed)                                                 # COMMON: English a user's own annotations may need
+    scenes = {kind: [renderer.scene("base", kind, i, seed) for i in range(300)] for kind in ("one", "many", "action", "face")}
+    lines = [" ".join(statements(renderer, s, rng, None, True, range(SECONDS))) for group in scenes.values() for s in group]
+    rows = clip_rows(renderer, scenes, rng, 100)
+    return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3
+
+
+def train_base(config: BaseConfig, folder: Path, seed: int) -> None:
+    """Make the base and write it to `folder`, with log.csv of the three stages."""
+    torch.manual_seed(seed)
+    renderer = Renderer()
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(corpus(renderer, seed)).save(str(folder / "tokenizer.json"))
+    model = AVLanguageModel(ModelConfig(**TINY_MODEL), load_tokenizer(folder / "tokenizer.json"))
+    lines = []
+    for stage in (train_see, train_hear, train_read):
+        stage(model, renderer, config, seed, lines.append)
+        model.save_base(folder)
+        (folder / "log.json").write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")

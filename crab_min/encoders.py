@@ -1,0 +1,171 @@
+"""Encoders: what turns frames and sound into features, for every paper here.
+
+An encoder is any module that maps frames (B, T, H, W, 3) or stretches of sound to features (B, T, S, D) and says its
+width D. T is the caller's time step: one frame, or one stretch. The rest of the code asks for nothing else, so a small
+CNN with a `width` and the same `forward` can stand in for CLIP, SigLIP or BEATs without a branch anywhere. Whoever
+builds a model decides what is frozen.
+
+CLIP (Radford et al. 2021; Crab, LLaVA) and SigLIP (Zhai et al. 2023; LLaVA-OneVision) come from transformers, BEATs
+from beats.py. As in the released codes, the patches of a hidden layer below the last are taken, without CLIP's class
+token. What differs: frames are squashed to the encoder's square input, where released processors cut the middle out,
+because a box on the 224 x 224 grid must mean the whole frame.
+
+Shapes: B clips, T frames or stretches of sound, S tokens of one, D width, N samples.
+"""
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from crab_min.beats import Beats, BeatsConfig, EncoderError, fbank, load_beats
+
+
+class Family(NamedTuple):
+    """What the vision models of one family have in common."""
+    model: type[PreTrainedModel]
+    mean: list                                         # of the pixels its weights were trained with, in [0, 1]
+    std: list
+    prefix: int                                        # tokens before the first patch: CLIP's class token
+    fixed: dict                                        # config entries: SigLIP's pooling head serves the last layer
+
+
+FAMILIES = {
+    "clip_vision_model": Family(CLIPVisionModel, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 1, {}),
+    "siglip_vision_model": Family(SiglipVisionModel, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, 0,
+                                  {"vision_use_head": False}),
+}
+
+
+def family_of(model_type: str | None, name: str) -> Family:
+    if model_type not in FAMILIES:
+        raise EncoderError(f"{name}: model_type {model_type!r} is no vision encoder known here; "
+                           f"expected {' or '.join(FAMILIES)}, or a pretrained CLIP or SigLIP that contains one")
+    return FAMILIES[model_type]
+
+
+class VisionEncoder(nn.Module):
+    """CLIP or SigLIP: frames (B, T, H, W, 3) uint8 -> patch features (B, T, S, D).
+
+    name_or_config: a local folder or hub id whose weights are loaded (in float32), or a transformers config as a dict,
+    {"model_type": "clip_vision_model", "hidden_size": 128, ...}, for random weights or a state dict of one's own.
+    layer: which hidden state is given out; 0 is the embeddings, -1 the last layer, -2 the one below it (Crab's).
+    Attributes: width D, size (pixels of the square input), tokens S.
+    Raises EncoderError: not CLIP or SigLIP, weights that cannot be found or do not fit, no such layer.
+    """
+    FRAMES_A_PASS = 32                                 # bounds the memory of a long video
+
+    def __init__(self, name_or_config: str | Path | dict, layer: int = -2):
+        super().__init__()
+        if isinstance(name_or_config, dict):
+            family = family_of(name_or_config.get("model_type"), "the given config")
+            self.model = family.model(AutoConfig.for_model(**name_or_config | family.fixed))
+        else:
+            self.model = load_vision(str(name_or_config))
+        config, self.layer = self.model.config, layer
+        if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
+            raise EncoderError(f"layer {layer}: this vision model has hidden states 0 to {config.num_hidden_layers}; "
+                               f"choose one, or count from the end (-2 is the one below the last)")
+        family, self.width, self.size = FAMILIES[config.model_type], config.hidden_size, config.image_size
+        self.tokens = (config.image_size // config.patch_size) ** 2
+        self.prefix = family.prefix
+        self.register_buffer("mean", torch.tensor(family.mean)[:, None, None], persistent=False)    # (3, 1, 1)
+        self.register_buffer("std", torch.tensor(family.std)[:, None, None], persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Features (B, T, S, D) of `frames` (B, T, H, W, 3), uint8, any size, any device."""
+        return self.hidden(frames, [self.layer])[0]
+
+    def hidden(self, frames: Tensor, layers: list[int]) -> list[Tensor]:
+        """The patch features (B, T, S, D) of several hidden states at once (Crab's mask decoder reads two more)."""
+        b, t = frames.shape[:2]
+        passes = []
+        for part in frames.flatten(0, 1).split(self.FRAMES_A_PASS):
+            states = self.model(self.pixels(part), output_hidden_states=True).hidden_states
+            passes.append([states[layer][:, self.prefix:] for layer in layers])
+        return [torch.cat(parts).unflatten(0, (b, t)) for parts in zip(*passes)]        # (B, T, S, D) each
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """uint8 (n, H, W, 3) -> the model's normalised input (n, 3, size, size)."""
+        x = frames.to(self.mean.device).permute(0, 3, 1, 2).float() / 255               # (n, 3, H, W)
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True).clamp(0, 1)
+        return ((x - self.mean) / self.std).to(self.model.dtype)
+
+    def config(self) -> dict:
+        """JSON-able; `from_config` of it and the state dict give the encoder back."""
+        return {"name_or_config": self.model.config.to_diff_dict(), "layer": self.layer}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "VisionEncoder":
+        return cls(**config)
+
+
+def load_vision(name: str) -> PreTrainedModel:
+    """A pretrained CLIP or SigLIP vision model in evaluation mode."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        config = getattr(config, "vision_config", config)      # a whole CLIP or SigLIP has a text half too
+        family = family_of(config.model_type, name)
+        config.update(family.fixed)
+        model, report = family.model.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, SafetensorError) as error:                # nothing there, no network, half a download
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise EncoderError(f"vision encoder {name}: cannot be loaded ({reason}). Give a folder with the config.json "
+                           f"and model.safetensors of a CLIP or SigLIP model; where there is a network, `hf download "
+                           f"openai/clip-vit-large-patch14 --local-dir FOLDER` makes the one for Crab") from error
+    if report["missing_keys"]:
+        raise EncoderError(f"vision encoder {name}: its weights lack {sorted(report['missing_keys'])[:3]}, which its "
+                           f"config.json asks for; download it again, or give the weights that belong to the config")
+    return model
+
+
+class AudioEncoder(nn.Module):
+    """BEATs: stretches of 16 kHz sound -> features (B, T, S, D) and which of them are real (B, T, S).
+
+    config_or_path: a BEATs config as a dict, for random weights or a state dict of one's own, or the path of a
+    published `.pt` file.
+    Attributes: width D, rate (Hz), beats (the Beats module, which takes filter banks).
+    1 s gives S = 48 (6 rows of 160 ms x 8 bands), 2 s gives 96. Raises EncoderError (beats.load_beats).
+    """
+    rate = 16000
+
+    def __init__(self, config_or_path: str | Path | dict):
+        super().__init__()
+        loaded = not isinstance(config_or_path, dict)
+        self.beats = load_beats(config_or_path) if loaded else Beats(BeatsConfig.from_dict(config_or_path))
+        self.width = self.beats.config.encoder_embed_dim
+
+    def forward(self, segments: list[Tensor] | Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features (B, T, S, D) and mask (B, T, S) of one clip's waves, a list of T (N_t,) (B = 1), or of (B, T, N).
+
+        lengths: (B, T) samples of each padded wave; None = all N are real. A stretch too short for one row of patches
+        (0.175 s) is padded with silence to that. Features where the mask is False mean nothing.
+        """
+        if not isinstance(segments, Tensor):
+            lengths = torch.tensor([[len(wave) for wave in segments]])
+            segments = pad_sequence(list(segments), batch_first=True)[None]             # (1, T, N)
+        b, t, n = segments.shape
+        device = self.beats.patch_embedding.weight.device
+        shortest = 400 + 160 * (self.beats.config.input_patch_size - 1)                 # samples of one row of patches
+        waves = F.pad(segments.flatten(0, 1).to(device).float(), (0, max(0, shortest - n)))     # (B * T, N)
+        lengths = torch.full((b, t), n) if lengths is None else lengths
+        banks = fbank(waves)                                                            # (B * T, F, 128)
+        whole = 1 + (lengths.flatten().to(device).clamp(min=shortest) - 400) // 160     # frames that see no padding
+        mask = torch.arange(banks.shape[1], device=device) < whole[:, None]             # (B * T, F)
+        features, mask = self.beats(banks.to(self.beats.patch_embedding.weight.dtype), mask)
+        return features.unflatten(0, (b, t)), mask.unflatten(0, (b, t))                 # (B, T, S, D), (B, T, S)
+
+    def config(self) -> dict:
+        """JSON-able; `from_config` of it and the state dict give the encoder back."""
+        return {"config_or_path": asdict(self.beats.config)}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AudioEncoder":
+        return cls(**config)

@@ -1,0 +1,84 @@
+"""Answers for a split, their scores, and the files and the table that show them; shared by the end of training and `infer.py --eval`.
+
+Decoding is greedy, with a limit of tokens for each task (the longest target of its training rows and a margin, kept in config.json).
+Nothing is skipped: an answer that does not parse counts as wrong and lowers `parsed`.
+"""
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from crab_min.data import Features, Sample
+from crab_min.interface import TASKS, Answer, parse, write
+from crab_min.metrics import best_constant, score
+from crab_min.model import AVLanguageModel
+
+
+def token_limits(model: AVLanguageModel, samples: list[Sample], margin: int = 8) -> dict[str, int]:
+    """How many tokens an answer may have, by task: its longest training target and a margin."""
+    limits: dict[str, int] = {}
+    for s in samples:
+        limits[s.task.name] = max(limits.get(s.task.name, 0), len(model.encode_text(s.target)) + margin)
+    return limits
+
+
+def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering") -> list[str]:
+    """The model's text for every sample, in their order."""
+    training, texts = model.training, [""] * len(samples)
+    order = sorted(range(len(samples)), key=lambda i: samples[i].task.name)
+    model.eval()
+    with tqdm(total=len(samples), desc=desc, unit="sample") as bar:
+        while order:
+            task = samples[order[0]].task.name
+            chosen = [i for i in order[:batch_size] if samples[i].task.name == task]
+            order = order[len(chosen):]
+            batch = [samples[i] for i in chosen]
+            out = model.generate(model.collate([s.parts for s in batch], features(batch)), limits.get(task, 128))
+            for i, text in zip(chosen, out):
+                texts[i] = text
+            bar.update(len(chosen))
+    model.train(training)
+    return texts
+
+
+def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
+    """{task: {"metric", "parsed", "n", "all"}} of the answers."""
+    result = {}
+    for task in dict.fromkeys(s.task.name for s in samples):
+        chosen = [(s, t) for s, t in zip(samples, texts) if s.task.name == task]
+        result[task] = score(chosen[0][0].task, [parse(s.task, t) for s, t in chosen], [s.gold for s, _ in chosen])
+    return result
+
+
+def constants(train: list[Sample], test: list[Sample]) -> dict[str, float]:
+    """What the best single training answer, given to every test sample, reaches: the blind baseline of each task."""
+    blind = {}
+    for task in dict.fromkeys(s.task.name for s in test):
+        golds = [s.gold for s in test if s.task.name == task]
+        candidates = [s.gold for s in train if s.task.name == task] + [Answer(choice=str(i)) for i in range(len(golds[0].choices))]   # "always the first"
+        blind[task] = best_constant(TASKS[task], candidates, golds)[0]
+    return blind
+
+
+def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> None:
+    """predictions/TASK.jsonl: a line a sample with id, task, text, target, parsed (and why not), whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in dict.fromkeys(s.task.name for s in samples):
+        lines = []
+        for s, text in zip(samples, texts):
+            if s.task.name == task:
+                reason = parse(s.task, text).error
+                lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or write(s.task, s.gold), "parsed": reason is None,
+                                         **({"reason": reason} if reason else {})}, ensure_ascii=False))
+        temporary = folder / f".{task}.jsonl"
+        temporary.write_text("\n".join(lines) + "\n")
+        temporary.rename(folder / f"{task}.jsonl")
+
+
+def table(results: dict[str, dict]) -> str:
+    """The lines that a run ends with; `results` as in metrics.json under "tasks"."""
+    lines = [f"{'task':<9} {'metric':<17} {'base':>6} {'trained':>8} {'constant':>9} {'parsed':>7} {'n':>5}"]
+    for task, r in results.items():
+        lines.append(f"{task:<9} {r['name']:<17} {r['base']:>6.3f} {r['metric']:>8.3f} {r['blind']:>9.3f} {r['parsed']:>7.2f} {r['n']:>5}")
+    better = sum(r["metric"] > r["blind"] for r in results.values())
+    return "\n".join(lines + [f"better than the best constant answer: {better} of {len(results)} tasks"])

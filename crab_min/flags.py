@@ -1,0 +1,40 @@
+"""Command-line flags made from dataclass fields, and errors printed as one line; shared by train.py and infer.py."""
+import argparse
+import sys
+from dataclasses import MISSING, fields
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors say in one line what is wrong and where help is."""
+
+    def error(self, message: str):
+        print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict) -> None:
+    """A flag for every field of a dataclass: --field-name value, booleans as --x / --no-x. `defaults` replace the fields' own."""
+    for f in fields(config):
+        default = defaults.get(f.name, f.default if f.default is not MISSING else f.default_factory())
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": f.type, "choices": f.metadata.get("choices")}
+        shown = "on" if default is True else "off" if default is False else default if default != "" else "none"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f"{f.metadata['help']} (default: {shown})", **kind)
+
+
+def from_flags(config: type, arguments: argparse.Namespace):
+    return config(**{f.name: getattr(arguments, f.name) for f in fields(config)})
+
+
+def one_line(run, debug: bool) -> int:
+    """Run a command; an error that the user can mend becomes one line and exit code 2, a traceback only with --debug."""
+    try:
+        run()
+        return 0
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved state", file=sys.stderr)
+        return 130

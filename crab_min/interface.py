@@ -1,0 +1,445 @@
+"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders.
+
+Crab+ (2603.04128) trains all its tasks through text: media and an instruction go in, out come reasoning in prose and
+then the label in a tag. A dataset is a row of TASKS (papers/crab.md 2.5, 6.1), which training, evaluation and infer.py
+share.
+
+Output grammar, after free prose, with whole seconds (end exclusive) and integers on a 224 x 224 grid:
+    <answer>yes</answer>   <event>label, (0 3)(7 10)</event>   <audio_event>...   <visual_event>...
+    [x1,y1,x2,y2] a box, [x,y] a point; where there are several objects, each box is followed by its points
+`parse` also takes what models really write: odd spaces and case, no closing tag, repeated tags, <range>0,3</range>.
+
+Differs from the released code: the instructions are ours; every medium follows a marker (the released a2v prompt does
+not say where its first video ends); test golds look like training labels (released a2v: "one" and 1).
+"""
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+GRID = 224                                             # boxes and points are integers 0 .. GRID
+
+
+class InterfaceError(ValueError):
+    """A row or a prompt that does not fit its task: names the task, the field, the value and what is expected."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a prompt: text, or a medium to be decoded."""
+    kind: str                                          # "text", "video", "audio", "image"
+    text: str = ""
+    path: str = ""
+    frames: int = 10                                   # of a video
+    window: str = "tenths"                             # of an audio file, see audio_windows
+    index: int = 0                                     # which piece of the audio goes with the image ("fifth", "tenth")
+
+
+@dataclass
+class Answer:
+    """What a model said, or should have said. `error`: why a text does not parse, None when it does.
+
+    An event is (label, [(start, end), ...]) in whole seconds. `text` holds a caption, or the text that did not parse.
+    """
+    choice: str | None = None
+    exists: bool | None = None
+    events: list = field(default_factory=list)
+    audio_events: list = field(default_factory=list)
+    visual_events: list = field(default_factory=list)
+    boxes: list = field(default_factory=list)          # (x1, y1, x2, y2)
+    points: list = field(default_factory=list)         # (x, y)
+    text: str = ""
+    error: str | None = None
+    owners: list = field(default_factory=list, compare=False)      # for each point, the index of its box
+    choices: tuple = field(default=(), compare=False)              # golds of avqa_thu: the options of the row
+
+    def objects(self) -> list:
+        """[(box, its points), ...]; without `owners` the points are dealt out evenly, in order."""
+        total = len(self.points)
+        owners = self.owners or [i * len(self.boxes) // total for i in range(total)]
+        return [(box, [p for p, owner in zip(self.points, owners) if owner == i]) for i, box in enumerate(self.boxes)]
+
+
+# --- the tasks -----------------------------------------------------------------------------------------------------
+VIDEO, AUDIO = ("video", ("video_path",), "video"), ("audio", ("audio_path",), "audio")       # kind, fields, subfolder
+IMAGE, SOUND = ("image", ("image_path", "visual_path"), ""), ("audio", ("audio_path",), "")   # visual_path: test rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """One AV-UIE v2 folder."""
+    name: str
+    family: str                                        # one of the paper's seven tasks
+    ask: str                                           # the instruction, with the placeholders of `slots`
+    target: str                                        # the field that holds the text of a training row
+    gold: tuple                                        # how the label of a row is read: a key of GOLDS, its fields
+    gold_train: tuple = ()                             # the same for training rows, where they differ
+    parser: str = "choice"                             # a key of PARSERS
+    metric: str = "accuracy"                           # a key of metrics.METRICS
+    media: tuple = (VIDEO, AUDIO)                      # in the order of the prompt
+    frames: int = 10                                   # of each video
+    audio: str = "tenths"                              # audio window
+    slots: tuple = ()                                  # (placeholder, accepted fields)
+    options: tuple = ()                                # the only answers there are, in canonical form
+    splits: tuple = ("train", "test")
+
+
+TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")
+TWO_AUDIOS = ("audio", ("audio1_path",), "audio"), ("audio", ("audio2_path",), "audio")
+QUESTION = "question", ("question", "question_text")
+IN_TEXT, IN_MASK = ("target", "label_content"), ("boxes", "gold_boxes")
+EMOTION = "Which emotion does the person show?"
+FACE = dict(frames=4, audio="first4")
+
+TASKS = {task.name: task for task in (
+    Task("a2v", "matching", "Which video goes with the audio, one or two?", "label", ("choice", "correct_video"),
+         media=(AUDIO, *TWO_VIDEOS), options=("one", "two")),
+    Task("v2a", "matching", "Which audio goes with the video, one or two?", "label", ("choice", "correct_audio"),
+         media=(VIDEO, *TWO_AUDIOS), options=("one", "two")),
+    Task("ks", "action", "What is being done?", "label", ("choice", "action")),
+    Task("ucf", "action", "Which action is shown?", "new_label", ("choice", "label")),
+    Task("meld", "emotion", EMOTION, "label", ("choice", "Emotion"), **FACE),
+    Task("mer24", "emotion", EMOTION, "label", ("choice", "discrete"), **FACE, splits=("train",)),
+    Task("cremad", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
+    Task("mafw", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
+    Task("dfew", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
+    Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,)),
+    Task("avqa_thu", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
+         slots=(QUESTION, ("choices", ("multi_choice",)))),
+    Task("ave", "localisation", "Which event is both seen and heard, and when?", "label_content",
+         ("event", "event", "start_time", "end_time"), parser="event", metric="segments"),
+    Task("unav", "localisation", "Which events happen, and when?", "label_content", IN_TEXT,
+         parser="events", metric="event_f", splits=("train",)),
+    Task("avvp", "localisation", "Which events are seen, which are heard, and when?", "label_content",
+         ("av_events", "event"), parser="av_events", metric="av_event_f"),
+    Task("s4", "segmentation", "Which thing sounds? Give its box and three points.", "label_content", IN_MASK, IN_TEXT,
+         parser="boxes", metric="first_box", media=(IMAGE, SOUND), audio="fifth"),
+    Task("ms3", "segmentation", "Which things sound? Give a box and three points for each.", "label_content", IN_MASK,
+         IN_TEXT, parser="boxes", metric="all_boxes", media=(IMAGE, SOUND), audio="fifth"),
+    Task("ref_avs", "segmentation", "Is {description} in the image? If true, give its box and three points.", "output",
+         IN_MASK, ("target", "output"), parser="exists", metric="exists_box", media=(IMAGE, SOUND), audio="tenth",
+         slots=(("description", ("description", "object")),), options=("true", "false")),
+    Task("arig", "segmentation", "Which thing sounds? Give its box.", "label_content",
+         ("corners", "top_left", "bottom_right"), IN_TEXT, parser="box", metric="first_box", media=(IMAGE, SOUND),
+         audio="fifths"),
+    Task("avcap", "captioning", "Say what is seen and heard.", "label_content", ("text", "label_content"),
+         parser="text", metric="rouge_l", splits=("train",)),
+)}
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+def row_field(task: Task, row: dict, names: tuple, expected: str):
+    """The value of the first of the fields `names` that the row has. Raises InterfaceError."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise InterfaceError(f"{task.name}: the row has no field {' or '.join(map(repr, names))}; expected {expected}; "
+                         f"its fields: {', '.join(row) or 'none'}")
+
+
+def media_path(root: str, task: Task, value: str, subfolder: str) -> str:
+    """Where a file is: `value` is relative to ROOT/TASK/SUBFOLDER and may leave it ("../../ave/video/x.mp4")."""
+    return os.path.normpath(os.path.join(root, task.name, subfolder, value))
+
+
+def check_prompts(prompts: dict) -> dict:
+    """`prompts` {task name: instruction}, if each has exactly the placeholders of its task. Raises InterfaceError."""
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InterfaceError('prompts must be an object of task names and texts, such as {"ks": "What is done?"}')
+    for name, text in prompts.items():
+        if name not in TASKS:
+            raise InterfaceError(f"prompts: unknown task {name!r}; choose from {', '.join(TASKS)}")
+        wanted, found = {slot for slot, _ in TASKS[name].slots}, set(re.findall(r"\{(\w+)\}", text))
+        if wanted != found:
+            raise InterfaceError(f"prompts: {name} needs placeholders {sorted(wanted)}, has {sorted(found)}: {text!r}")
+    return prompts
+
+
+def load_prompts(path: str) -> dict:
+    """Read and check the file of `--prompts`. Raises InterfaceError."""
+    try:
+        return check_prompts(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InterfaceError(f"{path}: {error}") from None
+
+
+def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = None) -> list[Part]:
+    """The prompt of one row: each medium after its marker ("video: ", "second audio: "), then the instruction.
+
+    row: an annotation row of either split, or one made from command-line arguments; root: the folder of the task
+    folders; prompts: instructions that replace ours, by task name. Raises InterfaceError for what is missing.
+    """
+    parts, words = [], {}
+    for kind, names, subfolder in task.media:
+        value = row_field(task, row, names, f"the path of the {kind} file")
+        order = "first " if "1" in names[0] else "second " if "2" in names[0] else ""
+        parts.append(Part("text", text="\n" * bool(parts) + order + kind + ": "))
+        path = media_path(root, task, str(value), subfolder)
+        parts.append(Part(kind, path=path, window=task.audio, index=frame_index(task, row)) if kind == "audio" else
+                     Part(kind, path=path, frames=task.frames))
+    for slot, names in task.slots:
+        value = row_field(task, row, names, f"the {slot}")
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words[slot] = "; ".join(str(v).strip() for v in values)
+    ask = check_prompts(prompts or {}).get(task.name, task.ask)
+    return parts + [Part("text", text="\n" + re.sub(r"\{(\w+)\}", lambda slot: words[slot[1]], ask))]
+
+
+PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depend on the frame index
+
+
+def frame_index(task: Task, row: dict) -> int:
+    """Which fifth or tenth of the sound goes with the image, from 0; 0 for tasks that hear all of it.
+
+    Field frame_idx or idx, or else the image's file name (training rows of s4). Raises InterfaceError.
+    """
+    if task.audio not in PIECES:
+        return 0
+    image = Path(str(row_field(task, row, task.media[0][1], "the path of the image file"))).stem
+    value = next((row[name] for name in ("frame_idx", "idx") if row.get(name) is not None), image)
+    if not str(value).isdecimal() or int(value) >= PIECES[task.audio]:
+        raise InterfaceError(f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
+                             f"number 0 to {PIECES[task.audio] - 1}, got {value!r}")
+    return int(value)
+
+
+def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float, float]]:
+    """The (start, end) in seconds of the pieces of a sound file that a task hears; outside of the file is silence.
+
+    tenths, fifths: all of it in equal parts; fifth, tenth: the index-th of them (s4, ms3; ref_avs); first4: 4 x 1 s
+    (emotion); spread (avqa): 2 s around every tenth, [i - 0.5, i + 1.5] for i = 0, 6, ..., 54 in a minute. Below 20 s
+    these would overlap, and spread is tenths; the released code scales time instead (a window lasts length / 30).
+    """
+    if not seconds > 0:
+        raise InterfaceError(f"a sound of {seconds} s has no windows; expected a positive length")
+    if name == "first4":
+        return [(float(i), i + 1.) for i in range(4)]
+    if name == "spread" and seconds >= 20:
+        return [(i * seconds / 10 - .5, i * seconds / 10 + 1.5) for i in range(10)]
+    count = {"tenths": 10, "fifths": 5, "spread": 10, **PIECES}[name]
+    return [(i * seconds / count, (i + 1) * seconds / count) for i in ([index] if name in PIECES else range(count))]
+
+
+# --- the output grammar: writing -----------------------------------------------------------------------------------
+def answer_tag(choice) -> str:
+    return f"<answer>{choice}</answer>"
+
+
+def event_tag(kind: str, label: str, spans) -> str:
+    """kind: event, audio_event or visual_event; spans: (start, end) in whole seconds."""
+    return f"<{kind}>{label}, {''.join(f'({start} {end})' for start, end in spans)}</{kind}>"
+
+
+def box_text(box) -> str:
+    return "[" + ",".join(str(int(v)) for v in box) + "]"
+
+
+def points_text(points) -> str:
+    return ",".join(map(box_text, points))
+
+
+def write(task: Task, answer: Answer) -> str:
+    """The answer without prose: parse(task, write(task, answer)) gives it back."""
+    if task.parser == "choice":
+        return answer_tag(answer.choice)
+    if task.parser == "text":
+        return answer.text
+    if "event" in task.parser:
+        kinds = {"event": answer.events, "visual_event": answer.visual_events, "audio_event": answer.audio_events}
+        tags = [event_tag(kind, *event) for kind, events in kinds.items() for event in events]
+        return " ".join(tags) or ("<audio_event></audio_event>" if task.parser == "av_events" else "<event></event>")
+    exists = [answer_tag(str(answer.exists).lower())] if task.parser == "exists" else []
+    boxes = [f"{box_text(box)} {points_text(points)}".strip() for box, points in answer.objects()]
+    return " ".join(exists + boxes)
+
+
+# --- the output grammar: reading -----------------------------------------------------------------------------------
+TAG = re.compile(r"<\s*(\w+)\s*>([^<]*)")              # an opening tag and what follows, up to the next tag or the end
+PAIR = r"(?<![\d.])(\d{1,4})[\s,-]+(\d{1,4})(?!\.?\d)"
+SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
+NUMBERS = re.compile(r"\[\s*(-?\d{1,4}(?:[\s,]+-?\d{1,4})*)\s*\]")
+WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+         "seventeen eighteen nineteen twenty").split()
+PUNCTUATION = " \t\r\n.,;:"
+
+
+class Unreadable(Exception):
+    """Inside this module: why there is no answer in a text or a field."""
+
+
+@lru_cache(100_000, typed=True)                        # 1 and True are different labels
+def canonical(label, choices: tuple = ()) -> str:
+    """The form in which labels are compared: PlayingViolin == playing_violin, " Yes." == yes, 2 == two.
+
+    choices: the options of a question; an index (from 0) or letter that is not itself an option becomes its text.
+    """
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s_-]+", " ", str(label)).lower()
+    text = re.sub(r" ?, ?", ", ", text).strip(PUNCTUATION + "!?\"'`*")
+    text = WORDS[int(text)] if re.fullmatch("1?[0-9]|20", text) else text
+    options, key = [canonical(choice) for choice in choices], text.strip("()")
+    if text not in options:
+        place = WORDS.index(key) if key in WORDS else ord(key) - ord("a") if len(key) == 1 else -1
+        text = options[place] if 0 <= place < len(options) else text
+    return text
+
+
+def parse(task: Task, text: str) -> Answer:
+    """Read a model's text. Never raises: without a valid answer, `error` says why and `text` holds the text."""
+    try:
+        return PARSERS[task.parser](task, text)
+    except Unreadable as reason:
+        return Answer(text=text, error=str(reason))
+
+
+def parse_choice(task: Task, text: str) -> Answer:
+    found = [content.strip(PUNCTUATION) for tag, content in TAG.findall(text) if tag.lower() == "answer"]
+    forms = {canonical(choice): choice for choice in reversed(found) if canonical(choice)}     # the first spelling wins
+    if len(forms) != 1:
+        raise Unreadable(f"{len(forms)} different answers" if forms else "no <answer>")
+    (form, choice), = forms.items()
+    if task.options and form not in task.options:
+        raise Unreadable(f"answer {form!r}, expected {' or '.join(task.options)}")
+    return Answer(choice=form if task.options else choice)
+
+
+def spans(text: str) -> list:
+    return [(min(pair), max(pair)) for pair in ((int(a), int(b)) for a, b in re.findall(PAIR, text))]
+
+
+def read_events(text: str) -> list:
+    """"A, b, (0 3)(4 5) and C,(1 2)" -> [("A, b", [(0, 3), (4, 5)]), ("C", [(1, 2)])]; [] for a label without times."""
+    events, position = [], 0
+    for run in SPANS.finditer(text):
+        events.append((text[position:run.start()], spans(run[0])))
+        position = run.end()
+    if text[position:].strip(PUNCTUATION):
+        events.append((text[position:], []))
+    return [(re.sub(r"^and\s+", "", label.strip(PUNCTUATION)), times) for label, times in events]
+
+
+def merge(events: list) -> list:
+    """One event a label, in the order they come, its spans in order of time and no span twice."""
+    merged: dict = {}
+    for label, times in events:
+        if not label or not times:
+            raise Unreadable(f"event {label!r} without times" if label else "times without a label")
+        merged.setdefault(canonical(label), (label, set()))[1].update(times)
+    return [(label, sorted(times)) for label, times in merged.values()]
+
+
+def tagged_events(text: str, kind: str) -> list | None:
+    """The events in the tags of this kind, None if there is no such tag. A <range> belongs to the event before it."""
+    events, found = [], False
+    for tag, content in TAG.findall(text):
+        if tag.lower() == kind:
+            events, found = events + read_events(content), True
+        elif tag.lower() == "range" and events:
+            events[-1][1].extend(spans(content))
+    return merge(events) if found else None
+
+
+def parse_events(task: Task, text: str) -> Answer:
+    events = tagged_events(text, "event")
+    if events is None or task.parser == "event" and len(events) != 1:
+        raise Unreadable(f"{len(events)} different events, expected one" if events else "no <event>")
+    return Answer(events=events)
+
+
+def parse_av_events(task: Task, text: str) -> Answer:
+    audio, visual = tagged_events(text, "audio_event"), tagged_events(text, "visual_event")
+    if audio is None and visual is None:
+        raise Unreadable("no <audio_event> and no <visual_event>")
+    return Answer(audio_events=audio or [], visual_events=visual or [])
+
+
+def check_box(box) -> tuple:
+    x1, y1, x2, y2 = (round(v) for v in box)
+    if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID):
+        raise Unreadable(f"box {box_text((x1, y1, x2, y2))} is not x1 <= x2, y1 <= y2 in 0 .. {GRID}")
+    return x1, y1, x2, y2
+
+
+def parse_boxes(task: Task, text: str) -> Answer:
+    answer = Answer(exists=True if task.parser == "exists" else None)
+    if task.parser == "exists" and parse_choice(task, text).choice == "false":
+        return Answer(exists=False)
+    owner = 0                                          # the box that was named last
+    for numbers in NUMBERS.findall(text):
+        values = tuple(map(int, re.findall(r"-?\d+", numbers)))
+        if len(values) == 4:
+            answer.boxes += [check_box(values)] if values not in answer.boxes else []
+            owner = answer.boxes.index(values)
+        elif len(values) == 2 and task.parser != "box":
+            if not all(0 <= v <= GRID for v in values):
+                raise Unreadable(f"point {box_text(values)} outside of 0 .. {GRID}")
+            answer.points.append(values)
+            answer.owners.append(owner)
+    if not answer.boxes:
+        raise Unreadable("no box")
+    return answer
+
+
+def parse_text(task: Task, text: str) -> Answer:
+    if not text.strip():
+        raise Unreadable("no text")
+    return Answer(text=text.strip())
+
+
+PARSERS = {"choice": parse_choice, "event": parse_events, "events": parse_events, "av_events": parse_av_events,
+           "box": parse_boxes, "boxes": parse_boxes, "exists": parse_boxes, "text": parse_text}
+
+
+# --- gold answers --------------------------------------------------------------------------------------------------
+def gold(task: Task, row: dict, split: str = "test") -> Answer:
+    """The right answer of an annotation row. Raises InterfaceError naming the task, the field and what is expected.
+
+    Test rows of s4, ms3 and ref_avs have a mask file instead of boxes: the data reader puts its boxes (a list, empty
+    where the mask is) into row["gold_boxes"] before it calls this.
+    """
+    reader, *names = task.gold_train if split == "train" and task.gold_train else task.gold
+    read, expected = GOLDS[reader]
+    values = [row_field(task, row, (name,), expected) for name in names]
+    try:
+        return read(task, *values)
+    except (Unreadable, TypeError, ValueError, AttributeError, OverflowError) as reason:   # of another type
+        raise InterfaceError(f"{task.name}: field {', '.join(map(repr, names))} must be {expected}, got "
+                             f"{', '.join(map(repr, values))} ({reason})") from None
+
+
+def gold_option(task: Task, index: int, choices: list) -> Answer:
+    if not isinstance(choices, list) or not 0 <= index < len(choices):
+        raise Unreadable("no such option")
+    return Answer(choice=str(choices[index]), choices=tuple(map(str, choices)))
+
+
+def gold_event(task: Task, label: str, start: int, end: int) -> Answer:
+    if int(end) < int(start):
+        raise Unreadable("ends before it starts")
+    return Answer(events=merge([(label, [(int(start), int(end))])]))
+
+
+def gold_av_events(task: Task, text: str) -> Answer:
+    """"audio: A,(0 3) B, (2 5)(6 7) visual: A,(0 10)": a part may be missing; each has labels and then their spans."""
+    before, *pieces = re.split(r"\b(audio|visual)\s*:", text, flags=re.IGNORECASE)
+    found = {name.lower(): merge(read_events(part)) for name, part in zip(pieces[::2], pieces[1::2])}
+    if before.strip() or not any(found.values()):
+        raise Unreadable("no part with an event")
+    return Answer(audio_events=found.get("audio", []), visual_events=found.get("visual", []))
+
+
+def gold_boxes(task: Task, boxes: list) -> Answer:
+    return Answer(boxes=[check_box(box) for box in boxes], exists=bool(boxes) if task.parser == "exists" else None)
+
+
+GOLDS = {                                              # reader of a gold field, and what it reads
+    "choice": (lambda task, label: parse_choice(task, answer_tag(canonical(label))), "a label"),
+    "option": (gold_option, "the index of the right option (from 0) and the list of options"),
+    "event": (gold_event, "the event, its start and its end in seconds"),
+    "av_events": (gold_av_events, "a text such as 'audio: Dog,(0 3) visual: Dog,(0 2),(5 10)'"),
+    "corners": (lambda task, first, last: gold_boxes(task, [(*first, *last)]), f"[x1, y1] and [x2, y2], 0 to {GRID}"),
+    "boxes": (gold_boxes, "the boxes of the row's mask (read_samples derives them)"),
+    "text": (parse_text, "a text"),
+    "target": (lambda task, text: PARSERS[task.parser](task, text), "a text with the label in its tag or box"),
+}

@@ -1,0 +1,233 @@
+"""The training loop: frozen base, adapter (and connectors) trained on a mixture of tasks, in the order things happen.
+
+The loss is the cross-entropy summed over the answer tokens of a batch and divided by their number; AdamW, linear warm-up, cosine
+decay, gradient clipping. A run lives in a folder (DESIGN.md, "Run folder"): killed at any moment and started again with the same
+command it goes on from its last state and ends with the same losses, because the batch of a step depends on (seed, step) alone and the
+optimizer and the random generators are part of the state.
+"""
+import csv
+import fcntl
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from crab_min.data import Features, Mixer, Sample, pick_tasks, read_samples
+from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
+from crab_min.interface import load_prompts
+from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, load_base
+from crab_min.world_tasks import WorldConfig, build_world
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used: which one, why, what to do."""
+
+
+@dataclass
+class TrainConfig(AdapterConfig, WorldConfig):
+    """Everything a training run can be told; every field is a flag of train.py."""
+    data: str = field(default="", metadata={"help": "AV-UIE v2 folder (AVUIE_2); without it the built-in world is built and used"})
+    tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
+    target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
+    prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
+    base: str = field(default="", metadata={"help": "folder of the base model (default: the shipped tiny base)"})
+    train: str = field(default="adapter", metadata={"help": "what is trained: the adapter, or the connectors (Q-Formers) as well",
+                                                    "choices": ["adapter", "adapter+connectors"]})
+    steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 1,000)"})
+    batch_size: int = field(default=16, metadata={"help": "samples a step"})
+    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of the adapter"})
+    connector_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the connectors, where they are trained"})
+    warmup: float = field(default=.03, metadata={"help": "share of the steps in which the learning rate rises"})
+    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    mix: float = field(default=.5, metadata={"help": "a task is drawn with probability ~ rows ** mix (0: all alike, 1: by rows)"})
+    seed: int = field(default=0, metadata={"help": "seed of the world, the order and the initial adapter"})
+    save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
+    cache_features: bool = field(default=True, metadata={"help": "keep the features of the frozen encoders in memory"})
+    max_bad: float = field(default=.01, metadata={"help": "share of unreadable training files above which the run stops"})
+    test_rows: int = field(default=0, metadata={"help": "rows a task to test on (0: all)"})
+    out: str = field(default="", metadata={"help": "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)"})
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------------
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside and rename it, so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def choose_folder(config: TrainConfig, preset: str) -> Path:
+    """The folder of this run, checked but not touched: a new one, or an interrupted run of the same command. Raises RunError."""
+    wanted = asdict(config)
+    for number in itertools.count(1):
+        folder = Path(config.out or f"runs/{preset}" + (f"-{number}" if number > 1 else ""))
+        if not folder.exists() or not any(folder.iterdir()):
+            return folder
+        try:
+            found = json.loads((folder / "config.json").read_text())["train"]
+        except (OSError, ValueError, KeyError):
+            raise RunError(f"{folder}: exists and is not a run of train.py; choose another --out or remove it") from None
+        differs = [k for k in wanted if found.get(k) != wanted[k]]
+        if not (folder / "metrics.json").exists() and not differs:
+            return folder
+        if config.out and differs and not (folder / "metrics.json").exists():
+            raise RunError(f"{folder}: an interrupted run with another --{differs[0].replace('_', '-')} ({found.get(differs[0])!r}, now {wanted[differs[0]]!r}); "
+                           "use its value to continue it, or another --out")
+        if config.out:
+            raise RunError(f"{folder}: this run is finished and will not be overwritten; choose another --out or remove it")
+
+
+def lock(folder: Path):
+    """Hold the folder until the process ends. Raises RunError where another process holds it."""
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
+    return file
+
+
+def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    """state/step_N/: trained weights, optimizer moments, random state; appears whole, then replaces the older ones."""
+    temporary, final = folder / "state" / f".step_{step}", folder / "state" / f"step_{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_trained(temporary)
+    moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    save_file({**moments, "rng": torch.get_rng_state()}, temporary / "optimizer.safetensors")
+    temporary.rename(final)
+    for old in (folder / "state").iterdir():
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Optimizer) -> int:
+    """Restore the newest state into model and optimizer; the step it was saved after (0: there is none)."""
+    states = sorted((folder / "state").glob("step_*"), key=lambda p: int(p.name[5:]))
+    if not states:
+        return 0
+    model.restore_trained(states[-1])
+    tensors = load_file(states[-1] / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    state: dict = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(states[-1].name[5:])
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------------
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """The factor on the peak learning rate: linear warm-up, then cosine to zero."""
+    rise = max(1, round(steps * warmup))
+    return min((step + 1) / rise, .5 + .5 * math.cos(math.pi * min(1, max(0, step - rise) / max(1, steps - rise))))
+
+
+def auto_steps(rows: int, batch_size: int) -> int:
+    return max(300, min(1000, round(3 * rows / batch_size)))
+
+
+def run(config: TrainConfig, preset: str) -> dict:
+    """One training run from annotations to metrics.json, which is returned. Raises the named errors of what it reads."""
+    began = time.time()
+    folder = choose_folder(config, preset)
+    tasks, prompts = pick_tasks(config.tasks), load_prompts(config.prompts) if config.prompts else None
+    torch.manual_seed(config.seed)
+    model = load_base(config.base or ASSETS / "base")
+    root = config.data or build_world(config, config.seed)
+    train = read_samples(root, tasks, "train", config.target, prompts)
+    test = [s for s in read_samples(root, tasks, "test", config.target, prompts, config.test_rows)]
+    features = Features(model, config.cache_features, config.max_bad)
+    features.fill(test)                                                       # strict: a missing test clip is an error
+    features.fill(train, strict=False)
+    train = [s for s in train if not any(p in features.bad for p in s.media)]
+
+    model.add_adapter(config)
+    if config.train == "adapter+connectors":
+        model.train_connectors()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    steps, limits = config.steps or auto_steps(len(train), config.batch_size), token_limits(model, train)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
+    write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits}, indent=1))
+    print(f"{folder}: {len(train)} training rows and {len(test)} test rows of {len({s.task.name for s in train})} tasks, {steps} steps of {config.batch_size}")
+    print(f"trained: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters, in "
+          + ", ".join(sorted({name_of(n) for n in trained})))
+
+    if not (folder / "base.json").exists():
+        write_whole(folder / "base.json", json.dumps(score_all(test, answer(model, features, test, limits, desc="frozen base"))))
+    loop(config, model, features, train, steps, folder)
+    model.save_trained(folder)
+    texts = answer(model, features, test, limits, desc="trained model")
+    write_predictions(folder / "predictions", test, texts)
+    base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
+    results = {task: {"name": next(s.task.metric for s in test if s.task.name == task), **r, "base": base[task]["metric"], "blind": blind[task]}
+               for task, r in score_all(test, texts).items()}
+    metrics = {"tasks": results, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    held.close()
+    print(table(results))
+    print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
+    return metrics
+
+
+def name_of(parameter: str) -> str:
+    """The part of the model a parameter belongs to, for the list of what is trained."""
+    return next((part for part in ("ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B") if part in parameter), parameter.split(".")[0])
+
+
+def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
+    """The steps themselves, from the last saved state on; a line of log.csv each."""
+    adapter = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("llm.")]
+    connectors = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("llm.")]
+    optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (connectors, config.connector_lr)) if g], weight_decay=0)
+    done = load_state(folder, model, optimizer)
+    log = open_log(folder / "log.csv", done)
+    batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
+    model.train()
+    bar = tqdm(batches, desc="training", unit="step", initial=done, total=steps)
+    for step, samples in enumerate(bar, done):
+        start = time.time()
+        batch = model.collate([s.parts for s in samples], features(samples), [s.target for s in samples])
+        loss, tokens = model(batch)
+        (loss / tokens).backward()
+        norm = torch.nn.utils.clip_grad_norm_(adapter + connectors, config.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        value = loss.item() / tokens
+        log.writerow([step + 1, f"{value:.6f}", tokens, f"{optimizer.param_groups[0]['lr']:.6g}", f"{norm.item():.4f}", f"{time.time() - start:.3f}"])
+        bar.set_postfix(loss=f"{value:.3f}", tokens=tokens)
+        if (step + 1) % config.save_every == 0:
+            log.file.flush()
+            save_state(folder, step + 1, model, optimizer)
+    log.file.close()
+    save_state(folder, steps, model, optimizer)
+
+
+def open_log(path: Path, done: int):
+    """log.csv opened for the next step: what an interrupted run wrote after its last state is dropped."""
+    header = ["step", "loss", "tokens", "lr", "grad_norm", "seconds"]
+    kept = list(csv.reader(path.read_text().splitlines()))[1:done + 1] if path.exists() and done else []
+    write_whole(path, "\n".join(",".join(row) for row in [header, *kept]) + "\n")
+    file = open(path, "a", buffering=1)
+    writer = csv.writer(file, lineterminator="\n")
+
+    class Log:
+        writerow = writer.writerow
+    Log.file = file
+    return Log

@@ -1,0 +1,85 @@
+"""Pictures: an answer over its clip. One PNG shows what the model was given and what it said about it.
+
+Boxes and points are on the 224 x 224 grid, times in seconds. matplotlib draws without a display.
+"""
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from crab_min.interface import GRID, Answer
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
+RATE = 16000
+
+
+def draw_frames(axes, frames: np.ndarray, seconds: float) -> None:
+    """A strip of frames (T, H, W, 3), left to right, each over the stretch of time that it stands for."""
+    for i, frame in enumerate(frames):
+        axes.imshow(frame, extent=(i * seconds / len(frames), (i + .97) * seconds / len(frames), 0, 1), aspect="auto")
+    axes.set(xlim=(0, seconds), ylim=(0, 1), yticks=[])
+
+
+def draw_wave(axes, segments: list, seconds: float) -> None:
+    """The loudness of the sound (list of waves at 16 kHz), stretched over `seconds`."""
+    wave = np.concatenate(segments)
+    size = max(1, len(wave) // 600)
+    peaks = np.abs(wave[:len(wave) // size * size]).reshape(-1, size).max(1) if len(wave) else np.zeros(1)
+    times = np.linspace(0, seconds, len(peaks))
+    axes.fill_between(times, -peaks, peaks, color="#5c677d", linewidth=0)
+    axes.set(xlim=(0, seconds), yticks=[])
+
+
+def draw_events(axes, answer: Answer, seconds: float) -> None:
+    """A row a label, a bar a span."""
+    rows = [(f"{label} ({kind})" if kind else label, spans) for kind, events in
+            (("", answer.events), ("seen", answer.visual_events), ("heard", answer.audio_events)) for label, spans in events]
+    for i, (_, spans) in enumerate(rows):
+        for start, end in spans:
+            axes.barh(i, end - start, left=start, height=.6, color=COLOURS[i % len(COLOURS)])
+            axes.text(start + .1, i, f"{start}-{end} s", va="center", fontsize=8, color="white")
+    axes.set(xlim=(0, max([seconds] + [e for _, spans in rows for _, e in spans])), ylim=(len(rows) - .5, -.5), xlabel="seconds")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+
+
+def draw_image(axes, image: np.ndarray, answer: Answer) -> None:
+    """One image (H, W, 3) with the boxes and points of an answer."""
+    axes.imshow(image, extent=(0, GRID, GRID, 0))
+    for i, (box, points) in enumerate(answer.objects()):
+        x1, y1, x2, y2 = box
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2.5, edgecolor=COLOURS[i % len(COLOURS)]))
+        if points:
+            axes.scatter(*zip(*points), s=60, color=COLOURS[i % len(COLOURS)], edgecolors="white", zorder=3)
+    axes.set(xticks=[], yticks=[])
+
+
+def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text: str) -> None:
+    """Write the picture of one answer: each medium, the time line of its events, the question and the text.
+
+    media: (name, kind, arrays, seconds) in the order of the prompt, arrays as data.load_media gives them.
+    """
+    timeline = bool(answer.events or answer.visual_events or answer.audio_events)
+    heights = [4.2 if kind == "image" else 1.1 for _, kind, _, _ in media] + [.45 * max(1, len(answer.events + answer.visual_events + answer.audio_events))] * timeline
+    words = textwrap.fill(f"{text}" + (f"   [does not parse: {answer.error}]" if answer.error else ""), 110)
+    figure = Figure(figsize=(10, sum(heights) + .55 * len(heights) + .9 + .22 * words.count("\n")), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
+    for axes, (name, kind, arrays, seconds) in zip(rows, media):
+        if kind == "image":
+            draw_image(axes, arrays[0], answer)
+        elif kind == "video":
+            draw_frames(axes, arrays, seconds)
+        else:
+            draw_wave(axes, arrays, seconds)
+        axes.set_title(name, fontsize=9, loc="left")
+    if timeline:
+        draw_events(rows[-1], answer, max(seconds for *_, seconds in media))
+    figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=12, x=.01, ha="left")
+    figure.supxlabel(words, fontsize=10, x=.01, ha="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.rename(path)

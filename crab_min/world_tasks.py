@@ -1,0 +1,351 @@
+"""From scenes to the 19 AV-UIE v2 folders: questions, reasoned answers, media files.
+
+Every row is computed from the symbolic scene, never from pixels, and written with the released field names (papers/crab.md 6.1):
+train rows carry the reasoned target (evidence first: who, where, when; then the label in its tag), test rows only the gold fields.
+Clips are shared: all folders point into `ave/video` and `ave/audio`, as the released annotations do with `../../`.
+"""
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from crab_min.interface import answer_tag, box_text, event_tag, points_text
+from crab_min.media import write_audio, write_video
+from crab_min.world import FPS, RATE, SECONDS, SIZE, VERSION, Object, Renderer, Scene
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+MOVES = {"bouncing": "goes up and down", "sliding": "goes from side to side", "circling": "goes round and round",
+         "spinning": "turns on the spot", "growing": "gets larger", "shrinking": "gets smaller"}
+EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
+TRAIN_ONLY = ("mer24", "unav", "avcap")
+
+
+@dataclass
+class WorldConfig:
+    """The size of the built-in world and what is in it."""
+    things: str = field(default="", metadata={"help": "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from"})
+    world_clips: int = field(default=900, metadata={"help": "training clips of the built-in world"})
+    world_test: int = field(default=100, metadata={"help": "test clips of each of the four kinds of scene"})
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+def times(spans) -> str:
+    return " and ".join(f"from {s} to {e}" for s, e in spans)
+
+
+def listing(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) if names else "nothing"
+
+
+def overlap(a, b) -> list:
+    """The seconds that two lists of spans share, as spans."""
+    on = [any(s <= t < e for s, e in a) and any(s <= t < e for s, e in b) for t in range(SECONDS)] + [False]
+    edges = [t for t in range(SECONDS + 1) if on[t] != (on[t - 1] if t else False)]
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def hears(o: Object) -> str:
+    return f"the {o.label} is heard {times(o.heard)}" if o.heard else f"the {o.label} is silent"
+
+
+def sentence(*clauses: str) -> str:
+    text = listing([c for c in clauses if c]) if len(clauses) > 1 else clauses[0]
+    return text[0].upper() + text[1:] + "."
+
+
+def where(o: Object) -> str:
+    return "in the middle" if o.side == "middle" else f"on the {o.side}"
+
+
+def length(o: Object) -> int:
+    return sum(e - s for s, e in o.heard)
+
+
+def box_and_points(mask: np.ndarray) -> tuple[tuple, list]:
+    """The box (x1, y1, x2, y2) and three points (x, y) of a mask (H, W) that is not empty, as integers on the 224 x 224 grid.
+
+    The points lie where the mask's columns reach a quarter, a half and three quarters of its area, midway down each column.
+    """
+    ys, xs = np.nonzero(mask)
+    h, w = mask.shape
+    box = tuple(round(224 * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h))
+    columns = [np.sort(xs)[int(len(xs) * q)] for q in (.25, .5, .75)]
+    return box, [(int(224 * (x + .5) / w), int(224 * (np.median(ys[xs == x]) + .5) / h)) for x in columns]
+
+
+# --- questions (MUSIC-AVQA's nine types, and multiple choice) ----------------------------------------------------------------
+def questions(scene: Scene):
+    """Every question that has one answer in this scene: (modality, type, question, answer, evidence)."""
+    seen, heard = [o for o in scene.objects if o.seen], sorted((o for o in scene.objects if o.heard), key=lambda o: o.heard)
+    both = [o for o in heard if o.seen]
+    first = heard[0] if heard and (len(heard) == 1 or heard[0].heard[0][0] < heard[1].heard[0][0]) else None
+    if 1 <= len(heard) <= 3:
+        yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(*map(hears, heard))
+    for a in heard:
+        for b in heard:
+            if length(a) != length(b):
+                yield ("Audio", "Comparative", f"Is the {a.label} heard longer than the {b.label}?", "yes" if length(a) > length(b) else "no",
+                       sentence(hears(a), hears(b)))
+    if 1 <= len(seen) <= 3:
+        yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{listing([f'the {o.label}' for o in seen])} can be seen")
+    for o in seen:
+        yield "Visual", "Location", f"Where is the {o.label}?", o.side, sentence(f"the {o.label} is {where(o)}")
+    for o in scene.objects:
+        yield ("Audio-Visual", "Existential", f"Is the {o.label} both seen and heard?", "yes" if o in both else "no",
+               sentence(f"the {o.label} is {'' if o.seen else 'not '}seen", hears(o)))
+    if seen and 1 <= len(both) <= 3:
+        yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[len(both)], sentence(*map(hears, seen))
+    if first in both:
+        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, sentence(hears(first), f"it is {where(first)}")
+    left, right = [o for o in seen if o.side == "left"], [o for o in seen if o.side == "right"]
+    if len(left) == len(right) == 1 and length(left[0]) != length(right[0]):
+        yield ("Audio-Visual", "Comparative", "Is the thing on the left heard longer than the thing on the right?",
+               "yes" if length(left[0]) > length(right[0]) else "no", sentence(hears(left[0]), hears(right[0])))
+    if both and len(seen) > 1 and (len(both) == 1 or both[0].heard[0][0] < both[1].heard[0][0]):
+        yield "Audio-Visual", "Temporal", "Which of the things seen is heard first?", both[0].label, sentence(*map(hears, both))
+
+
+def choices(scene: Scene, labels: list[str], rng: random.Random):
+    """Multiple choice: (question, four options, index of the right one, evidence)."""
+    groups = {"both seen and heard": [o for o in scene.objects if o.seen and o.heard], "seen but not heard": [o for o in scene.objects if o.seen and not o.heard],
+              "heard but not seen": [o for o in scene.objects if o.heard and not o.seen]}
+    for name, group in groups.items():
+        if len(group) == 1:
+            others = [o.label for o in scene.objects if o is not group[0]]
+            rest = [label for label in labels if label not in others + [group[0].label]]
+            options = (others + rng.sample(rest, 3))[:3] + [group[0].label]
+            rng.shuffle(options)
+            evidence = sentence(f"the {group[0].label} is {'' if group[0].seen else 'not '}seen", hears(group[0]))
+            yield f"What is {name}?", options, options.index(group[0].label), evidence
+
+
+def balanced(groups: dict, count: int, rng: random.Random) -> list:
+    """`count` items taken in turn from groups keyed by (type, answer): types are equally frequent, and the answers within a type."""
+    tree = defaultdict(dict)
+    for (kind, answer), items in sorted(groups.items()):
+        tree[kind][answer] = rng.sample(items, len(items))
+    picked = []
+    for turn in range(count):
+        kinds = [k for k in tree if any(tree[k].values())]
+        if not kinds:
+            break
+        kind = kinds[turn % len(kinds)]
+        answer = max(tree[kind], key=lambda a: (len(tree[kind][a]) > 0, -sum(p[0] == (kind, a) for p in picked), a))
+        picked.append(((kind, answer), tree[kind][answer].pop()))
+    return [item for _, item in picked]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------------
+def clip(scene: Scene) -> dict:
+    return {"video_path": f"../../ave/video/{scene.name}.mp4", "audio_path": f"../../ave/audio/{scene.name}.mp3"}
+
+
+def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Random, count: int) -> dict[str, list]:
+    """Rows of the folders that show whole clips, each with the target text under "text" (moved to its field by `finish`)."""
+    rows, labels = defaultdict(list), [thing.label for thing in renderer.things]
+    asked = defaultdict(list)
+    for s in scenes["one"] + scenes["many"]:
+        seen, heard = [o for o in s.objects if o.seen], [o for o in s.objects if o.heard]
+        both = [o for o in seen if overlap(o.seen, o.heard)]
+        if s.kind == "one":
+            o, = both
+            (start, end), = o.heard
+            rows["ave"].append({"video_path": f"{s.name}.mp4", "audio_path": f"{s.name}.mp3", "event": o.label, "vid": s.name, "start_time": start, "end_time": end,
+                                "text": f"{sentence(f'the {o.label} {where(o)} is seen', hears(o))} So {event_tag('event', o.label, o.heard)}."})
+        elif both:
+            events = [event_tag("event", o.label, overlap(o.seen, o.heard)) for o in both]
+            rows["unav"].append({**clip(s), "vid": s.name, "text": f"{sentence(*(hears(o) for o in both))} So {' '.join(events)}."})
+        if s.kind == "many":
+            raw = " ".join(f"{name}: " + " ".join(f"{o.label}," + ",".join(f"({a} {b})" for a, b in spans) for o, spans in group)
+                           for name, group in (("audio", [(o, o.heard) for o in heard]), ("visual", [(o, o.seen) for o in seen])) if group)
+            tags = [event_tag("visual_event", o.label, o.seen) for o in seen] + [event_tag("audio_event", o.label, o.heard) for o in heard]
+            evidence = sentence(f"{listing([o.label for o in seen])} can be seen", f"{listing([o.label for o in heard])} can be heard")
+            rows["avvp"].append({**clip(s), "filename": s.name, "vid": s.name, "event": raw, "text": f"{evidence} So {' '.join(tags)}."})
+        rows["avcap"].append({**clip(s), "video_id": s.name, "text": caption(s)})
+        for modality, kind, question, answer, evidence in questions(s):
+            asked["avqa", modality, kind, answer].append({**clip(s), "video_id": s.name, "type": json.dumps([modality, kind]), "question": question, "answer": answer,
+                                                          "text": f"{evidence} So {answer_tag(answer)}."})
+        for question, options, right, evidence in choices(s, labels, rng):
+            asked["avqa_thu", question, "", str(right)].append(
+                {**clip(s), "video_name": s.name, "video_id": s.name, "question_relation": "Both", "question_type": "Which", "multi_choice": options,
+                 "question_text": question, "answer": right, "text": f"{evidence} So {answer_tag(options[right])}."})
+    for task, key, wanted in (("avqa", "question_id", 2 * count), ("avqa_thu", "id", count)):
+        groups = {((m, k), a): items for (name, m, k, a), items in asked.items() if name == task}
+        rows[task] = [{**row, key: i} for i, row in enumerate(balanced(groups, wanted, rng))]
+    for s in scenes["action"]:
+        o = s.objects[0]
+        action = renderer.things[o.thing].action
+        rows["ks"].append({**clip(s), "action": action, "text": f"{sentence(f'the {o.label} is seen', hears(o))} So {answer_tag(action)}."})
+        rows["ucf"].append({**clip(s), "label": s.movement.title(), "text": f"{sentence(f'the {o.label} {MOVES[s.movement]}')} So {answer_tag(s.movement)}."})
+    for s in scenes["face"]:
+        face = "the mouth is hidden" if s.masked else f"the face looks {s.emotion}"
+        text = f"{sentence(face, f'the voice sounds {s.emotion}')} So {answer_tag(s.emotion)}."
+        for task, name in EMOTION_FIELD.items():
+            rows[task].append({**clip(s), name: s.emotion, "text": text})
+    return rows
+
+
+def caption(s: Scene) -> str:
+    seen, off = [o for o in s.objects if o.seen], [o for o in s.objects if not o.seen]
+    where = f"{listing([f'a {o.label}' for o in seen])} {'are' if len(seen) > 1 else 'is'} seen, the place is {s.place}"
+    return sentence(where) + " " + sentence(*(hears(o) for o in s.objects if o.heard)) if seen else \
+        sentence(f"only sounds, the place is {s.place}") + " " + sentence(*(hears(o) for o in off))
+
+
+def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str, list]:
+    """Pairs in which what is heard in one clip is seen in it, and not seen in the other."""
+    rows = defaultdict(list)
+    for _ in range(20 * count):
+        a, b = rng.sample(scenes, 2)
+        (x,), (y,) = ([o for o in s.objects if o.seen and o.heard] for s in (a, b))
+        if x.label in {o.label for o in b.objects} or y.label in {o.label for o in a.objects}:
+            continue
+        task, right = ("a2v", "v2a")[len(rows["a2v"]) > len(rows["v2a"])], rng.randrange(2)
+        first, second = ((a, x), (b, y)) if right == 0 else ((b, y), (a, x))
+        base, number = "../../ave", NUMBERS[right + 1]
+        if task == "a2v":
+            rows[task].append({"video1_path": f"{base}/video/{first[0].name}.mp4", "video2_path": f"{base}/video/{second[0].name}.mp4",
+                               "audio_path": f"{base}/audio/{a.name}.mp3", "correct_video": right + 1, "audio_event": x.label, "video1_event": first[1].label,
+                               "video2_event": second[1].label,
+                               "text": f"{sentence(hears(x), f'only video {number} shows the {x.label}')} So {answer_tag(number)}."})
+        else:
+            rows[task].append({"video_path": f"{base}/video/{a.name}.mp4", "audio1_path": f"{base}/audio/{first[0].name}.mp3",
+                               "audio2_path": f"{base}/audio/{second[0].name}.mp3", "correct_audio": right + 1, "audio1_event": first[1].label,
+                               "video_event": x.label, "audio2_event": second[1].label,
+                               "text": f"{sentence(f'the {x.label} is seen', f'only audio {number} has the {x.label}')} So {answer_tag(number)}."})
+        if len(rows["v2a"]) == count:
+            break
+    return rows
+
+
+def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Random, root: Path) -> dict[str, list]:
+    """Rows of the folders that show one frame, with the frame and its mask written below `root`."""
+    rows = defaultdict(list)
+
+    def write(task, folder, picture, mask, scene, t):
+        for path, array in ((f"{folder}/{picture}", renderer.frames(scene, [t])[0]), (f"{folder}/{mask}", mask_image)):
+            (root / task / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(root / task / path, quality=95)
+
+    for s in scenes["one"] + scenes["many"]:
+        audio = f"../ave/audio/{s.name}.mp3"
+        sounding = {i: [o for o in s.objects if o.seen_at(2 * i + 1) and o.heard_at(2 * i + 1)] for i in range(5)}
+        index = rng.choice([i for i in sounding if sounding[i]] or [-1])
+        if index >= 0:                                                       # S4 and ARIG: one sounding object, MS3: one or more
+            task, folder = ("s4", f"AVS/v1s/{s.name}") if s.kind == "one" else ("ms3", f"AVS/v1m/{s.name}")
+            objects = sorted(sounding[index], key=lambda o: o.x)
+            masks = [renderer.mask(s, o, 2 * index + 1) for o in objects]
+            mask_image = np.maximum.reduce(masks)
+            write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
+            found = [box_and_points(m) for m in masks]
+            name, who = listing([o.label for o in objects]), sentence(f"{listing([f'the {o.label} {where(o)}' for o in objects])} can be heard")
+            row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
+            rows[task].append({**row, "text": f"{who} " + " ".join(f"Box {box_text(b)} points {points_text(p)}." for b, p in found)})
+            if task == "s4":
+                box = found[0][0]
+                rows["arig"].append({"audio_path": audio, "a_obj": name, "image_path": f"../s4/{folder}/frames/{index}.jpg", "top_left": list(box[:2]),
+                                     "bottom_right": list(box[2:]), "frame_idx": index, "text": f"{who} Box {box_text(box)}."})
+        if s.index % 2:
+            continue
+        index = rng.randrange(SECONDS)                                       # Ref-AVS: every other clip
+        t, folder = index + .5, f"REFAVS/media/{s.name}"
+        seen = [o for o in s.objects if o.seen_at(t)]
+        label = rng.choice([o.label for o in s.objects] + [renderer.things[rng.randrange(len(renderer.things))].label])
+        expressions = {f"the {label}": [o for o in seen if o.label == label], "the thing that is heard": [o for o in seen if o.heard_at(t)],
+                       "the thing that is silent": [o for o in seen if not o.heard_at(t)],
+                       f"the thing on the {(side := rng.choice(('left', 'right')))}": [o for o in seen if o.side == side]}
+        usable = [(e, fit) for e, fit in expressions.items() if len(fit) == 1] * 3 + [(e, fit) for e, fit in expressions.items() if not fit]
+        expression, fit = rng.choice(usable or [("the thing that is not there", [])])
+        mask_image = renderer.mask(s, fit[0], t) if fit else np.zeros((SIZE, SIZE), np.uint8)
+        write("ref_avs", "REFAVS", f"media/{s.name}/frames/{index}.jpg", f"gt_mask/{s.name}/fid_1/0000{index}.png", s, t)
+        text = f"{answer_tag('false')} It is not there."
+        if fit:
+            box, points = box_and_points(mask_image)
+            text = f"{answer_tag('true')} It is the {fit[0].label}. Box {box_text(box)} points {points_text(points)}."
+        rows["ref_avs"].append({"audio_path": audio, "vid": s.name, "fid": 1, "uid": f"{s.name}_1", "image_path": f"{folder}/frames/{index}.jpg", "idx": index,
+                                "description": expression, "text": text})
+    return rows
+
+
+# where the target text of a training row goes, and what a test row does not have or calls otherwise
+TARGET_FIELD = {"ucf": "new_label", "ref_avs": "output", **dict.fromkeys(("ave", "unav", "avvp", "avcap", "s4", "ms3", "arig"), "label_content")}
+TRAIN_HIDES = {"arig": ("top_left", "bottom_right", "frame_idx")}
+TEST_HIDES = {"a2v": ("audio_event", "video1_event", "video2_event"), "v2a": ("audio1_event", "video_event", "audio2_event")}
+TEST_NAMES = {"ref_avs": {"image_path": "visual_path", "idx": "frame_idx", "description": "object"},
+              **dict.fromkeys(("s4", "ms3", "arig"), {"image_path": "visual_path"})}
+
+
+def finish(task: str, split: str, row: dict) -> dict:
+    """A row with the released field names of its split."""
+    row = dict(row)
+    text = row.pop("text")
+    if split == "train":
+        return {**{k: v for k, v in row.items() if k not in TRAIN_HIDES.get(task, ())}, TARGET_FIELD.get(task, "label"): text}
+    row = {TEST_NAMES.get(task, {}).get(k, k): v for k, v in row.items() if k not in TEST_HIDES.get(task, ())}
+    return {**row, "split": "test_s"} if task == "ref_avs" else row
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------------
+def write_clip(folder: str, seed: int, root: str, scene_id: tuple) -> None:
+    """Render and encode one clip; runs in a worker process."""
+    global RENDERER
+    if RENDERER is None or RENDERER[0] != folder:
+        RENDERER = folder, Renderer(folder or None)
+    renderer = RENDERER[1]
+    scene = renderer.scene(*scene_id, seed)
+    wave, base = renderer.wave(scene), Path(root, "ave")
+    write_video(str(base / "video" / f"{scene.name}.mp4"), renderer.frames(scene, np.arange(SECONDS * FPS) / FPS), wave, FPS, RATE)
+    write_audio(str(base / "audio" / f"{scene.name}.mp3"), wave, RATE)
+
+
+RENDERER = None                                        # one a worker process: (folder, Renderer)
+
+
+def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world") -> Path:
+    """The world's folder in the AV-UIE v2 layout, made where it is not there yet (about a minute on two cores).
+
+    Cached by version, seed, sizes and things; it appears whole or not at all. Raises WorldError for unusable things.
+    """
+    renderer = Renderer(config.things or None)
+    name = f"v{VERSION}-seed{seed}-{config.world_clips}-{config.world_test}"
+    if config.things:
+        digest = hashlib.sha256(b"".join(t.sprite.tobytes() + t.wave.tobytes() + t.label.encode() for t in renderer.things)).hexdigest()
+        name += f"-{Path(config.things).resolve().name}-{digest[:8]}"
+    final = Path(cache) / name / "AVUIE_2"
+    if final.exists():
+        return final
+    root = final.parent.with_name(f"{name}.making-{os.getpid()}") / "AVUIE_2"
+    shutil.rmtree(root.parent, ignore_errors=True)
+    for sub in ("video", "audio"):
+        (root / "ave" / sub).mkdir(parents=True)
+    share = {"one": 1 / 3, "many": 1 / 3, "action": 1 / 6, "face": 1 / 6}
+    sizes = {"train": {k: max(8, round(config.world_clips * v)) for k, v in share.items()}, "test": dict.fromkeys(share, config.world_test)}
+    try:
+        for split, counts in sizes.items():
+            rng = random.Random(f"{seed}/{split}")
+            scenes = {kind: [renderer.scene(split, kind, i, seed) for i in range(n)] for kind, n in counts.items()}
+            rows = {**clip_rows(renderer, scenes, rng, counts["one"] * (2 if split == "train" else 1)), **match_rows(scenes["one"], rng, counts["one"]),
+                    **image_rows(renderer, scenes, rng, root)}
+            for task, items in rows.items():
+                if split == "train" or task not in TRAIN_ONLY:
+                    (root / task).mkdir(exist_ok=True)
+                    (root / task / f"{split}.json").write_text(json.dumps([finish(task, split, row) for row in items], indent=1))
+        jobs = [(split, kind, i) for split, counts in sizes.items() for kind, n in counts.items() for i in range(n)]
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            work = pool.map(partial(write_clip, config.things, seed, str(root)), jobs, chunksize=8)
+            list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
+        if not final.parent.exists():
+            root.parent.rename(final.parent)
+    finally:
+        shutil.rmtree(root.parent, ignore_errors=True)
+    return final

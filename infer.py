@@ -1,0 +1,168 @@
+"""Ask about a clip: `python infer.py clip.mp4 --ask "..."`, or one of the tasks: `--task ave`; or score a whole split: `--eval`.
+
+Without arguments it takes a test clip of the built-in world. The model is the newest finished run under runs/, or --run, or the
+shipped adapter. The answer appears as it is written, then what it parses to, then the path of a picture.
+"""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from transformers import TextStreamer
+
+from crab_min.data import DataError, Features, Sample, load_media, pick_tasks, read_samples
+from crab_min.evaluate import answer, score_all, write_predictions
+from crab_min.flags import Parser, one_line
+from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
+from crab_min.media import media_seconds
+from crab_min.model import ASSETS, AVLanguageModel, load_base
+from crab_min.trainer import RunError, write_whole
+from crab_min.viz import draw_answer
+from crab_min.world_tasks import WorldConfig, build_world
+
+DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on
+
+
+def load_run(given) -> tuple[AVLanguageModel, dict, Path]:
+    """(model, its config.json, its folder): --run, else the newest finished run, else the shipped adapter. Raises RunError."""
+    finished = sorted(Path("runs").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
+    folder = Path(given.run) if given.run else finished[-1].parent if finished else ASSETS / "crab_plus-tiny"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder}: not a run of train.py ({error}); give a finished run with --run, or train one: python train.py") from None
+    model = load_base(config["train"]["base"] or ASSETS / "base")
+    model.load_trained(folder)
+    return model.eval(), config, folder
+
+
+def row_of(given, task, clip: str | None) -> dict:
+    """An annotation row from the command line; the prompt builder says what is missing."""
+    sounds = given.audio or ([clip] if clip else [])
+    row = {"video_path": clip, "video1_path": clip, "video2_path": given.second_video, "image_path": given.image, "audio_path": sounds[0] if sounds else None,
+           "audio1_path": sounds[0] if sounds else None, "audio2_path": sounds[1] if len(sounds) > 1 else None, "frame_idx": given.frame_index,
+           "question": given.ask, "question_text": given.ask, "description": given.ask, "multi_choice": given.options.split(",") if given.options else None}
+    return {k: os.path.abspath(v) if k.endswith("_path") and v else v for k, v in row.items() if v is not None}
+
+
+def media_seconds_of(part) -> float:
+    return 1.0 if part.kind == "image" else media_seconds(part.path)
+
+
+def as_json(a: Answer) -> dict:
+    """The fields of an answer that say something."""
+    named = {"choice": a.choice, "exists": a.exists, "boxes": a.boxes, "points": a.points, "text": a.text if not a.error else "",
+             **{name: [{"label": label, "spans": spans} for label, spans in events]
+                for name, events in (("events", a.events), ("audio_events", a.audio_events), ("visual_events", a.visual_events))}}
+    return {k: v for k, v in named.items() if v not in (None, "", [])}
+
+
+def ask(given) -> None:
+    """One answer for each clip."""
+    task = TASKS[pick_tasks(given.task)[0]] if given.task else TASKS["avqa"]
+    clips = given.clip or [None]
+    gold = None
+    if not given.clip and not given.image:
+        root = build_world(WorldConfig(given.things), given.seed)
+        example = read_samples(root, [task.name], "test" if "test" in task.splits else "train", limit=1 + given.index)[-1]
+        clips, gold = [example], example.gold
+        if not given.json:
+            print(f"no clip given: {example.id} of the built-in world, {example.media[0].path}")
+    elif not given.task and not given.ask:
+        raise InterfaceError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
+    samples = [c if isinstance(c, Sample) else Sample("", task, build_prompt(task, row_of(given, task, c), "", given.prompts), "", Answer(), {}) for c in clips]
+    model, config, folder = load_run(given)
+    features = Features(model, keep=True)
+    features.fill(samples)
+    for sample in samples:
+        began = time.time()
+        if not given.json:
+            print(f"model: {folder}\nprompt: {' '.join(''.join(p.text if p.kind == 'text' else f'<{p.kind} {Path(p.path).name}>' for p in sample.parts).split())}\nanswer: ", end="", flush=True)
+        streamer = None if given.json else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        limit = given.limit or config["limits"].get(task.name, DEFAULT_LIMIT)
+        text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer)[0]
+        parsed, seconds = parse(task, text), round(time.time() - began, 2)
+        media = [(f"{p.kind}: {Path(p.path).name}", p.kind, load_media(p, 224), media_seconds_of(p)) for p in sample.media]
+        picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
+        question = sample.parts[-1].text.strip()
+        draw_answer(picture, media, question, parsed, text)
+        if given.json:
+            print(json.dumps({"clip": sample.media[0].path, "task": task.name, "question": question, "text": text, "parsed": as_json(parsed),
+                              "error": parsed.error, "seconds": seconds, "picture": str(picture)}, ensure_ascii=False))
+        else:
+            print(f"parsed: {parsed.error and 'no: ' + parsed.error or json.dumps(as_json(parsed))}")
+            if gold is not None:
+                print(f"gold:   {write(task, gold)}")
+            print(f"{seconds} s; picture: {picture}")
+
+
+def evaluate(given) -> None:
+    """Answers and scores for a split of --data (default: the built-in world)."""
+    model, config, folder = load_run(given)
+    tasks = pick_tasks(given.task or given.tasks)
+    root = given.data or build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
+    samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
+    features = Features(model, max_bad=1.0)
+    features.fill(samples, strict=not given.allow_missing)
+    there = [s for s in samples if not any(p in features.bad for p in s.media)]
+    texts = dict(zip((s.id for s in there), answer(model, features, there, {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in tasks})))
+    said = [texts.get(s.id, "") for s in samples]                             # a missing clip: no text, which is wrong, and counted
+    results = score_all(samples, said)
+    for task, r in results.items():
+        pairs = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.task.name == task and s.target]
+        r["name"] = TASKS[task].metric
+        if pairs:
+            r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
+    out = Path(given.out or folder / f"eval_{given.split}")
+    write_predictions(out / "predictions", samples, said)
+    write_whole(out / "metrics.json", json.dumps({"tasks": results, "missing": len(samples) - len(there), "unreadable": list(features.bad.values())}, indent=1))
+    print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
+    for task, r in results.items():
+        print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {r['exact'] if 'exact' in r else float('nan'):>6.2f} {r['parsed']:>7.2f} {r['n']:>5}")
+    with_target = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.target]
+    if with_target:
+        print(f"target text returned exactly: {sum(a == b for a, b in with_target)} of {len(with_target)} rows")
+    print(f"{len(samples) - len(there)} rows with a missing clip; predictions and metrics.json are in {out}/")
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="infer.py", description=__doc__.split("\n")[0])
+    parser.add_argument("clip", nargs="*", help="video files; its own sound is used unless --audio is given")
+    parser.add_argument("--ask", help="a question about the clip (for ref_avs: the thing to find)")
+    parser.add_argument("--task", help=f"one of the tasks: {', '.join(TASKS)}")
+    parser.add_argument("--audio", action="append", help="a sound file (or a video whose sound is taken); twice for v2a")
+    parser.add_argument("--image", help="an image, for s4, ms3, ref_avs and arig")
+    parser.add_argument("--frame-index", type=int, default=0, help="which fifth (s4, ms3) or tenth (ref_avs) of the sound goes with the image")
+    parser.add_argument("--second-video", help="the second video of a2v")
+    parser.add_argument("--options", help="the options of a multiple-choice question (avqa_thu), comma-separated")
+    parser.add_argument("--run", help="run folder of train.py (default: the newest finished one, else the shipped adapter)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a clip and nothing else")
+    parser.add_argument("--picture", help="where the picture goes (default: answers/CLIP_TASK.png)")
+    parser.add_argument("--limit", type=int, default=0, help="answer tokens at most (default: what the run says for the task)")
+    parser.add_argument("--prompts", help="JSON file of instructions by task name, instead of ours")
+    parser.add_argument("--index", type=int, default=0, help="without a clip: which test sample of the built-in world")
+    parser.add_argument("--things", default="", help="without a clip: the things of the world, as for train.py")
+    parser.add_argument("--seed", type=int, default=0, help="without a clip: the seed of the world")
+    parser.add_argument("--eval", action="store_true", help="answer and score a whole split")
+    parser.add_argument("--data", help="with --eval: AV-UIE v2 folder (default: the world the run was trained on)")
+    parser.add_argument("--split", default="test", choices=["train", "test"], help="with --eval: which split")
+    parser.add_argument("--tasks", default="all", help="with --eval: comma-separated task names, or all")
+    parser.add_argument("--test-rows", type=int, default=0, help="with --eval: rows a task (0: all)")
+    parser.add_argument("--allow-missing", action="store_true", help="with --eval: score samples with unreadable files as wrong instead of stopping")
+    parser.add_argument("--out", help="with --eval: where predictions and metrics go (default: RUN/eval_SPLIT)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
+    given = parser.parse_args(arguments)
+
+    def run():
+        if given.task and len(pick_tasks(given.task)) != 1:
+            raise DataError(f"--task takes one task, got {given.task!r}; with --eval use --tasks")
+        given.prompts = load_prompts(given.prompts) if given.prompts else None
+        (evaluate if given.eval else ask)(given)
+    return one_line(run, given.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

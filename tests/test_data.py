@@ -1,0 +1,93 @@
+"""The reader, the features and the order of samples; real clips where they are (CRAB_MEDIA)."""
+import itertools
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from crab_min.data import DataError, Features, Mixer, load_media, pick_tasks, read_samples
+from crab_min.interface import TASKS
+
+
+def test_all_real_rows_are_read_and_their_media_load(real_media):
+    for split in ("train", "test"):
+        samples = read_samples(real_media, list(TASKS), split)
+        assert {s.task.name for s in samples} == {t for t in TASKS if split in TASKS[t].splits}
+        for sample in samples:
+            for part in sample.media:
+                arrays = load_media(part, 96)
+                if part.kind == "audio":
+                    assert all(w.ndim == 1 and len(w) > 1000 for w in arrays)
+                else:
+                    assert arrays.shape[1:] == (96, 96, 3)
+
+
+def test_label_target_is_the_tags_alone(small_world):
+    for task in ("ave", "avqa", "s4", "avvp"):
+        long, short = (read_samples(small_world, [task], "train", target)[0] for target in ("reasoning", "label"))
+        assert short.target in long.target or len(short.target) < len(long.target)
+        assert short.gold == long.gold
+
+
+@pytest.mark.parametrize("content, message", [("{", "broken JSON"), ("{}", "expected a list"), ('[{"video_path": "x.mp4"}]', "audio_path"),
+                                              ('[{"video_path": "x.mp4", "audio_path": "x.mp3"}]', "event")])
+def test_a_bad_annotation_file_names_the_file_and_the_field(tmp_path, content, message):
+    (tmp_path / "ave").mkdir()
+    (tmp_path / "ave" / "train.json").write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_samples(tmp_path, ["ave"], "train")
+    assert "ave/train.json" in str(error.value)
+
+
+def test_missing_folder_and_unknown_task(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        read_samples(tmp_path / "nothing", ["ave"], "train")
+    with pytest.raises(DataError, match="no train.json"):
+        read_samples(tmp_path, ["ave"], "train")
+    with pytest.raises(DataError, match="unknown task 'avee'"):
+        pick_tasks("ave,avee")
+
+
+def test_order_depends_on_seed_and_step_alone(small_world):
+    samples = read_samples(small_world, ["ave", "avqa", "ks"], "train")
+    names = [[s.id for s in batch] for batch in itertools.islice(Mixer(samples, 8, seed=3), 30)]
+    again = [[s.id for s in batch] for batch in itertools.islice(Mixer(samples, 8, seed=3), 20, 30)]
+    assert names[20:] == again
+    assert names[:10] != [[s.id for s in batch] for batch in itertools.islice(Mixer(samples, 8, seed=4), 10)]
+
+
+def test_every_row_of_a_task_comes_once_before_any_comes_twice(small_world):
+    samples = read_samples(small_world, ["ave"], "train")
+    drawn = [s.id for batch in itertools.islice(Mixer(samples, 1, seed=0), 2 * len(samples)) for s in batch]
+    assert set(Counter(drawn).values()) == {2} and len(set(drawn[:len(samples)])) == len(samples)
+
+
+def test_features_are_computed_once_and_are_the_same_alone(small_world, tiny_model, monkeypatch):
+    samples = read_samples(small_world, ["ave", "a2v", "s4", "meld"], "train", limit=3)
+    kept, alone = Features(tiny_model), Features(tiny_model, keep=False)
+    kept.fill(samples)
+    monkeypatch.setattr("crab_min.data.load_media", None)                     # nothing may be decoded again
+    media = kept(samples)
+    monkeypatch.undo()
+    for sample, features in zip(samples, media):
+        for mine, other in zip(features, alone([sample])[0]):
+            torch.testing.assert_close(mine.features, other.features, atol=2e-3, rtol=2e-3)
+    assert not alone.store
+
+
+def test_unreadable_training_files_are_listed_skipped_and_stop_above_the_share(small_world, tiny_model, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(small_world, root)
+    rows = json.loads((root / "ave" / "train.json").read_text())
+    for row in rows[:2]:
+        (root / "ave" / "video" / row["video_path"]).write_text("this is no video")
+    samples = read_samples(root, ["ave"], "train")
+    with pytest.raises(DataError, match=rows[0]["video_path"]):
+        Features(tiny_model).fill(samples)
+    lenient = Features(tiny_model, max_bad=.5)
+    lenient.fill(samples, strict=False)
+    assert len(lenient.bad) == 2
+    with pytest.raises(DataError, match="--max-bad"):
+        Features(tiny_model, max_bad=.01).fill(samples, strict=False)

@@ -1,0 +1,161 @@
+"""The metric of every task on answers worked out by hand, and against what the authors' own scorers say."""
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from crab_min.interface import TASKS, Answer, gold, parse
+from crab_min.metrics import av_f_scores, best_constant, event_counts, score, segment_counts
+
+GOLDENS = Path(os.environ.get("CRAB_GOLDENS", Path(__file__).parent / "goldens"))
+ERROR = Answer(error="no tag", text="...")
+
+
+def metric(task, prediction, right):
+    return score(TASKS[task], [prediction], [right])["metric"]
+
+
+def test_accuracy_counts_unreadable_answers_as_wrong():
+    yes, no = Answer(choice="yes"), Answer(choice="no")
+    result = score(TASKS["avqa"], [Answer(choice="Yes."), no, ERROR, yes], [yes] * 4)
+    assert result == {"metric": .5, "parsed": .75, "n": 4, "all": {}}
+    assert metric("ucf", Answer(choice="playing violin"), Answer(choice="PlayingViolin")) == 1
+    assert metric("avqa", Answer(choice="no"), Answer(choice="piano")) == 0        # not a substring
+    assert metric("avqa", Answer(choice="2"), Answer(choice="two")) == 1
+
+
+def test_an_option_is_right_by_text_index_or_letter():
+    right = gold(TASKS["avqa_thu"], {"answer": 2, "multi_choice": ["rain", "dog", "Cat"]})
+    assert [metric("avqa_thu", Answer(choice=c), right) for c in ("cat", "2", "C", "dog", "1")] == [1, 1, 1, 0, 0]
+
+
+def event(label, *spans):
+    return Answer(events=[(label, list(spans))])
+
+
+def test_ave_counts_seconds_with_the_right_label():
+    right = event("Violin, fiddle", (0, 6))
+    assert metric("ave", event("violin, fiddle", (0, 6)), right) == 1
+    assert metric("ave", event("violin, fiddle", (2, 8)), right) == pytest.approx(.6)
+    assert metric("ave", event("violin, fiddle", (0, 2), (4, 9999)), right) == pytest.approx(.4)
+    assert metric("ave", event("dog", (0, 6)), right) == pytest.approx(.4)         # the background is right
+    result = score(TASKS["ave"], [ERROR, event("violin, fiddle", (0, 3))], [right, right])
+    assert result["metric"] == pytest.approx(.35) and result["parsed"] == .5
+    assert result["all"]["segment_accuracy_released"] == pytest.approx((1 + .7) / 2)
+    assert score(TASKS["ave"], [event("dog", (0, 6))], [right], labels=["Violin, fiddle"])["parsed"] == 0
+
+
+@pytest.mark.skipif(not (GOLDENS / "ave_predictions.jsonl").exists(), reason="CRAB_GOLDENS is not set")
+def test_ave_agrees_with_the_released_scorer_on_a_real_models_answers():
+    rows = [json.loads(line) for line in (GOLDENS / "ave_predictions.jsonl").read_text().splitlines()]
+    expected = json.loads((GOLDENS / "ave_expected.json").read_text())
+    result = score(TASKS["ave"], [parse(TASKS["ave"], row["prediction"]) for row in rows],
+                   [gold(TASKS["ave"], row) for row in rows], expected["classes"])
+    right, lost = expected["segment_accuracy"], 1 - result["parsed"]
+    assert result["n"] == expected["n"] and round(result["parsed"] * result["n"]) == expected["parsed"]
+    released = result["all"]["segment_accuracy_released"]
+    readings = {"exclusive_end, unparsed wrong": result["metric"], "inclusive_end, unparsed right": released,
+                "exclusive_end, unparsed right": result["metric"] + lost,
+                "inclusive_end, unparsed wrong": released - lost,
+                "exclusive_end, unparsed drop": result["metric"] / result["parsed"],
+                "inclusive_end, unparsed drop": (released - lost) / result["parsed"]}
+    assert readings == pytest.approx(right, abs=6e-6)
+
+
+def test_avvp_agrees_with_the_released_scorer():
+    golden = json.loads((GOLDENS / "metrics.json").read_text())
+    for video in golden["avvp"]:
+        found, wanted = ({side: {c: {t for t in range(10) if row[t]} for c, row in enumerate(video[f"{source}_{side}"])}
+                          for side in ("audio", "visual")} for source in ("pred", "gt"))
+        for level, counts in (("segment", segment_counts), ("event", event_counts)):
+            scores = av_f_scores(found, wanted, counts)
+            assert [scores[name] for name in golden["avvp_order"]] == pytest.approx(video[level], abs=1e-6)
+
+
+def test_avvp_main_number_is_the_mean_of_audio_visual_and_both():
+    right = Answer(audio_events=[("Dog", [(0, 10)])], visual_events=[("Dog", [(0, 4)])])
+    assert metric("avvp", right, right) == 1
+    result = score(TASKS["avvp"], [Answer(audio_events=[("dog", [(0, 10)])]), ERROR], [right, right])
+    assert result["all"]["segment_audio"] == .5 and result["all"]["segment_visual"] == 0
+    assert result["metric"] == pytest.approx(1 / 6) and result["parsed"] == .5
+
+
+def test_unav_is_the_mean_over_classes():
+    right = Answer(events=[("dog", [(0, 4)]), ("cat", [(5, 10)])])
+    assert metric("unav", right, right) == 1
+    assert metric("unav", event("dog", (0, 4)), right) == .5
+    assert metric("unav", event("dog", (2, 6)), event("dog", (0, 4))) == .5
+    assert metric("unav", Answer(), Answer()) == 1                                 # nothing to find, nothing found
+
+
+def boxes(*found, exists=None):
+    return Answer(boxes=list(found), exists=exists)
+
+
+def test_box_metrics():
+    a, b, half = (0, 0, 10, 10), (100, 100, 120, 120), (0, 0, 10, 5)
+    for task in ("arig", "s4"):
+        assert metric(task, boxes(a), boxes(a)) == 1 and metric(task, boxes(half), boxes(a)) == .5
+        assert metric(task, boxes(b, a), boxes(a)) == 0                            # the first box counts
+        assert metric(task, boxes(a), boxes()) == 0 and metric(task, ERROR, boxes(a)) == 0
+    assert score(TASKS["arig"], [boxes(half), boxes(b)], [boxes(a), boxes(a)])["all"] == {"iou_at_50": .5}
+    assert metric("ms3", boxes(b, a), boxes(a, b)) == 1 and metric("ms3", boxes(a), boxes(a, b)) == .5
+    assert metric("ms3", boxes(half, a), boxes(a)) == .5 and metric("ms3", ERROR, boxes()) == 0
+    assert metric("s4", boxes((5, 5, 5, 5)), boxes((5, 5, 5, 5))) == 0             # no area, no division by zero
+
+
+def test_ref_avs_scores_existence_and_box():
+    here, absent, half = boxes((0, 0, 10, 10), exists=True), boxes(exists=False), boxes((0, 0, 10, 5), exists=True)
+    result = score(TASKS["ref_avs"], [half, absent, here, absent, ERROR], [here, absent, absent, here, absent])
+    assert result == {"metric": pytest.approx(1.5 / 5), "parsed": .8, "n": 5, "all": {"existence": pytest.approx(.4)}}
+
+
+def test_rouge_l():
+    right = Answer(text="a dog barks at a cat")
+    assert metric("avcap", Answer(text="A dog barks at a cat."), right) == 1
+    assert metric("avcap", Answer(text="cat dog at"), right) == pytest.approx(2 * 2 / 9)
+    assert metric("avcap", Answer(text="..."), right) == 0
+
+
+def random_gold(task, rng):
+    spans, label, x = [sorted(rng.sample(range(11), 2))], rng.choice(["dog", "cat", "bell"]), rng.randint(0, 100)
+    if task.parser in ("event", "events"):
+        return event(label, *spans)
+    if task.parser == "av_events":
+        return Answer(audio_events=[(label, spans)], visual_events=[("dog", spans)])
+    if task.parser == "text":
+        return Answer(text=" ".join(rng.choices("a the dog cat barks sleeps under table".split(), k=12)))
+    if task.parser == "choice":
+        return Answer(choice=rng.choice(["one", "two", "two"]))
+    exists = rng.random() < .6 if task.parser == "exists" else None
+    return boxes(exists=False) if exists is False else boxes((x, x, x + 50, x + 60), exists=exists)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+def test_every_task_scores_its_golds_1_unreadable_answers_0_and_constants_between(task):
+    rng = random.Random(task.name)
+    golds = [random_gold(task, rng) for _ in range(100)]
+    assert score(task, golds, golds)["metric"] == pytest.approx(1) and score(task, golds, golds)["parsed"] == 1
+    lost = score(task, [ERROR] * 100, golds)
+    assert lost["metric"] == lost["parsed"] == 0 and lost["all"].keys() == score(task, golds, golds)["all"].keys()
+    start = time.perf_counter()
+    best, answer = best_constant(task, golds, golds)
+    assert 0 < best < 1 and score(task, [answer] * 100, golds)["metric"] == best
+    assert time.perf_counter() - start < 5
+
+
+def test_the_best_constant_is_the_majority_or_the_median_box():
+    golds = [Answer(choice="yes")] * 6 + [Answer(choice="no")] * 4
+    assert best_constant(TASKS["avqa"], golds, golds) == (.6, Answer(choice="yes"))
+    candidates = [boxes((0, 0, 100, 60)), boxes((0, 40, 60, 100)), boxes((50, 20, 100, 100))]
+    assert best_constant(TASKS["arig"], candidates, [boxes((0, 20, 100, 100))]) == (1, boxes((0, 20, 100, 100)))
+    with pytest.raises(ValueError, match="avqa: no answers"):
+        best_constant(TASKS["avqa"], [], golds)
+
+
+def test_lists_must_match():
+    with pytest.raises(ValueError, match="1 predictions for 2"):
+        score(TASKS["avqa"], [ERROR], [ERROR, ERROR])

@@ -1,0 +1,85 @@
+"""The composed model: what goes in, what is trained, and that a batch gives what each sample gives alone."""
+import pytest
+import torch
+
+from crab_min.data import Features, read_samples
+from crab_min.model import AdapterConfig, ModelError, load_base
+
+
+@pytest.fixture(scope="module")
+def samples(small_world):
+    return read_samples(small_world, ["a2v", "s4", "meld", "avqa", "v2a"], "train", limit=1)
+
+
+def test_labels_are_the_answer_and_its_end_and_padding_is_left(tiny_model, samples):
+    batch = tiny_model.collate([s.parts for s in samples], Features(tiny_model)(samples), [s.target for s in samples])
+    for sample, ids, labels, attention in zip(samples, batch["ids"], batch["labels"], batch["attention"]):
+        answer = labels[labels != -100]
+        assert tiny_model.tokenizer.decode(answer) == sample.target + "</s>"
+        assert (labels[-len(answer):] == answer).all() and (ids[-len(answer):] == answer).all()
+        assert attention.tolist() == sorted(attention.tolist()) and ids[attention == 1][0] == tiny_model.tokenizer.bos_token_id
+
+
+def test_there_is_a_placeholder_for_every_token_of_the_connectors(tiny_model, samples):
+    media = Features(tiny_model)(samples)
+    batch = tiny_model.collate([s.parts for s in samples], media)
+    places = torch.isin(batch["ids"], torch.tensor(list(tiny_model.placeholder_ids.values()))).sum()
+    assert places == sum(len(t) for t in tiny_model.connect(batch["media"]))
+
+
+def test_a_batch_gives_the_loss_and_the_answers_of_each_sample_alone(tiny_model, samples):
+    features = Features(tiny_model)
+    with torch.no_grad():
+        total, tokens = tiny_model(tiny_model.collate([s.parts for s in samples], features(samples), [s.target for s in samples]))
+        alone = [tiny_model(tiny_model.collate([s.parts], features([s]), [s.target])) for s in samples]
+    assert tokens == sum(n for _, n in alone)
+    torch.testing.assert_close(total, sum(loss for loss, _ in alone), atol=1e-3, rtol=1e-4)
+    together = tiny_model.generate(tiny_model.collate([s.parts for s in samples], features(samples)), 12)
+    assert together == [tiny_model.generate(tiny_model.collate([s.parts], features([s])), 12)[0] for s in samples]
+
+
+@pytest.mark.parametrize("adapter, connectors, expected", [("ilora", False, {"ilora_A", "ilora_B", "ilora_router"}), ("lora", False, {"lora_A", "lora_B"}),
+                                                           ("ilora", True, {"ilora_A", "ilora_B", "ilora_router", "visual_qformer", "audio_qformer", "time"})])
+def test_what_is_trained(adapter, connectors, expected, samples):
+    from crab_min.trainer import name_of
+    model = load_base()
+    frozen = {n: p.clone() for n, p in model.named_parameters()}
+    model.add_adapter(AdapterConfig(adapter=adapter, r=4, alpha=8))
+    if connectors:
+        model.train_connectors()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {name_of(n) for n in trained} == expected
+    adapted = {n.split(".ilora_")[0].split(".lora_")[0] for n in trained if "lora_" in n}
+    assert len(adapted) == 7 * model.config.llm["num_hidden_layers"]
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    loss, tokens = model(model.collate([s.parts for s in samples], Features(model)(samples), [s.target for s in samples]))
+    (loss / tokens).backward()
+    optimizer.step()
+    for name, before in frozen.items():
+        name = name if name.startswith(("vision", "audio.", "visual", "audio_", "time")) else None
+        if name and name not in trained:
+            assert torch.equal(dict(model.named_parameters())[name], before)
+
+
+def test_trained_parts_come_back_bit_for_bit(tmp_path, samples):
+    model = load_base()
+    model.add_adapter(AdapterConfig(r=4, alpha=8))
+    model.train_connectors()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * .05)
+    model.save_trained(tmp_path)
+    again = load_base()
+    again.load_trained(tmp_path)
+    model.eval(), again.eval()
+    batch = model.collate([s.parts for s in samples], Features(model)(samples), [s.target for s in samples])
+    with torch.no_grad():
+        assert torch.equal(model(batch)[0], again(batch)[0])
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="config.json: missing"):
+        load_base(tmp_path)
+    with pytest.raises(ModelError, match="adapter"):
+        load_base().load_trained(tmp_path)

@@ -1,0 +1,169 @@
+"""train.py and infer.py as a user meets them, at a small size: results, resume, and one-line errors."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import infer
+import train
+from crab_min.interface import TASKS
+from crab_min.trainer import RunError, lock
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--steps", "6", "--batch-size", "4", "--save-every", "2", "--r", "4", "--alpha", "8"]
+
+
+@pytest.fixture(scope="module")
+def finished(small_world, tmp_path_factory):
+    """A short run on three tasks."""
+    out = tmp_path_factory.mktemp("runs") / "small"
+    assert train.main([*SMALL, "--data", str(small_world), "--tasks", "ave,avqa,s4", "--out", str(out)]) == 0
+    return out
+
+
+def test_metrics_and_predictions_hold_what_design_says(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics["tasks"]) == {"ave", "avqa", "s4"} and metrics["seconds"] > 0
+    for r in metrics["tasks"].values():
+        assert {"metric", "base", "blind", "parsed", "n", "all"} <= set(r)
+        assert 0 <= r["metric"] <= 1 and 0 <= r["parsed"] <= 1 and r["n"] > 0
+    lines = [json.loads(line) for line in (finished / "predictions" / "ave.jsonl").read_text().splitlines()]
+    assert len(lines) == metrics["tasks"]["ave"]["n"]
+    assert all({"id", "task", "text", "target", "parsed"} <= set(line) for line in lines) and lines[0]["id"] == "ave/test/0"
+    log = (finished / "log.csv").read_text().splitlines()
+    assert log[0].startswith("step,loss") and len(log) == 7
+    assert {p.name for p in (finished / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert json.loads((finished / "adapter" / "adapter_config.json").read_text())["peft_type"] == "ILORA"
+
+
+def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
+    before = (finished / "metrics.json").read_text()
+    assert train.main([*SMALL, "--data", str(small_world), "--tasks", "ave,avqa,s4", "--out", str(finished)]) == 2
+    assert "finished" in capsys.readouterr().err and (finished / "metrics.json").read_text() == before
+
+
+def test_a_run_in_use_is_locked(tmp_path):
+    held = lock(tmp_path)
+    with pytest.raises(RunError, match="in use"):
+        lock(tmp_path)
+    held.close()
+
+
+def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "24",
+               "--batch-size", "4", "--save-every", "4", "--dropout", "0.2", "--train", "adapter+connectors", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, cwd=tmp_path)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not (tmp_path / "killed" / "state" / "step_8").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists(), "the run ended before it could be killed"
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, cwd=tmp_path)
+    whole, killed = ([line.split(",")[:5] for line in (tmp_path / name / "log.csv").read_text().splitlines()] for name in ("whole", "killed"))
+    assert whole == killed and len(whole) == 25
+
+
+def test_infer_on_a_clip_prints_one_json_line_and_draws(finished, small_world, tmp_path, monkeypatch, capsys):
+    clip = sorted((small_world / "ave" / "video").glob("*.mp4"))[0]
+    monkeypatch.chdir(tmp_path)
+    assert infer.main([str(clip), "--task", "ave", "--json", "--run", str(finished)]) == 0
+    out = capsys.readouterr().out
+    line = json.loads(out)
+    assert out.count("\n") == 1 and {"text", "parsed", "seconds", "error"} <= set(line)
+    assert Path(line["picture"]).read_bytes()[:4] == b"\x89PNG"
+    assert infer.main([str(clip), "--ask", "How many things are seen?", "--run", str(finished)]) == 0
+    assert "answer:" in (shown := capsys.readouterr().out) and "How many things are seen?" in shown
+
+
+def test_infer_takes_every_kind_of_media(finished, small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, two = map(str, sorted((small_world / "ave" / "video").glob("*.mp4"))[:2])
+    image = str(next((small_world / "s4").rglob("frames/*.jpg")))
+    for arguments in (["--task", "a2v", one, "--second-video", two], ["--task", "v2a", one, "--audio", one, "--audio", two],
+                      ["--task", "s4", "--image", image, "--audio", one, "--frame-index", "2"], ["--task", "meld", one],
+                      ["--task", "avqa_thu", one, "--ask", "What is heard?", "--options", "dog,cat,bell"],
+                      ["--task", "ref_avs", "--image", image, "--audio", one, "--ask", "the thing on the left"]):
+        assert infer.main([*arguments, "--json", "--run", str(finished), "--limit", "8"]) == 0
+        assert json.loads(capsys.readouterr().out)["task"] == arguments[1]
+
+
+def test_eval_scores_a_split_and_counts_missing_clips(finished, small_world, tmp_path, capsys):
+    assert infer.main(["--eval", "--data", str(small_world), "--split", "train", "--tasks", "ave", "--test-rows", "3", "--run", str(finished), "--out", str(tmp_path / "e")]) == 0
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert metrics["tasks"]["ave"]["n"] == 3 and "exact" in metrics["tasks"]["ave"]
+    data = tmp_path / "data"
+    (data / "ave").mkdir(parents=True)
+    rows = json.loads((small_world / "ave" / "test.json").read_text())[:2]
+    (data / "ave" / "test.json").write_text(json.dumps([{**r, "video_path": str(small_world / "ave" / "video" / r["video_path"]) if i else "gone.mp4",
+                                                         "audio_path": str(small_world / "ave" / "audio" / r["audio_path"])} for i, r in enumerate(rows)]))
+    command = ["--eval", "--data", str(data), "--tasks", "ave", "--run", str(finished), "--out", str(tmp_path / "m")]
+    assert infer.main(command) == 2 and "gone.mp4" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    assert infer.main([*command, "--allow-missing"]) == 0
+    assert json.loads((tmp_path / "m" / "metrics.json").read_text())["missing"] == 1
+
+
+def bad_inputs(folder, world):
+    """(what it is, command, words the one line must have)"""
+    good = sorted((world / "ave" / "video").glob("*.mp4"))[0]
+    (folder / "text.mp4").write_text("not a film")
+    (folder / "cut.mp4").write_bytes(good.read_bytes()[:len(good.read_bytes()) // 2])
+    (folder / "empty.wav").write_bytes(b"")
+    for name, content in (("broken", "[{"), ("field", '[{"video_path": "x.mp4"}]')):
+        (folder / name / "ave").mkdir(parents=True)
+        (folder / name / "ave" / "train.json").write_text(content)
+    ask = ["--task", "ave"]
+    yield "missing file", infer.main, [str(folder / "gone.mp4"), *ask], ["gone.mp4"]
+    yield "text file", infer.main, [str(folder / "text.mp4"), *ask], ["text.mp4"]
+    yield "cut file", infer.main, [str(folder / "cut.mp4"), *ask], ["cut.mp4"]
+    yield "empty sound", infer.main, [str(good), "--audio", str(folder / "empty.wav"), *ask], ["empty.wav"]
+    yield "nothing asked", infer.main, [str(good)], ["--ask", "--task"]
+    yield "missing second video", infer.main, [str(good), "--task", "a2v"], ["a2v", "video2_path"]
+    yield "unknown task", infer.main, [str(good), "--task", "avee"], ["avee", "ave"]
+    yield "unknown task", train.main, ["--tasks", "avee"], ["avee", "ave"]
+    yield "broken json", train.main, ["--data", str(folder / "broken")], ["broken/ave/train.json", "JSON"]
+    yield "missing field", train.main, ["--data", str(folder / "field")], ["field/ave/train.json", "row 0", "audio_path"]
+    yield "no such data", train.main, ["--data", str(folder / "nothing")], ["nothing", "--data"]
+    yield "no such things", train.main, ["--things", str(folder / "nothing")], ["nothing", "--things"]
+    yield "no such run", infer.main, [str(good), *ask, "--run", str(folder / "nothing")], ["nothing", "--run"]
+    yield "unknown flag", train.main, ["--stepz", "3"], ["--stepz"]
+    yield "unknown preset", train.main, ["crab-huge"], ["crab-huge", "crab_plus-tiny"]
+    yield "wrong value", train.main, ["--steps", "many"], ["--steps", "many"]
+
+
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(small_world, tmp_path, monkeypatch, capsys):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    cases = list(bad_inputs(inputs, small_world))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name, main, arguments, words in cases:
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err.strip()
+        lines = [line for line in error.splitlines() if line.startswith("error:")]
+        assert code == 2 and len(lines) == 1 and "Traceback" not in error, (name, error)
+        assert all(word in lines[0] for word in words), (name, error)
+        assert not list((tmp_path / "work").iterdir()), name
+
+
+def test_readme_commands_run_at_a_small_size(tmp_path):
+    """The README's training command with small numbers, then infer.py without arguments, in a folder of their own."""
+    commands = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    assert "pip install -r requirements.txt && python train.py" in commands and "pytest" in commands
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = lambda *arguments: subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)      # noqa: E731
+    done = run(str(ROOT / "train.py"), *SMALL, "--world-clips", "24", "--world-test", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for task in TASKS.values():
+        assert len([line for line in done.stdout.splitlines() if line.split(" ")[0] == task.name]) == (1 if "test" in task.splits else 0)
+    done = run(str(ROOT / "infer.py"), "--json", "--limit", "8", "--run", "runs/crab_plus-tiny")
+    assert done.returncode == 0 and json.loads(done.stdout)["task"] == "avqa", done.stderr[-2000:]

@@ -1,0 +1,125 @@
+"""The built-in world: exact, repeatable, balanced, and readable by the same reader as the real data."""
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from crab_min.data import load_media, mask_boxes, read_samples
+from crab_min.interface import TASKS, parse
+from crab_min.media import read_video
+from crab_min.world import FPS, SECONDS, Renderer, WorldError
+from crab_min.world_tasks import TRAIN_ONLY, WorldConfig, box_and_points, build_world, overlap
+
+SMALL = WorldConfig(world_clips=24, world_test=4)
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    return Renderer()
+
+
+def test_same_seed_same_annotations_and_drawn_frames(tmp_path, renderer):
+    first, second = (build_world(SMALL, 5, tmp_path / name) for name in "ab")
+    for path in sorted(first.rglob("*")):
+        if path.suffix in (".json", ".png", ".jpg"):
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path
+    for kind in ("one", "many", "action", "face"):
+        times = np.arange(SECONDS * FPS) / FPS
+        frames = [r.frames(r.scene("test", kind, 3, 5), times) for r in (renderer, Renderer())]
+        assert frames[0].tobytes() == frames[1].tobytes()
+    other = build_world(SMALL, 6, tmp_path / "a")
+    assert (other / "ave" / "train.json").read_text() != (first / "ave" / "train.json").read_text()
+
+
+def test_every_folder_is_there_and_every_training_target_parses_to_its_gold(small_world):
+    for name, task in TASKS.items():
+        for split in ("train",) if name in TRAIN_ONLY else ("train", "test"):
+            for sample in read_samples(small_world, [name], split):
+                assert split == "test" or parse(task, sample.target).error is None, sample.target
+                assert all(Path(p.path).exists() for p in sample.media)
+    assert not any((small_world / name / "test.json").exists() for name in TRAIN_ONLY)
+
+
+def test_clips_are_what_design_says(small_world):
+    clip = sorted((small_world / "ave" / "video").glob("*.mp4"))[0]
+    video = read_video(clip, frames=10, size=None)
+    assert video.frames.shape == (10, 96, 96, 3) and video.seconds == pytest.approx(10, abs=.1)
+
+
+def test_what_is_written_is_what_the_scene_says(small_world, renderer):
+    """A decoded clip shows the drawn frames, and its sound is loud exactly where something is heard."""
+    sample = read_samples(small_world, ["ave"], "test")[2]
+    scene = renderer.scene("test", "one", 2)
+    video, audio = sample.media
+    drawn = renderer.frames(scene, [i + .5 for i in range(10)]).astype(int)
+    assert np.abs(load_media(video, 96) - drawn).mean() < 8
+    loud = [np.sqrt(np.mean(w ** 2)) > .01 for w in load_media(audio, 96)]
+    heard = [any(o.heard_at(t) for o in scene.objects) for t in range(SECONDS)]
+    assert loud == heard
+
+
+def test_boxes_of_test_frames_come_from_the_masks(small_world):
+    for sample in read_samples(small_world, ["s4"], "test"):
+        rows = json.loads((small_world / "arig" / "test.json").read_text())
+        box = next(r["top_left"] + r["bottom_right"] for r in rows if sample.row["vid"] in r["visual_path"])
+        assert list(sample.gold.boxes[0]) == box
+
+
+def test_box_and_points_of_a_mask():
+    mask = np.zeros((96, 96), np.uint8)
+    mask[24:48, 12:36] = 255
+    box, points = box_and_points(mask)
+    assert box == (28, 56, 84, 112)
+    assert all(box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in points) and len(set(points)) == 3
+
+
+def test_a_mask_with_two_objects_has_two_boxes_for_ms3(tmp_path):
+    mask = np.zeros((96, 96), np.uint8)
+    mask[0:24, 0:24] = mask[48:96, 48:96] = 255
+    (tmp_path / "labels_rgb").mkdir()
+    Image.fromarray(mask).save(tmp_path / "labels_rgb" / "1.png")
+    assert mask_boxes(tmp_path / "frames" / "1.jpg", "ms3", {}) == [(0, 0, 56, 56), (112, 112, 224, 224)]
+    assert mask_boxes(tmp_path / "frames" / "1.jpg", "s4", {}) == [(0, 0, 224, 224)]
+
+
+def test_overlap_of_spans():
+    assert overlap([(0, 5)], [(3, 8)]) == [(3, 5)]
+    assert overlap([(0, 2), (4, 10)], [(1, 5)]) == [(1, 2), (4, 5)]
+    assert overlap([(0, 2)], [(2, 4)]) == []
+
+
+def test_answers_are_balanced_within_each_question_type(tmp_path_factory, monkeypatch):
+    """On the symbolic scenes alone: no clip is encoded for this."""
+    from crab_min import world_tasks
+    import random
+    renderer = Renderer()
+    scenes = {kind: [renderer.scene("test", kind, i) for i in range(150)] for kind in ("one", "many", "action", "face")}
+    rows = world_tasks.clip_rows(renderer, scenes, random.Random(0), 150)
+    by_type = {}
+    for row in rows["avqa"]:
+        by_type.setdefault(row["type"], Counter())[row["answer"]] += 1
+    assert len(by_type) == 9
+    for counts in by_type.values():
+        assert max(counts.values()) <= min(counts.values()) + 2, counts
+
+
+def test_things_from_a_folder(tmp_path, monkeypatch):
+    from crab_min.media import write_audio
+    with pytest.raises(WorldError, match="no such folder"):
+        Renderer(str(tmp_path / "nowhere"))
+    for i in range(4):
+        if i == 3:
+            with pytest.raises(WorldError, match="at least 4"):
+                Renderer(str(tmp_path))
+        picture = np.zeros((40, 60, 4), np.uint8)
+        picture[8:32, 10:50] = (40 * i, 200, 30, 255)
+        Image.fromarray(picture).save(tmp_path / f"thing_{i}.png")
+        write_audio(str(tmp_path / f"thing_{i}.wav"), np.sin(np.arange(16000) * (.05 + .03 * i)).astype(np.float32) * .3)
+    renderer = Renderer(str(tmp_path))
+    assert [t.label for t in renderer.things] == ["thing 0", "thing 1", "thing 2", "thing 3"]
+    assert all(len(t.wave) == 160000 and t.sprite.size == (40, 24) for t in renderer.things)
+    frames = renderer.frames(renderer.scene("train", "one", 0), [1.0])
+    assert frames.shape == (1, 96, 96, 3)

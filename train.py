@@ -1,0 +1,38 @@
+"""Train crab_min: `python train.py [PRESET] [--field value ...]`.
+
+Without arguments: builds the audio-visual world, trains I-LoRA on the shipped tiny base for all tasks of Crab+ (arXiv 2603.04128),
+and prints a line a task: frozen base, trained, best constant answer. `python train.py --list` shows the presets.
+"""
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # worker processes are forked after the tokenizer was used
+
+from crab_min.base import BaseConfig, train_base
+from crab_min.config import PRESETS
+from crab_min.flags import Parser, add_flags, from_flags, one_line
+from crab_min.trainer import TrainConfig, run
+
+
+def main(arguments: list[str]) -> int:
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "crab_plus-tiny"
+    parser = Parser(prog="train.py", description=__doc__.split("\n")[0], epilog="presets: " + ", ".join(PRESETS))
+    if preset not in PRESETS:
+        parser.error(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
+    parser.add_argument("preset", nargs="?", default=preset, help="what to train (default: crab_plus-tiny)")
+    parser.add_argument("--list", action="store_true", help="list the presets and stop")
+    parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
+    description, defaults = PRESETS[preset]
+    add_flags(parser, BaseConfig if preset == "tiny-base" else TrainConfig, defaults)
+    given = parser.parse_args(arguments)
+    if given.list:
+        print("\n".join(f"{name:<16} {text}" for name, (text, _) in PRESETS.items()))
+        return 0
+    if preset == "tiny-base":
+        return one_line(lambda: train_base(from_flags(BaseConfig, given)), given.debug)
+    return one_line(lambda: run(from_flags(TrainConfig, given), preset), given.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
