@@ -12,8 +12,9 @@ Shapes: B scenes of a batch, C things of the world, Q queries, D width.
 """
 import json
 import random
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from tqdm import tqdm
 from crab_min.beats import fbank
 from crab_min.config import TINY_MODEL
 from crab_min.interface import TASKS, Part
-from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, load_tokenizer
+from crab_min.metrics import iou
+from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, load_tokenizer
 from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
 from crab_min.world_tasks import clip_rows, where
 
+IMAGE_AT = 4.5                                         # second of the image in check_base
 GRID = 224                                             # boxes are whole numbers on a 224 x 224 grid (interface.py)
 
 
@@ -41,6 +44,8 @@ class BaseConfig:
     hear_steps: int = field(default=1500, metadata={"help": "steps of stage hear (24 clips each)"})
     read_steps: int = field(default=6000, metadata={"help": "steps of stage read (24 scenes each)"})
     base_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of all three stages"})
+    seed: int = field(default=0, metadata={"help": "seed of the scenes and of the initial weights"})
+    out: str = field(default="runs/tiny-base", metadata={"help": "folder of the base"})
 
 
 # --- what is true of a scene, in words -----------------------------------------------------------------------------------
@@ -221,16 +226,19 @@ def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
     train_stage("hear", [model.audio, model.audio_qformer, head], config.hear_steps, config.base_lr, loss_of, log)
 
 
-def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random) -> tuple[list[Part], list[tuple], Callable]:
-    """One way of showing a scene: the parts of a prompt, the raw media, and a function that draws statements true of them."""
+def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "") -> tuple[list[Part], list[tuple], Callable]:
+    """One way of showing a scene: the parts of a prompt, the raw media, and a function that draws statements true of them.
+
+    view: "image" (at second 4.5), "audio" (all of it), "clip" (both), or any way at random; "moment" is an image and its second of sound.
+    """
     def part(kind):
         return Part("text", text=rng.choice(["", "", f"{kind}: "])), Part(kind)
-    view = rng.choice(["image", "image", "audio", "clip", "clip", "clip", "moment"])
-    if scene.kind in ("face", "action"):
-        view = rng.choice(["audio", "clip", "clip"])
-    parts, media, seen_at, hears = [], [], None, None
+    ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment"]
+    seen_at = IMAGE_AT if view else rng.randrange(SECONDS) + .5
+    view = view or rng.choice(ways)
+    seen_at = seen_at if view in ("image", "moment") else None
+    parts, media, hears = [], [], None
     if view in ("image", "moment"):
-        seen_at = rng.randrange(SECONDS) + .5
         parts += part("image")
         media.append(("image", renderer.frames(scene, [seen_at])))
     if view == "clip":
@@ -293,8 +301,44 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
     return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3
 
 
-def train_base(config: BaseConfig, folder: Path, seed: int) -> None:
-    """Make the base and write it to `folder`, with log.csv of the three stages."""
+def complete(model: AVLanguageModel, shown: list, beginnings: list[str], limit: int) -> list[str]:
+    """How the model goes on after the beginning of a statement about each shown scene."""
+    batch = model.collate([s[0] for s in shown], [s[1] for s in shown], beginnings)
+    batch = {**batch, "ids": batch["ids"][:, :-1], "attention": batch["attention"][:, :-1]}                 # without the end of text
+    return [text.split(".")[0].strip() for text in model.generate(batch, limit)]
+
+
+def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int = 100) -> dict:
+    """What the base says of scenes it was not trained on: places, emotions and movements (accuracy), spans (exact, and seconds' IoU), boxes (IoU)."""
+    model.eval()
+    rng, result = random.Random(seed), {}
+    for name, kinds, view in (("place", ("one", "many"), "clip"), ("emotion", ("face",), "clip"), ("movement", ("action",), "clip"),
+                              ("span", ("one", "many"), "audio"), ("span_in_clip", ("one", "many"), "clip"), ("box", ("one", "many"), "image")):
+        scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]
+        shown = [show(model, renderer, scene, rng, view) for scene in scenes]
+        shown = list(zip([s[0] for s in shown], encode_all(model, [s[1] for s in shown])))
+        objects = [next((o for o in s.objects if o.seen and o.heard), s.objects[0]) for s in scenes]
+        begin = {"place": "the place is", "emotion": "the person feels", "movement": "the {} is", "box": "the {} is at"}.get(name, "the {} is heard from")
+        said = complete(model, shown, [begin.format(o.label) for o in objects], 16)
+        numbers = [[int(v) for v in text.replace("to", " ").split() if v.isdigit()] for text in said]
+        if name.startswith("span"):
+            pairs = [(set(range(n[0], n[1])) if len(n) == 2 else set(), set(range(*o.heard[0]))) for n, o in zip(numbers, objects)]
+            result[name + "_exact"] = sum(a == b for a, b in pairs) / count
+            result[name + "_iou"] = sum(len(a & b) / len(a | b) for a, b in pairs) / count
+        elif name == "box":
+            gold = [box_of(renderer.mask(s, o, IMAGE_AT)) for s, o in zip(scenes, objects)]
+            result["box_iou"] = sum(iou(n, g) if len(n) == 4 else 0 for n, g in zip(numbers, gold) if g) / sum(g is not None for g in gold)
+        else:
+            result[name] = sum(text == getattr(s, name) for text, s in zip(said, scenes)) / count
+    model.train()
+    return {k: round(v, 3) for k, v in result.items()}
+
+
+def train_base(config: BaseConfig) -> None:
+    """Make the base and write it to its folder, with base.json: what it reaches, how long it took, and the log of the three stages."""
+    folder, seed, began = Path(config.out), config.seed, time.time()
+    if (folder / "base.json").exists():
+        raise ModelError(f"{folder}: holds a finished base, which will not be overwritten; choose another --out")
     torch.manual_seed(seed)
     renderer = Renderer()
     folder.mkdir(parents=True, exist_ok=True)
@@ -304,4 +348,6 @@ def train_base(config: BaseConfig, folder: Path, seed: int) -> None:
     for stage in (train_see, train_hear, train_read):
         stage(model, renderer, config, seed, lines.append)
         model.save_base(folder)
-        (folder / "log.json").write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
+    reached = {**check_base(model, renderer, seed), "minutes": round((time.time() - began) / 60, 1), "config": asdict(config)}
+    (folder / "base.json").write_text(json.dumps({**reached, "log": lines}, indent=1) + "\n")
+    print(f"{folder}: {json.dumps(reached)}")

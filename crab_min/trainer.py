@@ -212,11 +212,9 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
         value = loss.item() / tokens
         log.writerow([step + 1, f"{value:.6f}", tokens, f"{optimizer.param_groups[0]['lr']:.6g}", f"{norm.item():.4f}", f"{time.time() - start:.3f}"])
         bar.set_postfix(loss=f"{value:.3f}", tokens=tokens)
-        if (step + 1) % config.save_every == 0:
-            log.file.flush()
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
             save_state(folder, step + 1, model, optimizer)
     log.file.close()
-    save_state(folder, steps, model, optimizer)
 
 
 def open_log(path: Path, done: int):

@@ -1,0 +1,283 @@
+"""I-LoRA: its equation, what PEFT does with it, what it refuses, and the released checkpoints that become one."""
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from crab_min.convert import ConvertError, adapter_sizes, convert, read_checkpoint
+from crab_min.ilora import ILoraConfig, ILoraError, ILoraLayer, MergeError, record_routing
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(1)                               # the same base every time
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                        num_attention_heads=2, num_key_value_heads=1, eos_token_id=None)).eval()
+
+
+def config(**changes) -> ILoraConfig:
+    return ILoraConfig(**{"r": 4, "alpha": 8, "target_modules": SEVEN, **changes})
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Random values in every adapter weight, as if it had been trained."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(IDS).logits
+
+
+# --- the equation ----------------------------------------------------------------------------------------------------
+def test_a_fresh_adapter_changes_nothing():
+    assert torch.equal(logits(get_peft_model(llama(), config()).eval()), logits(llama()))
+
+
+def test_it_is_the_equation_head_by_head():
+    base, x = nn.Linear(10, 7), torch.randn(3, 5, 10)
+    layer = stir(ILoraLayer(base, "default", ILoraConfig(r=4, alpha=6, heads=3)))
+    A, R, B = (part["default"].weight for part in (layer.ilora_A, layer.ilora_router, layer.ilora_B))
+    w, y = torch.softmax(x @ R.T, -1), base(x)
+    for k in range(3):
+        B_k = B[:, 4 * k:4 * (k + 1)]
+        y = y + 6 / 4 * w[..., k:k + 1] * (x @ A.T @ B_k.T)
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer(x[0, 0]), y[0, 0])                                 # any number of leading axes
+
+
+def test_one_head_is_lora():
+    ours = stir(get_peft_model(llama(), config(heads=1)))
+    lora = get_peft_model(llama(), LoraConfig(r=4, lora_alpha=8, target_modules=SEVEN)).eval()
+    state = {name.replace("ilora_", "lora_"): p for name, p in ours.named_parameters() if "ilora_router" not in name}
+    lora.load_state_dict(state)
+    torch.testing.assert_close(logits(ours), logits(lora))
+
+
+def test_the_router_sees_the_input_without_dropout():
+    layer, x = stir(ILoraLayer(nn.Linear(10, 7), "default", ILoraConfig(r=4, dropout=0.5))).train(), torch.randn(4, 10)
+    with record_routing(layer) as first:
+        y = layer(x)
+    with record_routing(layer) as second:
+        assert not torch.equal(layer(x), y)
+    assert torch.equal(first[""], second[""])
+
+
+def test_routing_is_recorded_for_each_linear_and_only_inside_the_block():
+    model = stir(get_peft_model(llama(), config()))
+    with record_routing(model) as weights:
+        logits(model)
+    assert len(weights) == 7 * 2 and "base_model.model.model.layers.1.mlp.up_proj" in weights
+    for w in weights.values():
+        assert w.shape == (2, 6, 3) and not w.requires_grad
+        torch.testing.assert_close(w.sum(-1), torch.ones(2, 6))
+    before = dict(weights)
+    model(IDS.flip(0))
+    assert all(weights[name] is before[name] for name in before)
+
+
+def test_llama_2_7b_has_the_parameters_of_the_paper():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                                             num_hidden_layers=32, num_attention_heads=32))
+        model = get_peft_model(model, ILoraConfig(r=8, heads=3, target_modules=SEVEN))
+    assert model.get_nb_trainable_parameters()[0] == 45_162_496
+    assert sum(p.requires_grad for p in model.parameters()) == 32 * 7 * 3
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+def test_a_step_moves_the_adapter_and_no_bit_of_the_base():
+    model = get_peft_model(llama(), config()).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(2):                              # B is zero at first, so A and R move from the second step on
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("ilora_" not in name), name
+
+
+def test_a_half_precision_base_takes_a_full_precision_adapter():
+    model = stir(get_peft_model(llama().bfloat16(), config()))
+    assert {p.dtype for name, p in model.named_parameters() if "ilora_" in name} == {torch.float32}
+    with record_routing(model) as weights:
+        loss = model(IDS, labels=IDS)
+    assert loss.logits.dtype == torch.bfloat16 and next(iter(weights.values())).dtype == torch.float32
+    loss.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# --- with PEFT -------------------------------------------------------------------------------------------------------
+def test_saved_and_loaded_it_is_the_same_to_the_bit(tmp_path):
+    model = stir(get_peft_model(llama(), config(modules_to_save=["lm_head"], exclude_modules=["k_proj"])))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    ours, theirs = again.peft_config["default"], model.peft_config["default"]
+    assert (ours.r, ours.alpha, ours.heads, ours.target_modules) == (4, 8, 3, theirs.target_modules)
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_disabled_it_is_the_base():
+    model = stir(get_peft_model(llama(), config()))
+    assert not torch.equal(logits(model), logits(llama()))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama()))
+
+
+def test_a_second_adapter_can_be_added_switched_to_and_deleted():
+    model = get_peft_model(llama(), config())
+    model.add_adapter("other", config(r=2, heads=5, target_modules="all-linear"))
+    first = logits(stir(model))
+    model.set_adapter("other")
+    other = logits(model)
+    assert not torch.equal(first, other)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"other"}
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), other)
+    assert not any(".default." in name for name, _ in model.named_parameters())
+
+
+def test_several_heads_are_not_merged_and_the_reason_is_given():
+    model = stir(get_peft_model(llama(), config()))
+    before = logits(model)
+    for merge in model.merge_adapter, model.merge_and_unload:
+        with pytest.raises(MergeError, match="'default' has 3 heads.*for every token.*heads=1"):
+            merge()
+    assert torch.equal(logits(model), before)
+
+
+def test_one_head_is_merged_and_unmerged():
+    model = stir(get_peft_model(llama(), config(heads=1)))
+    before = logits(model)
+    model.merge_adapter()
+    merged = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert merged.merged and not torch.equal(merged.weight, llama().model.layers[0].self_attn.q_proj.weight)
+    torch.testing.assert_close(logits(model), before)
+    model.unmerge_adapter()
+    torch.testing.assert_close(merged.weight, llama().model.layers[0].self_attn.q_proj.weight)
+    torch.testing.assert_close(logits(model), before)
+    torch.testing.assert_close(logits(model.merge_and_unload(safe_merge=True)), before)
+
+
+def test_it_generates():
+    model = stir(get_peft_model(llama(), config()))
+    answer = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    longer = model(answer[:, :-1]).logits[:, -3:].argmax(-1)                            # the cache changes nothing
+    assert answer.shape == (2, 9) and torch.equal(answer[:, -3:], longer)
+
+
+def test_it_adapts_an_encoder_decoder():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+                                             decoder_start_token_id=0)).eval()
+    before = t5(IDS, labels=IDS).loss
+    model = get_peft_model(t5, config(target_modules=["q", "v", "wo"])).eval()
+    assert torch.equal(model(input_ids=IDS, labels=IDS).loss, before)
+    assert not torch.equal(stir(model)(input_ids=IDS, labels=IDS).loss, before)
+    assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == 2
+
+
+def test_only_some_layers():
+    model = get_peft_model(llama(), config(layers_to_transform=[1], layers_pattern="layers"))
+    assert {name.split(".")[4] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"r": 0}, "r=0"), ({"heads": 0}, "heads=0"),
+    ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "put the layers into the regex"),
+    ({"layers_pattern": "layers"}, "set layers_to_transform")])
+def test_settings_without_sense_are_refused(changes, reason):
+    with pytest.raises(ILoraError, match=reason):
+        config(**changes)
+
+
+def test_only_linears_are_adapted():
+    with pytest.raises(ILoraError, match="model.embed_tokens is a Embedding.*nn.Linear"):
+        get_peft_model(llama(), config(target_modules=["embed_tokens"]))
+
+
+# --- released checkpoints --------------------------------------------------------------------------------------------
+def released(linears: list[str], heads: int = 3, r: int = 4) -> dict:
+    """An adapter in Crab's format for linears of width 16."""
+    parts = {"lora_route": (heads, 16), "lora_A": (r, 16), **{f"lora_B{k}": (16, r) for k in reversed(range(heads))}}
+    return {f"{linear}.{part}.weight": torch.randn(shape) for linear in linears for part, shape in parts.items()}
+
+
+def test_a_released_adapter_becomes_ours():
+    model = get_peft_model(llama(), config(target_modules=["q_proj", "o_proj"]))
+    names = [f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qo"]
+    theirs = released(names)
+    connector = {"base_model.model.model.vl_projector.visual_ln.bias": torch.ones(3),
+                 "base_model.model.model.al_projector.audio_proj.2.weight": torch.ones(3),
+                 "base_model.model.model.al_projector.audio_Qformer.cls.predictions.bias": torch.ones(3)}
+    state = convert(theirs | connector, "crab")
+    assert {n for n in state if "ilora_" not in n} == {"visual_qformer.norm.bias", "audio_qformer.mlp.2.weight"}
+    adapter = {name: weight for name, weight in state.items() if "ilora_" in name}
+    assert adapter_sizes(adapter) == (4, 3) and len(adapter) == 3 * len(names)
+    assert not set_peft_model_state_dict(model, adapter).unexpected_keys
+    B = model.base_model.model.model.layers[0].self_attn.q_proj.ilora_B["default"].weight
+    assert torch.equal(B[:, 4:8], theirs[names[0] + ".lora_B1.weight"])
+
+
+def test_crab_plus_names_follow_transformers_5():
+    old = ["thinker.model.layers.3.mlp.up_proj", "visual.blocks.0.mlp.up_proj", "audio_tower.layers.0.self_attn.q_proj"]
+    new = ["model.language_model.layers.3.mlp.up_proj", "model.visual.blocks.0.mlp.up_proj",
+           "model.audio_tower.layers.0.self_attn.q_proj"]
+    state = convert(released([f"base_model.model.{name}" for name in old], heads=5), "crab_plus")
+    assert {name.split(".ilora_")[0] for name in state} == {f"base_model.model.{name}" for name in new}
+    assert adapter_sizes(state) == (4, 5)
+
+
+def test_names_that_do_not_fit_are_errors():
+    good = released(["x"])
+    with pytest.raises(ConvertError, match=r"does not know 1 of 6 names: x\.lora_C\.weight;"):
+        convert(good | {"x.lora_C.weight": torch.ones(1)}, "ilora")
+    with pytest.raises(ConvertError, match="'nothing': no such table, expected one of ilora, qformer"):
+        convert(good, "nothing")
+    with pytest.raises(ConvertError, match=r"heads \[0, 2\], expected 0 to 2"):
+        convert({name: w for name, w in good.items() if "B1" not in name}, "ilora")
+    with pytest.raises(ConvertError, match="8 columns, expected 12"):
+        adapter_sizes(convert({name: w for name, w in good.items() if "B2" not in name}, "ilora"))
+    with pytest.raises(ConvertError, match="1 A, 0 routers"):
+        adapter_sizes(convert({name: w for name, w in good.items() if "route" not in name}, "ilora"))
+    with pytest.raises(ConvertError, match="visual_ln.bias and audio_ln.bias would both become norm.bias"):
+        convert({"visual_ln.bias": torch.ones(1), "audio_ln.bias": torch.ones(1)}, "qformer")
+
+
+def test_checkpoints_are_read_without_running_what_is_in_them(tmp_path):
+    state = released(["x"])
+    for name, format in ("new.bin", True), ("old.pt", False):
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=format)
+        again = read_checkpoint(tmp_path / name)
+        assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
+    with pytest.raises(ConvertError, match="nowhere.bin: no such file"):
+        read_checkpoint(tmp_path / "nowhere.bin")
+    (tmp_path / "page.bin").write_text("<html>Not Found</html>")
+    (tmp_path / "page.safetensors").write_text("<html>Not Found</html>")
+    (tmp_path / "half.bin").write_bytes((tmp_path / "new.bin").read_bytes()[:900])
+    torch.save({"x": Ran()}, tmp_path / "code.pt")
+    for name in "page.bin", "page.safetensors", "half.bin", "code.pt":
+        with pytest.raises(ConvertError, match=f"{name}: not a whole file of weights"):
+            read_checkpoint(tmp_path / name)
+
+
+class Ran:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return pytest.fail, ("code of the file was run",)
