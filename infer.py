@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from transformers import TextStreamer
 
-from crab_min.data import DataError, Features, Sample, load_media, pick_tasks, read_samples
+from crab_min.data import DataError, Features, Sample, load_media, pick_tasks, read_samples, without
 from crab_min.evaluate import answer, score_all, write_predictions
 from crab_min.flags import Parser, one_line
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
@@ -105,6 +105,7 @@ def evaluate(given) -> None:
     tasks = pick_tasks(given.task or given.tasks)
     root = given.data or build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
+    samples = without(samples, given.without) if given.without else samples
     features = Features(model, max_bad=1.0)
     features.fill(samples, strict=not given.allow_missing)
     there = [s for s in samples if not any(p in features.bad for p in s.media)]
@@ -116,12 +117,14 @@ def evaluate(given) -> None:
         r["name"] = TASKS[task].metric
         if pairs:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
-    out = Path(given.out or folder / f"eval_{given.split}")
+    out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
     write_predictions(out / "predictions", samples, said)
     write_whole(out / "metrics.json", json.dumps({"tasks": results, "missing": len(samples) - len(there), "unreadable": list(features.bad.values())}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {r['exact'] if 'exact' in r else float('nan'):>6.2f} {r['parsed']:>7.2f} {r['n']:>5}")
+        for kind, t in r.get("types", {}).items():
+            print(f"  {kind:<25} {t['metric']:>6.3f}  (best constant answer {t['blind']:.3f}) {t['n']:>5}")
     with_target = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.target]
     if with_target:
         print(f"target text returned exactly: {sum(a == b for a, b in with_target)} of {len(with_target)} rows")
@@ -149,6 +152,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--eval", action="store_true", help="answer and score a whole split")
     parser.add_argument("--data", help="with --eval: AV-UIE v2 folder (default: the world the run was trained on)")
     parser.add_argument("--split", default="test", choices=["train", "test"], help="with --eval: which split")
+    parser.add_argument("--without", choices=["sound", "frames"], help="with --eval: other clips' sounds, or black pictures: what do the answers rest on?")
     parser.add_argument("--tasks", default="all", help="with --eval: comma-separated task names, or all")
     parser.add_argument("--test-rows", type=int, default=0, help="with --eval: rows a task (0: all)")
     parser.add_argument("--allow-missing", action="store_true", help="with --eval: score samples with unreadable files as wrong instead of stopping")

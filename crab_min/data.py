@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +119,32 @@ def mask_boxes(frame: Path, task: str, row: dict) -> list[tuple]:
 
 
 # --- media -----------------------------------------------------------------------------------------------------------------
+BLACK = "black"                                        # the path of pictures that are to be black, see `without`
+
+
+def without(samples: list[Sample], sense: str) -> list[Sample]:
+    """The same questions with a sense taken away, to see what an answer rests on.
+
+    sense: "sound": every sound is that of another clip of its task; "frames": all pictures are black.
+    """
+    groups, changed = {}, {}
+    for s in samples:
+        groups.setdefault(s.task.name, []).append(s)
+    for group in groups.values():
+        sounds = [[p.path for p in s.media if p.kind == "audio"] for s in group]
+        for i, s in enumerate(group):
+            ahead = (sounds[(i + len(group) // 2 + k) % len(group)] for k in range(len(group)))
+            other = iter(next((paths for paths in ahead if not set(paths) & set(sounds[i])), sounds[i]))
+            changed[s.id] = replace(s, parts=[
+                replace(p, path=next(other)) if p.kind == "audio" and sense == "sound" else
+                replace(p, path=BLACK) if p.kind in ("video", "image") and sense == "frames" else p for p in s.parts])
+    return [changed[s.id] for s in samples]
+
+
 def load_media(part: Part, size: int):
     """The arrays of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,). Raises MediaError."""
+    if part.path == BLACK:
+        return np.zeros((part.frames if part.kind == "video" else 1, size, size, 3), np.uint8)
     if part.kind == "video":
         return read_video(part.path, part.frames, size).frames
     if part.kind == "image":

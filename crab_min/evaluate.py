@@ -4,6 +4,7 @@ Decoding is greedy, with a limit of tokens for each task (the longest target of 
 Nothing is skipped: an answer that does not parse counts as wrong and lowers `parsed`.
 """
 import json
+import re
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,11 +43,17 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
-    """{task: {"metric", "parsed", "n", "all"}} of the answers."""
-    result = {}
-    for task in dict.fromkeys(s.task.name for s in samples):
-        chosen = [(s, t) for s, t in zip(samples, texts) if s.task.name == task]
-        result[task] = score(chosen[0][0].task, [parse(s.task, t) for s, t in chosen], [s.gold for s, _ in chosen])
+    """{task: {"metric", "parsed", "n", "all", and "types" where its questions have any}} of the answers."""
+    result, types = {}, {}
+    for s, text in zip(samples, texts):
+        kind = " ".join(re.sub(r'[][",]', "", str(s.row.get(field, ""))) for field in s.task.types)
+        types.setdefault(s.task, {}).setdefault(kind, []).append((parse(s.task, text), s.gold))
+    for task, groups in types.items():
+        result[task.name] = score(task, *zip(*(pair for group in groups.values() for pair in group)))
+        if task.types:
+            result[task.name]["types"] = {kind: {**{k: v for k, v in score(task, *zip(*group)).items() if k in ("metric", "n")},
+                                                 "blind": best_constant(task, [g for _, g in group], [g for _, g in group])[0]}
+                                          for kind, group in sorted(groups.items())}
     return result
 
 

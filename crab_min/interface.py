@@ -83,6 +83,7 @@ class Task:
     audio: str = "tenths"                              # audio window
     slots: tuple = ()                                  # (placeholder, accepted fields)
     options: tuple = ()                                # the only answers there are, in canonical form
+    types: tuple = ()                                  # fields that name the type of a question, scored apart too
     splits: tuple = ("train", "test")
 
 
@@ -105,9 +106,10 @@ TASKS = {task.name: task for task in (
     Task("cremad", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("mafw", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("dfew", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
-    Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,)),
+    Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,),
+         types=("type",)),
     Task("avqa_thu", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
-         slots=(QUESTION, ("choices", ("multi_choice",)))),
+         slots=(QUESTION, ("choices", ("multi_choice",))), types=("question_relation", "question_type")),
     Task("ave", "localisation", "Which event is both seen and heard, and when?", "label_content",
          ("event", "event", "start_time", "end_time"), parser="event", metric="segments"),
     Task("unav", "localisation", "Which events happen, and when?", "label_content", IN_TEXT,

@@ -309,12 +309,13 @@ class _Track:
         if "matroska" in self.clip.container.format.name:
             with suppress(av.FFmpegError):
                 self.seek(0)                                                      # it reads its index at the first seek
+        self.indexed = len(self.stream.index_entries) > 1                         # else it grows with what is read, with holes
         decoded = self.decode()
         frame, coming = None, next(decoded, None)                                 # coming: (time, frame)
         for time in times:
             if coming is not None and self.jump_pays(coming[0], time):
-                for back in (0., 1., 5., 25., time):
-                    self.seek(max(time - back, 0.))
+                for back in (0., 1., 5., 25., math.inf):
+                    self.seek(max(time - back, min(0., -self.clip.origin)))       # at our 0, MPEG-TS finds the second keyframe
                     decoded = self.decode()
                     coming = next(decoded, None)
                     if coming is not None and coming[0] <= time:
@@ -328,9 +329,9 @@ class _Track:
     def jump_pays(self, now: float, time: float) -> bool:
         """Is there a keyframe between `now` and `time`, so that seeking decodes less than going on?"""
         index = self.stream.index_entries
-        if len(index) < 2:                                                        # no index: guess
-            return time - now > FAR
         low, high = (int((t + self.clip.origin) / self.stream.time_base) for t in (now, time))
+        if not self.indexed or index[-1].timestamp < low:                         # no index, or not of all the file: guess
+            return time - now > FAR
         key = index.search_timestamp(high)                                        # the last keyframe at or before it
         return key >= 0 and index[key].timestamp > low
 

@@ -246,7 +246,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def load_base(folder: str | Path = ASSETS / "base") -> AVLanguageModel:
-    """The model in `folder` (written by `save_base`), in float32, frozen and in evaluation mode."""
+    """The model in `folder` (written by `save_base`), in float32, frozen and in evaluation mode.
+
+    "random": the shipped base's sizes and tokenizer with random weights, the same ones each time: what is the base worth?
+    """
+    if str(folder) == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = ModelConfig(**json.loads((ASSETS / "base" / "config.json").read_text()))
+            return AVLanguageModel(config, load_tokenizer(ASSETS / "base" / "tokenizer.json")).requires_grad_(False).eval()
     folder = Path(folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():

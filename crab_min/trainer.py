@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,10 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from crab_min.data import Features, Mixer, Sample, pick_tasks, read_samples
+from crab_min.data import Features, Mixer, Sample, load_media, pick_tasks, read_samples
 from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
-from crab_min.interface import load_prompts
+from crab_min.interface import load_prompts, parse, write
+from crab_min.media import media_seconds
+from crab_min.metrics import score
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, load_base
+from crab_min.viz import draw_scores, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
 
@@ -38,7 +42,7 @@ class TrainConfig(AdapterConfig, WorldConfig):
     tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
-    base: str = field(default="", metadata={"help": "folder of the base model (default: the shipped tiny base)"})
+    base: str = field(default="", metadata={"help": "folder of the base model, or random (default: the shipped tiny base)"})
     train: str = field(default="adapter", metadata={"help": "what is trained: the adapter, or the connectors (Q-Formers) as well",
                                                     "choices": ["adapter", "adapter+connectors"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 1,000)"})
@@ -148,7 +152,7 @@ def run(config: TrainConfig, preset: str) -> dict:
     model = load_base(config.base or ASSETS / "base")
     root = config.data or build_world(config, config.seed)
     train = read_samples(root, tasks, "train", config.target, prompts)
-    test = [s for s in read_samples(root, tasks, "test", config.target, prompts, config.test_rows)]
+    test = read_samples(root, tasks, "test", config.target, prompts, config.test_rows)
     features = Features(model, config.cache_features, config.max_bad)
     features.fill(test)                                                       # strict: a missing test clip is an error
     features.fill(train, strict=False)
@@ -179,9 +183,23 @@ def run(config: TrainConfig, preset: str) -> dict:
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
     held.close()
+    draw_scores(folder / "scores.png", results)
+    draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
     print(table(results))
     print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
+
+
+def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
+    """The cells of draw_sheet: of every second task the best and the worst of a handful of its answers."""
+    rng, cells = random.Random(seed), []
+    for task in list(dict.fromkeys(s.task.name for s in samples))[::2]:
+        few = rng.sample([(s, t) for s, t in zip(samples, texts) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
+        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold])["metric"], s.id, s, t) for s, t in few), reverse=True)
+        for value, _, s, text in (scored[0], scored[-1])[:len(scored)]:
+            media = [(p.kind, p.kind, load_media(p, 224), 1.0 if p.kind == "image" else media_seconds(p.path)) for p in s.media]
+            cells.append((f"{task}: {s.parts[-1].text.strip()}", media, parse(s.task, text), text, s.target or write(s.task, s.gold), value))
+    return cells
 
 
 def name_of(parameter: str) -> str:
@@ -195,7 +213,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     connectors = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("llm.")]
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (connectors, config.connector_lr)) if g], weight_decay=0)
     done = load_state(folder, model, optimizer)
-    log = open_log(folder / "log.csv", done)
+    file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
     model.train()
     bar = tqdm(batches, desc="training", unit="step", initial=done, total=steps)
@@ -214,18 +232,13 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
         bar.set_postfix(loss=f"{value:.3f}", tokens=tokens)
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             save_state(folder, step + 1, model, optimizer)
-    log.file.close()
+    file.close()
 
 
 def open_log(path: Path, done: int):
-    """log.csv opened for the next step: what an interrupted run wrote after its last state is dropped."""
+    """(file, writer) of log.csv for the next step: what an interrupted run wrote after its last state is dropped."""
     header = ["step", "loss", "tokens", "lr", "grad_norm", "seconds"]
     kept = list(csv.reader(path.read_text().splitlines()))[1:done + 1] if path.exists() and done else []
     write_whole(path, "\n".join(",".join(row) for row in [header, *kept]) + "\n")
     file = open(path, "a", buffering=1)
-    writer = csv.writer(file, lineterminator="\n")
-
-    class Log:
-        writerow = writer.writerow
-    Log.file = file
-    return Log
+    return file, csv.writer(file, lineterminator="\n")

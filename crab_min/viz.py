@@ -1,4 +1,4 @@
-"""Pictures: an answer over its clip. One PNG shows what the model was given and what it said about it.
+"""Pictures: an answer over its clip, the scores of a run, a sheet of its answers.
 
 Boxes and points are on the 224 x 224 grid, times in seconds. matplotlib draws without a display.
 """
@@ -79,7 +79,49 @@ def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text
         draw_events(rows[-1], answer, max(seconds for *_, seconds in media))
     figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=12, x=.01, ha="left")
     figure.supxlabel(words, fontsize=10, x=.01, ha="left")
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.rename(path)
+
+
+def draw_scores(path: Path, results: dict) -> None:
+    """Three bars a task: best constant answer, frozen base, trained; `results` as in metrics.json under "tasks"."""
+    figure = Figure(figsize=(max(5, .75 * len(results) + 1.5), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, places = figure.subplots(), np.arange(len(results))
+    for i, (key, label, colour) in enumerate((("blind", "best constant answer", "#b8bcc4"), ("base", "frozen base", "#edae49"), ("metric", "trained", "#00798c"))):
+        axes.bar(places + .27 * (i - 1), [r[key] for r in results.values()], .27, label=label, color=colour)
+    axes.set_xticks(places, [f"{task}\n{r['name'].replace('_', ' ')}" for task, r in results.items()], fontsize=8)
+    axes.set(ylim=(0, 1), ylabel="score on test clips")
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(.5, 1.12), frameon=False)
+    axes.grid(axis="y", alpha=.3)
+    save(figure, path)
+
+
+def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
+    """A contact sheet: what was seen and heard, asked and answered, three a row, green where the score is above a half.
+
+    cells: (title, media as for draw_answer, answer, text, gold text, score in 0..1).
+    """
+    rows = -(-len(cells) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.3 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for part, (title, media, answer, text, gold, score) in zip(figure.subfigures(rows, columns, squeeze=False).flat, cells):
+        heights = [3 if kind == "image" else 1.4 if kind == "video" else .5 for _, kind, _, _ in media]
+        for axes, (_, kind, arrays, seconds) in zip(part.subplots(len(media), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0], media):
+            if kind == "image":
+                draw_image(axes, arrays[0], answer)
+            elif kind == "video":
+                draw_frames(axes, arrays[::max(1, len(arrays) // 5)], seconds)
+            else:
+                draw_wave(axes, arrays, seconds)
+            axes.set(xticks=[])
+        part.suptitle("\n".join(textwrap.wrap(title, 72)), fontsize=9, x=.02, ha="left")
+        part.supxlabel("\n".join(textwrap.wrap(f"says: {text}", 80) + textwrap.wrap(f"gold: {gold}", 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
+                       color="#2e7d32" if score > .5 else "#b3261e")
+    save(figure, path)

@@ -1,12 +1,13 @@
 """The built-in audio-visual world: clips with exact labels, drawn and synthesised (DESIGN.md, "The built-in world").
 
-A `Scene` is the whole truth about one 10-second clip: a place, things with a position, the seconds in which each is seen,
-moves and is heard, or a face with an expression and a voice. Everything else is derived from it: frames, sound track,
-masks, and (in `world_tasks.py`) questions and answers. Nothing is measured afterwards, so every label is exact.
+A `Scene` is the whole truth about one 10-second clip: a place, things with a position and the seconds in which each is seen
+and heard, or a face with an expression and a voice. Everything else is derived from it: frames, sound track, masks, and (in
+`world_tasks.py`) questions and answers. Nothing is measured afterwards, so every label is exact.
 
-Three kinds of scene: "one" (exactly one thing is both seen and heard), "many" (1 to 4 things, any mixture), "action" (one
-thing moves in one of six ways and sounds) and "face" (an expression and a voice, now and then behind a mask). Off-screen
-sounds and silent things are everywhere, and silent things move too, so that seeing alone does not tell what is heard.
+Four kinds of scene: "one" (exactly one thing is both seen and heard), "many" (1 to 3 things seen, 1 to 3 heard, any number of
+them the same), "action" (one thing moves in one of six ways and sounds) and "face" (an expression and a voice, now and then
+behind a mask). Off-screen sounds and silent things are everywhere, and all things sway as long as they are seen, so that
+nothing in the picture tells what is heard, or when.
 
 Each scene has a generator of its own from (seed, split, kind, index): the same scene on any machine, whatever else is drawn.
 Shapes: frames (T, 96, 96, 3) uint8 at 25 per second, wave (N,) float32 at 16 kHz, sprites (h, w, 4) uint8.
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from crab_min.media import MediaError, read_audio
 
-VERSION = 1                                            # a change of what is drawn or said needs a new version, and a new base
+VERSION = 2                                            # a change of what is drawn or said needs a new version, and a new base
 SIZE, FPS, RATE, SECONDS = 96, 25, 16000, 10
 SPLITS = {"train": 0, "test": 1, "base": 2}
 KINDS = {"one": 0, "many": 1, "action": 2, "face": 3}
@@ -182,7 +183,6 @@ class Object:
     size: int = 0
     seen: list[Span] = field(default_factory=list)     # empty: off-screen
     heard: list[Span] = field(default_factory=list)    # empty: silent
-    moves: list[Span] = field(default_factory=list)
 
     def seen_at(self, t: float) -> bool:
         return any(s <= t < e for s, e in self.seen)
@@ -235,22 +235,20 @@ def make_scene(things: list[Thing], places: list[str], split: str, kind: str, in
         thing = int(rng.integers(len(things)))
         scene.movement = MOVEMENTS[index % len(MOVEMENTS)]
         scene.objects = [Object(thing, things[thing].label, 48, 50, int(rng.integers(28, 37)), [(0, SECONDS)],
-                                [draw_span(rng, 4, 10)], [(0, SECONDS)])]
+                                [draw_span(rng, 4, 10)])]
         return scene
-    roles = ["both"] + [["silent", "off"][int(rng.integers(2))] for _ in range(int(rng.integers(0, 4)))]      # kind "one"
-    if kind == "many":
-        roles = ["both"] + [["both", "silent", "off"][int(rng.integers(3))] for _ in range(int(rng.integers(0, 4)))]
-    slots = rng.permutation(6)                                                # 3 columns x 2 rows, so that things do not overlap
-    for role, thing, slot in zip(roles, rng.choice(len(things), len(roles), replace=False), slots):
+    seen, heard = (int(v) for v in rng.choice([1, 2, 2, 3, 3], 2))            # how many things are seen, how many heard
+    both = 1 if kind == "one" else int(rng.integers(max(0, seen + heard - 4), min(seen, heard) + 1))
+    roles = ["both"] * both + ["silent"] * (seen - both) + ["off"] * (heard - both)
+    columns = iter(rng.permutation(3))                                        # a column for each thing seen: nothing overlaps
+    for role, thing in zip(roles[:4], rng.choice(len(things), 4, replace=False)):
         o = Object(int(thing), things[thing].label)
         if role != "off":
-            o.x, o.y = 16 + 32 * int(slot % 3) + int(rng.integers(-3, 4)), 26 + 44 * int(slot // 3) + int(rng.integers(-4, 5))
-            o.size = int(rng.integers(22, 31))
-            whole = rng.random() < .5 or kind == "one" or not scene.objects   # the first thing is there all along
-            o.seen = [(0, SECONDS)] if whole else [draw_span(rng, 5, 9)]
+            o.x, o.y = 16 + 32 * int(next(columns)) + int(rng.integers(-3, 4)), 26 + 44 * int(rng.integers(2)) + int(rng.integers(-4, 5))
+            o.size = int(rng.integers(24, 33))
+            o.seen = [(0, SECONDS)] if kind == "one" or rng.random() < .5 else [draw_span(rng, 5, 9)]
         if role != "silent":
-            o.heard = [draw_span(rng, 2, 9 if kind == "one" else 6)]
-        o.moves = o.heard if role == "both" else [draw_span(rng)] if rng.random() < .7 else []
+            o.heard = [draw_span(rng, 2, 8 if kind == "one" else 6)]
         scene.objects.append(o)
     return scene
 
@@ -282,8 +280,9 @@ class Renderer:
             y += 24 * math.sin(turn / 8) * (scene.movement == "circling")
             angle = 30 * t if scene.movement == "spinning" else 0
             size *= {"growing": .5 + .11 * t, "shrinking": 1.6 - .11 * t}.get(scene.movement, 1)
-        elif any(s <= t < e for s, e in o.moves):                            # things lean to and fro while they move
-            angle, y = 18 if math.sin(turn * .75) > 0 else -18, y - 3 * abs(math.sin(turn * .75))
+        else:                                                                # things sway, each in its own time
+            sway = math.sin(turn * .5 + o.size)
+            angle, y = 18 * round(sway), y - 3 * abs(sway)
         return round(x), round(y), round(size), round(angle / 6) * 6 % 360
 
     def sprite(self, thing: int, size: int, angle: int, cache: dict) -> np.ndarray:

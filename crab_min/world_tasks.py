@@ -6,6 +6,7 @@ Clips are shared: all folders point into `ave/video` and `ave/audio`, as the rel
 """
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -35,7 +36,7 @@ class WorldConfig:
     """The size of the built-in world and what is in it."""
     things: str = field(default="", metadata={"help": "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from"})
     world_clips: int = field(default=900, metadata={"help": "training clips of the built-in world"})
-    world_test: int = field(default=100, metadata={"help": "test clips of each of the four kinds of scene"})
+    world_test: int = field(default=100, metadata={"help": "test clips of each kind of scene (half as many again of those with several events)"})
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------
@@ -63,10 +64,6 @@ def sentence(*clauses: str) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def where(o: Object) -> str:
-    return "in the middle" if o.side == "middle" else f"on the {o.side}"
-
-
 def length(o: Object) -> int:
     return sum(e - s for s, e in o.heard)
 
@@ -84,65 +81,91 @@ def box_and_points(mask: np.ndarray) -> tuple[tuple, list]:
 
 
 # --- questions (MUSIC-AVQA's nine types, and multiple choice) ----------------------------------------------------------------
+def at(side: str) -> str:
+    return "in the middle" if side == "middle" else f"on the {side}"
+
+
+def placed(o: Object) -> str:
+    return f"the {o.label} is {at(o.side)} and is {f'heard {times(o.heard)}' if o.heard else 'silent'}"
+
+
+def only(objects: list[Object], key) -> Object | None:
+    """The object with the smallest key, None where there is none or it is not the only one."""
+    ranked = sorted(objects, key=key)
+    return ranked[0] if ranked and (len(ranked) == 1 or key(ranked[0]) < key(ranked[1])) else None
+
+
+ORDERS = {"first": lambda o: o.heard[0][0], "last": lambda o: -o.heard[-1][1], "longest": lambda o: -length(o)}
+
+
 def questions(scene: Scene):
-    """Every question that has one answer in this scene: (modality, type, question, answer, evidence)."""
+    """Every question that has one answer in this scene: (modality, type, question, answer, evidence).
+
+    Those of modality "Audio-Visual" ask for what neither eyes nor ears alone can know: the eyes know what is where, the ears what
+    sounds when, and only together they know where something sounds.
+    """
     seen, heard = [o for o in scene.objects if o.seen], sorted((o for o in scene.objects if o.heard), key=lambda o: o.heard)
-    both = [o for o in heard if o.seen]
-    first = heard[0] if heard and (len(heard) == 1 or heard[0].heard[0][0] < heard[1].heard[0][0]) else None
-    if 1 <= len(heard) <= 3:
-        yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(*map(hears, heard))
+    at_side = {o.side: o for o in seen}                                       # one thing a side (world.py)
+    yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(*map(hears, heard))
     for a in heard:
         for b in heard:
             if length(a) != length(b):
                 yield ("Audio", "Comparative", f"Is the {a.label} heard longer than the {b.label}?", "yes" if length(a) > length(b) else "no",
                        sentence(hears(a), hears(b)))
-    if 1 <= len(seen) <= 3:
-        yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{listing([f'the {o.label}' for o in seen])} can be seen")
+    yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{listing([f'the {o.label}' for o in seen])} can be seen")
     for o in seen:
-        yield "Visual", "Location", f"Where is the {o.label}?", o.side, sentence(f"the {o.label} is {where(o)}")
-    for o in scene.objects:
-        yield ("Audio-Visual", "Existential", f"Is the {o.label} both seen and heard?", "yes" if o in both else "no",
-               sentence(f"the {o.label} is {'' if o.seen else 'not '}seen", hears(o)))
-    if seen and 1 <= len(both) <= 3:
-        yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[len(both)], sentence(*map(hears, seen))
-    if first in both:
-        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, sentence(hears(first), f"it is {where(first)}")
-    left, right = [o for o in seen if o.side == "left"], [o for o in seen if o.side == "right"]
-    if len(left) == len(right) == 1 and length(left[0]) != length(right[0]):
-        yield ("Audio-Visual", "Comparative", "Is the thing on the left heard longer than the thing on the right?",
-               "yes" if length(left[0]) > length(right[0]) else "no", sentence(hears(left[0]), hears(right[0])))
-    if both and len(seen) > 1 and (len(both) == 1 or both[0].heard[0][0] < both[1].heard[0][0]):
-        yield "Audio-Visual", "Temporal", "Which of the things seen is heard first?", both[0].label, sentence(*map(hears, both))
+        yield "Visual", "Location", f"Where is the {o.label}?", o.side, sentence(f"the {o.label} is {at(o.side)}")
+        yield "Audio-Visual", "Existential", f"Is the thing {at(o.side)} heard?", "yes" if o.heard else "no", sentence(placed(o))
+    if len(seen) == len(heard) == 2:
+        yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[sum(o in heard for o in seen)], sentence(*map(hears, seen))
+    first = only(heard, ORDERS["first"])
+    if len(seen) == 3 and first in seen:
+        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, sentence(placed(first))
+    if {"left", "right"} <= set(at_side):
+        left, right = at_side["left"], at_side["right"]
+        evidence = sentence(placed(left), placed(right))
+        if length(left) != length(right):
+            yield ("Audio-Visual", "Comparative", "Is the thing on the left heard longer than the thing on the right?",
+                   "yes" if length(left) > length(right) else "no", evidence)
+        if (earlier := only([o for o in (left, right) if o.heard], ORDERS["first"])) and left.heard and right.heard:
+            yield "Audio-Visual", "Temporal", "Which is heard first, the thing on the left or the thing on the right?", earlier.side, evidence
 
 
-def choices(scene: Scene, labels: list[str], rng: random.Random):
+PLACES_TO_CHOOSE = {"left": "on the left", "middle": "in the middle", "right": "on the right", "": "not in the picture"}
+
+
+def choices(scene: Scene, rng: random.Random):
     """Multiple choice: (question, four options, index of the right one, evidence)."""
-    groups = {"both seen and heard": [o for o in scene.objects if o.seen and o.heard], "seen but not heard": [o for o in scene.objects if o.seen and not o.heard],
-              "heard but not seen": [o for o in scene.objects if o.heard and not o.seen]}
-    for name, group in groups.items():
-        if len(group) == 1:
-            others = [o.label for o in scene.objects if o is not group[0]]
-            rest = [label for label in labels if label not in others + [group[0].label]]
-            options = (others + rng.sample(rest, 3))[:3] + [group[0].label]
-            rng.shuffle(options)
-            evidence = sentence(f"the {group[0].label} is {'' if group[0].seen else 'not '}seen", hears(group[0]))
-            yield f"What is {name}?", options, options.index(group[0].label), evidence
+    heard = [o for o in scene.objects if o.heard]
+    for order, key in ORDERS.items():
+        o = only(heard, key)
+        if o and sum(bool(o.seen) for o in scene.objects) == 3:
+            right = PLACES_TO_CHOOSE[o.side if o.seen else ""]
+            options = rng.sample(list(PLACES_TO_CHOOSE.values()), 4)
+            evidence = placed(o) if o.seen else f"the {o.label} is not seen and is heard {times(o.heard)}"
+            yield f"Where is the thing that is heard {order}?", options, options.index(right), sentence(evidence)
 
 
-def balanced(groups: dict, count: int, rng: random.Random) -> list:
-    """`count` items taken in turn from groups keyed by (type, answer): types are equally frequent, and the answers within a type."""
-    tree = defaultdict(dict)
-    for (kind, answer), items in sorted(groups.items()):
-        tree[kind][answer] = rng.sample(items, len(items))
-    picked = []
-    for turn in range(count):
-        kinds = [k for k in tree if any(tree[k].values())]
-        if not kinds:
-            break
-        kind = kinds[turn % len(kinds)]
-        answer = max(tree[kind], key=lambda a: (len(tree[kind][a]) > 0, -sum(p[0] == (kind, a) for p in picked), a))
-        picked.append(((kind, answer), tree[kind][answer].pop()))
-    return [item for _, item in picked]
+def balanced(items: list[tuple], count: int, rng: random.Random) -> list:
+    """About `count` rows of `items` (type, stratum, answer, row): types alike, and within a stratum every answer equally often.
+
+    Rows are taken in sets, one for each answer of the type, all of one stratum; what cannot be completed to a set is left out.
+    """
+    tree: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for kind, stratum, answer, row in items:
+        tree[kind][stratum][answer].append(row)
+    sets: dict = {}
+    for kind, strata in sorted(tree.items()):
+        answers = sorted({answer for stratum in strata.values() for answer in stratum})
+        sets[kind] = [s for _, stratum in sorted(strata.items()) for s in zip(*(rng.sample(stratum[a], len(stratum[a])) for a in answers))]
+        rng.shuffle(sets[kind])
+    picked: dict = {kind: [] for kind in sets}
+    while any(sets.values()) and sum(map(len, picked.values())) < count:
+        kind = min((k for k in sets if sets[k]), key=lambda k: len(picked[k]))
+        picked[kind] += sets[kind].pop()
+    rows = [row for kind in picked for row in picked[kind]]
+    rng.shuffle(rows)
+    return rows
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------------
@@ -152,8 +175,7 @@ def clip(scene: Scene) -> dict:
 
 def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Random, count: int) -> dict[str, list]:
     """Rows of the folders that show whole clips, each with the target text under "text" (moved to its field by `finish`)."""
-    rows, labels = defaultdict(list), [thing.label for thing in renderer.things]
-    asked = defaultdict(list)
+    rows, asked = defaultdict(list), defaultdict(list)
     for s in scenes["one"] + scenes["many"]:
         seen, heard = [o for o in s.objects if o.seen], [o for o in s.objects if o.heard]
         both = [o for o in seen if overlap(o.seen, o.heard)]
@@ -161,7 +183,7 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
             o, = both
             (start, end), = o.heard
             rows["ave"].append({"video_path": f"{s.name}.mp4", "audio_path": f"{s.name}.mp3", "event": o.label, "vid": s.name, "start_time": start, "end_time": end,
-                                "text": f"{sentence(f'the {o.label} {where(o)} is seen', hears(o))} So {event_tag('event', o.label, o.heard)}."})
+                                "text": f"{sentence(f'the {o.label} {at(o.side)} is seen', hears(o))} So {event_tag('event', o.label, o.heard)}."})
         elif both:
             events = [event_tag("event", o.label, overlap(o.seen, o.heard)) for o in both]
             rows["unav"].append({**clip(s), "vid": s.name, "text": f"{sentence(*(hears(o) for o in both))} So {' '.join(events)}."})
@@ -172,16 +194,18 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
             evidence = sentence(f"{listing([o.label for o in seen])} can be seen", f"{listing([o.label for o in heard])} can be heard")
             rows["avvp"].append({**clip(s), "filename": s.name, "vid": s.name, "event": raw, "text": f"{evidence} So {' '.join(tags)}."})
         rows["avcap"].append({**clip(s), "video_id": s.name, "text": caption(s)})
+        stratum = s.kind, len(seen), len(heard)                              # what eyes or ears alone may count tells nothing of the answer
         for modality, kind, question, answer, evidence in questions(s):
-            asked["avqa", modality, kind, answer].append({**clip(s), "video_id": s.name, "type": json.dumps([modality, kind]), "question": question, "answer": answer,
-                                                          "text": f"{evidence} So {answer_tag(answer)}."})
-        for question, options, right, evidence in choices(s, labels, rng):
-            asked["avqa_thu", question, "", str(right)].append(
-                {**clip(s), "video_name": s.name, "video_id": s.name, "question_relation": "Both", "question_type": "Which", "multi_choice": options,
-                 "question_text": question, "answer": right, "text": f"{evidence} So {answer_tag(options[right])}."})
+            asked["avqa"].append(((modality, kind), stratum if modality == "Audio-Visual" else (), answer,
+                                  {**clip(s), "video_id": s.name, "type": json.dumps([modality, kind]), "question": question, "answer": answer,
+                                   "text": f"{evidence} So {answer_tag(answer)}."}))
+        for question, options, right, evidence in choices(s, rng):
+            asked["avqa_thu"].append((question, stratum, options[right],
+                                      {**clip(s), "video_name": s.name, "video_id": s.name, "question_relation": "Both", "question_type": "Where",
+                                       "multi_choice": options, "question_text": question, "answer": right,
+                                       "text": f"{evidence} So {answer_tag(options[right])}."}))
     for task, key, wanted in (("avqa", "question_id", 2 * count), ("avqa_thu", "id", count)):
-        groups = {((m, k), a): items for (name, m, k, a), items in asked.items() if name == task}
-        rows[task] = [{**row, key: i} for i, row in enumerate(balanced(groups, wanted, rng))]
+        rows[task] = [{**row, key: i} for i, row in enumerate(balanced(asked[task], wanted, rng))]
     for s in scenes["action"]:
         o = s.objects[0]
         action = renderer.things[o.thing].action
@@ -248,7 +272,7 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             mask_image = np.maximum.reduce(masks)
             write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
             found = [box_and_points(m) for m in masks]
-            name, who = listing([o.label for o in objects]), sentence(f"{listing([f'the {o.label} {where(o)}' for o in objects])} can be heard")
+            name, who = listing([o.label for o in objects]), sentence(f"{listing([f'the {o.label} {at(o.side)}' for o in objects])} can be heard")
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
             rows[task].append({**row, "text": f"{who} " + " ".join(f"Box {box_text(b)} points {points_text(p)}." for b, p in found)})
             if task == "s4":
@@ -328,8 +352,8 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
     shutil.rmtree(root.parent, ignore_errors=True)
     for sub in ("video", "audio"):
         (root / "ave" / sub).mkdir(parents=True)
-    share = {"one": 1 / 3, "many": 1 / 3, "action": 1 / 6, "face": 1 / 6}
-    sizes = {"train": {k: max(8, round(config.world_clips * v)) for k, v in share.items()}, "test": dict.fromkeys(share, config.world_test)}
+    share = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
+    sizes = {"train": {k: max(8, round(config.world_clips * v)) for k, v in share.items()}, "test": {k: math.ceil(config.world_test * (1.5 if k == "many" else 1)) for k in share}}
     try:
         for split, counts in sizes.items():
             rng = random.Random(f"{seed}/{split}")
