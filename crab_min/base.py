@@ -353,7 +353,7 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]
         shown = [show(model, renderer, scene, rng, view) for scene in scenes]
         shown = list(zip([s[0] for s in shown], encode_all(model, [s[1] for s in shown])))
-        objects = [next((o for o in s.objects if o.seen and o.heard), s.objects[0]) for s in scenes]
+        objects = [next((o for o in s.objects if (o.heard if name.startswith("span") else o.seen)), s.objects[0]) for s in scenes]
         begin = {"place": "the place is", "emotion": "the person feels", "movement": "the {} is", "box": "the {} is at"}.get(name, "the {} is heard from")
         said = complete(model, shown, [begin.format(o.label) for o in objects], 16)
         numbers = [[int(v) for v in text.replace("to", " ").split() if v.isdigit()] for text in said]

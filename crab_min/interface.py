@@ -226,12 +226,13 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
 
 # --- the output grammar: writing -----------------------------------------------------------------------------------
 def answer_tag(choice) -> str:
-    return f"<answer>{choice}</answer>"
+    """With a space before the label, so that it is the same token as in the prose before it (" dog", not "dog")."""
+    return f"<answer> {choice}</answer>"
 
 
 def event_tag(kind: str, label: str, spans) -> str:
     """kind: event, audio_event or visual_event; spans: (start, end) in whole seconds."""
-    return f"<{kind}>{label}, {''.join(f'({start} {end})' for start, end in spans)}</{kind}>"
+    return f"<{kind}> {label}, {''.join(f'({start} {end})' for start, end in spans)}</{kind}>"
 
 
 def box_text(box) -> str:

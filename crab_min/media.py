@@ -121,8 +121,8 @@ def write_video(path: str | Path, frames: np.ndarray, wave: np.ndarray | None, f
                 rate: int = 16000) -> None:
     """Write an MP4: H.264 (yuv420p, a keyframe every 25 frames or sooner) and, unless `wave` is None, mono AAC.
 
-    frames: (T, H, W, 3) uint8 with even H and W; wave: (N,) in -1..1. The same arrays give the same bytes on the same
-    machine. The file appears whole or not at all. Raises MediaError.
+    frames: (T, H, W, 3) uint8 with even H and W; wave: (N,) in -1..1. The file appears whole or not at all.
+    Raises MediaError.
     """
     if frames.ndim != 4 or not len(frames) or frames.shape[1] % 2 or frames.shape[2] % 2:
         raise MediaError(f"{path}: cannot write frames of shape {frames.shape}; give (T, H, W, 3), T > 0, H and W even")

@@ -45,7 +45,7 @@ class TrainConfig(AdapterConfig, WorldConfig):
     base: str = field(default="", metadata={"help": "folder of the base model, or random (default: the shipped tiny base)"})
     train: str = field(default="adapter", metadata={"help": "what is trained: the adapter, or the connectors (Q-Formers) as well",
                                                     "choices": ["adapter", "adapter+connectors"]})
-    steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 1,000)"})
+    steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 700)"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
     lr: float = field(default=2e-3, metadata={"help": "peak learning rate of the adapter"})
     connector_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the connectors, where they are trained"})
@@ -140,7 +140,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 def auto_steps(rows: int, batch_size: int) -> int:
-    return max(300, min(1000, round(3 * rows / batch_size)))
+    return max(300, min(700, round(3 * rows / batch_size)))
 
 
 def run(config: TrainConfig, preset: str) -> dict:

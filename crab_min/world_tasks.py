@@ -158,6 +158,7 @@ def balanced(items: list[tuple], count: int, rng: random.Random) -> list:
     for kind, strata in sorted(tree.items()):
         answers = sorted({answer for stratum in strata.values() for answer in stratum})
         sets[kind] = [s for _, stratum in sorted(strata.items()) for s in zip(*(rng.sample(stratum[a], len(stratum[a])) for a in answers))]
+        sets[kind] = sets[kind] or [(row,) for stratum in strata.values() for rows in stratum.values() for row in rows]   # a very small world
         rng.shuffle(sets[kind])
     picked: dict = {kind: [] for kind in sets}
     while any(sets.values()) and sum(map(len, picked.values())) < count:

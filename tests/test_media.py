@@ -241,9 +241,7 @@ def test_images_are_turned_and_squashed(tmp_path):
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-def test_the_same_arrays_give_the_same_bytes(clip, tmp_path):
-    write_video(tmp_path / "again.mp4", numbered(250), burst(10, 3.))
-    assert (tmp_path / "again.mp4").read_bytes() == clip.read_bytes()
+def test_the_same_sound_gives_the_same_bytes(tmp_path):
     for ending in (".mp3", ".ogg"):
         for name in "ab":
             write_audio(tmp_path / f"{name}{ending}", burst(1, .5))
