@@ -49,8 +49,8 @@ media = [(p.kind, p.kind, load_media(p, 224), media_seconds(p.path)) for p in sa
 draw_answer(Path("answers/tutorial_04.png"), media, sample.parts[-1].text.strip(), parse(TASKS["avvp"], sample.target), sample.target)
 print("\nanswers/tutorial_04.png shows a clip of it with its events.")
 
-# 5. Reasoned targets against bare labels: the same clips, questions, steps and adapter. A reasoned answer is three times as long, so a step
-#    costs more and fewer passes fit into a minute; what it buys is that the label can be read off the evidence just written.
+# 5. Reasoned targets against bare labels: the same clips, questions, steps and adapter. A reasoned answer is longer, so a
+#    step costs more; what it may buy is that the label can be read off the evidence just written.
 for target in ("reasoning", "label"):
     out = Path("runs") / f"tutorial_04_{target}"
     if not (out / "metrics.json").exists():
@@ -62,4 +62,4 @@ for target in ("reasoning", "label"):
 print("""
 Two cautions. A minute on 240 clips is far from the end of either curve: the table of the README is the long run. And a thing of another world
 (--things FOLDER) that was never in training has one recording and one picture: its name cannot be known, so it stays at chance by nature.
-Now change steps=120 to steps=600 and run it again (after removing runs/tutorial_04_*): the label run gains least on the questions with two senses.""")
+Now change steps=120 to steps=600, remove runs/tutorial_04_* and run it again: a few times the passes, and the tables show which target gains more.""")
