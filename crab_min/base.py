@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from crab_min.beats import fbank
 from crab_min.config import TINY_MODEL
-from crab_min.interface import TASKS, Part
+from crab_min.interface import GRID, TASKS, Part
 from crab_min.metrics import iou
 from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, load_tokenizer
 from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
 from crab_min.world_tasks import ORDERS, at, clip_rows, only, placed
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
-GRID = 224                                             # boxes are whole numbers on a 224 x 224 grid (interface.py)
 
 
 @dataclass
@@ -178,7 +177,7 @@ def worn(media: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def wake(model: AVLanguageModel) -> None:
-    """Initial weights for small widths: the libraries' (0.02) suit 768, and at 128 leave all attention uniform for a thousand steps."""
+    """Initial weights for small widths: the libraries' (0.02) suit 768; at 128 the queries look everywhere alike at first."""
     for connector in (model.visual_qformer, model.audio_qformer):
         for linear in (m for m in connector.modules() if isinstance(m, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)

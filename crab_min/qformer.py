@@ -55,7 +55,3 @@ class QFormerConnector(nn.Module):
         mask = None if mask is None else mask.flatten(0, 1)                             # (B T, S)
         y = self.qformer(query, encoder_hidden_states=x, encoder_attention_mask=mask).last_hidden_state
         return self.mlp(y).unflatten(0, (b, t))                                         # (B, T, Q, D)
-
-    def idle(self) -> Tensor:
-        """Zero, but all parameters take part: DDP wants it in the loss of a batch that lacks this modality."""
-        return 0 * sum(parameter.sum() for parameter in self.parameters())
