@@ -13,11 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from transformers import TextStreamer
 
-from crab_min.data import DataError, Features, Sample, load_media, pick_tasks, read_samples, without
+from crab_min.data import DataError, Features, Sample, drawn_media, pick_tasks, read_samples, without
 from crab_min.evaluate import answer, score_all, write_predictions
 from crab_min.flags import Parser, one_line
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
-from crab_min.media import media_seconds
 from crab_min.model import ASSETS, AVLanguageModel, load_base
 from crab_min.trainer import RunError, write_whole
 from crab_min.viz import draw_answer
@@ -46,10 +45,6 @@ def row_of(given, task, clip: str | None) -> dict:
            "audio1_path": sounds[0] if sounds else None, "audio2_path": sounds[1] if len(sounds) > 1 else None, "frame_idx": given.frame_index,
            "question": given.ask, "question_text": given.ask, "description": given.ask, "multi_choice": given.options.split(",") if given.options else None}
     return {k: os.path.abspath(v) if k.endswith("_path") and v else v for k, v in row.items() if v is not None}
-
-
-def media_seconds_of(part) -> float:
-    return 1.0 if part.kind == "image" else media_seconds(part.path)
 
 
 def as_json(a: Answer) -> dict:
@@ -85,10 +80,9 @@ def ask(given) -> None:
         limit = given.limit or config["limits"].get(task.name, DEFAULT_LIMIT)
         text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer)[0]
         parsed, seconds = parse(task, text), round(time.time() - began, 2)
-        media = [(f"{p.kind}: {Path(p.path).name}", p.kind, load_media(p, 224), media_seconds_of(p)) for p in sample.media]
         picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
         question = sample.parts[-1].text.strip()
-        draw_answer(picture, media, question, parsed, text)
+        draw_answer(picture, drawn_media(sample), question, parsed, text)
         if given.json:
             print(json.dumps({"clip": sample.media[0].path, "task": task.name, "question": question, "text": text, "parsed": as_json(parsed),
                               "error": parsed.error, "seconds": seconds, "picture": str(picture)}, ensure_ascii=False))

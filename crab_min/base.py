@@ -13,6 +13,7 @@ Shapes: B scenes of a batch, C things of the world, Q queries, D width.
 import json
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,99 +28,31 @@ from tqdm import tqdm
 
 from crab_min.beats import fbank
 from crab_min.config import TINY_MODEL
-from crab_min.interface import GRID, TASKS, Part
+from crab_min.interface import GRID, Part, mask_box
 from crab_min.metrics import iou
-from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, load_tokenizer
+from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, half_products, load_base, load_tokenizer
+from crab_min.statements import corpus, pair_statements, statements
 from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
-from crab_min.world_tasks import ORDERS, at, clip_rows, only, placed
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
+BINS = GRID // 8 + 1                                   # box edges in steps of 8, stage see
 
 
 @dataclass
 class BaseConfig:
     """How long each stage of the base lasts."""
-    see_steps: int = field(default=1600, metadata={"help": "steps of stage see (64 pictures each)"})
-    hear_steps: int = field(default=1000, metadata={"help": "steps of stage hear (24 clips each)"})
-    read_steps: int = field(default=4500, metadata={"help": "steps of stage read (24 scenes each)"})
+    see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
+    hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
+    read_steps: int = field(default=7000, metadata={"help": "steps of stage read (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
-    read_lr: float = field(default=1e-3, metadata={"help": "peak learning rate of stage read"})
+    read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     seed: int = field(default=0, metadata={"help": "seed of the scenes and of the initial weights"})
     out: str = field(default="runs/tiny-base", metadata={"help": "folder of the base"})
 
 
-# --- what is true of a scene, in words -----------------------------------------------------------------------------------
-NUMBERS = ("no", "one", "two", "three", "four")
-
-
-def box_of(mask: np.ndarray) -> list[int] | None:
-    """The box [x1, y1, x2, y2] of a mask (H, W) on the 224 grid; None where it is empty."""
-    ys, xs = np.nonzero(mask)
-    if not len(xs):
-        return None
-    h, w = mask.shape
-    return [round(GRID * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h)]
-
-
-def words(labels: list[str]) -> str:
-    return " and ".join(f"the {label}" for label in labels) if labels else "nothing"
-
-
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, hears: range | None) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the seconds `hears`."""
-    facts, objects = [], scene.objects
-    if sees:
-        facts.append(f"the place is {scene.place}.")
-    if scene.kind == "face":
-        facts += [f"the face is {scene.emotion}."] * (sees and not scene.masked) + [f"the voice is {scene.emotion}."] * (hears is not None)
-        facts += [f"the person is {'masked' if scene.masked else 'not masked'}."] * sees + [f"the person feels {scene.emotion}."] * (hears is not None)
-        return rng.sample(facts, rng.randint(1, min(3, len(facts))))
-    visible = [o for o in objects if (o.seen_at(seen_at) if seen_at is not None else o.seen)] if sees else []
-    audible = [o for o in objects if hears is not None and any(s < hears.stop and e > hears.start for s, e in o.heard)]
-    if sees:
-        facts += [f"{NUMBERS[len(visible)]} things are seen.", f"{words([o.label for o in sorted(visible, key=lambda o: (o.x, o.y))])} can be seen."]
-        for o in visible:
-            if scene.movement:
-                facts += [f"the {o.label} is {scene.movement}."] * (2 * (seen_at is None))
-                continue
-            facts += [f"the {o.label} is {at(o.side)}.", f"{at(o.side)} is the {o.label}."]
-            if seen_at is not None and (box := box_of(renderer.mask(scene, o, seen_at))):
-                facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}."] * 3
-            elif seen_at is None:
-                facts.append("the {} is seen from {} to {}.".format(o.label, *o.seen[0]))
-    if hears is not None:
-        order = sorted(audible, key=lambda o: o.heard[0])
-        facts += [f"{NUMBERS[len(audible)]} sounds are heard.", f"{words([o.label for o in order])} can be heard."]
-        if len(hears) == SECONDS:
-            second = rng.randrange(SECONDS)
-            facts.append(f"at {second} {words([o.label for o in order if o.heard_at(second)])} can be heard.")
-            facts += ["the {} is heard from {} to {}.".format(o.label, *o.heard[0]) for o in audible] * 2
-            facts += [f"the {best.label} is heard {order}." for order, key in ORDERS.items() if (best := only(audible, key))]
-    if sees and hears is not None:
-        facts += [f"the {o.label} is {'' if o in visible else 'not '}seen and {'' if o in audible else 'not '}heard." for o in objects if o in visible + audible]
-        if len(hears) == SECONDS and not scene.movement:
-            facts += [placed(o) + "." for o in visible] * 2
-        elif not scene.movement:
-            facts += [f"the {o.label} is {at(o.side)} and is heard." for o in visible if o in audible]
-    return list(dict.fromkeys(rng.sample(facts, rng.randint(3, min(7, len(facts))))))
-
-
 def gibberish(text, rng: random.Random) -> str:
-    """Random tokens, twice: copying is all the base can learn of the words that it is never told about."""
-    ids = [rng.randrange(len(SPECIALS), len(text)) for _ in range(rng.randint(3, 14))]
-    line = text.decode(ids)
-    return f"{line}\n{line}"
-
-
-COMMON = """a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech speaking talking singing laughing crying
-walking running standing sitting dancing playing performing holding looking moving driving riding cutting cooking washing eating drinking music song
-instrument guitar piano flute drum violin saxophone accordion cello trumpet stage street road house kitchen room garden field forest tree water river sea
-beach rain wind storm fire engine motor machine truck train bus boat airplane helicopter motorcycle bicycle siren alarm horn chainsaw lawn mower hammer
-animal dog cat horse cow sheep goat pig chicken rooster duck bird lion elephant black white red green blue yellow brown dark bright small large big little
-old young long short high low loud quiet soft sharp happy sad angry surprised afraid disgusted neutral joy sadness anger fear first second third last left
-right middle top bottom before after while during then when where which what who how many more less than between from until always never only both other
-another picture image video audio sound sounds clip scene camera background there is are was were has have the this that these those with without and or
-but not of in on at to for by its their his her it they he she making produces heard seen shown continues starts ends begins time range object event""".replace("\n", " ")
+    """Random tokens, to be said again: copying is all the base can learn of the words that it is never told about."""
+    return text.decode([rng.randrange(len(SPECIALS), len(text)) for _ in range(rng.randint(3, 14))])
 
 
 def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
@@ -144,18 +77,20 @@ def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, s
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .5 + .5 * float(np.cos(np.pi * s / steps)) + .01))
-    bar = tqdm(range(steps), desc=name, unit="step")
+    bar, recent = tqdm(range(steps), desc=name, unit="step"), deque(maxlen=50)
     for step in bar:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_products():
             loss, figures = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            bar.set_postfix(loss=f"{loss.item():.3f}", **figures)
-            log({"stage": name, "step": step, "loss": round(loss.item(), 4), **figures})
+        recent.append(loss.item())
+        if step % 50 == 49 or step == steps - 1:
+            mean = sum(recent) / len(recent)
+            bar.set_postfix(loss=f"{mean:.3f}", **figures)
+            log({"stage": name, "step": step + 1, "loss": round(mean, 4), **figures})
 
 
 def probe(width: int, outputs: int) -> nn.Module:
@@ -177,12 +112,36 @@ def worn(media: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def wake(model: AVLanguageModel) -> None:
-    """Initial weights for small widths: the libraries' (0.02) suit 768; at 128 the queries look everywhere alike at first."""
-    for connector in (model.visual_qformer, model.audio_qformer):
-        for linear in (m for m in connector.modules() if isinstance(m, nn.Linear)):
+    """Initial weights for small widths: the libraries' (0.02) suit 768 and more; at 128 all attention is uniform at first."""
+    for part in (model.visual_qformer, model.audio_qformer, model.llm.model):
+        for linear in (m for m in part.modules() if isinstance(m, nn.Linear)):
             nn.init.xavier_uniform_(linear.weight)
+    for connector in (model.visual_qformer, model.audio_qformer):
         nn.init.normal_(connector.query)
     nn.init.normal_(model.vision.model.embeddings.position_embedding.weight, std=.3)
+    nn.init.normal_(model.llm.get_input_embeddings().weight, std=model.llm.config.hidden_size ** -.5)
+
+
+@dataclass
+class Seen:
+    """What a frame shows: Q cells of a 3 x 2 grid (thing with its centre there, its box / 224), S patches of 8 x 8 pixels (the same)."""
+    cell: np.ndarray                                   # (Q,), the number of things where the cell is empty
+    box: np.ndarray                                    # (Q, 4)
+    patch: np.ndarray                                  # (S,)
+    edge: np.ndarray                                   # (S, 4)
+
+
+def seen(renderer: Renderer, scene: Scene, t: float) -> Seen:
+    none, side = len(renderer.things), SIZE // 8
+    cell, box, patch, edge = np.full(6, none), np.zeros((6, 4)), np.full((side, side), none), np.zeros((side, side, 4))
+    for o in scene.objects if scene.kind != "face" else []:
+        mask = renderer.mask(scene, o, t)
+        if (b := mask_box(mask)) is not None:
+            q = 3 * (b[1] + b[3] >= GRID) + min(3 * (b[0] + b[2]) // (2 * GRID), 2)
+            cell[q], box[q] = o.thing, np.array(b) / GRID
+            covered = mask.reshape(side, 8, side, 8).mean((1, 3)) > 80
+            patch[covered], edge[covered] = o.thing, box[q]
+    return Seen(cell, box, patch.ravel(), edge.reshape(-1, 4))
 
 
 def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
@@ -190,52 +149,47 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
     the emotion of a face. Giving each query a place of its own is what makes it learn to look in minutes (DETR without the matching)."""
     things, places, rng = len(renderer.things), list(renderer.places), np.random.default_rng(seed)
     queries, width, side = model.visual_qformer.config.queries, model.llm.config.hidden_size, SIZE // 8
+    if queries != 6:
+        raise ModelError(f"visual_qformer: {queries} queries, stage see needs 6, one a cell of its grid")
     cell_head, scene_head = probe(width, things + 1 + 4), probe(queries * width, len(places) + len(EMOTIONS) + 1)
+    digit_head = nn.Linear(width, 4 * BINS)            # the same box in steps of 8: what can be read off linearly can be put into words
     patch_head = nn.Linear(model.vision.width, things + 1 + 4 + queries)      # what each patch shows, its box, the patch's cell: a dense start
     own_cell = torch.arange(side ** 2).reshape(side, side)
     own_cell = (3 * (own_cell // side >= side // 2) + own_cell % side // (side // 3)).flatten()            # (S,)
 
     def loss_of(step):
-        scenes, frames, cells, boxes, patches, edges = draw(renderer, ("one", "many", "many", "action", "face"), step, 64, seed), [], [], [], [], []
-        for scene in scenes:
-            t = float(rng.uniform(0, SECONDS))
-            frames.append(renderer.frames(scene, [t]))
-            cell, box, grid, edge = np.full(queries, things), np.zeros((queries, 4)), np.full((side, side), things), np.zeros((side, side, 4))
-            for o in scene.objects if scene.kind != "face" else []:
-                mask = renderer.mask(scene, o, t)
-                if (b := box_of(mask)) is not None:
-                    q = 3 * (b[1] + b[3] >= GRID) + min(3 * (b[0] + b[2]) // (2 * GRID), 2)
-                    cell[q], box[q] = o.thing, np.array(b) / GRID
-                    covered = mask.reshape(side, 8, side, 8).mean((1, 3)) > 80
-                    grid[covered], edge[covered] = o.thing, box[q]
-            cells.append(cell), boxes.append(box), patches.append(grid.ravel()), edges.append(edge.reshape(-1, 4))
-        features = model.vision(torch.from_numpy(worn(np.stack(frames), rng)))                              # (B, 1, S, W)
+        scenes = draw(renderer, ("one", "many", "many", "action", "face"), step, 64, seed)
+        times = rng.uniform(0, SECONDS, len(scenes))
+        golds = [seen(renderer, scene, t) for scene, t in zip(scenes, times)]
+        frames = np.stack([renderer.frames(scene, [t]) for scene, t in zip(scenes, times)])
+        features = model.vision(torch.from_numpy(worn(frames, rng)))                                        # (B, 1, S, W)
         tokens = model.visual_qformer(features)[:, 0]                                                       # (B, Q, D)
         cell, box = cell_head(tokens).split([things + 1, 4], -1)                                            # (B, Q, C + 1), (B, Q, 4)
         place, face = scene_head(tokens.flatten(1)).split([len(places), len(EMOTIONS) + 1], 1)
-        cell_gold, box_gold = torch.tensor(np.stack(cells)), torch.tensor(np.stack(boxes)).float()
+        cell_gold, box_gold = torch.tensor(np.stack([g.cell for g in golds])), torch.tensor(np.stack([g.box for g in golds])).float()
         place_gold = torch.tensor([places.index(s.place) for s in scenes])
         face_gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion and not s.masked else len(EMOTIONS) for s in scenes])
-        off = (box - box_gold).abs().mean(-1)[cell_gold < things].mean()
+        there = cell_gold < things
+        off = (box - box_gold).abs().mean(-1)[there].mean()
+        digits = digit_head(tokens)[there].unflatten(-1, (4, BINS))                                         # (objects, 4, BINS)
         loss = 2 * F.cross_entropy(cell.flatten(0, 1), cell_gold.flatten(), torch.tensor([2.] * things + [1.])) + 10 * off
+        loss = loss + .5 * F.cross_entropy(digits.flatten(0, 1), (box_gold[there] * (BINS - 1)).round().long().flatten())
         loss = loss + .3 * F.cross_entropy(place, place_gold) + F.cross_entropy(face, face_gold)
         patch, edge, mine = patch_head(features[:, 0]).flatten(0, 1).split([things + 1, 4, queries], 1)     # (B * S, C + 1), (B * S, 4), (B * S, Q)
-        patch_gold, edge_gold = torch.tensor(np.stack(patches)).flatten(), torch.tensor(np.stack(edges)).float().flatten(0, 1)
+        patch_gold, edge_gold = torch.tensor(np.concatenate([g.patch for g in golds])), torch.tensor(np.concatenate([g.edge for g in golds])).float()
         rare = torch.cat([torch.full((things,), 10.), torch.ones(1)])                                       # nine patches in ten show no thing
         loss = loss + F.cross_entropy(patch, patch_gold, rare) + 10 * (edge - edge_gold).abs().mean(-1)[patch_gold < things].mean()
         loss = loss + .3 * F.cross_entropy(mine, own_cell.repeat(len(scenes)))
-        found = (cell.argmax(-1) == cell_gold)[cell_gold < things].float().mean()
-        patches_right = (patch.argmax(1) == patch_gold)[patch_gold < things].float().mean()
-        return loss, {"patches": round(patches_right.item(), 2), "found": round(found.item(), 2), "box_off": round(GRID * off.item(), 1),
-                      "face": round((face.argmax(1) == face_gold).float().mean().item(), 2)}
+        found = (cell.argmax(-1) == cell_gold)[there].float().mean()
+        return loss, {"found": round(found.item(), 2), "box_off": round(GRID * off.item(), 1), "face": round((face.argmax(1) == face_gold).float().mean().item(), 2)}
 
-    train_stage("see", [model.vision, model.visual_qformer, cell_head, scene_head, patch_head], config.see_steps, config.base_lr, loss_of, log)
+    train_stage("see", [model.vision, model.visual_qformer, cell_head, scene_head, digit_head, patch_head], config.see_steps, config.base_lr, loss_of, log)
 
 
-def seconds_of(waves: np.ndarray) -> Tensor:
-    """fbank of every whole second of 10-s waves (B, N): (B, 10, 98, 128); a frame never reaches over the second's end."""
-    whole = fbank(torch.from_numpy(waves))                                                                  # (B, 998, 128)
-    return torch.stack([whole[:, 100 * i:100 * i + 98] for i in range(SECONDS)], 1)
+def banks_of(waves: np.ndarray, seconds: int = 1) -> Tensor:
+    """fbank of the consecutive pieces of `seconds` s of 10-s waves (B, N): (B, T, F, 128); a frame never reaches over its piece's end."""
+    whole, hop = fbank(torch.from_numpy(waves)), 100 * seconds                                              # (B, 998, 128)
+    return torch.stack([whole[:, start:start + hop - 2] for start in range(0, 100 * SECONDS, hop)], 1)
 
 
 def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
@@ -245,14 +199,15 @@ def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
     head = probe(queries, things + len(EMOTIONS) + 1)
 
     def loss_of(step):
+        seconds = 2 if step % 3 == 2 else 1                                                                 # a piece of sound is 1 or 2 s long
         scenes = draw(renderer, ("one", "many", "many", "action", "face", "face"), step, count, seed)
-        present = torch.tensor([[[any(o.thing == c and o.heard_at(s) for o in scene.objects) for c in range(things)]
-                                 for s in range(SECONDS)] for scene in scenes]).float()                     # (B, 10, C)
-        banks = seconds_of(np.stack([worn(renderer.wave(scene), noise) for scene in scenes]))
-        features, _ = model.audio.beats(banks.flatten(0, 1))                                                # (B * 10, 48, W)
-        out = head(model.audio_qformer(features[:, None]).flatten(1)).view(count, SECONDS, -1)              # (B, 10, C + 7)
+        present = torch.tensor([[[any(o.thing == c and any(o.heard_at(t) for t in range(start, start + seconds)) for o in scene.objects) for c in range(things)]
+                                 for start in range(0, SECONDS, seconds)] for scene in scenes]).float()     # (B, T, C)
+        banks = banks_of(np.stack([worn(renderer.wave(scene), noise) for scene in scenes]), seconds)
+        features, _ = model.audio.beats(banks.flatten(0, 1))                                                # (B * T, 48 or 96, W)
+        out = head(model.audio_qformer(features[:, None]).flatten(1)).unflatten(0, (count, -1))             # (B, T, C + 7)
         here, voice = out.split([things, len(EMOTIONS) + 1], -1)
-        gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion else len(EMOTIONS) for s in scenes])[:, None].expand(-1, SECONDS)
+        gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion else len(EMOTIONS) for s in scenes])[:, None].expand(-1, here.shape[1])
         loss = F.binary_cross_entropy_with_logits(here, present) * 5 + F.cross_entropy(voice.flatten(0, 1), gold.flatten())
         faces = gold[:, 0] < len(EMOTIONS)
         return loss, {"all_heard": round(((here > 0) == (present > 0)).all(-1).float().mean().item(), 2),
@@ -261,84 +216,106 @@ def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
     train_stage("hear", [model.audio, model.audio_qformer, head], config.hear_steps, config.base_lr, loss_of, log)
 
 
-def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "") -> tuple[list[Part], list[tuple], Callable]:
-    """One way of showing a scene: the parts of a prompt, the raw media, and a function that draws statements true of them.
+@dataclass
+class Shown:
+    """One or two scenes as the LM meets them: the parts of a prompt, its media, and a function that draws true statements about them.
 
-    view: "image" (at second 4.5), "audio" (all of it), "clip" (both), or any way at random; "moment" is an image and its second of sound.
+    media: ("image" or "video", frames (T, H, W, 3)), or ("audio", wave (N,), seconds a piece, pieces); `train_read` puts features in their place.
     """
-    def part(kind):
-        return Part("text", text=rng.choice(["", "", f"{kind}: "])), Part(kind)
-    ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment"]
-    seen_at = IMAGE_AT if view else rng.randrange(SECONDS) + .5
-    view = view or rng.choice(ways)
-    seen_at = seen_at if view in ("image", "moment") else None
-    parts, media, hears, noise = [], [], None, np.random.default_rng(rng.randrange(10 ** 9))
+    parts: list[Part]
+    media: list
+    say: Callable
+
+
+def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", other: Scene | None = None) -> Shown:
+    """One way of showing a scene.
+
+    view: "image" (at second 4.5), "audio" (all of it), "clip" (both), or any way at random; "moment" is an image and the piece of sound around it.
+    other: shown as well, as the second video or the second audio.
+    """
+    noise, count = np.random.default_rng(rng.randrange(10 ** 9)), 4 if scene.kind == "face" else SECONDS
+    ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment", "moment"]
+    seen_at, shown = IMAGE_AT if view else rng.randrange(SECONDS) + .5, Shown([], [], None)
+    view, seconds = view or rng.choice(ways), rng.choice([1, 1, 2])
+
+    def add(kind, medium, order=""):
+        shown.parts += Part("text", text=rng.choice(["", "", f"{order}{kind}: "]) if not order else f"{order}{kind}: "), Part(kind)
+        shown.media.append((kind, *medium))
+
+    def video(scene):
+        return worn(renderer.frames(scene, [(i + .5) * SECONDS / count for i in range(count)]), noise),
+
+    def audio(scene, seconds, pieces):
+        return worn(renderer.wave(scene), noise), seconds, pieces
+
+    if other is not None:
+        kind = rng.choice(["video", "audio"])
+        for order, one in (("first ", scene), ("second ", other)):
+            add(kind, video(one) if kind == "video" else audio(one, 1, range(SECONDS)), order)
+        shown.say = partial(pair_statements, [scene, other], kind, rng)
+        return shown
+    hears = None
     if view in ("image", "moment"):
-        parts += part("image")
-        media.append(("image", worn(renderer.frames(scene, [seen_at]), noise)))
+        add("image", (worn(renderer.frames(scene, [seen_at]), noise),))
     if view == "clip":
-        count = 4 if scene.kind == "face" else 10
-        parts += part("video")
-        media.append(("video", worn(renderer.frames(scene, [(i + .5) * SECONDS / count for i in range(count)]), noise)))
-    if view in ("audio", "clip", "moment"):
-        hears = range(int(seen_at), int(seen_at) + 1) if view == "moment" else range(0, 4 if scene.kind == "face" else SECONDS)
-        parts += part("audio")
-        media.append(("audio", (worn(renderer.wave(scene), noise), hears)))
-    return parts, media, partial(statements, renderer, scene, rng, seen_at, view != "audio", hears)
+        add("video", video(scene))
+    if view in ("audio", "clip"):
+        hears = range(count)
+        add("audio", audio(scene, 1, hears))
+    if view == "moment":
+        piece = int(seen_at) // seconds
+        hears = range(piece * seconds, (piece + 1) * seconds)
+        add("audio", audio(scene, seconds, range(piece, piece + 1)))
+    shown.say = partial(statements, renderer, scene, rng, seen_at if view in ("image", "moment") else None, view != "audio", hears)
+    return shown
 
 
-def encode_all(model: AVLanguageModel, media: list[list[tuple]]) -> list[list[MediaFeatures]]:
-    """Features of the raw media of a batch, each kind in one pass of its encoder."""
-    out = [[None] * len(sample) for sample in media]
+def encode_all(model: AVLanguageModel, batch: list[Shown]) -> list[Shown]:
+    """The batch with the features of the media in their place, each kind and length in one pass of its encoder."""
+    groups: dict = {}
+    for shown in batch:
+        for j, (kind, array, *pieces) in enumerate(shown.media):
+            groups.setdefault((kind, pieces[0] if pieces else len(array)), []).append((shown.media, j))
     with torch.no_grad():
-        for kind in ("image", "video"):
-            for count in {len(m[1]) for sample in media for m in sample if m[0] == kind}:
-                where = [(i, j) for i, sample in enumerate(media) for j, m in enumerate(sample) if m[0] == kind and len(m[1]) == count]
-                for (i, j), features in zip(where, model.encode(kind, [media[i][j][1] for i, j in where])):
-                    out[i][j] = features
-        where = [(i, j) for i, sample in enumerate(media) for j, m in enumerate(sample) if m[0] == "audio"]
-        if where:
-            banks = seconds_of(np.stack([media[i][j][1][0] for i, j in where]))
-            chosen = torch.cat([bank[list(media[i][j][1][1])] for bank, (i, j) in zip(banks, where)])
-            features, _ = model.audio.beats(chosen)                                                         # (sum of T, 48, W)
-            for (i, j), f in zip(where, features.split([len(media[i][j][1][1]) for i, j in where])):
-                out[i][j] = MediaFeatures("audio", f, torch.ones(f.shape[:2], dtype=torch.bool))
-    return out
+        for (kind, size), where in groups.items():
+            if kind != "audio":
+                features = model.encode(kind, [media[j][1] for media, j in where])
+            else:
+                chosen = [bank[list(media[j][3])] for bank, (media, j) in zip(banks_of(np.stack([media[j][1] for media, j in where]), size), where)]
+                encoded = model.audio.beats(torch.cat(chosen))[0].split([len(c) for c in chosen])           # of each (T, S, W)
+                features = [MediaFeatures("audio", f, torch.ones(f.shape[:2], dtype=torch.bool)) for f in encoded]
+            for (media, j), f in zip(where, features):
+                media[j] = f
+    return batch
 
 
 def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
     """The LM learns to say what the connectors' tokens mean: statements in random order, loss on every word of them."""
-    rng, count, shown = random.Random(seed), 24, []
+    rng, count, pool = random.Random(seed), 24, []
     model.requires_grad_(False)
 
     def loss_of(step):
-        if step % 8 == 7:
-            prompts, media, targets = [[]] * count, [[]] * count, [gibberish(model.tokenizer, rng) for _ in range(count)]
+        if step % 3 == 0:                                                     # encoding costs more than a step: each batch is shown about three times
+            kinds, pairs = rng.choice([(("one", "many", "many"), False)] * 4 + [(("one",), True), (("action",), False), (("face",), False)])
+            scenes = draw(renderer, kinds, step + 10 ** 6, count, seed)
+            others = draw(renderer, kinds, step + 10 ** 6 + 1, count, seed) if pairs else [None] * count
+            pool.append(encode_all(model, [show(model, renderer, scene, rng, other=other) for scene, other in zip(scenes, others)]))
+            del pool[:-8]
+        if step % 12 == 11:
+            targets = [gibberish(model.tokenizer, rng) for _ in range(count)]
+            prompts, media = [[Part("text", text=line)] for line in targets], [[]] * count
         else:
-            if step % 2 == 0:                                                 # encoding costs as much as a step: show each scene twice
-                kinds = rng.choice([("one", "many", "many")] * 3 + [("action",), ("face",)])
-                shown[:] = [show(model, renderer, scene, rng) for scene in draw(renderer, kinds, step + 10 ** 6, count, seed)]
-                encoded = encode_all(model, [views[1] for views in shown])
-                shown[:] = [(parts, features, say) for (parts, _, say), features in zip(shown, encoded)]
-            prompts, media, targets = [s[0] for s in shown], [s[1] for s in shown], [" ".join(s[2]()) for s in shown]
+            batch = rng.choice(pool)
+            prompts, media, targets = [s.parts for s in batch], [s.media for s in batch], [" ".join(s.say()) for s in batch]
         loss, tokens = model(model.collate(prompts, media, targets))
         return loss / tokens, {}
 
     train_stage("read", [model.llm, model.time], config.read_steps, config.read_lr, loss_of, log, slow=[model.visual_qformer, model.audio_qformer])
 
 
-def corpus(renderer: Renderer, seed: int) -> list[str]:
-    """What the tokenizer (not the model) learns its merges from: statements, and the words that tasks are put and answered in."""
-    rng = random.Random(seed)                                                 # COMMON: English a user's own annotations may need
-    scenes = {kind: [renderer.scene("base", kind, i, seed) for i in range(300)] for kind in ("one", "many", "action", "face")}
-    lines = [" ".join(statements(renderer, s, rng, None, True, range(SECONDS))) for group in scenes.values() for s in group]
-    rows = clip_rows(renderer, scenes, rng, 100)
-    return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3
-
-
-def complete(model: AVLanguageModel, shown: list, beginnings: list[str], limit: int) -> list[str]:
+def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:
     """How the model goes on after the beginning of a statement about each shown scene."""
-    batch = model.collate([s[0] for s in shown], [s[1] for s in shown], beginnings)
+    batch = model.collate([s.parts for s in batch], [s.media for s in batch], beginnings)
     batch = {**batch, "ids": batch["ids"][:, :-1], "attention": batch["attention"][:, :-1]}                 # without the end of text
     return [text.split(".")[0].strip() for text in model.generate(batch, limit)]
 
@@ -350,10 +327,9 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
     for name, kinds, view in (("place", ("one", "many"), "clip"), ("emotion", ("face",), "clip"), ("movement", ("action",), "clip"),
                               ("span", ("one", "many"), "audio"), ("span_in_clip", ("one", "many"), "clip"), ("box", ("one", "many"), "image")):
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]
-        shown = [show(model, renderer, scene, rng, view) for scene in scenes]
-        shown = list(zip([s[0] for s in shown], encode_all(model, [s[1] for s in shown])))
+        shown = encode_all(model, [show(model, renderer, scene, rng, view) for scene in scenes])
         objects = [next((o for o in s.objects if (o.heard if name.startswith("span") else o.seen)), s.objects[0]) for s in scenes]
-        begin = {"place": "the place is", "emotion": "the person feels", "movement": "the {} is", "box": "the {} is at"}.get(name, "the {} is heard from")
+        begin = {"place": "the place is", "emotion": "the person feels", "movement": "the movement is", "box": "the {} is at"}.get(name, "the {} is heard from")
         said = complete(model, shown, [begin.format(o.label) for o in objects], 16)
         numbers = [[int(v) for v in text.replace("to", " ").split() if v.isdigit()] for text in said]
         if name.startswith("span"):
@@ -361,7 +337,7 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
             result[name + "_exact"] = sum(a == b for a, b in pairs) / count
             result[name + "_iou"] = sum(len(a & b) / len(a | b) for a, b in pairs) / count
         elif name == "box":
-            gold = [box_of(renderer.mask(s, o, IMAGE_AT)) for s, o in zip(scenes, objects)]
+            gold = [mask_box(renderer.mask(s, o, IMAGE_AT)) for s, o in zip(scenes, objects)]
             result["box_iou"] = sum(iou(n, g) if len(n) == 4 else 0 for n, g in zip(numbers, gold) if g) / sum(g is not None for g in gold)
         else:
             result[name] = sum(text == getattr(s, name) for text, s in zip(said, scenes)) / count
@@ -370,20 +346,35 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
 
 
 def train_base(config: BaseConfig) -> None:
-    """Make the base and write it to its folder, with base.json: what it reaches, how long it took, and the log of the three stages."""
+    """Make the base and write it to its folder, with base.json: what it reaches, how long it took, and the log of the three stages.
+
+    Killed and started again with the same command, it goes on after the last finished stage (stage.json).
+    """
     folder, seed, began = Path(config.out), config.seed, time.time()
     if (folder / "base.json").exists():
         raise ModelError(f"{folder}: holds a finished base, which will not be overwritten; choose another --out")
-    torch.manual_seed(seed)
-    renderer = Renderer()
+    renderer, done = Renderer(), {"stages": [], "seconds": 0, "log": [], "config": asdict(config)}
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(corpus(renderer, seed)).save(str(folder / "tokenizer.json"))
-    model = AVLanguageModel(ModelConfig(**TINY_MODEL), load_tokenizer(folder / "tokenizer.json"))
-    wake(model)
-    lines = []
-    for stage in (train_see, train_hear, train_read):
-        stage(model, renderer, config, seed, lines.append)
+    if (folder / "stage.json").exists():
+        done = json.loads((folder / "stage.json").read_text())
+        if done["config"] != asdict(config):
+            raise ModelError(f"{folder}: an interrupted base with other settings ({done['config']}); use them to continue it, or another --out")
+        model = load_base(folder).train()
+    else:
+        torch.manual_seed(seed)
+        train_tokenizer(corpus(renderer, seed)).save(str(folder / "tokenizer.json"))
+        model = AVLanguageModel(ModelConfig(**TINY_MODEL), load_tokenizer(folder / "tokenizer.json"))
+        wake(model)
+    for name, stage in (("see", train_see), ("hear", train_hear), ("read", train_read)):
+        if name in done["stages"]:
+            continue
+        torch.manual_seed(seed)
+        stage(model, renderer, config, seed, done["log"].append)
         model.save_base(folder)
-    reached = {**check_base(model, renderer, seed), "minutes": round((time.time() - began) / 60, 1), "config": asdict(config)}
-    (folder / "base.json").write_text(json.dumps({**reached, "log": lines}, indent=1) + "\n")
+        done = {**done, "stages": done["stages"] + [name], "seconds": done["seconds"] + time.time() - began}
+        began = time.time()
+        (folder / "stage.json").write_text(json.dumps(done))
+    reached = {**check_base(model, renderer, seed), "minutes": round(done["seconds"] / 60, 1), "config": asdict(config)}
+    (folder / "base.json").write_text(json.dumps({**reached, "log": done["log"]}, indent=1) + "\n")
+    (folder / "stage.json").unlink()
     print(f"{folder}: {json.dumps(reached)}")

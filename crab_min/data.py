@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from crab_min.interface import TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, parse, write
+from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_image, read_video
 from crab_min.model import AVLanguageModel, MediaFeatures
 
@@ -110,12 +110,8 @@ def mask_boxes(frame: Path, task: str, row: dict) -> list[tuple]:
         raise DataError(f"{path}: mask missing or unreadable ({error}); it is needed to score {task}") from None
     columns = np.flatnonzero(mask.any(0))
     groups = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if task == "ms3" else [columns]
-    h, w, boxes = *mask.shape, []
-    for xs in groups:
-        if len(xs):
-            ys = np.flatnonzero(mask[:, xs].any(1))
-            boxes.append(tuple(round(224 * float(v)) for v in (xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h)))
-    return boxes
+    boxes = [mask_box(mask & np.isin(np.arange(mask.shape[1]), xs)) for xs in groups]
+    return [box for box in boxes if box]
 
 
 # --- media -----------------------------------------------------------------------------------------------------------------
@@ -153,6 +149,11 @@ def load_media(part: Part, size: int):
     audio = read_audio(part.path, window=(min(s for s, _ in windows), max(e for _, e in windows)))
     start = min(s for s, _ in windows)
     return [audio.wave[round((s - start) * 16000):round((e - start) * 16000)] for s, e in windows]
+
+
+def drawn_media(sample: Sample) -> list[tuple]:
+    """The media of a sample as viz.py draws them: (name, kind, arrays, seconds) in the order of the prompt."""
+    return [(f"{p.kind}: {Path(p.path).name}", p.kind, load_media(p, GRID), 1.0 if p.kind == "image" else media_seconds(p.path)) for p in sample.media]
 
 
 class MediaSet:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 GRID = 224                                             # boxes and points are integers 0 .. GRID
 
 
@@ -233,6 +235,15 @@ def answer_tag(choice) -> str:
 def event_tag(kind: str, label: str, spans) -> str:
     """kind: event, audio_event or visual_event; spans: (start, end) in whole seconds."""
     return f"<{kind}> {label}, {''.join(f'({start} {end})' for start, end in spans)}</{kind}>"
+
+
+def mask_box(mask: np.ndarray) -> tuple | None:
+    """The box (x1, y1, x2, y2) of a mask (H, W) on the grid; None where the mask is empty."""
+    ys, xs = np.nonzero(mask)
+    if not len(xs):
+        return None
+    h, w = mask.shape
+    return tuple(round(GRID * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h))
 
 
 def box_text(box) -> str:

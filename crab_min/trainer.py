@@ -21,12 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from crab_min.data import Features, Mixer, Sample, load_media, pick_tasks, read_samples
+from crab_min.data import Features, Mixer, Sample, drawn_media, pick_tasks, read_samples
 from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
 from crab_min.interface import load_prompts, parse, write
-from crab_min.media import media_seconds
 from crab_min.metrics import score
-from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, load_base
+from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products, load_base
 from crab_min.viz import draw_scores, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -54,6 +53,7 @@ class TrainConfig(AdapterConfig, WorldConfig):
     mix: float = field(default=.5, metadata={"help": "a task is drawn with probability ~ rows ** mix (0: all alike, 1: by rows)"})
     seed: int = field(default=0, metadata={"help": "seed of the world, the order and the initial adapter"})
     save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
+    half: bool = field(default=True, metadata={"help": "matrix products in bfloat16 where the machine has instructions for them; weights stay in float32"})
     cache_features: bool = field(default=True, metadata={"help": "keep the features of the frozen encoders in memory"})
     max_bad: float = field(default=.01, metadata={"help": "share of unreadable training files above which the run stops"})
     test_rows: int = field(default=0, metadata={"help": "rows a task to test on (0: all)"})
@@ -197,8 +197,7 @@ def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
         few = rng.sample([(s, t) for s, t in zip(samples, texts) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
         scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold])["metric"], s.id, s, t) for s, t in few), reverse=True)
         for value, _, s, text in (scored[0], scored[-1])[:len(scored)]:
-            media = [(p.kind, p.kind, load_media(p, 224), 1.0 if p.kind == "image" else media_seconds(p.path)) for p in s.media]
-            cells.append((f"{task}: {s.parts[-1].text.strip()}", media, parse(s.task, text), text, s.target or write(s.task, s.gold), value))
+            cells.append((f"{task}: {s.parts[-1].text.strip()}", drawn_media(s), parse(s.task, text), text, s.target or write(s.task, s.gold), value))
     return cells
 
 
@@ -220,7 +219,8 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     for step, samples in enumerate(bar, done):
         start = time.time()
         batch = model.collate([s.parts for s in samples], features(samples), [s.target for s in samples])
-        loss, tokens = model(batch)
+        with half_products(config.half):
+            loss, tokens = model(batch)
         (loss / tokens).backward()
         norm = torch.nn.utils.clip_grad_norm_(adapter + connectors, config.clip)
         for group in optimizer.param_groups:

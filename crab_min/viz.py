@@ -56,6 +56,16 @@ def draw_image(axes, image: np.ndarray, answer: Answer) -> None:
     axes.set(xticks=[], yticks=[])
 
 
+def draw_medium(axes, kind: str, arrays, seconds: float, answer: Answer) -> None:
+    """An image with the answer's boxes, a strip of frames, or a sound's loudness; arrays as data.load_media gives them."""
+    if kind == "image":
+        draw_image(axes, arrays[0], answer)
+    elif kind == "video":
+        draw_frames(axes, arrays, seconds)
+    else:
+        draw_wave(axes, arrays, seconds)
+
+
 def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text: str) -> None:
     """Write the picture of one answer: each medium, the time line of its events, the question and the text.
 
@@ -68,12 +78,7 @@ def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
     for axes, (name, kind, arrays, seconds) in zip(rows, media):
-        if kind == "image":
-            draw_image(axes, arrays[0], answer)
-        elif kind == "video":
-            draw_frames(axes, arrays, seconds)
-        else:
-            draw_wave(axes, arrays, seconds)
+        draw_medium(axes, kind, arrays, seconds, answer)
         axes.set_title(name, fontsize=9, loc="left")
     if timeline:
         draw_events(rows[-1], answer, max(seconds for *_, seconds in media))
@@ -114,12 +119,7 @@ def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
     for part, (title, media, answer, text, gold, score) in zip(figure.subfigures(rows, columns, squeeze=False).flat, cells):
         heights = [3 if kind == "image" else 1.4 if kind == "video" else .5 for _, kind, _, _ in media]
         for axes, (_, kind, arrays, seconds) in zip(part.subplots(len(media), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0], media):
-            if kind == "image":
-                draw_image(axes, arrays[0], answer)
-            elif kind == "video":
-                draw_frames(axes, arrays[::max(1, len(arrays) // 5)], seconds)
-            else:
-                draw_wave(axes, arrays, seconds)
+            draw_medium(axes, kind, arrays[::max(1, len(arrays) // 5)] if kind == "video" else arrays, seconds, answer)
             axes.set(xticks=[])
         part.suptitle("\n".join(textwrap.wrap(title, 72)), fontsize=9, x=.02, ha="left")
         part.supxlabel("\n".join(textwrap.wrap(f"says: {text}", 80) + textwrap.wrap(f"gold: {gold}", 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",

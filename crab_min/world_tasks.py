@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from crab_min.interface import answer_tag, box_text, event_tag, points_text
+from crab_min.interface import answer_tag, box_text, event_tag, mask_box, points_text
 from crab_min.media import write_audio, write_video
 from crab_min.world import FPS, RATE, SECONDS, SIZE, VERSION, Object, Renderer, Scene
 
@@ -73,11 +73,9 @@ def box_and_points(mask: np.ndarray) -> tuple[tuple, list]:
 
     The points lie where the mask's columns reach a quarter, a half and three quarters of its area, midway down each column.
     """
-    ys, xs = np.nonzero(mask)
-    h, w = mask.shape
-    box = tuple(round(224 * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h))
+    (ys, xs), (h, w) = np.nonzero(mask), mask.shape
     columns = [np.sort(xs)[int(len(xs) * q)] for q in (.25, .5, .75)]
-    return box, [(int(224 * (x + .5) / w), int(224 * (np.median(ys[xs == x]) + .5) / h)) for x in columns]
+    return mask_box(mask), [(int(224 * (x + .5) / w), int(224 * (np.median(ys[xs == x]) + .5) / h)) for x in columns]
 
 
 # --- questions (MUSIC-AVQA's nine types, and multiple choice) ----------------------------------------------------------------
@@ -237,17 +235,17 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str,
             continue
         task, right = ("a2v", "v2a")[len(rows["a2v"]) > len(rows["v2a"])], rng.randrange(2)
         first, second = ((a, x), (b, y)) if right == 0 else ((b, y), (a, x))
-        base, number = "../../ave", NUMBERS[right + 1]
+        base, number, which = "../../ave", NUMBERS[right + 1], ("first", "second")[right]
         if task == "a2v":
             rows[task].append({"video1_path": f"{base}/video/{first[0].name}.mp4", "video2_path": f"{base}/video/{second[0].name}.mp4",
                                "audio_path": f"{base}/audio/{a.name}.mp3", "correct_video": right + 1, "audio_event": x.label, "video1_event": first[1].label,
                                "video2_event": second[1].label,
-                               "text": f"{sentence(hears(x), f'only video {number} shows the {x.label}')} So {answer_tag(number)}."})
+                               "text": f"{sentence(hears(x), f'only the {which} video shows the {x.label}')} So {answer_tag(number)}."})
         else:
             rows[task].append({"video_path": f"{base}/video/{a.name}.mp4", "audio1_path": f"{base}/audio/{first[0].name}.mp3",
                                "audio2_path": f"{base}/audio/{second[0].name}.mp3", "correct_audio": right + 1, "audio1_event": first[1].label,
                                "video_event": x.label, "audio2_event": second[1].label,
-                               "text": f"{sentence(f'the {x.label} is seen', f'only audio {number} has the {x.label}')} So {answer_tag(number)}."})
+                               "text": f"{sentence(f'the {x.label} is seen', f'only the {which} audio has the {x.label}')} So {answer_tag(number)}."})
         if len(rows["v2a"]) == count:
             break
     return rows
