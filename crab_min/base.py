@@ -4,8 +4,8 @@
   see    vision encoder + visual Q-Former: what is where, read from the Q-Former's tokens by a small probe (thrown away after)
   hear   BEATs + audio Q-Former: what sounds in this second, and how a voice feels, the same way
   read   the LM (and the connectors, slowly) on statements about scenes: places, things, boxes, spans, movements, voices
-The base never sees an instruction, an answer tag, a question, a matching pair or a test seed (split "base" has its own):
-what a task asks and how it is answered is left to the adapter. The probes are why a 2-million-parameter LM learns to look at all
+The base never sees an instruction, an answer tag, a question, a sound to be matched with one of two videos, or a test seed (split
+"base" has its own): what a task asks and how it is answered is left to the adapter. The probes are why a 2-million-parameter LM learns to look at all
 in minutes: without them the connectors get their first useful gradient only after the LM has learned to read them.
 
 Shapes: B scenes of a batch, C things of the world, Q queries, D width.
@@ -46,6 +46,7 @@ class BaseConfig:
     read_steps: int = field(default=7000, metadata={"help": "steps of stage read (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
+    check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
     seed: int = field(default=0, metadata={"help": "seed of the scenes and of the initial weights"})
     out: str = field(default="runs/tiny-base", metadata={"help": "folder of the base"})
 
@@ -320,7 +321,7 @@ def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], 
     return [text.split(".")[0].strip() for text in model.generate(batch, limit)]
 
 
-def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int = 100) -> dict:
+def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int) -> dict:
     """What the base says of scenes it was not trained on: places, emotions and movements (accuracy), spans (exact, and seconds' IoU), boxes (IoU)."""
     model.eval()
     rng, result = random.Random(seed), {}
@@ -374,7 +375,7 @@ def train_base(config: BaseConfig) -> None:
         done = {**done, "stages": done["stages"] + [name], "seconds": done["seconds"] + time.time() - began}
         began = time.time()
         (folder / "stage.json").write_text(json.dumps(done))
-    reached = {**check_base(model, renderer, seed), "minutes": round(done["seconds"] / 60, 1), "config": asdict(config)}
+    reached = {**check_base(model, renderer, seed, config.check_scenes), "minutes": round(done["seconds"] / 60, 1), "config": asdict(config)}
     (folder / "base.json").write_text(json.dumps({**reached, "log": done["log"]}, indent=1) + "\n")
     (folder / "stage.json").unlink()
     print(f"{folder}: {json.dumps(reached)}")

@@ -118,11 +118,11 @@ class AVLanguageModel(nn.Module):
             if not chosen:
                 continue
             longest = max(media[i].features.shape[1] for i in chosen)
-            x = torch.cat([F.pad(media[i].features, (0, 0, 0, longest - media[i].features.shape[1])) for i in chosen])
+            x = torch.cat([F.pad(media[i].features.float(), (0, 0, 0, longest - media[i].features.shape[1])) for i in chosen])
             mask = None                                                                          # x: (sum of T, S, W)
             if "audio" in kinds:
                 mask = torch.cat([F.pad(media[i].mask, (0, longest - media[i].mask.shape[1])) for i in chosen])[None]
-            y = connector(x[None].float(), mask)[0]                                              # (sum of T, Q, D)
+            y = connector(x[None], mask)[0]                                                      # (sum of T, Q, D)
             if self.time is not None:
                 steps = torch.cat([torch.arange(media[i].steps, device=y.device) for i in chosen])
                 y = y + self.time(steps.clamp(max=self.time.num_embeddings - 1))[:, None]

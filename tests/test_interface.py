@@ -1,6 +1,5 @@
 """The unified interface: every task's rows, prompts and answers; what models really write; what users get wrong."""
 import json
-import os
 import random
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 from crab_min.interface import (TASKS, Answer, InterfaceError, audio_windows, build_prompt, canonical, gold,
                                 load_prompts, parse, write)
 
-MEDIA = Path(os.environ.get("CRAB_MEDIA", "no-such-folder"))           # the folder of real clips, or its AVUIE_2
-MEDIA = MEDIA / "AVUIE_2" if (MEDIA / "AVUIE_2").is_dir() else MEDIA
 LABELS = ["Violin, fiddle", "Frying (food)", "dog", "people eating", "Fixed-wing aircraft, airplane",
           "Baby_laughter", "1st bell"]
 QUESTION_ROW = {"video_path": "x.mp4", "audio_path": "x.mp3", "question": "How many?"}
@@ -184,12 +181,11 @@ def test_a_bad_gold_field_is_named(name, row, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.skipif(not MEDIA.is_dir(), reason="CRAB_MEDIA is not set")
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-def test_real_rows_of_every_task(task):
+def test_real_rows_of_every_task(task, real_media):
     for split in task.splits:
-        for row in json.loads((MEDIA / task.name / f"{split}.json").read_text()):
-            parts = build_prompt(task, row, str(MEDIA))
+        for row in json.loads((real_media / task.name / f"{split}.json").read_text()):
+            parts = build_prompt(task, row, str(real_media))
             assert all(part.kind == "text" or Path(part.path).is_file() for part in parts)
             assert parts[-1].kind == "text" and "{" not in parts[-1].text
             if split == "test":

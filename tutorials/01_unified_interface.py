@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crab_min.data import load_media, read_samples
+from crab_min.data import drawn_media, read_samples
 from crab_min.interface import TASKS, parse, write
-from crab_min.media import media_seconds
 from crab_min.metrics import score
 from crab_min.viz import draw_answer
 from crab_min.world_tasks import WorldConfig, build_world
@@ -49,8 +48,7 @@ for text in (f"I hear it. <event>{label}, ({start} {end})</event>", f"<Event> {l
 
 # 5. A picture of a row: what the model sees and hears, and the gold answer over it.
 sample = samples["avvp"]
-media = [(p.kind, p.kind, load_media(p, 224), media_seconds(p.path)) for p in sample.media]
 picture = Path("answers/tutorial_01.png")
-draw_answer(picture, media, sample.parts[-1].text.strip(), sample.gold, sample.target)
+draw_answer(picture, drawn_media(sample), sample.parts[-1].text.strip(), sample.gold, sample.target)
 print(f"\nLook at {picture}: the frames, the sound, and a bar for every event seen or heard.")
 print('Now change "avvp" in step 5 to "ref_avs" and run it again: the time line becomes a box and three points, from the same function.')
