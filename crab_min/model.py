@@ -190,26 +190,29 @@ class AVLanguageModel(nn.Module):
         if (peft_config := config.build()) is not None:
             self.llm = get_peft_model(self.llm, peft_config)
 
-    def train_connectors(self) -> None:
-        for module in self.connectors().values():
-            module.requires_grad_(True)
+    def train_beside(self, parts: str) -> None:
+        """Train more than the adapter: "connectors", or "connectors+words" (the word embeddings too, as Crab's segmentation stage does)."""
+        for name, module in self.beside().items():
+            if name != "words" or parts.endswith("words"):
+                module.requires_grad_(True)
 
-    def connectors(self) -> dict[str, nn.Module]:
-        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time}
+    def beside(self) -> dict[str, nn.Module]:
+        """What can be trained beside the adapter, by its name in modules.safetensors."""
+        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "words": self.llm.get_input_embeddings()}
         return {name: module for name, module in named.items() if module is not None}
 
     # --- files
     def save_trained(self, folder: Path) -> None:
-        """adapter/ (PEFT) and modules.safetensors (trained connectors), the model part of a run folder."""
+        """adapter/ (PEFT) and modules.safetensors (what was trained beside it), the model part of a run folder."""
         if isinstance(self.llm, PeftModel):
             self.llm.save_pretrained(folder / "adapter")
-        state = {f"{name}.{key}": value.contiguous() for name, module in self.connectors().items()
+        state = {f"{name}.{key}": value.contiguous() for name, module in self.beside().items()
                  for key, value in module.state_dict().items() if any(p.requires_grad for p in module.parameters())}
         if state:
             save_file(state, folder / "modules.safetensors")
 
     def load_trained(self, folder: Path) -> None:
-        """Read back what `save_trained` wrote: a new adapter on the LM, and the connectors. Raises ModelError."""
+        """Read back what `save_trained` wrote: a new adapter on the LM, and the modules beside it. Raises ModelError."""
         folder = Path(folder)
         if (folder / "adapter").is_dir():
             self.llm = PeftModel.from_pretrained(self.llm, str(folder / "adapter"))
@@ -218,16 +221,21 @@ class AVLanguageModel(nn.Module):
         self.load_modules(folder)
 
     def restore_trained(self, folder: Path) -> None:
-        """Put the values that `save_trained` wrote into the adapter and the connectors that are already there, still trainable."""
+        """Put the values that `save_trained` wrote into the adapter and the modules that are already there, still trainable."""
         if (folder / "adapter").is_dir():
             set_peft_model_state_dict(self.llm, load_file(folder / "adapter" / "adapter_model.safetensors"))
         self.load_modules(folder)
 
     def load_modules(self, folder: Path) -> None:
         if (folder / "modules.safetensors").exists():
-            unexpected = self.load_state_dict(load_file(folder / "modules.safetensors"), strict=False).unexpected_keys
-            if unexpected:
-                raise ModelError(f"{folder}/modules.safetensors: tensors this model does not have: {unexpected[:3]}")
+            states: dict = {}
+            for key, value in load_file(folder / "modules.safetensors").items():
+                name, key = key.split(".", 1)
+                states.setdefault(name, {})[key] = value
+            for name, state in states.items():
+                if name not in self.beside():
+                    raise ModelError(f"{folder}/modules.safetensors: a module this model does not have: {name}")
+                self.beside()[name].load_state_dict(state)
 
     def save_base(self, folder: Path) -> None:
         """The whole base in one folder: config.json, model.safetensors (half precision), tokenizer.json."""

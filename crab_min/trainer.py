@@ -42,12 +42,12 @@ class TrainConfig(AdapterConfig, WorldConfig):
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
     base: str = field(default="", metadata={"help": "folder of the base model, or random (default: the shipped tiny base)"})
-    train: str = field(default="adapter", metadata={"help": "what is trained: the adapter, or the connectors (Q-Formers) as well",
-                                                    "choices": ["adapter", "adapter+connectors"]})
+    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter; the connectors (Q-Formers); the word embeddings",
+                                                                     "choices": ["adapter", "adapter+connectors", "adapter+connectors+words"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 700)"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
-    lr: float = field(default=2e-3, metadata={"help": "peak learning rate of the adapter"})
-    connector_lr: float = field(default=2e-4, metadata={"help": "peak learning rate of the connectors, where they are trained"})
+    lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
+    connector_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of connectors and word embeddings"})
     warmup: float = field(default=.03, metadata={"help": "share of the steps in which the learning rate rises"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     mix: float = field(default=.5, metadata={"help": "a task is drawn with probability ~ rows ** mix (0: all alike, 1: by rows)"})
@@ -159,8 +159,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     train = [s for s in train if not any(p in features.bad for p in s.media)]
 
     model.add_adapter(config)
-    if config.train == "adapter+connectors":
-        model.train_connectors()
+    if config.train != "adapter":
+        model.train_beside(config.train)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     steps, limits = config.steps or auto_steps(len(train), config.batch_size), token_limits(model, train)
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,8 +208,9 @@ def name_of(parameter: str) -> str:
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
     """The steps themselves, from the last saved state on; a line of log.csv each."""
-    adapter = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("llm.")]
-    connectors = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("llm.")]
+    beside = {id(p) for module in model.beside().values() for p in module.parameters()}
+    adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in beside]
+    connectors = [p for p in model.parameters() if p.requires_grad and id(p) in beside]
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (connectors, config.connector_lr)) if g], weight_decay=0)
     done = load_state(folder, model, optimizer)
     file, log = open_log(folder / "log.csv", done)

@@ -46,7 +46,7 @@ def test_what_is_trained(adapter, connectors, expected, samples):
     frozen = {n: p.clone() for n, p in model.named_parameters()}
     model.add_adapter(AdapterConfig(adapter=adapter, r=4, alpha=8))
     if connectors:
-        model.train_connectors()
+        model.train_beside("connectors+words")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {name_of(n) for n in trained} == expected
     adapted = {n.split(".ilora_")[0].split(".lora_")[0] for n in trained if "lora_" in n}
@@ -64,7 +64,7 @@ def test_what_is_trained(adapter, connectors, expected, samples):
 def test_trained_parts_come_back_bit_for_bit(tmp_path, samples):
     model = load_base()
     model.add_adapter(AdapterConfig(r=4, alpha=8))
-    model.train_connectors()
+    model.train_beside("connectors+words")
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
