@@ -203,7 +203,7 @@ def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
 
 def name_of(parameter: str) -> str:
     """The part of the model a parameter belongs to, for the list of what is trained."""
-    return next((part for part in ("ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B") if part in parameter), parameter.split(".")[0])
+    return next((part for part in ("ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:

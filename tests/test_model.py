@@ -39,7 +39,7 @@ def test_a_batch_gives_the_loss_and_the_answers_of_each_sample_alone(tiny_model,
 
 
 @pytest.mark.parametrize("adapter, connectors, expected", [("ilora", False, {"ilora_A", "ilora_B", "ilora_router"}), ("lora", False, {"lora_A", "lora_B"}),
-                                                           ("ilora", True, {"ilora_A", "ilora_B", "ilora_router", "visual_qformer", "audio_qformer", "time"})])
+                                                           ("ilora", True, {"ilora_A", "ilora_B", "ilora_router", "visual_qformer", "audio_qformer", "time", "embed_tokens"})])
 def test_what_is_trained(adapter, connectors, expected, samples):
     from crab_min.trainer import name_of
     model = load_base()
