@@ -191,9 +191,9 @@ class AVLanguageModel(nn.Module):
             self.llm = get_peft_model(self.llm, peft_config)
 
     def train_beside(self, parts: str) -> None:
-        """Train more than the adapter: "connectors", or "connectors+words" (the word embeddings too, as Crab's segmentation stage does)."""
+        """Train more than the adapter: "connectors" (Q-Formers and time code), "words" (the embeddings, as Crab's segmentation stage), joined by +."""
         for name, module in self.beside().items():
-            if name != "words" or parts.endswith("words"):
+            if ("words" if name == "words" else "connectors") in parts.split("+"):
                 module.requires_grad_(True)
 
     def beside(self) -> dict[str, nn.Module]:

@@ -42,8 +42,8 @@ class TrainConfig(AdapterConfig, WorldConfig):
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
     base: str = field(default="", metadata={"help": "folder of the base model, or random (default: the shipped tiny base)"})
-    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter; the connectors (Q-Formers); the word embeddings",
-                                                                     "choices": ["adapter", "adapter+connectors", "adapter+connectors+words"]})
+    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter, the connectors (Q-Formers), the word embeddings",
+                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 700)"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
     lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
@@ -159,8 +159,7 @@ def run(config: TrainConfig, preset: str) -> dict:
     train = [s for s in train if not any(p in features.bad for p in s.media)]
 
     model.add_adapter(config)
-    if config.train != "adapter":
-        model.train_beside(config.train)
+    model.train_beside(config.train)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     steps, limits = config.steps or auto_steps(len(train), config.batch_size), token_limits(model, train)
     folder.mkdir(parents=True, exist_ok=True)
