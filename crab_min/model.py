@@ -10,6 +10,7 @@ a small LM needs to say *when*; `time_steps=0` is Crab.
 Shapes: B samples, M media of a batch, T frames or sound segments, S encoder tokens each, Q queries, D width of the LM, L length.
 """
 import json
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.ilora import ILoraConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")       # peft's own call, nothing a user can change
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
 ASSETS = Path(__file__).parent / "assets"
