@@ -3,7 +3,8 @@
 `python train.py tiny-base` makes it in three stages, each a loop a page long:
   see    vision encoder + visual Q-Former: what is where, read from the Q-Former's tokens by a small probe (thrown away after)
   hear   BEATs + audio Q-Former: what sounds in this second, and how a voice feels, the same way
-  read   the LM (and the connectors, slowly) on statements about scenes: places, things, boxes, spans, movements, voices
+  read   the LM (and the connectors, slowly) on statements about scenes: places, things, boxes, spans, movements, voices; half of the time
+         with a keyword for each in the prompt, or repeated in short at the end: so the LM learns to look at words, not only at media
 The base never sees an instruction, an answer tag, a question, a sound to be matched with one of two videos, or a test seed (split
 "base" has its own): what a task asks and how it is answered is left to the adapter. The probes are why a 2-million-parameter LM learns to look at all
 in minutes: without them the connectors get their first useful gradient only after the LM has learned to read them.
@@ -31,11 +32,11 @@ from crab_min.config import TINY_MODEL
 from crab_min.interface import GRID, Part, mask_box
 from crab_min.metrics import iou
 from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, half_products, load_base, load_tokenizer
-from crab_min.statements import corpus, pair_statements, statements
+from crab_min.statements import annotated, corpus, pair_statements, statements
 from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
-BINS = GRID // 8 + 1                                   # box edges in steps of 8, stage see
+BINS = GRID // 10 + 1                                  # the tens of a box edge, 0 to 22, stage see
 
 
 @dataclass
@@ -43,7 +44,7 @@ class BaseConfig:
     """How long each stage of the base lasts."""
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
-    read_steps: int = field(default=7000, metadata={"help": "steps of stage read (24 scenes each)"})
+    read_steps: int = field(default=6000, metadata={"help": "steps of stage read (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -153,7 +154,7 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
     if queries != 6:
         raise ModelError(f"visual_qformer: {queries} queries, stage see needs 6, one a cell of its grid")
     cell_head, scene_head = probe(width, things + 1 + 4), probe(queries * width, len(places) + len(EMOTIONS) + 1)
-    digit_head = nn.Linear(width, 4 * BINS)            # the same box in steps of 8: what can be read off linearly can be put into words
+    digit_head = nn.Linear(width, 4 * BINS)            # the tens of its edges: digits that can be read off linearly can be put into words
     patch_head = nn.Linear(model.vision.width, things + 1 + 4 + queries)      # what each patch shows, its box, the patch's cell: a dense start
     own_cell = torch.arange(side ** 2).reshape(side, side)
     own_cell = (3 * (own_cell // side >= side // 2) + own_cell % side // (side // 3)).flatten()            # (S,)
@@ -174,7 +175,7 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
         off = (box - box_gold).abs().mean(-1)[there].mean()
         digits = digit_head(tokens)[there].unflatten(-1, (4, BINS))                                         # (objects, 4, BINS)
         loss = 2 * F.cross_entropy(cell.flatten(0, 1), cell_gold.flatten(), torch.tensor([2.] * things + [1.])) + 10 * off
-        loss = loss + .5 * F.cross_entropy(digits.flatten(0, 1), (box_gold[there] * (BINS - 1)).round().long().flatten())
+        loss = loss + .5 * F.cross_entropy(digits.flatten(0, 1), ((box_gold[there] * GRID).round() / 10).long().flatten())
         loss = loss + .3 * F.cross_entropy(place, place_gold) + F.cross_entropy(face, face_gold)
         patch, edge, mine = patch_head(features[:, 0]).flatten(0, 1).split([things + 1, 4, queries], 1)     # (B * S, C + 1), (B * S, 4), (B * S, Q)
         patch_gold, edge_gold = torch.tensor(np.concatenate([g.patch for g in golds])), torch.tensor(np.concatenate([g.edge for g in golds])).float()
@@ -228,19 +229,20 @@ class Shown:
     say: Callable
 
 
-def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", other: Scene | None = None) -> Shown:
+def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", others: tuple[Scene, ...] = ()) -> Shown:
     """One way of showing a scene.
 
     view: "image" (at second 4.5), "audio" (all of it), "clip" (both), or any way at random; "moment" is an image and the piece of sound around it.
-    other: shown as well, as the second video or the second audio.
+    others: two more scenes, for a prompt of three media: the sound of the last of them and two videos, or its frames and two sounds.
     """
     noise, count = np.random.default_rng(rng.randrange(10 ** 9)), 4 if scene.kind == "face" else SECONDS
     ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment", "moment"]
     seen_at, shown = IMAGE_AT if view else rng.randrange(SECONDS) + .5, Shown([], [], None)
     view, seconds = view or rng.choice(ways), rng.choice([1, 1, 2])
 
-    def add(kind, medium, order=""):
-        shown.parts += Part("text", text=rng.choice(["", "", f"{order}{kind}: "]) if not order else f"{order}{kind}: "), Part(kind)
+    def add(kind, medium, number=""):
+        marker = f"{kind}{number}: " if number or rng.random() < .5 else ""
+        shown.parts += Part("text", text="\n" * bool(shown.parts) + marker), Part(kind)
         shown.media.append((kind, *medium))
 
     def video(scene):
@@ -249,11 +251,13 @@ def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.R
     def audio(scene, seconds, pieces):
         return worn(renderer.wave(scene), noise), seconds, pieces
 
-    if other is not None:
-        kind = rng.choice(["video", "audio"])
-        for order, one in (("first ", scene), ("second ", other)):
-            add(kind, video(one) if kind == "video" else audio(one, 1, range(SECONDS)), order)
-        shown.say = partial(pair_statements, [scene, other], kind, rng)
+    if others:
+        second, third = others
+        kind, alone, take = rng.choice([("video", "audio", video), ("audio", "video", partial(audio, seconds=1, pieces=range(SECONDS)))])
+        add(alone, audio(third, 1, range(SECONDS)) if alone == "audio" else video(third))
+        for number, one in ((" one", scene), (" two", second)):
+            add(kind, take(one), number)
+        shown.say = partial(pair_statements, [scene, second], third, kind, rng)
         return shown
     hears = None
     if view in ("image", "moment"):
@@ -299,15 +303,16 @@ def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
         if step % 3 == 0:                                                     # encoding costs more than a step: each batch is shown about three times
             kinds, pairs = rng.choice([(("one", "many", "many"), False)] * 4 + [(("one",), True), (("action",), False), (("face",), False)])
             scenes = draw(renderer, kinds, step + 10 ** 6, count, seed)
-            others = draw(renderer, kinds, step + 10 ** 6 + 1, count, seed) if pairs else [None] * count
-            pool.append(encode_all(model, [show(model, renderer, scene, rng, other=other) for scene, other in zip(scenes, others)]))
+            others = zip(*(draw(renderer, kinds, step + 10 ** 6 + i, count, seed) for i in (1, 2))) if pairs else [()] * count
+            pool.append(encode_all(model, [show(model, renderer, scene, rng, others=more) for scene, more in zip(scenes, others)]))
             del pool[:-8]
         if step % 12 == 11:
             targets = [gibberish(model.tokenizer, rng) for _ in range(count)]
             prompts, media = [[Part("text", text=line)] for line in targets], [[]] * count
         else:
             batch = rng.choice(pool)
-            prompts, media, targets = [s.parts for s in batch], [s.media for s in batch], [" ".join(s.say()) for s in batch]
+            notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
+            prompts, media = [[*s.parts, Part("text", text=note)] for s, note in zip(batch, notes)], [s.media for s in batch]
         loss, tokens = model(model.collate(prompts, media, targets))
         return loss / tokens, {}
 
@@ -330,7 +335,7 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]
         shown = encode_all(model, [show(model, renderer, scene, rng, view) for scene in scenes])
         objects = [next((o for o in s.objects if (o.heard if name.startswith("span") else o.seen)), s.objects[0]) for s in scenes]
-        begin = {"place": "the place is", "emotion": "the person feels", "movement": "the movement is", "box": "the {} is at"}.get(name, "the {} is heard from")
+        begin = {"place": "The place is", "emotion": "The person feels", "movement": "The movement is", "box": "The {} is at"}.get(name, "The {} is heard from")
         said = complete(model, shown, [begin.format(o.label) for o in objects], 16)
         numbers = [[int(v) for v in text.replace("to", " ").split() if v.isdigit()] for text in said]
         if name.startswith("span"):

@@ -170,7 +170,7 @@ def load_prompts(path: str) -> dict:
 
 
 def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = None) -> list[Part]:
-    """The prompt of one row: each medium after its marker ("video: ", "second audio: "), then the instruction.
+    """The prompt of one row: each medium after its marker ("video: ", "audio two: "), then the instruction.
 
     row: an annotation row of either split, or one made from command-line arguments; root: the folder of the task
     folders; prompts: instructions that replace ours, by task name. Raises InterfaceError for what is missing.
@@ -178,8 +178,8 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
     parts, words = [], {}
     for kind, names, subfolder in task.media:
         value = row_field(task, row, names, f"the path of the {kind} file")
-        order = "first " if "1" in names[0] else "second " if "2" in names[0] else ""
-        parts.append(Part("text", text="\n" * bool(parts) + order + kind + ": "))
+        number = " one" if "1" in names[0] else " two" if "2" in names[0] else ""
+        parts.append(Part("text", text="\n" * bool(parts) + kind + number + ": "))
         path = media_path(root, task, str(value), subfolder)
         parts.append(Part(kind, path=path, window=task.audio, index=frame_index(task, row)) if kind == "audio" else
                      Part(kind, path=path, frames=task.frames))

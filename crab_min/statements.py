@@ -6,59 +6,84 @@ import random
 
 from crab_min.interface import TASKS, mask_box
 from crab_min.world import SECONDS, Renderer, Scene
-from crab_min.world_tasks import ORDERS, at, clip_rows, only, placed
+from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, only, placed,
+                                  sentence, sounding_at, then)
 
-NUMBERS = ("no", "one", "two", "three", "four")
-
-
-def words(labels: list[str]) -> str:
-    return " and ".join(f"the {label}" for label in labels) if labels else "nothing"
+FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
+COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
 
 
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, hears: range | None) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the seconds `hears`."""
-    facts, objects = [], scene.objects
+def amount(count: int, what: str) -> str:
+    return f"{NUMBERS[count]} {what} is" if count == 1 else f"{NUMBERS[count]} {what}s are"
+
+
+def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> list[str]:
+    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`."""
+    facts, whole = [], seconds is not None and len(seconds) == SECONDS
     if sees:
-        facts.append(f"the place is {scene.place}.")
+        facts.append(f"the place is {scene.place}")
     if scene.kind == "face":
-        facts += [f"the face is {scene.emotion}."] * (sees and not scene.masked) + [f"the voice is {scene.emotion}."] * (hears is not None)
-        facts += [f"the person is {'masked' if scene.masked else 'not masked'}."] * sees + [f"the person feels {scene.emotion}."] * (hears is not None)
-        return rng.sample(facts, rng.randint(1, min(3, len(facts))))
-    visible = [o for o in objects if (o.seen_at(seen_at) if seen_at is not None else o.seen)] if sees else []
-    audible = [o for o in objects if hears is not None and any(s < hears.stop and e > hears.start for s, e in o.heard)]
+        facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * (seconds is not None)
+        facts += [f"the person is {'masked' if scene.masked else 'not masked'}"] * sees + [f"the person feels {scene.emotion}"] * (seconds is not None)
+        return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
+    visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
+    audible = [o for o in scene.heard if seconds is not None and any(s < seconds.stop and e > seconds.start for s, e in o.heard)]
+    both, still = [o for o in visible if o in audible], sees and not scene.movement
     if sees:
-        facts += [f"{NUMBERS[len(visible)]} things are seen.", f"{words([o.label for o in sorted(visible, key=lambda o: (o.x, o.y))])} can be seen."]
-        if scene.movement:
-            facts += [f"the movement is {scene.movement}.", f"the {objects[0].label} is {scene.movement}."] * (seen_at is None)
-        for o in visible if not scene.movement else []:
-            facts += [f"the {o.label} is {at(o.side)}.", f"{at(o.side)} is the {o.label}."]
-            if seen_at is not None and (box := mask_box(renderer.mask(scene, o, seen_at))):
-                facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}."] * 3
-            elif seen_at is None:
-                facts.append("the {} is seen from {} to {}.".format(o.label, *o.seen[0]))
-    if hears is not None:
-        order = sorted(audible, key=lambda o: o.heard[0])
-        facts += [f"{NUMBERS[len(audible)]} sounds are heard.", f"{words([o.label for o in order])} can be heard."]
-        if len(hears) == SECONDS:
-            facts += [f"at {second} {words([o.label for o in order if o.heard_at(second)])} can be heard." for second in rng.sample(range(SECONDS), 2)]
-            facts += ["the {} is heard from {} to {}.".format(o.label, *o.heard[0]) for o in audible] * 2
-            facts += [f"the {best.label} is heard {order}." for order, key in ORDERS.items() if (best := only(audible, key))]
-    if sees and hears is not None:
-        facts += [f"the {o.label} is {'' if o in visible else 'not '}seen and {'' if o in audible else 'not '}heard." for o in objects if o in visible + audible]
-        if len(hears) == SECONDS and not scene.movement:
-            facts += [placed(o) + "." for o in visible] * 2
-        elif not scene.movement:
-            facts += [f"the {o.label} is {at(o.side)} and is heard." for o in visible if o in audible]
-    return list(dict.fromkeys(rng.sample(facts, rng.randint(3, min(9, len(facts))))))
+        facts += [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]
+        if scene.movement and seen_at is None:
+            facts += [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"]
+    for o in visible if still else []:
+        facts += [f"the {o.label} is {at(o.side)}", f"{at(o.side)} is the {o.label}"]
+        if seen_at is not None and (box := mask_box(renderer.mask(scene, o, seen_at))):
+            facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}"] * 3
+        elif seen_at is None:
+            facts.append("the {} is seen from {} to {}".format(o.label, *o.seen[0]))
+    if seconds is not None:
+        facts += [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]
+    if whole:
+        facts += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
+        facts += [hears(o) for o in audible] * 2 + [", ".join(map(hears, audible))] * (len(audible) > 1)
+        facts += [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
+        known = visible or audible
+        pairs = [(a, b) for a in known for b in known if a.label != b.label]
+        facts += [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
+        facts += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
+    if sees and seconds is not None:
+        facts += [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible] + [f"the {o.label} is seen and heard" for o in both]
+        facts += [sounding_at(both)] * bool(both and still)
+    if whole and still:
+        facts += [placed(o) for o in visible] * 2 + [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
+    elif still and seconds is not None and len(seconds) == 1:
+        facts += [then(o, seconds[0] + .5) for o in visible] * 2
+    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(3, min(8, len(facts)))))]
 
 
-def pair_statements(scenes: list[Scene], kind: str, rng: random.Random) -> list[str]:
-    """True sentences about two media of one kind ("video", "audio"), the first and the second."""
-    facts, verb = [], {"video": "shows", "audio": "has"}[kind]
-    labels = [[o.label for o in s.objects if (o.seen if kind == "video" else o.heard)] for s in scenes]
-    for order, mine, other in zip(("first", "second"), labels, labels[::-1]):
-        facts += [f"the {order} {kind} {verb} {words(mine)}."] + [f"only the {order} {kind} {verb} the {label}." for label in mine if label not in other] * 2
-    return rng.sample(facts, rng.randint(2, min(5, len(facts))))
+def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random) -> list[str]:
+    """True sentences about two media of one kind ("video", "audio"), numbered one and two, and the third scene's medium of the other kind."""
+    facts, (sense, alone) = [], {"video": ("seen", "heard"), "audio": ("heard", "seen")}[kind]
+    labels = [[o.label for o in getattr(scene, sense)] for scene in scenes]
+    for number, scene, mine, other in zip(NUMBERS[1:], scenes, labels, labels[::-1]):
+        facts += [f"{kind} {number} has {named(getattr(scene, sense))}"] + [f"the {label} is in {kind} {number}" for label in mine if label not in other] * 2
+    facts += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
+    facts += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
+    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(2, min(6, len(facts)))))]
+
+
+def in_short(statement: str) -> list[str]:
+    """The words of a statement that carry its meaning: dog, heard, 2, 7 of "The dog is heard from 2 to 7."."""
+    return [word for word in statement.lower().replace(",", "").strip(".").split() if word not in FUNCTION_WORDS]
+
+
+def annotated(said: list[str], rng: random.Random) -> tuple[str, str]:
+    """(end of the prompt, target) for some statements: half of the time the prompt ends with a keyword of each, half of the time the target ends with some in short."""
+    keywords, target = "", " ".join(said)
+    if rng.random() < .5:
+        keywords = "\n" + "; ".join(rng.choice([w for w in in_short(one) if w not in COMMONPLACE]) for one in said)
+    if rng.random() < .5:
+        kept = sorted(rng.sample(range(len(said)), rng.randint(1, min(4, len(said)))))
+        target += f" In short: {', '.join(' '.join(in_short(said[i])) for i in kept)}."
+    return keywords, target
 
 
 COMMON = """a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech speaking talking singing laughing crying
@@ -76,6 +101,7 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
     """What the tokenizer (not the model) learns its merges from: statements, and the words that tasks are put and answered in."""
     rng = random.Random(seed)                                                 # COMMON: English a user's own annotations may need
     scenes = {kind: [renderer.scene("base", kind, i, seed) for i in range(300)] for kind in ("one", "many", "action", "face")}
-    lines = [" ".join(statements(renderer, s, rng, None, True, range(SECONDS))) for group in scenes.values() for s in group]
+    lines = [" ".join(annotated(statements(renderer, s, rng, None, True, range(SECONDS)), rng)) for group in scenes.values() for s in group]
+    lines += [" ".join(pair_statements([a, b], c, kind, rng)) for kind in ("video", "audio") for a, b, c in zip(*(scenes["one"][i::3] for i in range(3)))]
     rows = clip_rows(renderer, scenes, rng, 100)
     return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3

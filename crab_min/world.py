@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from crab_min.media import MediaError, read_audio
 
-VERSION = 4                                            # a change of what is drawn or said needs a new version, and a new base
+VERSION = 5                                            # a change of what is drawn or said needs a new version, and a new base
 SIZE, FPS, RATE, SECONDS = 96, 25, 16000, 10
 SPLITS = {"train": 0, "test": 1, "base": 2}
 KINDS = {"one": 0, "many": 1, "action": 2, "face": 3}
@@ -212,6 +212,16 @@ class Scene:
     @property
     def name(self) -> str:
         return f"{self.split}_{self.kind}_{self.index:05d}"
+
+    @property
+    def seen(self) -> list[Object]:
+        """What is seen at any time, from left to right."""
+        return sorted((o for o in self.objects if o.seen), key=lambda o: o.x)
+
+    @property
+    def heard(self) -> list[Object]:
+        """What is heard at any time, in the order in which it begins."""
+        return sorted((o for o in self.objects if o.heard), key=lambda o: o.heard)
 
 
 def draw_span(rng, shortest=2, longest=8) -> Span:

@@ -83,8 +83,28 @@ def at(side: str) -> str:
     return "in the middle" if side == "middle" else f"on the {side}"
 
 
+def named(objects: list[Object]) -> str:
+    return listing([f"the {o.label}" for o in objects])
+
+
 def placed(o: Object) -> str:
     return f"the {o.label} is {at(o.side)} and is {f'heard {times(o.heard)}' if o.heard else 'silent'}"
+
+
+def found(o: Object) -> str:
+    return f"{at(o.side)} is the {o.label}, {f'heard {times(o.heard)}' if o.heard else 'silent'}"
+
+
+def then(o: Object, t: float) -> str:
+    return f"the {o.label} is {at(o.side)} and is {'heard' if o.heard_at(t) else 'silent'}"
+
+
+def sounding_at(objects: list[Object]) -> str:
+    return f"{listing([f'the {o.label} {at(o.side)}' for o in objects])} can be heard"
+
+
+def compared(a: Object, b: Object, key, less: str, more: str) -> str:
+    return f"next to the {b.label} the {a.label} is heard {less if key(a) < key(b) else more}"
 
 
 def only(objects: list[Object], key) -> Object | None:
@@ -94,6 +114,7 @@ def only(objects: list[Object], key) -> Object | None:
 
 
 ORDERS = {"first": lambda o: o.heard[0][0], "last": lambda o: -o.heard[-1][1], "longest": lambda o: -length(o)}
+LONGER, EARLIER = (length, "shorter", "longer"), (ORDERS["first"], "earlier", "later")
 
 
 def questions(scene: Scene):
@@ -102,31 +123,32 @@ def questions(scene: Scene):
     Those of modality "Audio-Visual" ask for what neither eyes nor ears alone can know: the eyes know what is where, the ears what
     sounds when, and only together they know where something sounds.
     """
-    seen, heard = [o for o in scene.objects if o.seen], sorted((o for o in scene.objects if o.heard), key=lambda o: o.heard)
+    seen, heard = scene.seen, scene.heard
     at_side = {o.side: o for o in seen}                                       # one thing a side (world.py)
     yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(*map(hears, heard))
     for a in heard:
         for b in heard:
             if length(a) != length(b):
                 yield ("Audio", "Comparative", f"Is the {a.label} heard longer than the {b.label}?", "yes" if length(a) > length(b) else "no",
-                       sentence(hears(a), hears(b)))
-    yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{listing([f'the {o.label}' for o in seen])} can be seen")
+                       sentence(hears(a), hears(b), compared(a, b, *LONGER)))
+    yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{named(seen)} can be seen")
     for o in seen:
         yield "Visual", "Location", f"Where is the {o.label}?", o.side, sentence(f"the {o.label} is {at(o.side)}")
-        yield "Audio-Visual", "Existential", f"Is the thing {at(o.side)} heard?", "yes" if o.heard else "no", sentence(placed(o))
+        yield "Audio-Visual", "Existential", f"Is the thing {at(o.side)} heard?", "yes" if o.heard else "no", sentence(found(o))
     if len(seen) == len(heard) == 2:
         yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[sum(o in heard for o in seen)], sentence(*map(hears, seen))
     first = only(heard, ORDERS["first"])
     if len(seen) == 3 and first in seen:
-        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, sentence(placed(first))
+        evidence = sentence(f"the {first.label} is heard first", f"the {first.label} is {at(first.side)}")
+        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, evidence
     if {"left", "right"} <= set(at_side):
         left, right = at_side["left"], at_side["right"]
-        evidence = sentence(placed(left), placed(right))
         if length(left) != length(right):
             yield ("Audio-Visual", "Comparative", "Is the thing on the left heard longer than the thing on the right?",
-                   "yes" if length(left) > length(right) else "no", evidence)
+                   "yes" if length(left) > length(right) else "no", sentence(found(left), found(right), compared(left, right, *LONGER)))
         if (earlier := only([o for o in (left, right) if o.heard], ORDERS["first"])) and left.heard and right.heard:
-            yield "Audio-Visual", "Temporal", "Which is heard first, the thing on the left or the thing on the right?", earlier.side, evidence
+            yield ("Audio-Visual", "Temporal", "Which is heard first, the thing on the left or the thing on the right?", earlier.side,
+                   sentence(found(left), found(right), compared(left, right, *EARLIER)))
 
 
 PLACES_TO_CHOOSE = {"left": "on the left", "middle": "in the middle", "right": "on the right", "": "not in the picture"}
@@ -134,14 +156,14 @@ PLACES_TO_CHOOSE = {"left": "on the left", "middle": "in the middle", "right": "
 
 def choices(scene: Scene, rng: random.Random):
     """Multiple choice: (question, four options, index of the right one, evidence)."""
-    heard = [o for o in scene.objects if o.heard]
+    heard = scene.heard
     for order, key in ORDERS.items():
         o = only(heard, key)
         if o and sum(bool(o.seen) for o in scene.objects) == 3:
             right = PLACES_TO_CHOOSE[o.side if o.seen else ""]
             options = rng.sample(list(PLACES_TO_CHOOSE.values()), 4)
-            evidence = placed(o) if o.seen else f"the {o.label} is not seen and is heard {times(o.heard)}"
-            yield f"Where is the thing that is heard {order}?", options, options.index(right), sentence(evidence)
+            evidence = sentence(f"the {o.label} is heard {order}", f"the {o.label} is {right}")
+            yield f"Where is the thing that is heard {order}?", options, options.index(right), evidence
 
 
 def balanced(items: list[tuple], count: int, rng: random.Random) -> list:
@@ -176,13 +198,13 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
     """Rows of the folders that show whole clips, each with the target text under "text" (moved to its field by `finish`)."""
     rows, asked = defaultdict(list), defaultdict(list)
     for s in scenes["one"] + scenes["many"]:
-        seen, heard = [o for o in s.objects if o.seen], [o for o in s.objects if o.heard]
-        both = [o for o in seen if overlap(o.seen, o.heard)]
+        seen, heard = s.seen, s.heard
+        both = [o for o in heard if overlap(o.seen, o.heard)]
         if s.kind == "one":
             o, = both
             (start, end), = o.heard
             rows["ave"].append({"video_path": f"{s.name}.mp4", "audio_path": f"{s.name}.mp3", "event": o.label, "vid": s.name, "start_time": start, "end_time": end,
-                                "text": f"{sentence(f'the {o.label} {at(o.side)} is seen', hears(o))} So {event_tag('event', o.label, o.heard)}."})
+                                "text": f"{sentence(placed(o))} So {event_tag('event', o.label, o.heard)}."})
         elif both:
             events = [event_tag("event", o.label, overlap(o.seen, o.heard)) for o in both]
             rows["unav"].append({**clip(s), "vid": s.name, "text": f"{sentence(*(hears(o) for o in both))} So {' '.join(events)}."})
@@ -190,7 +212,7 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
             raw = " ".join(f"{name}: " + " ".join(f"{o.label}," + ",".join(f"({a} {b})" for a, b in spans) for o, spans in group)
                            for name, group in (("audio", [(o, o.heard) for o in heard]), ("visual", [(o, o.seen) for o in seen])) if group)
             tags = [event_tag("visual_event", o.label, o.seen) for o in seen] + [event_tag("audio_event", o.label, o.heard) for o in heard]
-            evidence = sentence(f"{listing([o.label for o in seen])} can be seen", f"{listing([o.label for o in heard])} can be heard")
+            evidence = sentence(f"{named(seen)} can be seen", f"{named(heard)} can be heard")
             rows["avvp"].append({**clip(s), "filename": s.name, "vid": s.name, "event": raw, "text": f"{evidence} So {' '.join(tags)}."})
         rows["avcap"].append({**clip(s), "video_id": s.name, "text": caption(s)})
         stratum = s.kind, len(seen), len(heard)                              # what eyes or ears alone may count tells nothing of the answer
@@ -219,10 +241,9 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
 
 
 def caption(s: Scene) -> str:
-    seen, off = [o for o in s.objects if o.seen], [o for o in s.objects if not o.seen]
+    seen = s.seen
     where = f"{listing([f'a {o.label}' for o in seen])} {'are' if len(seen) > 1 else 'is'} seen, the place is {s.place}"
-    return sentence(where) + " " + sentence(*(hears(o) for o in s.objects if o.heard)) if seen else \
-        sentence(f"only sounds, the place is {s.place}") + " " + sentence(*(hears(o) for o in off))
+    return sentence(where) + " " + sentence(*map(hears, s.heard))
 
 
 def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str, list]:
@@ -235,17 +256,17 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str,
             continue
         task, right = ("a2v", "v2a")[len(rows["a2v"]) > len(rows["v2a"])], rng.randrange(2)
         first, second = ((a, x), (b, y)) if right == 0 else ((b, y), (a, x))
-        base, number, which = "../../ave", NUMBERS[right + 1], ("first", "second")[right]
+        base, number = "../../ave", NUMBERS[right + 1]
         if task == "a2v":
             rows[task].append({"video1_path": f"{base}/video/{first[0].name}.mp4", "video2_path": f"{base}/video/{second[0].name}.mp4",
                                "audio_path": f"{base}/audio/{a.name}.mp3", "correct_video": right + 1, "audio_event": x.label, "video1_event": first[1].label,
                                "video2_event": second[1].label,
-                               "text": f"{sentence(hears(x), f'only the {which} video shows the {x.label}')} So {answer_tag(number)}."})
+                               "text": f"{sentence(hears(x), f'the {x.label} is in video {number}')} So {answer_tag(number)}."})
         else:
             rows[task].append({"video_path": f"{base}/video/{a.name}.mp4", "audio1_path": f"{base}/audio/{first[0].name}.mp3",
                                "audio2_path": f"{base}/audio/{second[0].name}.mp3", "correct_audio": right + 1, "audio1_event": first[1].label,
                                "video_event": x.label, "audio2_event": second[1].label,
-                               "text": f"{sentence(f'the {x.label} is seen', f'only the {which} audio has the {x.label}')} So {answer_tag(number)}."})
+                               "text": f"{sentence(f'the {x.label} is seen', f'the {x.label} is in audio {number}')} So {answer_tag(number)}."})
         if len(rows["v2a"]) == count:
             break
     return rows
@@ -262,16 +283,16 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
 
     for s in scenes["one"] + scenes["many"]:
         audio = f"../ave/audio/{s.name}.mp3"
-        sounding = {i: [o for o in s.objects if o.seen_at(2 * i + 1) and o.heard_at(2 * i + 1)] for i in range(5)}
+        sounding = {i: [o for o in s.seen if o.seen_at(2 * i + 1) and (o.heard_at(2 * i) or o.heard_at(2 * i + 1))] for i in range(5)}
         index = rng.choice([i for i in sounding if sounding[i]] or [-1])
         if index >= 0:                                                       # S4 and ARIG: one sounding object, MS3: one or more
             task, folder = ("s4", f"AVS/v1s/{s.name}") if s.kind == "one" else ("ms3", f"AVS/v1m/{s.name}")
-            objects = sorted(sounding[index], key=lambda o: o.x)
+            objects = sounding[index]
             masks = [renderer.mask(s, o, 2 * index + 1) for o in objects]
             mask_image = np.maximum.reduce(masks)
             write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
             found = [box_and_points(m) for m in masks]
-            name, who = listing([o.label for o in objects]), sentence(f"{listing([f'the {o.label} {at(o.side)}' for o in objects])} can be heard")
+            name, who = listing([o.label for o in objects]), sentence(sounding_at(objects))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
             rows[task].append({**row, "text": f"{who} " + " ".join(f"Box {box_text(b)} points {points_text(p)}." for b, p in found)})
             if task == "s4":
@@ -282,7 +303,7 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             continue
         index = rng.randrange(SECONDS)                                       # Ref-AVS: every other clip
         t, folder = index + .5, f"REFAVS/media/{s.name}"
-        seen = [o for o in s.objects if o.seen_at(t)]
+        seen = [o for o in s.seen if o.seen_at(t)]
         label = rng.choice([o.label for o in s.objects] + [renderer.things[rng.randrange(len(renderer.things))].label])
         expressions = {f"the {label}": [o for o in seen if o.label == label], "the thing that is heard": [o for o in seen if o.heard_at(t)],
                        "the thing that is silent": [o for o in seen if not o.heard_at(t)],
@@ -291,10 +312,10 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
         expression, fit = rng.choice(usable or [("the thing that is not there", [])])
         mask_image = renderer.mask(s, fit[0], t) if fit else np.zeros((SIZE, SIZE), np.uint8)
         write("ref_avs", "REFAVS", f"media/{s.name}/frames/{index}.jpg", f"gt_mask/{s.name}/fid_1/0000{index}.png", s, t)
-        text = f"{answer_tag('false')} It is not there."
+        text = f"{sentence(*(then(o, t) for o in seen)) if seen else 'Nothing can be seen.'} So {answer_tag('true' if fit else 'false')}."
         if fit:
             box, points = box_and_points(mask_image)
-            text = f"{answer_tag('true')} It is the {fit[0].label}. Box {box_text(box)} points {points_text(points)}."
+            text += f" It is the {fit[0].label}. Box {box_text(box)} points {points_text(points)}."
         rows["ref_avs"].append({"audio_path": audio, "vid": s.name, "fid": 1, "uid": f"{s.name}_1", "image_path": f"{folder}/frames/{index}.jpg", "idx": index,
                                 "description": expression, "text": text})
     return rows

@@ -1,13 +1,15 @@
 """The making of the tiny base, at a few steps: stages, resuming, what it says; and that its statements are true and none of the tasks' own."""
 import json
 import random
+import re
+from collections import Counter
 
 import pytest
 
 import train
 from crab_min import base
 from crab_min.interface import TASKS, mask_box
-from crab_min.statements import pair_statements, statements
+from crab_min.statements import annotated, in_short, pair_statements, statements
 from crab_min.world import SECONDS, Renderer
 
 FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--read-steps", "3", "--check-scenes", "2", "--out"]
@@ -36,27 +38,49 @@ def renderer():
 
 
 def test_statements_are_true(renderer):
-    rng, checked = random.Random(0), 0
-    for index in range(60):
+    rng, checked = random.Random(0), Counter()
+    for index in range(80):
         scene = renderer.scene("base", "many", index, 0)
         for text in statements(renderer, scene, rng, None, True, range(SECONDS)) + statements(renderer, scene, rng, 4.5, True, None):
-            named = [o for o in scene.objects if f"the {o.label} " in text or f"the {o.label}." in text]
-            if " is heard from " in text and " is at " not in text:
-                start, end = (int(w.strip(".")) for w in text.split(" heard from ")[1].split(" to "))
-                assert named[0].heard == [(start, end)]
-                checked += 1
-            elif " is at " in text:
-                assert mask_box(renderer.mask(scene, named[0], 4.5)) == tuple(int(w.strip(".")) for w in text.split(" is at ")[1].split())
-                checked += 1
-            elif text.endswith("can be heard.") and not text.startswith("at "):
-                assert {o.label for o in named} == {o.label for o in scene.objects if o.heard}
-                checked += 1
-    assert checked > 60
+            named = [o for label in re.findall(r"[Tt]he ([a-z]+)", text) for o in scene.objects if o.label == label]
+            if match := re.fullmatch(r"The \w+ is heard from (\d+) to (\d+).", text):
+                assert named[0].heard == [(int(match[1]), int(match[2]))]
+            elif match := re.fullmatch(r"The \w+ is at ([\d ]+).", text):
+                assert mask_box(renderer.mask(scene, named[0], 4.5)) == tuple(map(int, match[1].split()))
+            elif re.fullmatch(r"The .* can be heard.", text) and " on the " not in text and " in the " not in text:
+                assert named == scene.heard
+            elif match := re.fullmatch(r"On the (left|right) is the \w+.*", text):
+                assert named[-1].side == match[1]
+            elif match := re.fullmatch(r"Next to the \w+ the \w+ is heard (longer|shorter|earlier|later).", text):
+                (start, end), (other_start, other_end) = named[1].heard[0] if named[1].heard else (0, 0), named[0].heard[0] if named[0].heard else (0, 0)
+                assert {"longer": end - start > other_end - other_start, "shorter": end - start < other_end - other_start,
+                        "earlier": start < other_start, "later": start > other_start}[match[1]]
+            else:
+                continue
+            checked[text.split()[0] + text.split()[-1][-3:]] += 1
+    assert sum(checked.values()) > 150, checked
+
+
+def test_statements_about_two_media_are_true(renderer):
+    rng, scenes = random.Random(0), [renderer.scene("base", "one", index, 0) for index in range(40)]
+    for a, b, c in zip(scenes, scenes[1:], scenes[2:]):
+        for text in pair_statements([a, b], c, "video", rng):
+            if match := re.fullmatch(r"The (\w+) is in video (one|two).", text):
+                mine, other = (a, b) if match[2] == "one" else (b, a)
+                assert match[1] in {o.label for o in mine.seen} - {o.label for o in other.seen}
+
+
+def test_keywords_and_recaps_are_words_of_the_statements():
+    rng, said = random.Random(0), ["The dog is heard from 2 to 7.", "On the left is the cat, silent."]
+    assert in_short(said[0]) == ["dog", "heard", "2", "7"]
+    made = {annotated(said, rng) for _ in range(200)}
+    assert ("", " ".join(said)) in made and ("\ndog; cat", " ".join(said)) in made
+    assert ("\n7; left", " ".join(said) + " In short: dog heard 2 7, left cat silent.") in made
 
 
 def test_statements_say_nothing_in_the_words_of_a_task(renderer):
     rng, asks = random.Random(1), [task.ask for task in TASKS.values() if not task.slots]
     scenes = [renderer.scene("base", kind, index, 0) for kind in ("one", "many", "action", "face") for index in range(25)]
     lines = [line for scene in scenes for line in statements(renderer, scene, rng, None, True, range(SECONDS))]
-    lines += [line for a, b in zip(scenes[:25], scenes[1:25]) for line in pair_statements([a, b], "video", rng)]
+    lines += [line for three in zip(scenes[:25], scenes[1:25], scenes[2:25]) for line in pair_statements(three[:2], three[2], "video", rng)]
     assert not [line for line in lines if "<" in line or "?" in line or any(ask in line for ask in asks)]

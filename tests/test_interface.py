@@ -207,10 +207,10 @@ def text_of(parts):
 def test_every_medium_follows_its_marker_and_the_instruction_comes_last():
     row = {"video1_path": "a.mp4", "video2_path": "../../ave/video/b.mp4", "audio_path": "c.mp3"}
     parts = build_prompt(TASKS["a2v"], row, "root")
-    assert text_of(parts) == f"audio: (c.mp3)\nfirst video: (a.mp4)\nsecond video: (b.mp4)\n{TASKS['a2v'].ask}"
+    assert text_of(parts) == f"audio: (c.mp3)\nvideo one: (a.mp4)\nvideo two: (b.mp4)\n{TASKS['a2v'].ask}"
     assert [p.path for p in parts if p.path] == ["root/a2v/audio/c.mp3", "root/a2v/video/a.mp4", "root/ave/video/b.mp4"]
     parts = build_prompt(TASKS["v2a"], {"video_path": "a", "audio1_path": "b", "audio2_path": "c"})
-    assert text_of(parts).startswith("video: (a)\nfirst audio: (b)\nsecond audio: (c)\n")
+    assert text_of(parts).startswith("video: (a)\naudio one: (b)\naudio two: (c)\n")
 
 
 def test_frames_and_audio_windows_are_those_of_the_task():
