@@ -5,7 +5,7 @@ No statement is an instruction, a question or an answer of a task, and none carr
 import random
 
 from crab_min.interface import TASKS, mask_box
-from crab_min.world import SECONDS, Renderer, Scene
+from crab_min.world import SECONDS, Object, Renderer, Scene
 from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, only, placed,
                                   sentence, sounding_at, then)
 
@@ -17,45 +17,62 @@ def amount(count: int, what: str) -> str:
     return f"{NUMBERS[count]} {what} is" if count == 1 else f"{NUMBERS[count]} {what}s are"
 
 
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`."""
-    facts, whole = [], seconds is not None and len(seconds) == SECONDS
-    if sees:
-        facts.append(f"the place is {scene.place}")
-    if scene.kind == "face":
-        facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * (seconds is not None)
-        facts += [f"the person is {'masked' if scene.masked else 'not masked'}"] * sees + [f"the person feels {scene.emotion}"] * (seconds is not None)
-        return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
-    visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
-    audible = [o for o in scene.heard if seconds is not None and any(s < seconds.stop and e > seconds.start for s, e in o.heard)]
-    both, still = [o for o in visible if o in audible], sees and not scene.movement
-    if sees:
-        facts += [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]
-        if scene.movement and seen_at is None:
-            facts += [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"]
-    for o in visible if still else []:
+def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float | None) -> list[str]:
+    """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
+    facts = [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]
+    if scene.movement:
+        return facts + [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
+    for o in visible:
         facts += [f"the {o.label} is {at(o.side)}", f"{at(o.side)} is the {o.label}"]
         if seen_at is not None and (box := mask_box(renderer.mask(scene, o, seen_at))):
             facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}"] * 3
         elif seen_at is None:
             facts.append("the {} is seen from {} to {}".format(o.label, *o.seen[0]))
-    if seconds is not None:
-        facts += [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]
-    if whole:
-        facts += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
-        facts += [hears(o) for o in audible] * 2 + [", ".join(map(hears, audible))] * (len(audible) > 1)
-        facts += [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
-        known = visible or audible
-        pairs = [(a, b) for a in known for b in known if a.label != b.label]
-        facts += [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
-        facts += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
-    if sees and seconds is not None:
-        facts += [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible] + [f"the {o.label} is seen and heard" for o in both]
-        facts += [sounding_at(both)] * bool(both and still)
-    if whole and still:
+    return facts
+
+
+def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Random) -> list[str]:
+    """What is heard, and of a whole sound track when, and which of the things `known` (seen, or else heard) longer or earlier than which."""
+    facts = [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]
+    if not whole:
+        return facts
+    facts += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
+    facts += [hears(o) for o in audible] * 2 + [", ".join(map(hears, audible))] * (len(audible) > 1)
+    facts += [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
+    pairs = [(a, b) for a in known for b in known if a.label != b.label]
+    facts += [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
+    return facts + [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
+
+
+def together(visible: list[Object], audible: list[Object], seconds: range, still: bool) -> list[str]:
+    """What only eyes and ears together know: what is both seen and heard, and where something sounds."""
+    both = [o for o in visible if o in audible]
+    facts = [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible] + [f"the {o.label} is seen and heard" for o in both]
+    if not still:
+        return facts
+    facts += [sounding_at(both)] * bool(both)
+    if len(seconds) == SECONDS:
         facts += [placed(o) for o in visible] * 2 + [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
-    elif still and seconds is not None and len(seconds) == 1:
+    elif len(seconds) == 1:
         facts += [then(o, seconds[0] + .5) for o in visible] * 2
+    return facts
+
+
+def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> list[str]:
+    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`."""
+    facts, hears_it = [f"the place is {scene.place}"] * sees, seconds is not None
+    if scene.kind == "face":
+        facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * hears_it
+        facts += [f"the person is {'masked' if scene.masked else 'not masked'}"] * sees + [f"the person feels {scene.emotion}"] * hears_it
+        return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
+    visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
+    audible = [o for o in scene.heard if hears_it and any(start < seconds.stop and end > seconds.start for start, end in o.heard)]
+    if sees:
+        facts += eyes(renderer, scene, visible, seen_at)
+    if hears_it:
+        facts += ears(audible, visible or audible, len(seconds) == SECONDS, rng)
+    if sees and hears_it:
+        facts += together(visible, audible, seconds, not scene.movement)
     return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(3, min(8, len(facts)))))]
 
 
@@ -76,7 +93,10 @@ def in_short(statement: str) -> list[str]:
 
 
 def annotated(said: list[str], rng: random.Random) -> tuple[str, str]:
-    """(end of the prompt, target) for some statements: half of the time the prompt ends with a keyword of each, half of the time the target ends with some in short."""
+    """(end of the prompt, target) for some statements.
+
+    Half of the time the prompt ends with a keyword of each, and half of the time the target ends with some of them in short.
+    """
     keywords, target = "", " ".join(said)
     if rng.random() < .5:
         keywords = "\n" + "; ".join(rng.choice([w for w in in_short(one) if w not in COMMONPLACE]) for one in said)
@@ -102,6 +122,7 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
     rng = random.Random(seed)                                                 # COMMON: English a user's own annotations may need
     scenes = {kind: [renderer.scene("base", kind, i, seed) for i in range(300)] for kind in ("one", "many", "action", "face")}
     lines = [" ".join(annotated(statements(renderer, s, rng, None, True, range(SECONDS)), rng)) for group in scenes.values() for s in group]
-    lines += [" ".join(pair_statements([a, b], c, kind, rng)) for kind in ("video", "audio") for a, b, c in zip(*(scenes["one"][i::3] for i in range(3)))]
+    lines += [" ".join(pair_statements([a, b], c, kind, rng)) for kind in ("video", "audio")
+              for a, b, c in zip(*(scenes["one"][start::3] for start in range(3)))]
     rows = clip_rows(renderer, scenes, rng, 100)
     return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3
