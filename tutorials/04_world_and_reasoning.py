@@ -25,7 +25,7 @@ from crab_min.world_tasks import WorldConfig, build_world, questions
 # 1. A scene is symbols: what there is, where, and in which seconds it is seen and heard. It is drawn from (seed, split, kind, index) alone.
 renderer = Renderer()
 scene = next(s for s in (renderer.scene("train", "many", i) for i in range(1000))
-             if len([o for o in s.objects if o.seen]) == 2 and len([o for o in s.objects if o.heard]) == 2 and len(s.objects) == 3)
+             if len(s.seen) == len(s.heard) == 2 and len(s.objects) == 3)
 print(f"Scene {scene.name}, at the place {scene.place!r}:")
 for o in scene.objects:
     print(f"  {o.label:<8} {'off screen' if not o.seen else f'{o.side}, seen {o.seen}':<28} {f'heard {o.heard}' if o.heard else 'silent'}")
