@@ -159,7 +159,7 @@ def choices(scene: Scene, rng: random.Random):
     heard = scene.heard
     for order, key in ORDERS.items():
         o = only(heard, key)
-        if o and sum(bool(o.seen) for o in scene.objects) == 3:
+        if o and len(scene.seen) == 3:
             right = PLACES_TO_CHOOSE[o.side if o.seen else ""]
             options = rng.sample(list(PLACES_TO_CHOOSE.values()), 4)
             evidence = sentence(f"the {o.label} is heard {order}", f"the {o.label} is {right}")
