@@ -44,8 +44,8 @@ class BaseConfig:
     """How long each stage of the base lasts."""
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
-    read_steps: int = field(default=2200, metadata={"help": "steps of stage read (24 scenes each)"})
-    practice_steps: int = field(default=700, metadata={"help": "the first of them: a fact about each thing, looked up by its name"})
+    read_steps: int = field(default=1500, metadata={"help": "steps of stage read (24 scenes each)"})
+    practice_steps: int = field(default=600, metadata={"help": "the first of them: a fact about each thing, looked up by its name"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})

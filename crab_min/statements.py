@@ -100,7 +100,8 @@ def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Ra
         facts += [f"{kind} {number} has {named(getattr(scene, sense))}"] * (not practice) + [f"the {label} is in {kind} {number}" for label in mine if label not in other] * 2
     facts += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
     facts += [f"{named(getattr(third, alone))} can be {alone}"] * (not practice) + [hears(o) for o in third.heard] * (alone == "heard")
-    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(2, min(6, len(facts)))))]
+    most = min(6, len(facts))
+    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(min(2, most), most)))]
 
 
 def in_short(statement: str) -> list[str]:
