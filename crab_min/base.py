@@ -44,8 +44,7 @@ class BaseConfig:
     """How long each stage of the base lasts."""
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
-    read_steps: int = field(default=1500, metadata={"help": "steps of stage read (24 scenes each)"})
-    practice_steps: int = field(default=600, metadata={"help": "the first of them: a fact about each thing, looked up by its name"})
+    read_steps: int = field(default=6000, metadata={"help": "steps of stage read (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -125,16 +124,6 @@ def wake(model: AVLanguageModel) -> None:
     nn.init.normal_(model.llm.get_input_embeddings().weight, std=model.llm.config.hidden_size ** -.5)
 
 
-def word_vectors(model: AVLanguageModel, renderer: Renderer) -> Tensor:
-    """The LM's embeddings (C, D) of the things' names.
-
-    See and hear pull the tokens of a thing towards its name, so that the LM can look a thing up by its name as it looks up a word.
-    Without this the base knew what is on the left (100 of 100) but not where the dog is (60 of 100; three sides).
-    """
-    ids = [model.encode_text(f" {thing.label}")[0] for thing in renderer.things]
-    return model.llm.get_input_embeddings().weight[ids].detach()
-
-
 @dataclass
 class Seen:
     """What a frame shows: Q cells of a 3 x 2 grid (thing with its centre there, its box / 224), S patches of 8 x 8 pixels (the same)."""
@@ -165,7 +154,6 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
     if queries != 6:
         raise ModelError(f"visual_qformer: {queries} queries, stage see needs 6, one a cell of its grid")
     cell_head, scene_head = probe(width, things + 1 + 4), probe(queries * width, len(places) + len(EMOTIONS) + 1)
-    names = word_vectors(model, renderer)
     digit_head = nn.Linear(width, 4 * BINS)            # the tens of its edges: digits that can be read off linearly can be put into words
     patch_head = nn.Linear(model.vision.width, things + 1 + 4 + queries)      # what each patch shows, its box, the patch's cell: a dense start
     own_cell = torch.arange(side ** 2).reshape(side, side)
@@ -179,7 +167,6 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
         features = model.vision(torch.from_numpy(worn(frames, rng)))                                        # (B, 1, S, W)
         tokens = model.visual_qformer(features)[:, 0]                                                       # (B, Q, D)
         cell, box = cell_head(tokens).split([things + 1, 4], -1)                                            # (B, Q, C + 1), (B, Q, 4)
-        named = F.pad(4 * tokens @ names.T, (0, 1))                                                         # (B, Q, C + 1)
         place, face = scene_head(tokens.flatten(1)).split([len(places), len(EMOTIONS) + 1], 1)
         cell_gold, box_gold = torch.tensor(np.stack([g.cell for g in golds])), torch.tensor(np.stack([g.box for g in golds])).float()
         place_gold = torch.tensor([places.index(s.place) for s in scenes])
@@ -187,8 +174,7 @@ def train_see(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, se
         there = cell_gold < things
         off = (box - box_gold).abs().mean(-1)[there].mean()
         digits = digit_head(tokens)[there].unflatten(-1, (4, BINS))                                         # (objects, 4, BINS)
-        weight = torch.tensor([2.] * things + [1.])
-        loss = 2 * F.cross_entropy(cell.flatten(0, 1), cell_gold.flatten(), weight) + F.cross_entropy(named.flatten(0, 1), cell_gold.flatten(), weight) + 10 * off
+        loss = 2 * F.cross_entropy(cell.flatten(0, 1), cell_gold.flatten(), torch.tensor([2.] * things + [1.])) + 10 * off
         loss = loss + .5 * F.cross_entropy(digits.flatten(0, 1), ((box_gold[there] * GRID).round() / 10).long().flatten())
         loss = loss + .3 * F.cross_entropy(place, place_gold) + F.cross_entropy(face, face_gold)
         patch, edge, mine = patch_head(features[:, 0]).flatten(0, 1).split([things + 1, 4, queries], 1)     # (B * S, C + 1), (B * S, 4), (B * S, Q)
@@ -212,7 +198,7 @@ def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
     """Sound: which things sound in each second (10, C) and the emotion of a voice, from the audio Q-Former's tokens."""
     things, count, noise = len(renderer.things), 24, np.random.default_rng(seed)
     queries = model.audio_qformer.config.queries * model.llm.config.hidden_size
-    head, names = probe(queries, things + len(EMOTIONS) + 1), word_vectors(model, renderer)
+    head = probe(queries, things + len(EMOTIONS) + 1)
 
     def loss_of(step):
         seconds = 2 if step % 3 == 2 else 1                                                                 # a piece of sound is 1 or 2 s long
@@ -221,13 +207,10 @@ def train_hear(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
                                  for start in range(0, SECONDS, seconds)] for scene in scenes]).float()     # (B, T, C)
         banks = banks_of(np.stack([worn(renderer.wave(scene), noise) for scene in scenes]), seconds)
         features, _ = model.audio.beats(banks.flatten(0, 1))                                                # (B * T, 48 or 96, W)
-        tokens = model.audio_qformer(features[:, None])[:, 0]                                               # (B * T, Q, D)
-        out = head(tokens.flatten(1)).unflatten(0, (count, -1))                                             # (B, T, C + 7)
+        out = head(model.audio_qformer(features[:, None]).flatten(1)).unflatten(0, (count, -1))             # (B, T, C + 7)
         here, voice = out.split([things, len(EMOTIONS) + 1], -1)
-        named = 4 * tokens.sum(1).unflatten(0, (count, -1)) @ names.T - 2                                   # (B, T, C)
         gold = torch.tensor([EMOTIONS.index(s.emotion) if s.emotion else len(EMOTIONS) for s in scenes])[:, None].expand(-1, here.shape[1])
         loss = F.binary_cross_entropy_with_logits(here, present) * 5 + F.cross_entropy(voice.flatten(0, 1), gold.flatten())
-        loss = loss + 5 * F.binary_cross_entropy_with_logits(named, present)
         faces = gold[:, 0] < len(EMOTIONS)
         return loss, {"all_heard": round(((here > 0) == (present > 0)).all(-1).float().mean().item(), 2),
                       "voice": round((voice.argmax(-1) == gold)[faces].float().mean().item(), 2)}
@@ -312,11 +295,7 @@ def encode_all(model: AVLanguageModel, batch: list[Shown]) -> list[Shown]:
 
 
 def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
-    """The LM learns to say what the connectors' tokens mean: statements in random order, loss on every word of them.
-
-    It starts with practice, a fact a named thing. Finding "the dog" among the tokens takes 300 steps (16 s per 100) where nothing else is asked, and
-    is not learned in 500 amid all the words that chance decides (side of a named thing in an image: 1.00 against .42, three sides).
-    """
+    """The LM learns to say what the connectors' tokens mean: statements in random order, loss on every word of them."""
     rng, count, pool = random.Random(seed), 24, []
     model.requires_grad_(False)
 
@@ -332,8 +311,7 @@ def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
             prompts, media = [[Part("text", text=line)] for line in targets], [[]] * count
         else:
             batch = rng.choice(pool)
-            practice = step < config.practice_steps
-            notes, targets = zip(*(("", " ".join(s.say(practice=True))) if practice else annotated(s.say(), rng) for s in batch))
+            notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
             prompts, media = [[*s.parts, Part("text", text=note)] for s, note in zip(batch, notes)], [s.media for s in batch]
         loss, tokens = model(model.collate(prompts, media, targets))
         return loss / tokens, {}

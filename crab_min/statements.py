@@ -58,22 +58,8 @@ def together(visible: list[Object], audible: list[Object], seconds: range, still
     return facts
 
 
-def looked_up(renderer: Renderer, scene: Scene, o: Object, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> str:
-    """One fact about a named thing, which can only be known by finding the thing in the picture or the sound."""
-    visible = sees and (o.seen if seen_at is None else o.seen_at(seen_at)) and not scene.movement
-    whole = seconds is not None and len(seconds) == SECONDS
-    if visible and seen_at is not None and rng.random() < .5 and (box := mask_box(renderer.mask(scene, o, seen_at))):
-        return f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}"
-    if visible:
-        return placed(o) if whole else f"the {o.label} is {at(o.side)}"
-    return hears(o) if whole else f"the {o.label} can be heard"
-
-
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None, practice: bool = False) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`.
-
-    practice: one about each thing, in random order, and nothing else.
-    """
+def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> list[str]:
+    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`."""
     facts, hears_it = [f"the place is {scene.place}"] * sees, seconds is not None
     if scene.kind == "face":
         facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * hears_it
@@ -81,8 +67,6 @@ def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: fl
         return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
     visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
     audible = [o for o in scene.heard if hears_it and any(start < seconds.stop and end > seconds.start for start, end in o.heard)]
-    if practice and (things := visible + [o for o in audible if o not in visible]):
-        return [sentence(looked_up(renderer, scene, o, rng, seen_at, sees, seconds)) for o in rng.sample(things, len(things))]
     if sees:
         facts += eyes(renderer, scene, visible, seen_at)
     if hears_it:
@@ -92,16 +76,15 @@ def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: fl
     return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(3, min(8, len(facts)))))]
 
 
-def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random, practice: bool = False) -> list[str]:
+def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random) -> list[str]:
     """True sentences about two media of one kind ("video", "audio"), numbered one and two, and the third scene's medium of the other kind."""
     facts, (sense, alone) = [], {"video": ("seen", "heard"), "audio": ("heard", "seen")}[kind]
     labels = [[o.label for o in getattr(scene, sense)] for scene in scenes]
     for number, scene, mine, other in zip(NUMBERS[1:], scenes, labels, labels[::-1]):
-        facts += [f"{kind} {number} has {named(getattr(scene, sense))}"] * (not practice) + [f"the {label} is in {kind} {number}" for label in mine if label not in other] * 2
+        facts += [f"{kind} {number} has {named(getattr(scene, sense))}"] + [f"the {label} is in {kind} {number}" for label in mine if label not in other] * 2
     facts += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
-    facts += [f"{named(getattr(third, alone))} can be {alone}"] * (not practice) + [hears(o) for o in third.heard] * (alone == "heard")
-    most = min(6, len(facts))
-    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(min(2, most), most)))]
+    facts += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
+    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(2, min(6, len(facts)))))]
 
 
 def in_short(statement: str) -> list[str]:
