@@ -7,7 +7,7 @@ import random
 from crab_min.interface import TASKS, mask_box
 from crab_min.world import SECONDS, Object, Renderer, Scene
 from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, only, placed,
-                                  sentence, sounding_at, then)
+                                  placed_at, sentence, sounding)
 
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
@@ -50,11 +50,11 @@ def together(visible: list[Object], audible: list[Object], seconds: range, still
     facts = [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible] + [f"the {o.label} is seen and heard" for o in both]
     if not still:
         return facts
-    facts += [sounding_at(both)] * bool(both)
+    facts += [sounding(both)] * bool(both)
     if len(seconds) == SECONDS:
         facts += [placed(o) for o in visible] * 2 + [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
     elif len(seconds) == 1:
-        facts += [then(o, seconds[0] + .5) for o in visible] * 2
+        facts += [placed_at(o, seconds[0] + .5) for o in visible] * 2
     return facts
 
 

@@ -210,8 +210,8 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     """The steps themselves, from the last saved state on; a line of log.csv each."""
     beside = {id(p) for module in model.beside().values() for p in module.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in beside]
-    connectors = [p for p in model.parameters() if p.requires_grad and id(p) in beside]
-    optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (connectors, config.connector_lr)) if g], weight_decay=0)
+    others = [p for p in model.parameters() if p.requires_grad and id(p) in beside]
+    optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)
     done = load_state(folder, model, optimizer)
     file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
@@ -223,7 +223,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
         with half_products(config.half):
             loss, tokens = model(batch)
         (loss / tokens).backward()
-        norm = torch.nn.utils.clip_grad_norm_(adapter + connectors, config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(adapter + others, config.clip)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)
         optimizer.step()

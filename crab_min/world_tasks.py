@@ -84,26 +84,32 @@ def at(side: str) -> str:
 
 
 def named(objects: list[Object]) -> str:
+    """the dog, the cat and the bell"""
     return listing([f"the {o.label}" for o in objects])
 
 
 def placed(o: Object) -> str:
+    """the dog is on the left and is heard from 2 to 7"""
     return f"the {o.label} is {at(o.side)} and is {f'heard {times(o.heard)}' if o.heard else 'silent'}"
 
 
 def found(o: Object) -> str:
+    """on the left is the dog, heard from 2 to 7: for questions that name a side, so that the thing follows from the side"""
     return f"{at(o.side)} is the {o.label}, {f'heard {times(o.heard)}' if o.heard else 'silent'}"
 
 
-def then(o: Object, t: float) -> str:
+def placed_at(o: Object, t: float) -> str:
+    """the dog is on the left and is silent: at second t"""
     return f"the {o.label} is {at(o.side)} and is {'heard' if o.heard_at(t) else 'silent'}"
 
 
-def sounding_at(objects: list[Object]) -> str:
+def sounding(objects: list[Object]) -> str:
+    """the dog on the left and the cat on the right can be heard"""
     return f"{listing([f'the {o.label} {at(o.side)}' for o in objects])} can be heard"
 
 
 def compared(a: Object, b: Object, key, less: str, more: str) -> str:
+    """next to the cat the dog is heard longer: both names come before the judgement"""
     return f"next to the {b.label} the {a.label} is heard {less if key(a) < key(b) else more}"
 
 
@@ -284,16 +290,16 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
 
     for s in scenes["one"] + scenes["many"]:
         audio = f"../ave/audio/{s.name}.mp3"
-        sounding = {i: [o for o in s.seen if o.seen_at(2 * i + 1) and (o.heard_at(2 * i) or o.heard_at(2 * i + 1))] for i in range(5)}
-        index = rng.choice([i for i in sounding if sounding[i]] or [-1])
+        audible = {i: [o for o in s.seen if o.seen_at(2 * i + 1) and (o.heard_at(2 * i) or o.heard_at(2 * i + 1))] for i in range(5)}
+        index = rng.choice([i for i in audible if audible[i]] or [-1])
         if index >= 0:                                                       # S4 and ARIG: one sounding object, MS3: one or more
             task, folder = ("s4", f"AVS/v1s/{s.name}") if s.kind == "one" else ("ms3", f"AVS/v1m/{s.name}")
-            objects = sounding[index]
+            objects = audible[index]
             masks = [renderer.mask(s, o, 2 * index + 1) for o in objects]
             mask_image = np.maximum.reduce(masks)
             write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
             found = [box_and_points(m) for m in masks]
-            name, who = listing([o.label for o in objects]), sentence(sounding_at(objects))
+            name, who = listing([o.label for o in objects]), sentence(sounding(objects))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
             rows[task].append({**row, "text": f"{who} " + " ".join(f"Box {box_text(b)} points {points_text(p)}." for b, p in found)})
             if task == "s4":
@@ -313,7 +319,7 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
         expression, fit = rng.choice(usable or [("the thing that is not there", [])])
         mask_image = renderer.mask(s, fit[0], t) if fit else np.zeros((SIZE, SIZE), np.uint8)
         write("ref_avs", "REFAVS", f"media/{s.name}/frames/{index}.jpg", f"gt_mask/{s.name}/fid_1/0000{index}.png", s, t)
-        text = f"{sentence(*(then(o, t) for o in seen)) if seen else 'Nothing can be seen.'} So {answer_tag('true' if fit else 'false')}."
+        text = f"{sentence(*(placed_at(o, t) for o in seen)) if seen else 'Nothing can be seen.'} So {answer_tag('true' if fit else 'false')}."
         if fit:
             box, points = box_and_points(mask_image)
             text += f" It is the {fit[0].label}. Box {box_text(box)} points {points_text(points)}."
