@@ -44,7 +44,8 @@ class BaseConfig:
     """How long each stage of the base lasts."""
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
-    read_steps: int = field(default=6000, metadata={"help": "steps of stage read (24 scenes each)"})
+    practice: float = field(default=1, metadata={"help": "factor on the steps of the lessons with which stage read begins"})
+    read_steps: int = field(default=3000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -229,15 +230,17 @@ class Shown:
     say: Callable
 
 
-def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", others: tuple[Scene, ...] = ()) -> Shown:
+def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", others: tuple[Scene, ...] = (),
+         seen_at: float | None = None) -> Shown:
     """One way of showing a scene.
 
-    view: "image" (at second 4.5), "audio" (all of it), "clip" (both), or any way at random; "moment" is an image and the piece of sound around it.
-    others: two more scenes, for a prompt of three media: the sound of the last of them and two videos, or its frames and two sounds.
+    view: "image" (at second seen_at, or any), "audio" (all of it), "clip" (frames and all sound), "still" (image and all sound), "moment" (image and the
+    piece of sound around it), or any of these at random; with the two scenes of `others` it is "pair", three media: the sound of the last scene and two
+    videos, or its frames and two sounds; or "frames", two videos of one frame.
     """
     noise, count = np.random.default_rng(rng.randrange(10 ** 9)), 4 if scene.kind == "face" else SECONDS
-    ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment", "moment"]
-    seen_at, shown = IMAGE_AT if view else rng.randrange(SECONDS) + .5, Shown([], [], None)
+    ways = ["audio", "clip", "clip"] if scene.kind in ("face", "action") else ["image", "image", "audio", "clip", "clip", "clip", "moment", "moment", "still"]
+    seen_at, shown = seen_at or rng.randrange(SECONDS) + .5, Shown([], [], None)
     view, seconds = view or rng.choice(ways), rng.choice([1, 1, 2])
 
     def add(kind, medium, number=""):
@@ -254,24 +257,27 @@ def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.R
     if others:
         second, third = others
         kind, alone, take = rng.choice([("video", "audio", video), ("audio", "video", partial(audio, seconds=1, pieces=range(SECONDS)))])
-        add(alone, audio(third, 1, range(SECONDS)) if alone == "audio" else video(third))
+        if view == "frames":
+            kind, alone, take, count = "video", "audio", video, 1
+        else:
+            add(alone, audio(third, 1, range(SECONDS)) if alone == "audio" else video(third))
         for number, one in ((" one", scene), (" two", second)):
             add(kind, take(one), number)
         shown.say = partial(pair_statements, [scene, second], third, kind, rng)
         return shown
     hears = None
-    if view in ("image", "moment"):
+    if view in ("image", "moment", "still"):
         add("image", (worn(renderer.frames(scene, [seen_at]), noise),))
     if view == "clip":
         add("video", video(scene))
-    if view in ("audio", "clip"):
+    if view in ("audio", "clip", "still"):
         hears = range(count)
         add("audio", audio(scene, 1, hears))
     if view == "moment":
         piece = int(seen_at) // seconds
         hears = range(piece * seconds, (piece + 1) * seconds)
         add("audio", audio(scene, seconds, range(piece, piece + 1)))
-    shown.say = partial(statements, renderer, scene, rng, seen_at if view in ("image", "moment") else None, view != "audio", hears)
+    shown.say = partial(statements, renderer, scene, rng, seen_at if view in ("image", "moment", "still") else None, view != "audio", hears)
     return shown
 
 
@@ -294,29 +300,59 @@ def encode_all(model: AVLanguageModel, batch: list[Shown]) -> list[Shown]:
     return batch
 
 
+@dataclass
+class Lesson:
+    """Practice in looking things up by their names: for each thing shown, in any order, the same form of statement and nothing else."""
+    steps: int
+    scenes: int                                        # a step
+    view: str                                          # see `show`
+    forms: tuple[str, ...]                             # see statements.py
+
+
+# A small LM finds out how to look something up only where nothing else is to be learned and a step has many examples; what it has found out, it keeps.
+LESSONS = (Lesson(300, 64, "image", ("side",)), Lesson(300, 64, "moment", ("sounds",)), Lesson(500, 64, "frames", ("which",)), Lesson(500, 32, "image", ("box",)),
+           Lesson(500, 32, "audio", ("span", "order")), Lesson(600, 32, "clip", ("sounds", "shown", "side", "span", "placed")),
+           Lesson(300, 32, "pair", ("which",)), Lesson(300, 32, "moment", ("placed", "both", "box")))
+
+
 def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
-    """The LM learns to say what the connectors' tokens mean: statements in random order, loss on every word of them."""
-    rng, count, pool = random.Random(seed), 24, []
+    """The LM learns to say what the connectors' tokens mean: the lessons, each with a little of the earlier ones, then statements of all forms."""
+    rng, pools = random.Random(seed), {}
     model.requires_grad_(False)
+    ends = np.cumsum([round(lesson.steps * config.practice) for lesson in LESSONS])
+
+    def batch_of(step, view, count):
+        pool = pools.setdefault((view, count), [])
+        if step % 3 == 0 or not pool:                                         # encoding costs more than a step: each batch is shown about three times
+            pairs, kinds = view in ("pair", "frames"), ("one", "many", "many")
+            if not view:
+                kinds, pairs = rng.choice([(kinds, False)] * 4 + [(kinds, True), (("action",), False), (("face",), False)])
+            scenes = draw(renderer, ("one",) if pairs else kinds, step + 10 ** 6, count, seed)
+            others = zip(*(draw(renderer, ("one",), step + 10 ** 6 + i, count, seed) for i in (1, 2))) if pairs else [()] * count
+            pool.append(encode_all(model, [show(model, renderer, scene, rng, view, more) for scene, more in zip(scenes, others)]))
+            del pool[:-8]
+        return rng.choice(pool)
 
     def loss_of(step):
-        if step % 3 == 0:                                                     # encoding costs more than a step: each batch is shown about three times
-            kinds, pairs = rng.choice([(("one", "many", "many"), False)] * 4 + [(("one",), True), (("action",), False), (("face",), False)])
-            scenes = draw(renderer, kinds, step + 10 ** 6, count, seed)
-            others = zip(*(draw(renderer, kinds, step + 10 ** 6 + i, count, seed) for i in (1, 2))) if pairs else [()] * count
-            pool.append(encode_all(model, [show(model, renderer, scene, rng, others=more) for scene, more in zip(scenes, others)]))
-            del pool[:-8]
-        if step % 12 == 11:
-            targets = [gibberish(model.tokenizer, rng) for _ in range(count)]
-            prompts, media = [[Part("text", text=line)] for line in targets], [[]] * count
+        number, notes = int(np.searchsorted(ends, step, "right")), [""] * 24
+        new = lesson = LESSONS[number] if number < len(LESSONS) else None
+        if number and rng.random() < .2:
+            lesson = rng.choice(LESSONS[:number])
+        if lesson:
+            batch = batch_of(step, lesson.view, lesson.scenes if lesson is new else 24)
+            notes, targets = [""] * len(batch), [" ".join(s.say(forms=lesson.forms)) for s in batch]
+        elif step % 12 == 11:
+            targets = [gibberish(model.tokenizer, rng) for _ in range(24)]
+            batch = [Shown([Part("text", text=line)], [], None) for line in targets]
         else:
-            batch = rng.choice(pool)
+            batch = batch_of(step, "", 24)
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
-            prompts, media = [[*s.parts, Part("text", text=note)] for s, note in zip(batch, notes)], [s.media for s in batch]
-        loss, tokens = model(model.collate(prompts, media, targets))
-        return loss / tokens, {}
+        prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
+        loss, tokens = model(model.collate(prompts, [s.media for s in batch], targets))
+        loss = loss / tokens
+        return loss, {f"{new.view}_{new.forms[0]}": round(loss.item(), 3)} if new and lesson is new else {}
 
-    train_stage("read", [model.llm, model.time], config.read_steps, config.read_lr, loss_of, log, slow=[model.visual_qformer, model.audio_qformer])
+    train_stage("read", [model.llm, model.time], int(ends[-1]) + config.read_steps, config.read_lr, loss_of, log, slow=[model.visual_qformer, model.audio_qformer])
 
 
 def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:
@@ -333,7 +369,7 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
     for name, kinds, view in (("place", ("one", "many"), "clip"), ("emotion", ("face",), "clip"), ("movement", ("action",), "clip"),
                               ("span", ("one", "many"), "audio"), ("span_in_clip", ("one", "many"), "clip"), ("box", ("one", "many"), "image")):
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]
-        shown = encode_all(model, [show(model, renderer, scene, rng, view) for scene in scenes])
+        shown = encode_all(model, [show(model, renderer, scene, rng, view, seen_at=IMAGE_AT) for scene in scenes])
         objects = [next((o for o in s.objects if (o.heard if name.startswith("span") else o.seen)), s.objects[0]) for s in scenes]
         begin = {"place": "The place is", "emotion": "The person feels", "movement": "The movement is", "box": "The {} is at"}.get(name, "The {} is heard from")
         said = complete(model, shown, [begin.format(o.label) for o in objects], 16)

@@ -12,79 +12,106 @@ from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACE
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
 
+Facts = dict[str, list[str]]                           # clauses by form; those of a form named here are answers to "look up a thing by its name"
+
 
 def amount(count: int, what: str) -> str:
     return f"{NUMBERS[count]} {what} is" if count == 1 else f"{NUMBERS[count]} {what}s are"
 
 
-def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float | None) -> list[str]:
+def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float | None) -> Facts:
     """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
-    facts = [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]
+    facts = {"": [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]}
     if scene.movement:
-        return facts + [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
-    for o in visible:
-        facts += [f"the {o.label} is {at(o.side)}", f"{at(o.side)} is the {o.label}"]
-        if seen_at is not None and (box := mask_box(renderer.mask(scene, o, seen_at))):
-            facts += [f"the {o.label} is at {box[0]} {box[1]} {box[2]} {box[3]}"] * 3
-        elif seen_at is None:
-            facts.append("the {} is seen from {} to {}".format(o.label, *o.seen[0]))
+        facts[""] += [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
+        return facts
+    facts["side"] = [f"the {o.label} is {at(o.side)}" for o in visible]
+    facts[""] += [f"{at(o.side)} is the {o.label}" for o in visible]
+    if seen_at is None:
+        facts["seen"] = ["the {} is seen from {} to {}".format(o.label, *o.seen[0]) for o in visible]
+    else:
+        boxes = [(o.label, mask_box(renderer.mask(scene, o, seen_at))) for o in visible]
+        facts["box"] = ["the {} is at {} {} {} {}".format(label, *box) for label, box in boxes if box]
     return facts
 
 
-def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Random) -> list[str]:
+def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Random) -> Facts:
     """What is heard, and of a whole sound track when, and which of the things `known` (seen, or else heard) longer or earlier than which."""
-    facts = [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]
+    facts = {"": [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]}
     if not whole:
         return facts
-    facts += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
-    facts += [hears(o) for o in audible] * 2 + [", ".join(map(hears, audible))] * (len(audible) > 1)
-    facts += [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
+    facts["span"] = [hears(o) for o in audible]
+    facts[""] += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
+    facts[""] += [", ".join(map(hears, audible))] * (len(audible) > 1)
+    facts["order"] = [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
-    facts += [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
-    return facts + [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
-
-
-def together(visible: list[Object], audible: list[Object], seconds: range, still: bool) -> list[str]:
-    """What only eyes and ears together know: what is both seen and heard, and where something sounds."""
-    both = [o for o in visible if o in audible]
-    facts = [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible] + [f"the {o.label} is seen and heard" for o in both]
-    if not still:
-        return facts
-    facts += [sounding(both)] * bool(both)
-    if len(seconds) == SECONDS:
-        facts += [placed(o) for o in visible] * 2 + [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
-    elif len(seconds) == 1:
-        facts += [placed_at(o, seconds[0] + .5) for o in visible] * 2
+    facts["compare"] = [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
+    facts["compare"] += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
     return facts
 
 
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`."""
-    facts, hears_it = [f"the place is {scene.place}"] * sees, seconds is not None
+def together(visible: list[Object], audible: list[Object], seconds: range, still: bool) -> Facts:
+    """What only eyes and ears together know: what is both seen and heard, and where something sounds."""
+    both = [o for o in visible if o in audible]
+    facts = {"off": [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible], "both": [f"the {o.label} is seen and heard" for o in both]}
+    if not still:
+        return facts
+    facts["sounds"] = [f"the {o.label} is {'heard' if o in audible else 'silent'}" for o in visible]
+    facts["shown"] = [f"the {o.label} is {PLACES_TO_CHOOSE[o.side if o in visible else '']}" for o in audible]
+    facts[""] = [sounding(both)] * bool(both)
+    if len(seconds) == SECONDS:
+        facts["placed"] = [placed(o) for o in visible]
+        facts[""] += [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
+    elif len(seconds) == 1:
+        facts["placed"] = [placed_at(o, seconds[0] + .5) for o in visible]
+    return facts
+
+
+def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None,
+               forms: tuple[str, ...] = ()) -> list[str]:
+    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`.
+
+    forms: say all that is true in one of these forms, as far as there is any ("side": where each thing is), instead of a mixture.
+    """
+    hears_it = seconds is not None
     if scene.kind == "face":
+        facts = [f"the place is {scene.place}"] * sees
         facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * hears_it
         facts += [f"the person is {'masked' if scene.masked else 'not masked'}"] * sees + [f"the person feels {scene.emotion}"] * hears_it
         return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
     visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
     audible = [o for o in scene.heard if hears_it and any(start < seconds.stop and end > seconds.start for start, end in o.heard)]
+    groups = [{"": [f"the place is {scene.place}"]}] * sees
     if sees:
-        facts += eyes(renderer, scene, visible, seen_at)
+        groups.append(eyes(renderer, scene, visible, seen_at))
     if hears_it:
-        facts += ears(audible, visible or audible, len(seconds) == SECONDS, rng)
+        groups.append(ears(audible, visible or audible, len(seconds) == SECONDS, rng))
     if sees and hears_it:
-        facts += together(visible, audible, seconds, not scene.movement)
-    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(3, min(8, len(facts)))))]
+        groups.append(together(visible, audible, seconds, not scene.movement))
+    return drawn(groups, forms, rng)
 
 
-def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random) -> list[str]:
+def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random, forms: tuple[str, ...] = ()) -> list[str]:
     """True sentences about two media of one kind ("video", "audio"), numbered one and two, and the third scene's medium of the other kind."""
-    facts, (sense, alone) = [], {"video": ("seen", "heard"), "audio": ("heard", "seen")}[kind]
+    facts, (sense, alone) = {"": [], "which": []}, {"video": ("seen", "heard"), "audio": ("heard", "seen")}[kind]
     labels = [[o.label for o in getattr(scene, sense)] for scene in scenes]
     for number, scene, mine, other in zip(NUMBERS[1:], scenes, labels, labels[::-1]):
-        facts += [f"{kind} {number} has {named(getattr(scene, sense))}"] + [f"the {label} is in {kind} {number}" for label in mine if label not in other] * 2
-    facts += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
-    facts += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
-    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(2, min(6, len(facts)))))]
+        facts[""].append(f"{kind} {number} has {named(getattr(scene, sense))}")
+        facts["which"] += [f"the {label} is in {kind} {number}" for label in mine if label not in other]
+    facts[""] += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
+    facts[""] += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
+    return drawn([facts], forms, rng)
+
+
+def drawn(groups: list[Facts], forms: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Three to eight sentences of any form, those to be looked up twice as often; or all of one form of `forms`, in any order, if there are any."""
+    usable = [form for form in forms if any(group.get(form) for group in groups)]
+    if usable:
+        form = rng.choice(usable)
+        facts = [fact for group in groups for fact in group.get(form, [])]
+        return [sentence(fact) for fact in rng.sample(facts, min(4, len(facts)))]
+    facts = [fact for group in groups for form, some in group.items() for fact in some * (2 if form else 1)]
+    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(min(3, len(facts)), min(8, len(facts)))))]
 
 
 def in_short(statement: str) -> list[str]:

@@ -12,7 +12,7 @@ from crab_min.interface import TASKS, mask_box
 from crab_min.statements import annotated, in_short, pair_statements, statements
 from crab_min.world import SECONDS, Renderer
 
-FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--read-steps", "3", "--check-scenes", "2", "--out"]
+FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.002", "--read-steps", "3", "--check-scenes", "2", "--out"]
 
 
 def test_an_interrupted_base_goes_on_after_its_last_stage(tmp_path, monkeypatch, capsys):
