@@ -6,8 +6,8 @@ import random
 
 from crab_min.interface import TASKS, mask_box
 from crab_min.world import SECONDS, Object, Renderer, Scene
-from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, only, placed,
-                                  placed_at, sentence, sounding)
+from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, listing, only,
+                                  placed, placed_at, sentence, sounding, sounds)
 
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
@@ -42,7 +42,7 @@ def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Ra
         return facts
     facts["span"] = [hears(o) for o in audible]
     facts[""] += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
-    facts[""] += [", ".join(map(hears, audible))] * (len(audible) > 1)
+    facts[""] += [listing([*map(hears, audible)])] * (len(audible) > 1)
     facts["order"] = [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
     facts["compare"] = [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
@@ -56,12 +56,12 @@ def together(visible: list[Object], audible: list[Object], seconds: range, still
     facts = {"off": [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible], "both": [f"the {o.label} is seen and heard" for o in both]}
     if not still:
         return facts
-    facts["sounds"] = [f"the {o.label} is {'heard' if o in audible else 'silent'}" for o in visible]
+    facts["sounds"] = [sounds(o, o in audible) for o in visible]
     facts["shown"] = [f"the {o.label} is {PLACES_TO_CHOOSE[o.side if o in visible else '']}" for o in audible]
-    facts[""] = [sounding(both)] * bool(both)
+    facts[""] = [sounding(both)] * bool(both) + [listing(facts["sounds"])] * (len(visible) > 1)
     if len(seconds) == SECONDS:
         facts["placed"] = [placed(o) for o in visible]
-        facts[""] += [found(o) for o in visible] + [", ".join(map(hears, visible))] * (len(visible) > 1)
+        facts[""] += [found(o) for o in visible] + [listing([*map(hears, visible)])] * (len(visible) > 1)
     elif len(seconds) == 1:
         facts["placed"] = [placed_at(o, seconds[0] + .5) for o in visible]
     return facts
@@ -98,8 +98,10 @@ def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Ra
     for number, scene, mine, other in zip(NUMBERS[1:], scenes, labels, labels[::-1]):
         facts[""].append(f"{kind} {number} has {named(getattr(scene, sense))}")
         facts["which"] += [f"the {label} is in {kind} {number}" for label in mine if label not in other]
+    facts["which"] += [f"the {o.label} is in neither" for o in getattr(third, alone) if o.label not in labels[0] + labels[1]]
     facts[""] += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
     facts[""] += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
+    facts[""] += [listing(some) for some in [rng.sample(facts["which"], min(2, len(facts["which"])))] if some]
     return drawn([facts], forms, rng)
 
 

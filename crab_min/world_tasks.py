@@ -88,6 +88,10 @@ def named(objects: list[Object]) -> str:
     return listing([f"the {o.label}" for o in objects])
 
 
+def sounds(o: Object, heard: bool) -> str:
+    return f"the {o.label} is {'heard' if heard else 'silent'}"
+
+
 def placed(o: Object) -> str:
     """the dog is on the left and is heard from 2 to 7"""
     return f"the {o.label} is {at(o.side)} and is {f'heard {times(o.heard)}' if o.heard else 'silent'}"
@@ -210,10 +214,10 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
             o, = both
             (start, end), = o.heard
             rows["ave"].append({"video_path": f"{s.name}.mp4", "audio_path": f"{s.name}.mp3", "event": o.label, "vid": s.name, "start_time": start, "end_time": end,
-                                "text": f"{sentence(placed(o))} So {event_tag('event', o.label, o.heard)}."})
+                                "text": f"{sentence(*map(hears, seen))} So {event_tag('event', o.label, o.heard)}."})
         elif both:
             events = [event_tag("event", o.label, overlap(o.seen, o.heard)) for o in both]
-            rows["unav"].append({**clip(s), "vid": s.name, "text": f"{sentence(*(hears(o) for o in both))} So {' '.join(events)}."})
+            rows["unav"].append({**clip(s), "vid": s.name, "text": f"{sentence(*map(hears, seen))} So {' '.join(events)}."})
         if s.kind == "many":
             raw = " ".join(f"{name}: " + " ".join(f"{o.label}," + ",".join(f"({a} {b})" for a, b in spans) for o, spans in group)
                            for name, group in (("audio", [(o, o.heard) for o in heard]), ("visual", [(o, o.seen) for o in seen])) if group)
@@ -254,26 +258,27 @@ def caption(s: Scene) -> str:
 
 
 def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str, list]:
-    """Pairs in which what is heard in one clip is seen in it, and not seen in the other."""
+    """Pairs of clips in each of which one thing is seen and heard, and nothing heard in one is seen in the other."""
     rows = defaultdict(list)
     for _ in range(20 * count):
         a, b = rng.sample(scenes, 2)
         (x,), (y,) = ([o for o in s.objects if o.seen and o.heard] for s in (a, b))
-        if x.label in {o.label for o in b.objects} or y.label in {o.label for o in a.objects}:
+        if any({o.label for o in one.heard} & {o.label for o in other.seen} for one, other in ((a, b), (b, a))):
             continue
         task, right = ("a2v", "v2a")[len(rows["a2v"]) > len(rows["v2a"])], rng.randrange(2)
         first, second = ((a, x), (b, y)) if right == 0 else ((b, y), (a, x))
         base, number = "../../ave", NUMBERS[right + 1]
+        medium, named_first = ("video", a.heard) if task == "a2v" else ("audio", a.seen)
+        where = [f"the {o.label} is in {f'{medium} {number}' if o is x else 'neither'}" for o in named_first]
+        text = f"{sentence(*where)} So {answer_tag(number)}."
         if task == "a2v":
             rows[task].append({"video1_path": f"{base}/video/{first[0].name}.mp4", "video2_path": f"{base}/video/{second[0].name}.mp4",
                                "audio_path": f"{base}/audio/{a.name}.mp3", "correct_video": right + 1, "audio_event": x.label, "video1_event": first[1].label,
-                               "video2_event": second[1].label,
-                               "text": f"{sentence(hears(x), f'the {x.label} is in video {number}')} So {answer_tag(number)}."})
+                               "video2_event": second[1].label, "text": text})
         else:
             rows[task].append({"video_path": f"{base}/video/{a.name}.mp4", "audio1_path": f"{base}/audio/{first[0].name}.mp3",
                                "audio2_path": f"{base}/audio/{second[0].name}.mp3", "correct_audio": right + 1, "audio1_event": first[1].label,
-                               "video_event": x.label, "audio2_event": second[1].label,
-                               "text": f"{sentence(f'the {x.label} is seen', f'the {x.label} is in audio {number}')} So {answer_tag(number)}."})
+                               "video_event": x.label, "audio2_event": second[1].label, "text": text})
         if len(rows["v2a"]) == count:
             break
     return rows
@@ -299,13 +304,14 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             mask_image = np.maximum.reduce(masks)
             write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
             found = [box_and_points(m) for m in masks]
-            name, who = listing([o.label for o in objects]), sentence(sounding(objects))
+            name = listing([o.label for o in objects])
+            who = sentence(*(sounds(o, o in objects) for o in s.seen if o.seen_at(2 * index + 1)))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
-            rows[task].append({**row, "text": f"{who} " + " ".join(f"Box {box_text(b)} points {points_text(p)}." for b, p in found)})
+            rows[task].append({**row, "text": f"{who} " + " ".join(f"The {o.label} is at {box_text(b)} points {points_text(p)}." for o, (b, p) in zip(objects, found))})
             if task == "s4":
                 box = found[0][0]
                 rows["arig"].append({"audio_path": audio, "a_obj": name, "image_path": f"../s4/{folder}/frames/{index}.jpg", "top_left": list(box[:2]),
-                                     "bottom_right": list(box[2:]), "frame_idx": index, "text": f"{who} Box {box_text(box)}."})
+                                     "bottom_right": list(box[2:]), "frame_idx": index, "text": f"{who} The {name} is at {box_text(box)}."})
         if s.index % 2:
             continue
         index = rng.randrange(SECONDS)                                       # Ref-AVS: every other clip
@@ -322,7 +328,7 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
         text = f"{sentence(*(placed_at(o, t) for o in seen)) if seen else 'Nothing can be seen.'} So {answer_tag('true' if fit else 'false')}."
         if fit:
             box, points = box_and_points(mask_image)
-            text += f" It is the {fit[0].label}. Box {box_text(box)} points {points_text(points)}."
+            text += f" The {fit[0].label} is at {box_text(box)} points {points_text(points)}."
         rows["ref_avs"].append({"audio_path": audio, "vid": s.name, "fid": 1, "uid": f"{s.name}_1", "image_path": f"{folder}/frames/{index}.jpg", "idx": index,
                                 "description": expression, "text": text})
     return rows
