@@ -11,6 +11,7 @@ from crab_min import base
 from crab_min.interface import TASKS, mask_box
 from crab_min.statements import annotated, in_short, pair_statements, statements
 from crab_min.world import SECONDS, Renderer
+from crab_min.world_tasks import at
 
 FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.002", "--read-steps", "3", "--check-scenes", "2", "--out"]
 
@@ -69,7 +70,20 @@ def test_statements_about_two_media_are_true(renderer):
                 mine, other = (a, b) if match[2] == "one" else (b, a)
                 assert match[1] in {o.label for o in mine.seen} - {o.label for o in other.seen}
                 checked += 1
+            elif match := re.fullmatch(r"The (\w+) is in neither.", text):
+                assert match[1] not in {o.label for o in a.seen + b.seen}
+                checked += 1
     assert checked > 30
+
+
+def test_a_lesson_says_one_form_of_statement_about_each_thing(renderer):
+    rng = random.Random(0)
+    for index in range(20):
+        scene = renderer.scene("base", "many", index, 0)
+        said = statements(renderer, scene, rng, None, True, range(SECONDS), ("sounds",))
+        assert sorted(said) == sorted(f"The {o.label} is {'heard' if o.heard else 'silent'}." for o in scene.seen)
+        said = statements(renderer, scene, rng, None, True, range(SECONDS), ("shown",))
+        assert sorted(said) == sorted(f"The {o.label} is " + (f"{at(o.side)}." if o.seen else "not in the picture.") for o in scene.heard)
 
 
 def test_keywords_and_recaps_are_words_of_the_statements():

@@ -13,7 +13,7 @@ from crab_min.data import load_media, mask_boxes, read_samples
 from crab_min.interface import TASKS, parse
 from crab_min.media import read_video
 from crab_min.world import FPS, SECONDS, Renderer, WorldError
-from crab_min.world_tasks import TRAIN_ONLY, WorldConfig, box_and_points, build_world, clip_rows, overlap
+from crab_min.world_tasks import TRAIN_ONLY, WorldConfig, box_and_points, build_world, clip_rows, match_rows, overlap
 
 SMALL = WorldConfig(world_clips=24, world_test=4)
 
@@ -85,6 +85,20 @@ def test_a_mask_with_two_objects_has_two_boxes_for_ms3(tmp_path):
     Image.fromarray(mask).save(tmp_path / "labels_rgb" / "1.png")
     assert mask_boxes(tmp_path / "frames" / "1.jpg", "ms3", {}) == [(0, 0, 56, 56), (112, 112, 224, 224)]
     assert mask_boxes(tmp_path / "frames" / "1.jpg", "s4", {}) == [(0, 0, 224, 224)]
+
+
+def test_matching_pairs_have_one_answer(renderer):
+    scenes = {scene.name: scene for scene in (renderer.scene("test", "one", i) for i in range(60))}
+    rows = match_rows(list(scenes.values()), random.Random(0), 20)
+    for row in rows["a2v"]:
+        sound, *videos = (scenes[Path(row[field]).stem] for field in ("audio_path", "video1_path", "video2_path"))
+        fitting = [number for number, video in enumerate(videos, 1) if {o.label for o in sound.heard} & {o.label for o in video.seen}]
+        assert fitting == [row["correct_video"]]
+    for row in rows["v2a"]:
+        video, *sounds = (scenes[Path(row[field]).stem] for field in ("video_path", "audio1_path", "audio2_path"))
+        fitting = [number for number, sound in enumerate(sounds, 1) if {o.label for o in sound.heard} & {o.label for o in video.seen}]
+        assert fitting == [row["correct_audio"]]
+    assert len(rows["a2v"]) == len(rows["v2a"]) == 20
 
 
 def test_overlap_of_spans():
