@@ -48,7 +48,7 @@ class BaseConfig:
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
     practice: float = field(default=1, metadata={"help": "factor on the steps of the lessons with which stage read begins"})
-    read_steps: int = field(default=3000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
+    read_steps: int = field(default=2000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -313,9 +313,9 @@ class Lesson:
 
 
 # A small LM finds out how to look something up only where nothing else is to be learned and a step has many examples; what it has found out, it keeps.
-LESSONS = (Lesson(300, 64, "image", ("side",)), Lesson(300, 64, "moment", ("sounds",)), Lesson(500, 64, "frames", ("which",)), Lesson(500, 32, "image", ("box",)),
-           Lesson(500, 32, "audio", ("span", "order")), Lesson(600, 32, "clip", ("sounds", "shown", "side", "span", "placed")),
-           Lesson(300, 32, "pair", ("which",)), Lesson(300, 32, "moment", ("placed", "both", "box")))
+LESSONS = (Lesson(300, 64, "image", ("side",)), Lesson(400, 32, "audio", ("span", "order")), Lesson(400, 64, "moment", ("sounds",)),
+           Lesson(400, 64, "frames", ("which",)), Lesson(400, 32, "image", ("box",)), Lesson(300, 48, "clip", ("sounds", "shown")),
+           Lesson(300, 32, "clip", ("side", "span", "placed")), Lesson(250, 32, "pair", ("which",)), Lesson(200, 32, "moment", ("placed", "both", "box")))
 
 
 def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
