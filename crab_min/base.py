@@ -3,9 +3,9 @@
 `python train.py tiny-base` makes it in three stages, each a loop a page long:
   see    vision encoder + visual Q-Former: what is where, read from the Q-Former's tokens by a small probe (thrown away after)
   hear   BEATs + audio Q-Former: what sounds in this second, and how a voice feels, the same way
-  read   the LM (and the connectors, slowly). First lessons in looking things up by name, one form of statement at a time: "The dog is on the left. The cat
-         is in the middle."; then statements of all forms: places, things, boxes, spans, movements, voices; half of the time with a keyword for each in
-         the prompt, or repeated in short at the end: so the LM learns to look at words, not only at media
+  read   the LM (and the connectors, slowly). First lessons: copying, then looking things up by name, one form of statement at a time: "The dog is on the
+         left. The cat is in the middle."; then statements of all forms: places, things, boxes, spans, movements, voices; half of the time with a
+         keyword for each in the prompt, or repeated in short at the end: so the LM learns to look at words, not only at media
 Without the lessons it learns what is on the left, where a look at one place is enough, but not where the dog is (assets/README.md).
 The base never sees an instruction, an answer tag, a question, a sound to be matched with one of two videos, or a test seed (split
 "base" has its own): what a task asks and how it is answered is left to the adapter. The probes are why a 2-million-parameter LM learns to look at all
@@ -48,7 +48,7 @@ class BaseConfig:
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
     practice: float = field(default=1, metadata={"help": "factor on the steps of the lessons with which stage read begins"})
-    read_steps: int = field(default=2000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
+    read_steps: int = field(default=3500, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -74,15 +74,15 @@ def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
 
 
 # --- the stages ----------------------------------------------------------------------------------------------------------
-def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, slow: list = ()) -> None:
+def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, slow: list = (), steady: float = 0) -> None:
     """The loop the three stages share: AdamW, warm-up and cosine, bfloat16 products; `loss_of(step)` gives the loss and figures.
 
-    slow: modules trained at a fifth of the learning rate.
+    slow: modules trained at a fifth of the learning rate; steady: the share of the steps before the rate falls.
     """
     groups = [{"params": [p for m in part for p in m.requires_grad_(True).parameters()], "lr": rate} for part, rate in ((modules, lr), (slow, lr / 5)) if part]
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .5 + .5 * float(np.cos(np.pi * s / steps)) + .01))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .51 + .5 * np.cos(np.pi * max(0, s / steps - steady) / (1 - steady))))
     bar, recent = tqdm(range(steps), desc=name, unit="step"), deque(maxlen=50)
     for step in bar:
         with half_products():
@@ -308,54 +308,70 @@ class Lesson:
     """Practice in looking things up by their names: for each thing shown, in any order, the same form of statement and nothing else."""
     steps: int
     scenes: int                                        # a step
-    view: str                                          # see `show`
-    forms: tuple[str, ...]                             # see statements.py
+    view: str                                          # see `show`; "text": random words to be said again, nothing else
+    forms: tuple[str, ...] = ()                        # see statements.py
+    kinds: tuple[str, ...] = ("one", "many", "many")   # of scenes
 
 
 # A small LM finds out how to look something up only where nothing else is to be learned and a step has many examples; what it has found out, it keeps.
-LESSONS = (Lesson(300, 64, "image", ("side",)), Lesson(400, 32, "audio", ("span", "order")), Lesson(400, 64, "moment", ("sounds",)),
-           Lesson(400, 64, "frames", ("which",)), Lesson(400, 32, "image", ("box",)), Lesson(300, 48, "clip", ("sounds", "shown")),
-           Lesson(300, 32, "clip", ("side", "span", "placed")), Lesson(250, 32, "pair", ("which",)), Lesson(200, 32, "moment", ("placed", "both", "box")))
+LESSONS = (
+    Lesson(800, 64, "text"),                                                  # copying
+    Lesson(200, 32, "clip", ("movement",), ("action",)),
+    Lesson(250, 64, "image", ("side",)),                                      # the dog -> its token -> where
+    Lesson(400, 32, "audio", ("span", "order")),                              # the dog -> its tokens -> when
+    Lesson(350, 64, "moment", ("sounds",)),                                   # the dog, seen -> heard as well, or silent
+    Lesson(150, 64, "frames", ("which",), ("one",)),                          # the dog -> its token -> of which video
+    Lesson(350, 32, "pair", ("which",), ("one",)),
+    Lesson(400, 32, "image", ("box",)),
+    Lesson(250, 48, "clip", ("sounds", "shown")),
+    Lesson(350, 32, "clip", ("side", "span", "placed")),
+    Lesson(200, 32, "moment", ("placed", "both", "box")))
+
+
+# view and kinds of scenes of the statements after the lessons, each as likely as its copies here
+GENERAL = [("", ("one", "many", "many"))] * 4 + [("pair", ("one",)), ("", ("action",)), ("", ("face",))]
 
 
 def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, seed: int, log) -> None:
     """The LM learns to say what the connectors' tokens mean: the lessons, each with a little of the earlier ones, then statements of all forms."""
     rng, pools = random.Random(seed), {}
     model.requires_grad_(False)
+    names = torch.tensor([i for thing in renderer.things for i in model.encode_text(f" {thing.label}")])
     ends = np.cumsum([round(lesson.steps * config.practice) for lesson in LESSONS])
 
-    def batch_of(step, view, count):
-        pool = pools.setdefault((view, count), [])
+    def batch_of(step, view, kinds, count):
+        if view == "text":
+            return [Shown([Part("text", text=line)], [], lambda forms, line=line: [line]) for line in (gibberish(model.tokenizer, rng) for _ in range(count))]
+        pool = pools.setdefault((view, kinds, count), [])
         if step % 3 == 0 or not pool:                                         # encoding costs more than a step: each batch is shown about three times
-            pairs, kinds = view in ("pair", "frames"), ("one", "many", "many")
-            if not view:
-                kinds, pairs = rng.choice([(kinds, False)] * 4 + [(kinds, True), (("action",), False), (("face",), False)])
-            scenes = draw(renderer, ("one",) if pairs else kinds, step + 10 ** 6, count, seed)
-            others = zip(*(draw(renderer, ("one",), step + 10 ** 6 + i, count, seed) for i in (1, 2))) if pairs else [()] * count
+            pairs = view in ("pair", "frames")
+            scenes = draw(renderer, kinds, step + 10 ** 6, count, seed)
+            others = zip(*(draw(renderer, kinds, step + 10 ** 6 + i, count, seed) for i in (1, 2))) if pairs else [()] * count
             pool.append(encode_all(model, [show(model, renderer, scene, rng, view, more) for scene, more in zip(scenes, others)]))
             del pool[:-8]
         return rng.choice(pool)
 
     def loss_of(step):
-        number, notes = int(np.searchsorted(ends, step, "right")), [""] * 24
+        number = int(np.searchsorted(ends, step, "right"))
         new = lesson = LESSONS[number] if number < len(LESSONS) else None
-        if number and rng.random() < .2:
+        if number and rng.random() < (.2 if new else .3):
             lesson = rng.choice(LESSONS[:number])
         if lesson:
-            batch = batch_of(step, lesson.view, lesson.scenes if lesson is new else 24)
+            batch = batch_of(step, lesson.view, lesson.kinds, lesson.scenes if lesson is new else 24)
             notes, targets = [""] * len(batch), [" ".join(s.say(forms=lesson.forms)) for s in batch]
-        elif step % 12 == 11:
-            targets = [gibberish(model.tokenizer, rng) for _ in range(24)]
-            batch = [Shown([Part("text", text=line)], [], None) for line in targets]
         else:
-            batch = batch_of(step, "", 24)
+            batch = batch_of(step, *rng.choice(GENERAL), 24)
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
         prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
-        loss, tokens = model(model.collate(prompts, [s.media for s in batch], targets))
+        batch = model.collate(prompts, [s.media for s in batch], targets)
+        if lesson and lesson.view != "text":                                  # which thing comes next is chance, and would be most of a lesson's loss
+            batch["labels"][torch.isin(batch["labels"], names)] = -100
+        loss, tokens = model(batch)
         loss = loss / tokens
-        return loss, {f"{new.view}_{new.forms[0]}": round(loss.item(), 3)} if new and lesson is new else {}
+        return loss, {"_".join((new.view, *new.forms[:1])): round(loss.item(), 3)} if new and lesson is new else {}
 
-    train_stage("read", [model.llm, model.time], int(ends[-1]) + config.read_steps, config.read_lr, loss_of, log, slow=[model.visual_qformer, model.audio_qformer])
+    train_stage("read", [model.llm, model.time, model.number], int(ends[-1]) + config.read_steps, config.read_lr, loss_of, log,
+                [model.visual_qformer, model.audio_qformer], steady=.6)
 
 
 def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:

@@ -11,7 +11,7 @@ TINY_MODEL = {
     "audio_qformer": {"queries": 3, "hidden": 128, "layers": 2, "heads": 4, "intermediate": 256},
     "llm": {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
             "num_key_value_heads": 6, "max_position_embeddings": 1024, "tie_word_embeddings": True},
-    "time_steps": 10,
+    "time_steps": 10, "numbers": 2,
 }
 
 # preset: (what it is, values that differ from the defaults of its config)

@@ -4,8 +4,8 @@ Crab (2503.13068, section 3.2): CLIP and BEATs features of every frame and every
 resulting tokens take the place of placeholders in the prompt, and the LM answers in text. Only the adapter (I-LoRA, Crab
 eq. 3-5) and, where asked, the connectors are trained. The LM is any Hugging Face causal LM; it is not modified: tokens go in
 through `inputs_embeds`, answers come out of its own `generate`.
-One difference from Crab: an optional learned time code is added to the tokens of frame t or second t (`time_steps`), which
-a small LM needs to say *when*; `time_steps=0` is Crab.
+One difference from Crab: optional learned codes are added to the tokens, of the frame or second they belong to (`time_steps`) and of
+the first or second video, image or sound of the prompt (`numbers`). A small LM needs them to say *when* and *in which*; with 0 it is Crab.
 
 Shapes: B samples, M media of a batch, T frames or sound segments, S encoder tokens each, Q queries, D width of the LM, L length.
 """
@@ -46,6 +46,7 @@ class ModelConfig:
     llm: dict                                          # transformers config of a causal LM
     vision_layer: int = -2                             # hidden state given to the Q-Former (Crab: the one below the last)
     time_steps: int = 0                                # rows of the learned time code (0: none, as in Crab)
+    numbers: int = 0                                   # rows of the learned code of the first, second ... video, image or sound of a prompt (0: none, as in Crab)
     template: list = field(default_factory=lambda: ["", "\n"])                  # text before and after the prompt
 
 
@@ -94,6 +95,7 @@ class AVLanguageModel(nn.Module):
         self.visual_qformer = QFormerConnector(QFormerConfig(self.vision.width, width, **config.visual_qformer))
         self.audio_qformer = QFormerConnector(QFormerConfig(self.audio.width, width, **config.audio_qformer))
         self.time = nn.Embedding(config.time_steps, width) if config.time_steps else None
+        self.number = nn.Embedding(config.numbers, width) if config.numbers else None
         self.placeholder_ids = {k: tokenizer.convert_tokens_to_ids(t) for k, t in PLACEHOLDERS.items()}
 
     # --- from media to tokens
@@ -112,8 +114,8 @@ class AVLanguageModel(nn.Module):
         x = self.vision(torch.stack([torch.as_tensor(m) for m in media]))                        # (M, T, S, W)
         return [MediaFeatures(kind, f) for f in x]
 
-    def connect(self, media: list[MediaFeatures]) -> list[Tensor]:
-        """Tokens (T * Q, D) of each medium: connector, plus the time code of its frame or segment."""
+    def connect(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
+        """Tokens (T * Q, D) of each medium: connector, plus the codes of its frame's or segment's time and of its number (0, 1, ...) in its prompt."""
         tokens: list = [None] * len(media)
         for connector, kinds in ((self.visual_qformer, ("video", "image")), (self.audio_qformer, ("audio",))):
             chosen = [i for i, m in enumerate(media) if m.kind in kinds]
@@ -128,6 +130,9 @@ class AVLanguageModel(nn.Module):
             if self.time is not None:
                 steps = torch.cat([torch.arange(media[i].steps, device=y.device) for i in chosen])
                 y = y + self.time(steps.clamp(max=self.time.num_embeddings - 1))[:, None]
+            if self.number is not None:
+                ranks = torch.cat([torch.full((media[i].steps,), numbers[i], device=y.device) for i in chosen])
+                y = y + self.number(ranks.clamp(max=self.number.num_embeddings - 1))[:, None]
             for i, part in zip(chosen, y.split([media[i].steps for i in chosen])):
                 tokens[i] = part.flatten(0, 1)                                                   # (T * Q, D)
         return tokens
@@ -156,7 +161,8 @@ class AVLanguageModel(nn.Module):
         return {"ids": torch.tensor([[text.pad_token_id] * p + row for p, row in zip(pad, rows)]),
                 "attention": torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pad, rows)]),
                 "labels": torch.tensor([[-100] * p + row for p, row in zip(pad, labels)]),
-                "media": [m for sample in media for m in sample]}
+                "media": [m for sample in media for m in sample],
+                "numbers": [[n.kind for n in sample[:i]].count(m.kind) for sample in media for i, m in enumerate(sample)]}
 
     def encode_text(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -165,7 +171,7 @@ class AVLanguageModel(nn.Module):
         """Prompt embeddings (B, L, D) with the media tokens in the place of their placeholders."""
         x = self.llm.get_input_embeddings()(batch["ids"])                                        # (B, L, D)
         if batch["media"]:
-            tokens = torch.cat(self.connect(batch["media"])).to(x.dtype)
+            tokens = torch.cat(self.connect(batch["media"], batch["numbers"])).to(x.dtype)
             places = torch.isin(batch["ids"], torch.tensor(list(self.placeholder_ids.values()), device=x.device))
             x = x.masked_scatter(places[..., None], tokens)
         return x
@@ -193,14 +199,14 @@ class AVLanguageModel(nn.Module):
             self.llm = get_peft_model(self.llm, peft_config)
 
     def train_beside(self, parts: str) -> None:
-        """Train more than the adapter: "connectors" (Q-Formers and time code), "words" (the embeddings, as Crab's segmentation stage), joined by +."""
+        """Train more than the adapter: "connectors" (Q-Formers, codes of time and number), "words" (the embeddings, as Crab's segmentation stage), joined by +."""
         for name, module in self.beside().items():
             if ("words" if name == "words" else "connectors") in parts.split("+"):
                 module.requires_grad_(True)
 
     def beside(self) -> dict[str, nn.Module]:
         """What can be trained beside the adapter, by its name in modules.safetensors."""
-        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "words": self.llm.get_input_embeddings()}
+        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, "words": self.llm.get_input_embeddings()}
         return {name: module for name, module in named.items() if module is not None}
 
     # --- files

@@ -23,7 +23,7 @@ def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float
     """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
     facts = {"": [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]}
     if scene.movement:
-        facts[""] += [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
+        facts["movement"] = [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
         return facts
     facts["side"] = [f"the {o.label} is {at(o.side)}" for o in visible]
     facts[""] += [f"{at(o.side)} is the {o.label}" for o in visible]

@@ -24,7 +24,16 @@ def test_there_is_a_placeholder_for_every_token_of_the_connectors(tiny_model, sa
     media = Features(tiny_model)(samples)
     batch = tiny_model.collate([s.parts for s in samples], media)
     places = torch.isin(batch["ids"], torch.tensor(list(tiny_model.placeholder_ids.values()))).sum()
-    assert places == sum(len(t) for t in tiny_model.connect(batch["media"]))
+    assert places == sum(len(t) for t in tiny_model.connect(batch["media"], batch["numbers"]))
+
+
+def test_the_second_of_two_videos_carries_another_number(tiny_model, samples):
+    first, second, *_ = [m for m in Features(tiny_model)([s for s in samples if s.task == "a2v"])[0] if m.kind == "video"]
+    codes = tiny_model.collate([samples[0].parts], Features(tiny_model)([samples[0]]))["numbers"]
+    assert sorted(codes) == [0, 0, 1]                                          # two videos and a sound
+    alike, other = tiny_model.connect([first, first], [0, 1])
+    difference = tiny_model.number.weight[1] - tiny_model.number.weight[0]
+    torch.testing.assert_close(other - alike, difference.expand_as(alike), atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_gives_the_loss_and_the_answers_of_each_sample_alone(tiny_model, samples):
@@ -39,7 +48,7 @@ def test_a_batch_gives_the_loss_and_the_answers_of_each_sample_alone(tiny_model,
 
 
 @pytest.mark.parametrize("adapter, connectors, expected", [("ilora", False, {"ilora_A", "ilora_B", "ilora_router"}), ("lora", False, {"lora_A", "lora_B"}),
-                                                           ("ilora", True, {"ilora_A", "ilora_B", "ilora_router", "visual_qformer", "audio_qformer", "time", "embed_tokens"})])
+                                                           ("ilora", True, {"ilora_A", "ilora_B", "ilora_router", "visual_qformer", "audio_qformer", "time", "number", "embed_tokens"})])
 def test_what_is_trained(adapter, connectors, expected, samples):
     from crab_min.trainer import name_of
     model = load_base()
@@ -56,7 +65,7 @@ def test_what_is_trained(adapter, connectors, expected, samples):
     (loss / tokens).backward()
     optimizer.step()
     for name, before in frozen.items():
-        name = name if name.startswith(("vision", "audio.", "visual", "audio_", "time")) else None
+        name = name if name.startswith(("vision", "audio.", "visual", "audio_", "time", "number")) else None
         if name and name not in trained:
             assert torch.equal(dict(model.named_parameters())[name], before)
 
