@@ -311,20 +311,23 @@ class Lesson:
     view: str                                          # see `show`; "text": random words to be said again, nothing else
     forms: tuple[str, ...] = ()                        # see statements.py
     kinds: tuple[str, ...] = ("one", "many", "many")   # of scenes
+    names: bool = False                                # names are looked up as well: their tokens count in the loss
 
 
 # A small LM finds out how to look something up only where nothing else is to be learned and a step has many examples; what it has found out, it keeps.
 LESSONS = (
-    Lesson(800, 64, "text"),                                                  # copying
+    Lesson(800, 64, "text", names=True),                                      # copying
     Lesson(200, 32, "clip", ("movement",), ("action",)),
     Lesson(250, 64, "image", ("side",)),                                      # the dog -> its token -> where
+    Lesson(150, 64, "image", ("height",)),
+    Lesson(400, 32, "image", ("box",)),
     Lesson(400, 32, "audio", ("span", "order")),                              # the dog -> its tokens -> when
     Lesson(350, 64, "moment", ("sounds",)),                                   # the dog, seen -> heard as well, or silent
     Lesson(150, 64, "frames", ("which",), ("one",)),                          # the dog -> its token -> of which video
     Lesson(350, 32, "pair", ("which",), ("one",)),
-    Lesson(400, 32, "image", ("box",)),
     Lesson(250, 48, "clip", ("sounds", "shown")),
-    Lesson(350, 32, "clip", ("side", "span", "placed")),
+    Lesson(250, 32, "clip", ("side", "span", "placed")),
+    Lesson(200, 32, "clip", ("there", "ranked", "found"), names=True),        # on the left -> which thing
     Lesson(200, 32, "moment", ("placed", "both", "box")))
 
 
@@ -364,7 +367,7 @@ def train_read(model: AVLanguageModel, renderer: Renderer, config: BaseConfig, s
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
         prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
         batch = model.collate(prompts, [s.media for s in batch], targets)
-        if lesson and lesson.view != "text":                                  # which thing comes next is chance, and would be most of a lesson's loss
+        if lesson and not lesson.names:                                       # which thing comes next is chance, and would be most of a lesson's loss
             batch["labels"][torch.isin(batch["labels"], names)] = -100
         loss, tokens = model(batch)
         loss = loss / tokens

@@ -5,14 +5,14 @@ No statement is an instruction, a question or an answer of a task, and none carr
 import random
 
 from crab_min.interface import TASKS, mask_box
-from crab_min.world import SECONDS, Object, Renderer, Scene
+from crab_min.world import SECONDS, SIZE, Object, Renderer, Scene
 from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, clip_rows, compared, found, hears, length, named, listing, only,
                                   placed, placed_at, sentence, sounding, sounds)
 
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
 
-Facts = dict[str, list[str]]                           # clauses by form; those of a form named here are answers to "look up a thing by its name"
+Facts = dict[str, list[str]]                           # clauses by form: what is looked up (where, when, heard or not), by the name of a thing or the name by what it does
 
 
 def amount(count: int, what: str) -> str:
@@ -26,11 +26,12 @@ def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float
         facts["movement"] = [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
         return facts
     facts["side"] = [f"the {o.label} is {at(o.side)}" for o in visible]
-    facts[""] += [f"{at(o.side)} is the {o.label}" for o in visible]
+    facts["there"] = [f"{at(o.side)} is the {o.label}" for o in visible]
     if seen_at is None:
         facts["seen"] = ["the {} is seen from {} to {}".format(o.label, *o.seen[0]) for o in visible]
     else:
         boxes = [(o.label, mask_box(renderer.mask(scene, o, seen_at))) for o in visible]
+        facts["height"] = [f"the {o.label} is {'high' if o.y < SIZE / 2 else 'low'}" for o in visible]
         facts["box"] = ["the {} is at {} {} {} {}".format(label, *box) for label, box in boxes if box]
     return facts
 
@@ -44,6 +45,7 @@ def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Ra
     facts[""] += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
     facts[""] += [listing([*map(hears, audible)])] * (len(audible) > 1)
     facts["order"] = [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
+    facts["ranked"] = [f"heard {order} is the {best.label}" for order, key in ORDERS.items() if (best := only(audible, key))]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
     facts["compare"] = [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
     facts["compare"] += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
@@ -61,7 +63,8 @@ def together(visible: list[Object], audible: list[Object], seconds: range, still
     facts[""] = [sounding(both)] * bool(both) + [listing(facts["sounds"])] * (len(visible) > 1)
     if len(seconds) == SECONDS:
         facts["placed"] = [placed(o) for o in visible]
-        facts[""] += [found(o) for o in visible] + [listing([*map(hears, visible)])] * (len(visible) > 1)
+        facts["found"] = [found(o) for o in visible]
+        facts[""] += [listing([*map(hears, visible)])] * (len(visible) > 1)
     elif len(seconds) == 1:
         facts["placed"] = [placed_at(o, seconds[0] + .5) for o in visible]
     return facts

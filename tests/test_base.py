@@ -8,7 +8,7 @@ import pytest
 
 import train
 from crab_min import base
-from crab_min.interface import TASKS, mask_box
+from crab_min.interface import GRID, TASKS, mask_box
 from crab_min.statements import annotated, in_short, pair_statements, statements
 from crab_min.world import SECONDS, Renderer
 from crab_min.world_tasks import at
@@ -48,6 +48,12 @@ def test_statements_are_true(renderer):
                 assert named[0].heard == [(int(match[1]), int(match[2]))]
             elif match := re.fullmatch(r"The \w+ is at ([\d ]+).", text):
                 assert mask_box(renderer.mask(scene, named[0], 4.5)) == tuple(map(int, match[1].split()))
+            elif match := re.fullmatch(r"The \w+ is (high|low).", text):
+                top, bottom = mask_box(renderer.mask(scene, named[0], 4.5))[1::2]
+                assert match[1] == ("high" if top + bottom < GRID else "low")
+            elif match := re.fullmatch(r"Heard (first|last) is the \w+.", text):
+                spans = [o.heard[0] for o in scene.heard]
+                assert named[0].heard[0] == (min(spans) if match[1] == "first" else max(spans, key=lambda span: span[1]))
             elif re.fullmatch(r"The .* can be heard.", text) and " on the " not in text and " in the " not in text:
                 assert named == scene.heard
             elif match := re.fullmatch(r"On the (left|right) is the \w+.*", text):
