@@ -5,7 +5,7 @@ resulting tokens take the place of placeholders in the prompt, and the LM answer
 eq. 3-5) and, where asked, the connectors are trained. The LM is any Hugging Face causal LM; it is not modified: tokens go in
 through `inputs_embeds`, answers come out of its own `generate`.
 One difference from Crab: optional learned codes are added to the tokens, of the frame or second they belong to (`time_steps`) and of
-the first or second video, image or sound of the prompt (`numbers`). A small LM needs them to say *when* and *in which*; with 0 it is Crab.
+the first or second video, image or sound of the prompt (`numbers`). They help a small LM to say *when* and *in which*; with 0 it is Crab.
 
 Shapes: B samples, M media of a batch, T frames or sound segments, S encoder tokens each, Q queries, D width of the LM, L length.
 """
