@@ -206,7 +206,8 @@ class AVLanguageModel(nn.Module):
 
     def beside(self) -> dict[str, nn.Module]:
         """What can be trained beside the adapter, by its name in modules.safetensors."""
-        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, "words": self.llm.get_input_embeddings()}
+        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number,
+                 "words": self.llm.get_input_embeddings()}
         return {name: module for name, module in named.items() if module is not None}
 
     # --- files

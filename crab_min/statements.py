@@ -12,7 +12,7 @@ from crab_min.world_tasks import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACE
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
 
-Facts = dict[str, list[str]]                           # clauses by form: what is looked up (where, when, heard or not), by the name of a thing or the name by what it does
+Facts = dict[str, list[str]]                           # clauses by form: what is looked up by name (side, span ...), or the name by it (there, ranked)
 
 
 def amount(count: int, what: str) -> str:
@@ -44,8 +44,9 @@ def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Ra
     facts["span"] = [hears(o) for o in audible]
     facts[""] += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
     facts[""] += [listing([*map(hears, audible)])] * (len(audible) > 1)
-    facts["order"] = [f"the {best.label} is heard {order}" for order, key in ORDERS.items() if (best := only(audible, key))]
-    facts["ranked"] = [f"heard {order} is the {best.label}" for order, key in ORDERS.items() if (best := only(audible, key))]
+    best = {order: o for order, key in ORDERS.items() if (o := only(audible, key))}
+    facts["order"] = [f"the {o.label} is heard {order}" for order, o in best.items()]
+    facts["ranked"] = [f"heard {order} is the {o.label}" for order, o in best.items()]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
     facts["compare"] = [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
     facts["compare"] += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
