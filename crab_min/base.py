@@ -36,7 +36,7 @@ from crab_min.metrics import iou
 from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures, ModelConfig, ModelError, half_products, load_base, load_tokenizer
 from crab_min.statements import annotated, corpus, pair_statements, statements
 from crab_min.world import EMOTIONS, SECONDS, SIZE, Renderer, Scene
-from crab_min.world_tasks import at, times
+from crab_min.world_tasks import ORDERS, at, only, times
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
 BINS = GRID // 10 + 1                                  # the tens of a box edge, 0 to 22, stage see
@@ -48,7 +48,7 @@ class BaseConfig:
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
     practice: float = field(default=1, metadata={"help": "factor on the steps of the lessons with which stage read begins"})
-    read_steps: int = field(default=3500, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
+    read_steps: int = field(default=5000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})
@@ -322,11 +322,12 @@ LESSONS = (
     Lesson(150, 64, "image", ("height",)),
     Lesson(400, 32, "image", ("box",)),
     Lesson(400, 32, "audio", ("span", "order")),                              # the dog -> its tokens -> when
+    Lesson(250, 32, "audio", ("compare",), ("many",)),                        # when and when -> which of the two is longer
     Lesson(350, 64, "moment", ("sounds",)),                                   # the dog, seen -> heard as well, or silent
     Lesson(150, 64, "frames", ("which",), ("one",)),                          # the dog -> its token -> of which video
     Lesson(350, 32, "pair", ("which",), ("one",)),
     Lesson(250, 48, "clip", ("sounds", "shown")),
-    Lesson(250, 32, "clip", ("side", "span", "placed")),
+    Lesson(600, 32, "clip", ("side", "span", "seen", "placed")),
     Lesson(200, 32, "clip", ("there", "ranked", "found"), names=True),        # on the left -> which thing
     Lesson(200, 32, "moment", ("placed", "both", "box")))
 
@@ -416,6 +417,10 @@ def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int
         "span_iou": ("audio", many, of_one(*heard, lambda s, o: partial(overlap, set(range(*o.heard[0]))))),
         "span_in_clip_exact": ("clip", many, of_one(*heard, lambda s, o: times(o.heard))),
         "span_in_clip_iou": ("clip", many, of_one(*heard, lambda s, o: partial(overlap, set(range(*o.heard[0]))))),
+        "seen_in_clip_iou": ("clip", many, of_one(lambda s: s.seen, lambda o: f"The {o.label} is seen",
+                                                  lambda s, o: partial(overlap, set(range(*o.seen[0]))))),
+        "thing_on_a_side": ("clip", many, of_one(lambda s: s.seen, lambda o: f"{at(o.side).capitalize()} is the", lambda s, o: lambda text: text.split(",")[0] == o.label)),
+        "thing_heard_first": ("clip", many, of_one(lambda s: s.heard[:1] * (only(s.heard, ORDERS["first"]) is not None), lambda o: "Heard first is the", lambda s, o: o.label)),
         "box_iou": ("image", many, of_one(shown, lambda o: f"The {o.label} is at", lambda s, o: partial(box, mask_box(renderer.mask(s, o, IMAGE_AT)))))}
     for name, (view, kinds, ask) in checks.items():
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]

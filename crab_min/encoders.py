@@ -26,6 +26,8 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_S
 
 from crab_min.beats import Beats, BeatsConfig, EncoderError, fbank, load_beats
 
+ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"       # of models made from a config; sdpa's backward is slow on a CPU
+
 
 class Family(NamedTuple):
     """What the vision models of one family have in common."""
@@ -65,7 +67,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         if isinstance(name_or_config, dict):
             family = family_of(name_or_config.get("model_type"), "the given config")
-            self.model = family.model(AutoConfig.for_model(**name_or_config | family.fixed))
+            self.model = family.model(AutoConfig.for_model(**name_or_config | family.fixed, attn_implementation=ATTENTION))
         else:
             self.model = load_vision(str(name_or_config))
         config, self.layer = self.model.config, layer

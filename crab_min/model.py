@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from crab_min.encoders import AudioEncoder, VisionEncoder
+from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
 from crab_min.ilora import ILoraConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
@@ -87,10 +87,9 @@ class AVLanguageModel(nn.Module):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.vision, self.audio = VisionEncoder(config.vision, config.vision_layer), AudioEncoder(config.audio)
-        attention = "sdpa" if torch.cuda.is_available() else "eager"                              # sdpa's backward is slow on a CPU
         llm = dict(config.llm, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm), attn_implementation=attention)
+        self.llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**llm), attn_implementation=ATTENTION)
         width = self.llm.config.hidden_size
         self.visual_qformer = QFormerConnector(QFormerConfig(self.vision.width, width, **config.visual_qformer))
         self.audio_qformer = QFormerConnector(QFormerConfig(self.audio.width, width, **config.audio_qformer))

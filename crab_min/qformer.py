@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from crab_min.encoders import ATTENTION
+
 
 @dataclass
 class QFormerConfig:
@@ -40,7 +42,7 @@ class QFormerConnector(nn.Module):
         self.norm = nn.LayerNorm(c.width_in)
         self.query = nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden))
         self.qformer = Blip2QFormerModel(Blip2QFormerConfig(
-            hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            attn_implementation=ATTENTION, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
             intermediate_size=c.intermediate, encoder_hidden_size=c.width_in, cross_attention_frequency=1,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
         widths = [c.hidden] + [c.width_out] * c.mlp_depth

@@ -23,7 +23,8 @@ def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float
     """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
     facts = {"": [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]}
     if scene.movement:
-        facts["movement"] = [f"the movement is {scene.movement}", f"the {scene.objects[0].label} {MOVES[scene.movement]}"] * (seen_at is None)
+        thing = renderer.things[scene.objects[0].thing]
+        facts["movement"] = [f"the movement is {scene.movement}", f"the {thing.label} {MOVES[scene.movement]}", f"the action is {thing.action}"] * (seen_at is None)
         return facts
     facts["side"] = [f"the {o.label} is {at(o.side)}" for o in visible]
     facts["there"] = [f"{at(o.side)} is the {o.label}" for o in visible]
@@ -48,8 +49,8 @@ def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Ra
     facts["order"] = [f"the {o.label} is heard {order}" for order, o in best.items()]
     facts["ranked"] = [f"heard {order} is the {o.label}" for order, o in best.items()]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
-    facts["compare"] = [compared(a, b, *LONGER) for a, b in pairs if length(a) != length(b)]
-    facts["compare"] += [compared(a, b, *EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
+    pairs = [(a, b, LONGER) for a, b in pairs if length(a) != length(b)] + [(a, b, EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
+    facts["compare"] = [listing([hears(a), hears(b), compared(a, b, *how)]) for a, b, how in pairs]
     return facts
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from crab_min.media import MediaError, read_audio
 
-VERSION = 6                                            # a change of what is drawn or said needs a new version, and a new base
+VERSION = 7                                            # a change of what is drawn or said needs a new version, and a new base
 SIZE, FPS, RATE, SECONDS = 96, 25, 16000, 10
 SPLITS = {"train": 0, "test": 1, "base": 2}
 KINDS = {"one": 0, "many": 1, "action": 2, "face": 3}

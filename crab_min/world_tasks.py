@@ -135,7 +135,7 @@ def questions(scene: Scene):
     """
     seen, heard = scene.seen, scene.heard
     at_side = {o.side: o for o in seen}                                       # one thing a side (world.py)
-    yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(*map(hears, heard))
+    yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(f"{named(heard)} can be heard")
     for a in heard:
         for b in heard:
             if length(a) != length(b):
@@ -149,7 +149,7 @@ def questions(scene: Scene):
         yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[sum(o in heard for o in seen)], sentence(*map(hears, seen))
     first = only(heard, ORDERS["first"])
     if len(seen) == 3 and first in seen:
-        evidence = sentence(f"the {first.label} is heard first", f"the {first.label} is {at(first.side)}")
+        evidence = sentence(f"heard first is the {first.label}", f"the {first.label} is {at(first.side)}")
         yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, evidence
     if {"left", "right"} <= set(at_side):
         left, right = at_side["left"], at_side["right"]
@@ -172,7 +172,7 @@ def choices(scene: Scene, rng: random.Random):
         if o and len(scene.seen) == 3:
             right = PLACES_TO_CHOOSE[o.side if o.seen else ""]
             options = rng.sample(list(PLACES_TO_CHOOSE.values()), 4)
-            evidence = sentence(f"the {o.label} is heard {order}", f"the {o.label} is {right}")
+            evidence = sentence(f"heard {order} is the {o.label}", f"the {o.label} is {right}")
             yield f"Where is the thing that is heard {order}?", options, options.index(right), evidence
 
 
