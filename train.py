@@ -5,7 +5,6 @@ and prints a line a task: frozen base, trained, best constant answer. `python tr
 """
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # worker processes are forked after the tokenizer was used
 

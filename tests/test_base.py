@@ -9,9 +9,10 @@ import pytest
 import train
 from crab_min import base
 from crab_min.interface import GRID, TASKS, mask_box
+from crab_min.questions import at
 from crab_min.statements import annotated, in_short, pair_statements, statements
-from crab_min.world import SECONDS, Renderer
-from crab_min.world_tasks import at
+from crab_min.things import SECONDS
+from crab_min.world import Renderer
 
 FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.002", "--read-steps", "3", "--check-scenes", "2", "--out"]
 
@@ -19,7 +20,7 @@ FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.00
 def test_an_interrupted_base_goes_on_after_its_last_stage(tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "base")
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise ValueError("the power went")
     with monkeypatch.context() as patch:
         patch.setattr(base, "train_read", interrupted)
@@ -58,8 +59,8 @@ def test_statements_are_true(renderer):
                 assert named == scene.heard
             elif match := re.fullmatch(r"On the (left|right) is the \w+.*", text):
                 assert named[-1].side == match[1]
-            elif match := re.fullmatch(r"Next to the \w+ the \w+ is heard (longer|shorter|earlier|later).", text):
-                (start, end), (other_start, other_end) = named[1].heard[0] if named[1].heard else (0, 0), named[0].heard[0] if named[0].heard else (0, 0)
+            elif match := re.fullmatch(r"The .* and next to the \w+ the \w+ is heard (longer|shorter|earlier|later).", text):
+                (start, end), (other_start, other_end) = named[-1].heard[0] if named[-1].heard else (0, 0), named[-2].heard[0] if named[-2].heard else (0, 0)
                 assert {"longer": end - start > other_end - other_start, "shorter": end - start < other_end - other_start,
                         "earlier": start < other_start, "later": start > other_start}[match[1]]
             else:

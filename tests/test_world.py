@@ -12,7 +12,8 @@ from PIL import Image
 from crab_min.data import load_media, mask_boxes, read_samples
 from crab_min.interface import TASKS, parse
 from crab_min.media import read_video
-from crab_min.world import FPS, SECONDS, Renderer, WorldError
+from crab_min.things import SECONDS, WorldError
+from crab_min.world import FPS, Renderer
 from crab_min.world_tasks import TRAIN_ONLY, WorldConfig, box_and_points, build_world, clip_rows, match_rows, overlap
 
 SMALL = WorldConfig(world_clips=24, world_test=4)
