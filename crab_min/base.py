@@ -28,7 +28,7 @@ class BaseConfig:
     see_steps: int = field(default=1100, metadata={"help": "steps of stage see (64 pictures each)"})
     hear_steps: int = field(default=700, metadata={"help": "steps of stage hear (24 clips each)"})
     practice: float = field(default=1, metadata={"help": "factor on the steps of the lessons with which stage read begins"})
-    read_steps: int = field(default=5000, metadata={"help": "steps of stage read on statements of every form (24 scenes each)"})
+    read_steps: int = field(default=3000, metadata={"help": "steps on statements of every form (24 scenes each) with which stage read ends"})
     base_lr: float = field(default=2e-3, metadata={"help": "peak learning rate of stages see and hear"})
     read_lr: float = field(default=1.5e-3, metadata={"help": "peak learning rate of stage read"})
     check_scenes: int = field(default=100, metadata={"help": "scenes that the finished base is examined on, for each figure"})

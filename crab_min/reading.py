@@ -1,13 +1,15 @@
 """How the tiny base learns to read its own eyes and ears: the LM says true statements about what its connectors' tokens show.
 
-First come lessons: copying, then looking things up by name, one form of statement at a time ("The dog is on the left. The cat is in the middle.");
-then statements of all forms: places, things, boxes, spans, movements, voices; half of the time with a keyword for each in the prompt, or repeated in
-short at the end: so the LM learns to look at words, not only at media. Without the lessons it learns what is on the left, where a look at one place
-is enough, but not where the dog is (assets/README.md).
+It goes on in lessons: copying random words; statements of all forms (places, things, boxes, spans, movements, voices); looking things up by name, one form
+of statement at a time ("The dog is on the left. The cat is in the middle."), each until it is found out; and statements of all forms again, half of the
+time with a keyword for each in the prompt, or repeated in short at the end: so the LM learns to look at words, not only at media. Without the lessons it
+learns what is on the left, where a look at one place is enough, but not where the dog is; without statements before them it does not learn that either
+(assets/README.md).
 """
 import random
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -109,33 +111,40 @@ def encode_all(model: AVLanguageModel, batch: list[Shown]) -> list[Shown]:
 @dataclass
 class Lesson:
     """Practice in looking things up by their names: for each thing shown, in any order, the same form of statement and nothing else."""
-    steps: int
+    steps: int                                         # at most
     scenes: int                                        # a step
-    view: str                                          # see `show`; "text": random words to be said again, nothing else
+    view: str                                          # see `show`; "text": random words to be said again, nothing else; "": statements of all forms
     forms: tuple[str, ...] = ()                        # see statements.py
     kinds: tuple[str, ...] = ("one", "many", "many")   # of scenes
     names: bool = False                                # names are looked up as well: their tokens count in the loss
+    until: float = 0                                   # loss a token at which it is learned, and the next lesson begins
 
 
-# A small LM finds out how to look something up only where nothing else is to be learned and a step has many examples; what it has found out, it keeps.
+STATEMENTS = Lesson(0, 24, "")                         # of all forms
+
+# A small LM finds out how to look something up only where nothing else is to be learned, a step has many examples, and it knows already what its tokens
+# are called: so statements of all forms come before the lookups as well as after them. What it has found out, it keeps.
 LESSONS = (
-    Lesson(800, 64, "text", names=True),                                      # copying
-    Lesson(200, 32, "clip", ("movement",), ("action",)),
-    Lesson(250, 64, "image", ("side",)),                                      # the dog -> its token -> where
-    Lesson(150, 64, "image", ("height",)),
-    Lesson(400, 32, "image", ("box",)),
-    Lesson(400, 32, "audio", ("span", "order")),                              # the dog -> its tokens -> when
-    Lesson(250, 32, "audio", ("compare",), ("many",)),                        # when and when -> which of the two is longer
-    Lesson(350, 64, "moment", ("sounds",)),                                   # the dog, seen -> heard as well, or silent
-    Lesson(150, 64, "frames", ("which",), ("one",)),                          # the dog -> its token -> of which video
-    Lesson(350, 32, "pair", ("which",), ("one",)),
-    Lesson(250, 48, "clip", ("sounds", "shown")),
-    Lesson(600, 32, "clip", ("side", "span", "seen", "placed")),
-    Lesson(200, 32, "clip", ("there", "ranked", "found"), names=True),        # on the left -> which thing
-    Lesson(200, 32, "moment", ("placed", "both", "box")))
+    Lesson(700, 64, "text", names=True),                                      # copying
+    replace(STATEMENTS, steps=2500),
+    Lesson(150, 64, "image", ("place",), until=.02),
+    Lesson(100, 32, "clip", ("movement",), ("action",)),
+    Lesson(100, 64, "image", ("there",), names=True),                         # on the left -> its token -> the dog
+    Lesson(800, 64, "image", ("side",), until=.02),                           # the dog -> its token -> where
+    Lesson(400, 64, "image", ("height",), until=.02),
+    Lesson(350, 32, "image", ("box",)),
+    Lesson(300, 32, "audio", ("span", "order")),                              # the dog -> its tokens -> when
+    Lesson(150, 32, "audio", ("compare",), ("many",)),                        # when and when -> which of the two is longer
+    Lesson(700, 64, "moment", ("sounds",), until=.03),                        # the dog, seen -> heard as well, or silent
+    Lesson(400, 64, "frames", ("which",), ("one",), until=.03),               # the dog -> its token -> of which video
+    Lesson(400, 32, "pair", ("which",), ("one",), until=.05),
+    Lesson(400, 48, "clip", ("sounds", "shown"), until=.03),
+    Lesson(400, 32, "clip", ("side", "span", "seen", "placed")),
+    Lesson(120, 32, "clip", ("there", "ranked", "found"), names=True),        # on the left -> which thing
+    Lesson(120, 32, "moment", ("placed", "both", "box")))
 
 
-# view and kinds of scenes of the statements after the lessons, each as likely as its copies here
+# view and kinds of scenes of statements of all forms, each as likely as its copies here
 GENERAL = [("", ("one", "many", "many"))] * 4 + [("pair", ("one",)), ("", ("action",)), ("", ("face",))]
 
 
@@ -145,14 +154,13 @@ def gibberish(text, rng: random.Random) -> str:
 
 
 def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, steps: int, lr: float, seed: int, log) -> None:
-    """The LM learns to say what the connectors' tokens mean: the lessons, each with a little of the earlier ones, then statements of all forms.
+    """The LM learns to say what the connectors' tokens mean: the lessons, each with a little of the earlier ones, and more statements of all forms.
 
     practice: factor on the steps of the lessons; steps: those after the lessons.
     """
     rng, pools = random.Random(seed), {}
     model.requires_grad_(False)
     names = torch.tensor([i for thing in renderer.things for i in model.encode_text(f" {thing.label}")])
-    ends = np.cumsum([round(lesson.steps * practice) for lesson in LESSONS])
 
     def batch_of(step, view, kinds, count):
         if view == "text":
@@ -166,12 +174,10 @@ def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, step
             del pool[:-8]
         return rng.choice(pool)
 
-    def loss_of(step):
-        number = int(np.searchsorted(ends, step, "right"))
-        new = lesson = LESSONS[number] if number < len(LESSONS) else None
-        if number and rng.random() < (.2 if new else .3):
-            lesson = rng.choice(LESSONS[:number])
-        if lesson:
+    def loss_of(step, new, earlier):
+        """The loss of a batch of lesson `new`, or one time in four of one of the `earlier`."""
+        lesson = rng.choice(earlier) if earlier and rng.random() < .25 else new
+        if lesson.view:
             batch = batch_of(step, lesson.view, lesson.kinds, lesson.scenes if lesson is new else 24)
             notes, targets = [""] * len(batch), [" ".join(s.say(forms=lesson.forms)) for s in batch]
         else:
@@ -179,14 +185,29 @@ def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, step
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
         prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
         batch = model.collate(prompts, [s.media for s in batch], targets)
-        if lesson and not lesson.names:                                       # which thing comes next is chance, and would be most of a lesson's loss
+        if lesson.view and not lesson.names:                                                # which thing comes next is chance, and would be most of a lesson's loss
             batch["labels"][torch.isin(batch["labels"], names)] = -100
         loss, tokens = model(batch)
         loss = loss / tokens
-        return loss, {"_".join((new.view, *new.forms[:1])): round(loss.item(), 3)} if new and lesson is new else {}
+        return loss, {"_".join((new.view or "statements", *new.forms[:1])): round(loss.item(), 3)} if lesson is new else {}
 
-    train_stage("read", [model.llm, model.time, model.number], int(ends[-1]) + steps, lr, loss_of, log,
-                [model.visual_qformer, model.audio_qformer], steady=.6)
+    number, began, recent = 0, 0, deque(maxlen=20)                            # of the lesson, its first step, its last losses
+
+    def lessons(step):
+        nonlocal number, began
+        while step - began >= round(LESSONS[number].steps * practice) or len(recent) == 20 and sum(recent) / 20 < LESSONS[number].until:
+            number, began = number + 1, step
+            recent.clear()
+            if number == len(LESSONS):
+                return None
+        loss, figures = loss_of(step, LESSONS[number], LESSONS[:number])
+        recent.extend(figures.values())
+        return loss, figures
+
+    learned, slowly = [model.llm, model.time, model.number], [model.visual_qformer, model.audio_qformer]
+    most = sum(round(lesson.steps * practice) for lesson in LESSONS)
+    train_stage("read: lessons", learned, most + 1, lr, lessons, log, slowly, steady=1)
+    train_stage("read: statements", learned, steps, lr, lambda step: loss_of(step + most + 1, STATEMENTS, LESSONS), log, slowly, steady=.3)
 
 
 def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:

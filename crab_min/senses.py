@@ -26,18 +26,21 @@ BINS = GRID // 10 + 1                                  # the tens of a box edge,
 
 
 def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, slow: list = (), steady: float = 0) -> None:
-    """The loop that the three stages share: AdamW, warm-up and cosine, bfloat16 products; `loss_of(step)` gives the loss and figures.
+    """The loop that the three stages share: AdamW, warm-up and cosine, bfloat16 products; `loss_of(step)` gives the loss and figures, or None to end the stage early.
 
-    slow: modules trained at a fifth of the learning rate; steady: the share of the steps before the rate falls.
+    slow: modules trained at a fifth of the learning rate; steady: the share of the steps before the rate falls (1: it never does).
     """
     groups = [{"params": [p for m in part for p in m.requires_grad_(True).parameters()], "lr": rate} for part, rate in ((modules, lr), (slow, lr / 5)) if part]
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .51 + .5 * np.cos(np.pi * max(0, s / steps - steady) / (1 - steady))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .51 + .5 * np.cos(np.pi * max(0, s / max(1, steps) - steady) / max(1e-9, 1 - steady))))
     bar, recent = tqdm(range(steps), desc=name, unit="step"), deque(maxlen=50)
     for step in bar:
         with half_products():
-            loss, figures = loss_of(step)
+            result = loss_of(step)
+        if result is None:
+            break
+        loss, figures = result
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -88,7 +88,7 @@ def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: fl
         return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
     visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
     audible = [o for o in scene.heard if hears_it and any(start < seconds.stop and end > seconds.start for start, end in o.heard)]
-    groups = [{"": [f"the place is {scene.place}"]}] * sees
+    groups = [{"place": [f"the place is {scene.place}"]}] * sees
     if sees:
         groups.append(eyes(renderer, scene, visible, seen_at))
     if hears_it:

@@ -29,7 +29,7 @@ def test_an_interrupted_base_goes_on_after_its_last_stage(tmp_path, monkeypatch,
     assert train.main([*FEW[:2], "2", *FEW[3:], out]) == 2 and "other settings" in capsys.readouterr().err
     assert train.main([*FEW, out]) == 0
     made = json.loads((tmp_path / "base" / "base.json").read_text())
-    assert [line["stage"] for line in made["log"]] == ["see", "hear", "read"] and 0 <= made["box_iou"] <= 1
+    assert [line["stage"] for line in made["log"]] == ["see", "hear", "read: statements"] and 0 <= made["box_iou"] <= 1
     assert train.main([*FEW, out]) == 2 and "not be overwritten" in capsys.readouterr().err
     assert not (tmp_path / "base" / "stage.json").exists()
 
