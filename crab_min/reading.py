@@ -140,8 +140,8 @@ LESSONS = (
     Lesson(400, 32, "pair", ("which",), ("one",), until=.05),
     Lesson(400, 48, "clip", ("sounds", "shown"), until=.03),
     Lesson(400, 32, "clip", ("side", "span", "seen", "placed")),
-    Lesson(120, 32, "clip", ("there", "ranked", "found"), names=True),        # on the left -> which thing
-    Lesson(120, 32, "moment", ("placed", "both", "box")))
+    Lesson(150, 32, "clip", ("all", "there", "ranked", "found"), names=True),   # on the left -> which thing
+    Lesson(120, 32, "moment", ("placed", "both", "box"), names=True))
 
 
 # view and kinds of scenes of statements of all forms, each as likely as its copies here

@@ -14,7 +14,7 @@ from crab_min.world_tasks import clip_rows
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
 
-Facts = dict[str, list[str]]                           # clauses by form: what is looked up by name (side, span ...), or the name by it (there, ranked)
+Facts = dict[str, list[str]]                           # clauses by form: what is looked up by name (side, span ...), or the name by it (all, there, ranked)
 
 
 def amount(count: int, what: str) -> str:
@@ -23,7 +23,7 @@ def amount(count: int, what: str) -> str:
 
 def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float | None) -> Facts:
     """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
-    facts = {"": [f"{amount(len(visible), 'thing')} seen", f"{named(visible)} can be seen"]}
+    facts = {"": [f"{amount(len(visible), 'thing')} seen"], "all": [f"{named(visible)} can be seen"]}
     if scene.movement:
         thing = renderer.things[scene.objects[0].thing]
         facts["movement"] = [f"the movement is {scene.movement}", f"the {thing.label} {MOVES[scene.movement]}", f"the action is {thing.action}"] * (seen_at is None)
@@ -41,7 +41,7 @@ def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float
 
 def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Random) -> Facts:
     """What is heard, and of a whole sound track when, and which of the things `known` (seen, or else heard) longer or earlier than which."""
-    facts = {"": [f"{amount(len(audible), 'sound')} heard", f"{named(audible)} can be heard"]}
+    facts = {"": [f"{amount(len(audible), 'sound')} heard"], "all": [f"{named(audible)} can be heard"]}
     if not whole:
         return facts
     facts["span"] = [hears(o) for o in audible]
