@@ -122,8 +122,8 @@ class Lesson:
 
 STATEMENTS = Lesson(0, 24, "")                         # of all forms
 
-# A small LM finds out how to look something up only where nothing else is to be learned, a step has many examples, and it knows already what its tokens
-# are called: so statements of all forms come before the lookups as well as after them. What it has found out, it keeps.
+# A small LM finds out how to look something up only where nothing else is to be learned, a step has many examples, and statements of all forms came
+# before (perhaps because it must know what its tokens are called). What it has found out it keeps, as long as it is practised.
 LESSONS = (
     Lesson(700, 64, "text", names=True),                                      # copying
     replace(STATEMENTS, steps=2500),
