@@ -3,8 +3,10 @@
 It goes on in lessons: copying random words; statements of all forms (places, things, boxes, spans, movements, voices); looking things up by name, one form
 of statement at a time ("The dog is on the left. The cat is in the middle."), each until it is found out; and statements of all forms again, half of the
 time with a keyword for each in the prompt, or repeated in short at the end: so the LM learns to look at words, not only at media. Without the lessons it
-learns what is on the left, where a look at one place is enough, but not where the dog is; without statements before them it does not learn that either
+learned what is on the left, where a look at one place is enough, but not where the dog is; without statements before them it did not learn that either
 (assets/README.md).
+
+Shapes: T frames or pieces of sound, N samples, S encoder tokens of one piece, W encoder width.
 """
 import random
 from collections import deque
@@ -120,7 +122,9 @@ class Lesson:
     until: float = 0                                   # loss a token at which it is learned, and the next lesson begins
 
 
-STATEMENTS = Lesson(0, 24, "")                         # of all forms
+# view and kinds of scenes of statements of all forms, each as likely as its copies here
+GENERAL = [("", ("one", "many", "many"))] * 4 + [("pair", ("one",)), ("", ("action",)), ("", ("face",))]
+STATEMENTS = Lesson(0, 24, "")                         # of all forms, see GENERAL
 
 # A small LM finds out how to look something up only where nothing else is to be learned, a step has many examples, and statements of all forms came
 # before (perhaps because it must know what its tokens are called). What it has found out it keeps, as long as it is practised.
@@ -140,12 +144,8 @@ LESSONS = (
     Lesson(400, 32, "pair", ("which",), ("one",), until=.05),
     Lesson(400, 48, "clip", ("sounds", "shown"), until=.03),
     Lesson(400, 32, "clip", ("side", "span", "seen", "placed")),
-    Lesson(150, 32, "clip", ("all", "there", "ranked", "found"), names=True),   # on the left -> which thing
+    Lesson(150, 32, "clip", ("all", "there", "ranked", "found"), names=True), # on the left -> which thing
     Lesson(120, 32, "moment", ("placed", "both", "box"), names=True))
-
-
-# view and kinds of scenes of statements of all forms, each as likely as its copies here
-GENERAL = [("", ("one", "many", "many"))] * 4 + [("pair", ("one",)), ("", ("action",)), ("", ("face",))]
 
 
 def gibberish(text, rng: random.Random) -> str:
@@ -185,7 +185,7 @@ def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, step
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
         prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
         batch = model.collate(prompts, [s.media for s in batch], targets)
-        if lesson.view and not lesson.names:                                                # which thing comes next is chance, and would be most of a lesson's loss
+        if lesson.view and not lesson.names:                                  # which thing comes next is chance, and would be most of the loss
             batch["labels"][torch.isin(batch["labels"], names)] = -100
         loss, tokens = model(batch)
         loss = loss / tokens

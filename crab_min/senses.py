@@ -26,8 +26,9 @@ BINS = GRID // 10 + 1                                  # the tens of a box edge,
 
 
 def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, slow: list = (), steady: float = 0) -> None:
-    """The loop that the three stages share: AdamW, warm-up and cosine, bfloat16 products; `loss_of(step)` gives the loss and figures, or None to end the stage early.
+    """The loop that all stages share: AdamW, warm-up and cosine, bfloat16 products.
 
+    loss_of: step -> (loss, figures for the log), or None to end the stage early;
     slow: modules trained at a fifth of the learning rate; steady: the share of the steps before the rate falls (1: it never does).
     """
     groups = [{"params": [p for m in part for p in m.requires_grad_(True).parameters()], "lr": rate} for part, rate in ((modules, lr), (slow, lr / 5)) if part]

@@ -51,8 +51,9 @@ def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Ra
     facts["order"] = [f"the {o.label} is heard {order}" for order, o in best.items()]
     facts["ranked"] = [f"heard {order} is the {o.label}" for order, o in best.items()]
     pairs = [(a, b) for a in known for b in known if a.label != b.label]
-    pairs = [(a, b, LONGER) for a, b in pairs if length(a) != length(b)] + [(a, b, EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
-    facts["compare"] = [listing([hears(a), hears(b), compared(a, b, *how)]) for a, b, how in pairs]
+    longer = [(a, b, LONGER) for a, b in pairs if length(a) != length(b)]
+    earlier = [(a, b, EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
+    facts["compare"] = [listing([hears(a), hears(b), compared(a, b, *how)]) for a, b, how in longer + earlier]
     return facts
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from crab_min.data import drawn_media, read_samples
 from crab_min.evaluate import table
 from crab_min.interface import TASKS, parse
+from crab_min.questions import questions
 from crab_min.trainer import TrainConfig, run
 from crab_min.viz import draw_answer
-from crab_min.questions import questions
 from crab_min.world import Renderer
 from crab_min.world_tasks import WorldConfig, build_world
 
