@@ -7,19 +7,23 @@ import json
 import os
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from transformers import TextStreamer
 
+from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import DataError, Features, Sample, drawn_media, pick_tasks, read_samples, without
 from crab_min.evaluate import answer, score_all, write_predictions
 from crab_min.flags import Parser, one_line
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
-from crab_min.model import ASSETS, AVLanguageModel, load_base
+from crab_min.model import ASSETS, AVLanguageModel
+from crab_min.routes import record_routes
 from crab_min.trainer import RunError, write_whole
-from crab_min.viz import draw_answer
+from crab_min.viz import draw_answer, draw_routes
 from crab_min.world_tasks import WorldConfig, build_world
 
 DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on
@@ -33,8 +37,9 @@ def load_run(given) -> tuple[AVLanguageModel, dict, Path]:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: not a run of train.py ({error}); give a finished run with --run, or train one: python train.py") from None
-    model = load_base(config["train"]["base"] or ASSETS / "base")
+    model = load_model(BackboneConfig(**{f.name: config["train"][f.name] for f in fields(BackboneConfig) if f.name in config["train"]}))
     model.load_trained(folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), config, folder
 
 
@@ -80,6 +85,10 @@ def ask(given) -> None:
         limit = given.limit or config["limits"].get(task.name, DEFAULT_LIMIT)
         text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer)[0]
         parsed, seconds = parse(task, text), round(time.time() - began, 2)
+        if given.routes:
+            with record_routes(model) as routes, torch.no_grad():
+                model(model.collate([sample.parts], features([sample]), [text]))
+            draw_routes(Path(given.routes), routes)
         picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
         question = sample.parts[-1].text.strip()
         draw_answer(picture, drawn_media(sample), question, parsed, text)
@@ -138,6 +147,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--run", help="run folder of train.py (default: the newest finished one, else the shipped adapter)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a clip and nothing else")
     parser.add_argument("--picture", help="where the picture goes (default: answers/CLIP_TASK.png)")
+    parser.add_argument("--routes", help="also draw which head of I-LoRA served which tokens, to this PNG")
     parser.add_argument("--limit", type=int, default=0, help="answer tokens at most (default: what the run says for the task)")
     parser.add_argument("--prompts", help="JSON file of instructions by task name, instead of ours")
     parser.add_argument("--index", type=int, default=0, help="without a clip: which test sample of the built-in world")

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # 
 from crab_min.base import BaseConfig, train_base
 from crab_min.config import PRESETS
 from crab_min.flags import Parser, add_flags, from_flags, one_line
+from crab_min.plan import plan, report
 from crab_min.trainer import TrainConfig, run
 
 
@@ -21,6 +22,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"unknown preset {preset!r}; choose from {', '.join(PRESETS)}")
     parser.add_argument("preset", nargs="?", default=preset, help="what to train (default: crab_plus-tiny)")
     parser.add_argument("--list", action="store_true", help="list the presets and stop")
+    parser.add_argument("--plan", action="store_true", help="say how large the model is and whether it fits, and stop; downloads nothing")
     parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
     description, defaults = PRESETS[preset]
     add_flags(parser, BaseConfig if preset == "tiny-base" else TrainConfig, defaults)
@@ -30,6 +32,8 @@ def main(arguments: list[str]) -> int:
         return 0
     if preset == "tiny-base":
         return one_line(lambda: train_base(from_flags(BaseConfig, given)), given.debug)
+    if given.plan:
+        return one_line(lambda: print(report(plan(from_flags(TrainConfig, given), preset))), given.debug)
     return one_line(lambda: run(from_flags(TrainConfig, given), preset), given.debug)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from crab_min.config import TINY_MODEL
-from crab_min.model import SPECIALS, AVLanguageModel, ModelConfig, ModelError, load_base, load_tokenizer
+from crab_min.composed import SPECIALS, ComposedModel, ModelConfig, load_base, load_tokenizer
 from crab_min.reading import check_base, train_read
 from crab_min.senses import train_hear, train_see
 from crab_min.statements import corpus
@@ -48,7 +48,7 @@ def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
     return tokenizer
 
 
-def wake(model: AVLanguageModel) -> None:
+def wake(model: ComposedModel) -> None:
     """Initial weights for small widths: the libraries' (0.02) suit 768 and more; at 128 all attention is uniform at first."""
     for part in (model.visual_qformer, model.audio_qformer, model.llm.model):
         for linear in (m for m in part.modules() if isinstance(m, nn.Linear)):
@@ -77,7 +77,7 @@ def train_base(config: BaseConfig) -> None:
     else:
         torch.manual_seed(seed)
         train_tokenizer(corpus(renderer, seed)).save(str(folder / "tokenizer.json"))
-        model = AVLanguageModel(ModelConfig(**TINY_MODEL), load_tokenizer(folder / "tokenizer.json"))
+        model = ComposedModel(ModelConfig(**TINY_MODEL), load_tokenizer(folder / "tokenizer.json"))
         wake(model)
     stages = {"see": partial(train_see, steps=config.see_steps, lr=config.base_lr), "hear": partial(train_hear, steps=config.hear_steps, lr=config.base_lr),
               "read": partial(train_read, practice=config.practice, steps=config.read_steps, lr=config.read_lr)}

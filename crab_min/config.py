@@ -14,8 +14,35 @@ TINY_MODEL = {
     "time_steps": 10, "numbers": 2,
 }
 
+# Full sizes, the few numbers that make a model: what `--plan` counts with. Everything else is transformers' default.
+CLIP_LARGE = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+              "image_size": 224, "patch_size": 14}
+LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def qwen_omni(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict:
+    """The thinker of a Qwen2.5-Omni (transformers' default has another vision encoder): its LM differs from size to size, its encoders only in their output."""
+    return {"text_config": {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+                            "num_key_value_heads": kv_heads, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": hidden},
+            "audio_config": {"num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "d_model": 1280, "output_dim": hidden}}
+
+
+QWEN_OMNI = {"3b": qwen_omni(2048, 11008, 36, 16, 2, 151936), "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064)}
+LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]                # text before and after a prompt
+
 # preset: (what it is, values that differ from the defaults of its config)
+CRAB_PLUS = {"backbone": "native", "r": 128, "alpha": 256, "dropout": .1, "train": "adapter", "lr": 1e-4, "batch_size": 4, "epochs": 5, "mix": 1.0,
+             "cache_features": False, "checkpointing": True}
+CRAB = {"r": 8, "alpha": 16, "dropout": .05, "lr": 1e-4, "connector_lr": 1e-4, "batch_size": 8, "epochs": 5, "mix": 1.0, "cache_features": False,
+        "checkpointing": True, "stage": "visual"}
 PRESETS = {
     "crab_plus-tiny": ("Crab+'s recipe on the shipped tiny base: I-LoRA, text answers, the built-in world (or --data)", {"r": 16, "alpha": 32}),
+    "crab-tiny": ("Crab's recipe on the shipped tiny base: a connector a sense (--stage visual, audio), then all tasks (--stage unified)",
+                  {"r": 16, "alpha": 32, "stage": "visual"}),
+    "crab_plus-3b": ("Crab+ on Qwen2.5-Omni-3B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-3B"}),
+    "crab_plus-7b": ("Crab+ on Qwen2.5-Omni-7B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-7B"}),
+    "crab-7b": ("Crab: CLIP-L + BEATs + Q-Formers + Llama-2-7b-chat, in three stages", CRAB | {
+        "vision": "openai/clip-vit-large-patch14", "audio": "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt", "llm": "meta-llama/Llama-2-7b-chat-hf"}),
     "tiny-base": ("trains the tiny base itself from nothing on the built-in world", {}),
 }

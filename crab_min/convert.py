@@ -1,68 +1,111 @@
-"""Released checkpoints -> ours: one table of names for each module or paper, applied strictly.
+"""Released checkpoints -> run folders, and back: one table of names a paper, applied strictly in both directions.
 
-A table is a list of (pattern, replacement): a released name is looked up in it from the top, and the first pattern that
-fits the whole name gives our name, or None where the released weight serves nothing and is dropped. A name that fits no
-row is an error, so what is lost is written down here and nowhere else. One thing is more than a new name: the released
-I-LoRA keeps its heads apart (lora_B0, lora_B1, ...), ours side by side in one matrix.
-The names are those of the authors' code; no released file has been opened to check them. BEATs needs no table:
+    python -m crab_min.convert crab_plus finetune_weights.bin --out runs/released
+    python -m crab_min.convert crab_plus runs/released --back finetune_weights.bin
+
+A row of a table is (released name, our name) with {places} that stand for the same in both; our name None: a released weight that serves
+nothing and is dropped. A name that fits no row is an error, so what is lost is written down here and nowhere else. One thing is more than a
+new name: the released I-LoRA keeps its heads apart (lora_B0, lora_B1, ...), ours side by side in one matrix. Rank and heads are read from
+the shapes. The names are those of the authors' code; no released file has been opened to check them. BEATs needs no table:
 beats.load_beats takes the published names as they are.
-
-    state = convert(read_checkpoint("finetune_weights.bin"), "crab")
-    adapter = {name: w for name, w in state.items() if "ilora_" in name}
-    r, heads = adapter_sizes(adapter)                  # for ILoraConfig
-    peft.set_peft_model_state_dict(model, adapter)
 """
+import argparse
+import json
 import pickle
 import re
+import sys
 import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from crab_min.config import PRESETS
+from crab_min.flags import Parser, one_line
+from crab_min.trainer import TrainConfig, write_whole
 
 
 class ConvertError(ValueError):
     """A checkpoint that cannot be read or does not have the expected names: which, what was expected, what to do."""
 
 
+PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "x": r"(\w+(?:\.\w+)*)"}           # what a {place} stands for
+
+
 def under(released: str, ours: str, table: list) -> list:
-    """The rows of `table` for names that begin with the pattern `released`; what they become begins with `ours`."""
-    return [(released + pattern, None if name is None else ours + name) for pattern, name in table]
+    """The rows of `table` with prefixes before both names."""
+    return [(released + name, None if new is None else ours + new) for name, new in table]
 
 
-ILORA = [                                              # the linear's own path stays
-    (r"(|.+\.)lora_A\.weight", r"\1ilora_A.weight"),
-    (r"(|.+\.)lora_route\.weight", r"\1ilora_router.weight"),
-    (r"(|.+\.)lora_B\d+\.weight", r"\1ilora_B.weight"),                                 # joined in the order of k
-]
+def ilora(at: str = "{at}", ours: str | None = None) -> list:
+    """The adapter of the linears at `at` (a path with places and a final dot)."""
+    ours = at if ours is None else ours
+    return [(at + "lora_A.weight", ours + "ilora_A.weight"), (at + "lora_route.weight", ours + "ilora_router.weight"),
+            (at + "lora_B{k}.weight", ours + "ilora_B.weight")]                 # joined in the order of k
+
+
 BERT = [                                               # with queries alone, the text half is never run
-    (r"embeddings\.LayerNorm\.(\w+)", r"layernorm.\1"),
-    (r"embeddings\.(word_embeddings\.weight|position_embeddings\.weight|position_ids)", None),
-    (r"encoder\.layer\.(\d+\.(?:cross)?attention)\.self\.(.+)", r"encoder.layer.\1.attention.\2"),
-    (r"encoder\.layer\.(\d+\.(?:cross)?attention\.output\..+)", r"encoder.layer.\1"),
-    (r"encoder\.layer\.(\d+\.(?:intermediate|output)_query\..+)", r"encoder.layer.\1"),
-    (r"encoder\.layer\.\d+\.(intermediate|output)\..+", None),
-]
-QFORMER = [                                            # Crab's visual connector and its audio connector
-    (r"(?:visual|audio)_ln\.(\w+)", r"norm.\1"),
-    (r"(?:visual|audio)_query_tokens", "query"),
-    (r"(?:visual|audio)_proj\.(\d+\.\w+)", r"mlp.\1"),
-    *under(r"(?:visual|audio)_Qformer\.bert\.", "qformer.", BERT),
-    (r"(?:visual|audio)_Qformer\.cls\..+", None),                                       # the vocabulary head
-]
-CRAB = r"(?:base_model\.model\.)?model\."              # PEFT wrapped the whole model, but not in the first stage
-THINKER = r"base_model\.model\.(?:thinker\.)?"        # of Qwen2.5-Omni, whose parts transformers 5 has under model.
+    ("embeddings.LayerNorm.{x}", "layernorm.{x}"),
+    ("embeddings.{x}", None),
+    *((f"encoder.layer.{{n}}.{kind}.self.{{x}}", f"encoder.layer.{{n}}.{kind}.attention.{{x}}") for kind in ("attention", "crossattention")),
+    *((name, name) for name in (f"encoder.layer.{{n}}.{part}.{{x}}" for part in ("attention.output", "crossattention.output", "intermediate_query", "output_query"))),
+    ("encoder.layer.{n}.intermediate.{x}", None), ("encoder.layer.{n}.output.{x}", None)]
+
+
+def qformer(sense: str) -> list:
+    """Crab's visual or audio connector."""
+    return [(f"{sense}_ln.{{x}}", "norm.{x}"), (f"{sense}_query_tokens", "query"), (f"{sense}_proj.{{x}}", "mlp.{x}"),
+            *under(f"{sense}_Qformer.bert.", "qformer.", BERT), (f"{sense}_Qformer.cls.{{x}}", None)]               # the vocabulary head
+
+
+PRETRAIN = [*under("model.vl_projector.", "visual_qformer.", qformer("visual")), *under("model.al_projector.", "audio_qformer.", qformer("audio"))]
+PEFT = "base_model.model."                             # what PEFT puts before the names of all that it wraps
 TABLES = {
-    "ilora": ILORA,
-    "qformer": QFORMER,
-    "crab": [*under(CRAB + r"vl_projector\.", "visual_qformer.", QFORMER),
-             *under(CRAB + r"al_projector\.", "audio_qformer.", QFORMER),
-             *under(r"(?=base_model\.model\.model\.layers\.)", "", ILORA)],
-    "crab_plus": [*under(THINKER + r"model\.(?=layers\.)", "base_model.model.model.language_model.", ILORA),
-                  *under(THINKER + r"(?=(?:audio_tower|visual)\.)", "base_model.model.model.", ILORA)],
-}
+    "ilora": ilora(),
+    "qformer": [*qformer("visual"), *qformer("audio")],
+    "crab-pretrain": PRETRAIN,                         # of the aligning stages, before PEFT wrapped the model
+    "crab": [*under(PEFT, "", PRETRAIN), *ilora(PEFT + "model.{layer}."), *PRETRAIN],
+    # of Qwen2.5-Omni, whose parts transformers 5 has under model.
+    "crab_plus": [row for thinker in ("", "thinker.") for row in (
+        *ilora(PEFT + thinker + "model.{layer}.", PEFT + "model.language_model.{layer}."),
+        *ilora(PEFT + thinker + "audio_tower.{x}.", PEFT + "model.audio_tower.{x}."),
+        *ilora(PEFT + thinker + "visual.{x}.", PEFT + "model.visual.{x}."))]}
+
+
+def pattern(name: str) -> re.Pattern:
+    """The names that a name with places stands for."""
+    return re.compile("".join(PLACES[piece[1:-1]] if piece.startswith("{") else re.escape(piece) for piece in re.split(r"(\{\w+\})", name)))
+
+
+def places(name: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", name)
+
+
+def rows_of(table: str) -> list:
+    if table not in TABLES:
+        raise ConvertError(f"table {table!r}: no such table, expected one of {', '.join(TABLES)}")
+    return TABLES[table]
+
+
+def rename(names, rows: list, table: str) -> dict[str, tuple[str | None, dict]]:
+    """{name: (new name or None, what its places stand for)} by the first of the rows (from, to) that fits. Raises ConvertError for unknown names."""
+    compiled, renamed, unknown = [(pattern(old), places(old), new) for old, new in rows], {}, []
+    for name in names:
+        for regex, at, new in compiled:
+            if match := regex.fullmatch(name):
+                stands = dict(zip(at, match.groups()))
+                renamed[name] = (new if new is None else new.format(**{"k": "{k}", **stands}), stands)
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        shown = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
+        raise ConvertError(f"table {table!r} does not know {len(unknown)} of {len(renamed) + len(unknown)} names: {shown}; is this the "
+                           f"checkpoint of another model or stage? The tables are {', '.join(TABLES)}")
+    return renamed
 
 
 def convert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
@@ -70,35 +113,36 @@ def convert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
 
     Raises ConvertError: no such table, names that the table does not know, two that would become one, a head missing.
     """
-    if table not in TABLES:
-        raise ConvertError(f"table {table!r}: no such table, expected one of {', '.join(TABLES)}")
-    found: dict[str, dict[str, Tensor]] = {}           # our name -> {released name: weight}
-    unknown = []
-    for name, weight in state.items():
-        for pattern, ours in TABLES[table]:
-            if match := re.fullmatch(pattern, name):
-                if ours is not None:
-                    found.setdefault(match.expand(ours), {})[name] = weight
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        shown = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
-        raise ConvertError(f"table {table!r} does not know {len(unknown)} of {len(state)} names: {shown}; is this the "
-                           f"checkpoint of another model or stage? The tables are {', '.join(TABLES)}")
+    found: dict[str, dict] = {}                        # our name -> {released name: (head, weight)}
+    for name, (ours, stands) in rename(state, rows_of(table), table).items():
+        if ours is not None:
+            found.setdefault(ours, {})[name] = (int(stands.get("k", -1)), state[name])
     return {ours: join(ours, released) for ours, released in found.items()}
 
 
-def join(ours: str, released: dict[str, Tensor]) -> Tensor:
+def join(ours: str, released: dict[str, tuple[int, Tensor]]) -> Tensor:
     """One weight of those that share our name: the heads B_k (out, R) side by side (out, K R); else there is one."""
-    if ours.endswith("ilora_B.weight"):
-        heads = {int(re.search(r"(\d+)\.weight$", name)[1]): weight for name, weight in released.items()}
-        if sorted(heads) != list(range(len(heads))):
-            raise ConvertError(f"{ours}: has the heads {sorted(heads)}, expected 0 to {max(heads)}; is the file whole?")
-        return torch.cat([heads[k] for k in sorted(heads)], dim=1)
-    if len(released) > 1:
-        raise ConvertError(f"{' and '.join(released)} would both become {ours}; convert them one at a time")
-    return next(iter(released.values()))
+    heads = dict(sorted(released.values(), key=lambda pair: pair[0]))
+    if -1 in heads:
+        if len(released) > 1:
+            raise ConvertError(f"{' and '.join(released)} would both become {ours}; convert them one at a time")
+        return heads[-1]
+    if list(heads) != list(range(len(heads))):
+        raise ConvertError(f"{ours}: has the heads {list(heads)}, expected 0 to {max(heads)}; is the file whole?")
+    return torch.cat(list(heads.values()), dim=1)
+
+
+def revert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
+    """The weights `state`, given by our names, by the released ones; what `convert` dropped is not there. Raises ConvertError."""
+    adapter = {name: weight for name, weight in state.items() if "ilora_" in name}
+    heads, found = adapter_sizes(adapter)[1] if adapter else 0, {}
+    for name, (released, _) in rename(state, [(ours, old) for old, ours in rows_of(table) if ours is not None], table).items():
+        if "{k}" not in released:
+            found[released] = state[name]
+            continue
+        for k, B in enumerate(state[name].chunk(heads, dim=1)):
+            found[released.format(k=k)] = B.contiguous()
+    return found
 
 
 def adapter_sizes(state: dict[str, Tensor]) -> tuple[int, int]:
@@ -133,3 +177,87 @@ def read_checkpoint(path: str | Path):
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
         raise ConvertError(f"{path}: not a whole file of weights and nothing else ({type(error).__name__}); is it a "
                            f"web page in the file's place, or half a download? Download it again") from error
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------------
+def split_encoders(state: dict[str, Tensor], wanted: bool) -> tuple[dict[str, Tensor], int]:
+    """(the adapter without its parts in the encoders of Qwen2.5-Omni, how many tensors were left out).
+
+    In the released Crab+ they never got a gradient (reentrant checkpointing of frozen inputs), so that their B is zero and they do nothing;
+    where it is not, leaving them out would change the answers. Raises ConvertError.
+    """
+    extra = [name for name in state if ".audio_tower." in name or ".visual." in name]
+    if wanted or not extra:
+        return state, 0
+    trained = [name for name in extra if name.endswith("ilora_B.weight") and state[name].any()]
+    if trained:
+        raise ConvertError(f"{len(trained)} adapters in the encoders are not zero ({trained[0]}, ...), so the model needs them; convert with --encoder-adapters")
+    return {name: weight for name, weight in state.items() if name not in set(extra)}, len(extra)
+
+
+def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, preset: str) -> str:
+    """Write a run folder from released files; what was done, in a line. Raises ConvertError."""
+    if out.exists() and any(out.iterdir()):
+        raise ConvertError(f"{out}: exists and is not empty; choose another --out or remove it")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        new = convert(read_checkpoint(file), paper)
+        if twice := state.keys() & new.keys():
+            raise ConvertError(f"{file}: {sorted(twice)[0]} and {len(twice) - 1} others were in a file before it; give each weight once")
+        state |= new
+    adapter, dropped = split_encoders({name: weight for name, weight in state.items() if "ilora_" in name}, encoder_adapters)
+    modules = {name: weight.contiguous() for name, weight in state.items() if "ilora_" not in name}
+    config = replace(TrainConfig(**{**PRESETS[preset][1], "stage": ""}), encoder_adapters=encoder_adapters)
+    out.mkdir(parents=True, exist_ok=True)
+    if adapter:
+        r, heads = adapter_sizes(adapter)
+        config = replace(config, r=r, heads=heads, alpha=2 * r)                 # both papers scale by 2
+        config.build().save_pretrained(out / "adapter")
+        save_file({name: weight.contiguous() for name, weight in adapter.items()}, out / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        config = replace(config, adapter="none")
+    if modules:
+        save_file(modules, out / "modules.safetensors")
+    write_whole(out / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": 0, "limits": {}, "converted": [str(f) for f in files]}, indent=1))
+    write_whole(out / "metrics.json", json.dumps({"tasks": {}, "seconds": 0, "steps": 0}))
+    said = f"{len(adapter)} adapter tensors (r {config.r}, {config.heads} heads)" if adapter else "no adapter"
+    return (f"{out}: {said}, {len(modules)} tensors beside it" + (f"; {dropped} tensors in the encoders left out, their B is zero" if dropped else "")
+            + ". It was trained with other instructions: for its answers give them with --prompts")
+
+
+def from_run(paper: str, run: Path, file: Path) -> str:
+    """Write a released-style file from a run folder; what was done, in a line. Raises ConvertError."""
+    state: dict[str, Tensor] = {}
+    for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors"):
+        state |= load_file(part) if part.exists() else {}
+    if not state:
+        raise ConvertError(f"{run}: neither adapter/ nor modules.safetensors; give a finished run of train.py")
+    state = revert(state, paper)
+    temporary = file.with_name(f".{file.name}")
+    torch.save(state, temporary)
+    temporary.rename(file)
+    return f"{file}: {len(state)} tensors by the names of {paper}"
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="-m crab_min.convert", description="Released checkpoints to run folders, and back.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus"], help="whose names")
+    parser.add_argument("files", nargs="+", help="released files (.bin, .pt, .safetensors); with --back a run folder")
+    parser.add_argument("--out", default="", help="the run folder to write (default: runs/PAPER-released)")
+    parser.add_argument("--back", help="the file to write, by the released names")
+    parser.add_argument("--encoder-adapters", action="store_true", help="keep Crab+'s adapters in the encoders")
+    parser.add_argument("--preset", default="", choices=["", *PRESETS], help="whose backbone the run names (default: crab-7b or crab_plus-7b)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
+    given = parser.parse_args(arguments)
+
+    def run():
+        if given.back:
+            print(from_run(given.paper, Path(given.files[0]), Path(given.back)))
+        else:
+            preset = given.preset or ("crab_plus-7b" if given.paper == "crab_plus" else "crab-7b")
+            print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset))
+    return one_line(run, given.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

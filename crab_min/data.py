@@ -137,27 +137,41 @@ def without(samples: list[Sample], sense: str) -> list[Sample]:
     return [changed[s.id] for s in samples]
 
 
-def load_media(part: Part, size: int):
-    """The arrays of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,). Raises MediaError."""
+def one_sense(samples: list[Sample], kind: str) -> list[Sample]:
+    """Captions for aligning the connector of one sense ("video" or "audio"): the other medium and its marker are left out of the prompt.
+
+    The target is the row's caption of that sense alone, under "seen" or "heard", where it has one; else the whole caption.
+    """
+    changed = []
+    for s in samples:
+        parts = [p for i, p in enumerate(s.parts) if p.kind in ("text", kind) and (i + 1 == len(s.parts) or s.parts[i + 1].kind in ("text", kind))]
+        parts[0] = replace(parts[0], text=parts[0].text.lstrip("\n"))
+        changed.append(replace(s, parts=parts, target=s.row.get({"video": "seen", "audio": "heard"}[kind], s.target)))
+    return changed
+
+
+def load_media(part: Part, size: int) -> tuple:
+    """(arrays, seconds) of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,); and how long it is. Raises MediaError."""
     if part.path == BLACK:
-        return np.zeros((part.frames if part.kind == "video" else 1, size, size, 3), np.uint8)
+        return np.zeros((part.frames if part.kind == "video" else 1, size, size, 3), np.uint8), float(part.frames)
     if part.kind == "video":
-        return read_video(part.path, part.frames, size).frames
+        clip = read_video(part.path, part.frames, size)
+        return clip.frames, clip.seconds
     if part.kind == "image":
-        return read_image(part.path, size)[None]
+        return read_image(part.path, size)[None], 1.
     windows = audio_windows(part.window, media_seconds(part.path), part.index)
     audio = read_audio(part.path, window=(min(s for s, _ in windows), max(e for _, e in windows)))
     start = min(s for s, _ in windows)
-    return [audio.wave[round((s - start) * 16000):round((e - start) * 16000)] for s, e in windows]
+    return [audio.wave[round((s - start) * 16000):round((e - start) * 16000)] for s, e in windows], audio.seconds
 
 
 def drawn_media(sample: Sample) -> list[tuple]:
     """The media of a sample as viz.py draws them: (name, kind, arrays, seconds) in the order of the prompt."""
-    return [(f"{p.kind}: {Path(p.path).name}", p.kind, load_media(p, GRID), 1.0 if p.kind == "image" else media_seconds(p.path)) for p in sample.media]
+    return [(f"{p.kind}: {Path(p.path).name}", p.kind, *load_media(p, GRID)) for p in sample.media]
 
 
 class MediaSet:
-    """A map-style dataset of media parts for worker processes: (index, arrays), or (index, the reason it cannot be read)."""
+    """A map-style dataset of media parts for worker processes: (index, (arrays, seconds), None), or (index, None, the reason it cannot be read)."""
 
     def __init__(self, parts: list[Part], size: int):
         self.parts, self.size = parts, size
@@ -187,14 +201,14 @@ class Features:
         strict: an unreadable file is an error; else it is listed in `bad`, up to `max_bad` of all. Raises DataError.
         """
         parts = sorted({p for s in samples for p in s.media if p not in self.store and p not in self.bad}, key=lambda p: (p.kind, p.path, p.index))
-        loader = DataLoader(MediaSet(parts, self.model.vision.size), batch_size=8, num_workers=min(2, os.cpu_count() or 1) if len(parts) > 32 else 0,
+        loader = DataLoader(MediaSet(parts, self.model.frame_size), batch_size=8, num_workers=min(2, os.cpu_count() or 1) if len(parts) > 32 else 0,
                             collate_fn=list)
         with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
             for group in loader:
                 for i, _, reason in group:
                     if reason is not None:
                         self.reject(parts[i], reason, strict, len(parts))
-                self.encode([(parts[i], arrays) for i, arrays, reason in group if reason is None])
+                self.encode([(parts[i], *loaded) for i, loaded, reason in group if reason is None])
                 bar.update(len(group))
 
     def reject(self, part: Part, reason: str, strict: bool, total: int) -> None:
@@ -207,10 +221,10 @@ class Features:
 
     def encode(self, loaded: list[tuple]) -> None:
         groups: dict = {}
-        for part, arrays in loaded:
-            groups.setdefault((part.kind, len(arrays)), []).append((part, arrays))
+        for part, arrays, seconds in loaded:
+            groups.setdefault((part.kind, len(arrays)), []).append((part, arrays, seconds))
         for (kind, _), items in groups.items():
-            for (part, _), features in zip(items, self.model.encode(kind, [arrays for _, arrays in items])):
+            for (part, *_), features in zip(items, self.model.encode(kind, [arrays for _, arrays, _ in items], [seconds for *_, seconds in items])):
                 features.features = features.features.half()
                 self.store[part] = features
 

@@ -104,16 +104,23 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
             return y
         for name in self.active_adapters:
             if name in self.ilora_A:
-                y = y + self.update(name, x).to(y.dtype)
+                y = self.add_update(name, x, y)
         return y
 
-    def update(self, name: str, x: Tensor) -> Tensor:
-        """(alpha / r) * sum_k w_k B_k A dropout(x) for tokens x (..., D_in)."""
-        x = self._cast_input_dtype(x, self.ilora_A[name].weight.dtype)
-        w = route(self.ilora_router[name](x)).to(x.dtype)                               # (..., K)
+    def add_update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y + (alpha / r) * sum_k w_k B_k A dropout(x) for tokens x (..., D_in), y (..., D_out).
+
+        The last product adds to y as it goes, so that no second array of the size of y is made.
+        """
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._cast_input_dtype(x, self.ilora_A[name].weight.dtype)
         low = self.ilora_A[name](self.ilora_dropout[name](x))                           # (..., R)
-        mixed = (w[..., None] * low[..., None, :]).flatten(-2)                          # (..., K R)
-        return self.ilora_B[name](self.scaling[name] * mixed)                           # (..., D_out)
+        w = route(self.ilora_router[name](x)).to(low.dtype)                             # (..., K)
+        mixed = (w[..., None] * low[..., None, :]).reshape(-1, w.shape[-1] * low.shape[-1])                 # (n, K R)
+        B = self.ilora_B[name].weight
+        if torch.is_autocast_enabled(x.device.type) or y.dtype == mixed.dtype:
+            return torch.addmm(y.reshape(-1, len(B)), mixed, B.T, alpha=self.scaling[name]).view(y.shape)
+        return y + (self.scaling[name] * (mixed @ B.T)).view(y.shape).to(y.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base weight, which only a single head allows. Raises MergeError."""

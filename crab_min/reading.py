@@ -19,7 +19,7 @@ import torch
 
 from crab_min.interface import Part, mask_box
 from crab_min.metrics import iou
-from crab_min.model import SPECIALS, AVLanguageModel, MediaFeatures
+from crab_min.composed import SPECIALS, ComposedModel
 from crab_min.questions import ORDERS, at, only, times
 from crab_min.senses import banks_of, draw, train_stage, worn
 from crab_min.statements import annotated, pair_statements, statements
@@ -40,7 +40,7 @@ class Shown:
     say: Callable
 
 
-def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", others: tuple[Scene, ...] = (),
+def show(model: ComposedModel, renderer: Renderer, scene: Scene, rng: random.Random, view: str = "", others: tuple[Scene, ...] = (),
          seen_at: float | None = None) -> Shown:
     """One way of showing a scene.
 
@@ -91,7 +91,7 @@ def show(model: AVLanguageModel, renderer: Renderer, scene: Scene, rng: random.R
     return shown
 
 
-def encode_all(model: AVLanguageModel, batch: list[Shown]) -> list[Shown]:
+def encode_all(model: ComposedModel, batch: list[Shown]) -> list[Shown]:
     """The batch with the features of the media in their place, each kind and length in one pass of its encoder."""
     groups: dict = {}
     for shown in batch:
@@ -153,7 +153,7 @@ def gibberish(text, rng: random.Random) -> str:
     return text.decode([rng.randrange(len(SPECIALS), len(text)) for _ in range(rng.randint(3, 14))])
 
 
-def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, steps: int, lr: float, seed: int, log) -> None:
+def train_read(model: ComposedModel, renderer: Renderer, practice: float, steps: int, lr: float, seed: int, log) -> None:
     """The LM learns to say what the connectors' tokens mean: the lessons, each with a little of the earlier ones, and more statements of all forms.
 
     practice: factor on the steps of the lessons; steps: those after the lessons.
@@ -210,14 +210,14 @@ def train_read(model: AVLanguageModel, renderer: Renderer, practice: float, step
     train_stage("read: statements", learned, steps, lr, lambda step: loss_of(step + most + 1, STATEMENTS, LESSONS), log, slowly, steady=.3)
 
 
-def complete(model: AVLanguageModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:
+def complete(model: ComposedModel, batch: list[Shown], beginnings: list[str], limit: int) -> list[str]:
     """How the model goes on after the beginning of a statement about each shown scene."""
     batch = model.collate([s.parts for s in batch], [s.media for s in batch], beginnings)
     batch = {**batch, "ids": batch["ids"][:, :-1], "attention": batch["attention"][:, :-1]}                 # without the end of text
     return [text.split(".")[0].strip() for text in model.generate(batch, limit)]
 
 
-def check_base(model: AVLanguageModel, renderer: Renderer, seed: int, count: int) -> dict:
+def check_base(model: ComposedModel, renderer: Renderer, seed: int, count: int) -> dict:
     """How the base goes on from the beginning of a statement about scenes that it was not trained on: shares that are right; IoU of boxes and seconds."""
     model.eval()
     rng, many, result = random.Random(seed), ("one", "many"), {}

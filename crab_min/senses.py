@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from crab_min.beats import fbank
 from crab_min.interface import GRID, mask_box
-from crab_min.model import AVLanguageModel, ModelError, half_products
+from crab_min.composed import ComposedModel
+from crab_min.model import ModelError, half_products
 from crab_min.things import SECONDS, SIZE
 from crab_min.world import EMOTIONS, Renderer, Scene
 
@@ -94,7 +95,7 @@ def seen(renderer: Renderer, scene: Scene, t: float) -> Seen:
     return Seen(cell, box, patch.ravel(), edge.reshape(-1, 4))
 
 
-def train_see(model: AVLanguageModel, renderer: Renderer, steps: int, lr: float, seed: int, log) -> None:
+def train_see(model: ComposedModel, renderer: Renderer, steps: int, lr: float, seed: int, log) -> None:
     """Pictures: query q of the Q-Former tells which thing has its centre in cell q of a 3 x 2 grid, and its box; all together the place and
     the emotion of a face. Giving each query a place of its own is what makes it learn to look in minutes (DETR without the matching)."""
     things, places, rng = len(renderer.things), list(renderer.places), np.random.default_rng(seed)
@@ -142,7 +143,7 @@ def banks_of(waves: np.ndarray, seconds: int = 1) -> Tensor:
     return torch.stack([whole[:, start:start + hop - 2] for start in range(0, 100 * SECONDS, hop)], 1)
 
 
-def train_hear(model: AVLanguageModel, renderer: Renderer, steps: int, lr: float, seed: int, log) -> None:
+def train_hear(model: ComposedModel, renderer: Renderer, steps: int, lr: float, seed: int, log) -> None:
     """Sound: which things sound in each second (10, C) and the emotion of a voice, from the audio Q-Former's tokens."""
     things, count, noise = len(renderer.things), 24, np.random.default_rng(seed)
     queries = model.audio_qformer.config.queries * model.llm.config.hidden_size

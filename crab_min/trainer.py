@@ -14,18 +14,19 @@ import os
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from crab_min.data import Features, Mixer, Sample, drawn_media, pick_tasks, read_samples
+from crab_min.backbones import BackboneConfig, load_model
+from crab_min.data import Features, Mixer, Sample, drawn_media, one_sense, pick_tasks, read_samples
 from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
-from crab_min.interface import load_prompts, parse, write
+from crab_min.interface import TASKS, load_prompts, parse, write
 from crab_min.metrics import score
-from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products, load_base
+from crab_min.model import AdapterConfig, AVLanguageModel, half_products
 from crab_min.viz import draw_scores, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -35,16 +36,19 @@ class RunError(ValueError):
 
 
 @dataclass
-class TrainConfig(AdapterConfig, WorldConfig):
+class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     """Everything a training run can be told; every field is a flag of train.py."""
     data: str = field(default="", metadata={"help": "AV-UIE v2 folder (AVUIE_2); without it the built-in world is built and used"})
     tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
-    base: str = field(default="", metadata={"help": "folder of the base model, or random (default: the shipped tiny base)"})
+    stage: str = field(default="", metadata={"help": "of Crab: visual or audio (align that connector on captions, LM frozen), unified (all tasks)",
+                                             "choices": ["", "visual", "audio", "unified"]})
+    start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
     train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter, the connectors (Q-Formers), the word embeddings",
                                                                      "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 620, or 1300 with --things or --data)"})
+    epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
     lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
     connector_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of connectors and word embeddings"})
@@ -54,10 +58,28 @@ class TrainConfig(AdapterConfig, WorldConfig):
     seed: int = field(default=0, metadata={"help": "seed of the world, the order and the initial adapter"})
     save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
     half: bool = field(default=True, metadata={"help": "matrix products in bfloat16 where the machine has instructions for them; weights stay in float32"})
+    checkpointing: bool = field(default=False, metadata={"help": "gradient checkpointing: less memory, a forward more"})
     cache_features: bool = field(default=True, metadata={"help": "keep the features of the frozen encoders in memory"})
     max_bad: float = field(default=.01, metadata={"help": "share of unreadable training files above which the run stops"})
     test_rows: int = field(default=0, metadata={"help": "rows a task to test on (0: all)"})
     out: str = field(default="", metadata={"help": "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)"})
+
+
+# Crab's aligning stages: the sense whose captions are learned, and the connector that is trained, from nothing
+ALIGN = {"visual": ("video", "visual_qformer"), "audio": ("audio", "audio_qformer")}
+
+
+def staged(config: TrainConfig, preset: str) -> TrainConfig:
+    """The config with what its stage decides: an aligning stage trains one connector on captions; each starts from the run of the one before. Raises RunError."""
+    if not config.stage:
+        return config
+    before = {"audio": "visual", "unified": "audio"}.get(config.stage)
+    start = config.start or (f"runs/{preset}-{before}" if before else "")
+    if before and not (Path(start) / "metrics.json").exists():
+        raise RunError(f"--stage {config.stage} starts from a finished run of --stage {before}, and {start} is none; run --stage {before} first, or name one with --start")
+    if config.stage not in ALIGN:
+        return replace(config, start=start)
+    return replace(config, start=start, tasks="avcap", train=ALIGN[config.stage][1], adapter="none")
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------------
@@ -146,23 +168,33 @@ def auto_steps(rows: int, config: TrainConfig) -> int:
 
 def run(config: TrainConfig, preset: str) -> dict:
     """One training run from annotations to metrics.json, which is returned. Raises the named errors of what it reads."""
-    began = time.time()
-    folder = choose_folder(config, preset)
+    began, config = time.time(), staged(config, preset)
+    folder = choose_folder(config, f"{preset}-{config.stage}" if config.stage else preset)
     tasks, prompts = pick_tasks(config.tasks), load_prompts(config.prompts) if config.prompts else None
     torch.manual_seed(config.seed)
-    model = load_base(config.base or ASSETS / "base")
+    model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    if config.stage in ALIGN:
+        model.renew(config.train)
     root = config.data or build_world(config, config.seed)
     train = read_samples(root, tasks, "train", config.target, prompts)
-    test = read_samples(root, tasks, "test", config.target, prompts, config.test_rows)
+    examined = [t for t in tasks if "test" in TASKS[t].splits]
+    test = read_samples(root, examined, "test", config.target, prompts, config.test_rows) if examined else []
+    if config.stage in ALIGN:
+        train = one_sense(train, ALIGN[config.stage][0])
     features = Features(model, config.cache_features, config.max_bad)
     features.fill(test)                                                       # strict: a missing test clip is an error
     features.fill(train, strict=False)
     train = [s for s in train if not any(p in features.bad for p in s.media)]
 
     model.add_adapter(config)
+    if config.start:
+        model.restore_trained(Path(config.start))
     model.train_beside(config.train)
+    if config.checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    steps, limits = config.steps or auto_steps(len(train), config), token_limits(model, train)
+    steps = config.steps or round(config.epochs * len(train) / config.batch_size) or auto_steps(len(train), config)
+    limits = token_limits(model, train)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits}, indent=1))
@@ -179,13 +211,18 @@ def run(config: TrainConfig, preset: str) -> dict:
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
     results = {task: {"name": next(s.task.metric for s in test if s.task.name == task), **r, "base": base[task]["metric"], "blind": blind[task]}
                for task, r in score_all(test, texts).items()}
-    metrics = {"tasks": results, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
+    tenth = max(1, len(losses) // 10)
+    loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
+    metrics = {"tasks": results, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
     held.close()
-    draw_scores(folder / "scores.png", results)
-    draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
-    print(table(results))
+    if test:
+        draw_scores(folder / "scores.png", results)
+        draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
+        print(table(results))
+    print(f"loss a token: {loss['first']:.3f} in the first tenth of the steps, {loss['last']:.3f} in the last")
     print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
 

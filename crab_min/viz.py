@@ -1,4 +1,4 @@
-"""Pictures: an answer over its clip, the scores of a run, a sheet of its answers.
+"""Pictures: an answer over its clip, the scores of a run, a sheet of its answers, the routes of I-LoRA.
 
 Boxes and points are on the 224 x 224 grid, times in seconds. matplotlib draws without a display.
 """
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from crab_min.interface import GRID, Answer
+from crab_min.routes import KINDS, Routes
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
 RATE = 16000
@@ -124,4 +125,32 @@ def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
         part.suptitle("\n".join(textwrap.wrap(title, 72)), fontsize=9, x=.02, ha="left")
         part.supxlabel("\n".join(textwrap.wrap(f"says: {text}", 80) + textwrap.wrap(f"gold: {gold}", 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
                        color="#2e7d32" if score > .5 else "#b3261e")
+    save(figure, path)
+
+
+def draw_routes(path: Path, routes: Routes) -> None:
+    """A map for each kind of token, a row a layer, a column a linear and head: mean weight, white where it is one over the number of heads.
+
+    Beside it, how undecided the router of each layer is: 0, one head alone; 1, all alike.
+    """
+    share, entropy = routes.share, routes.entropy
+    kinds = [k for k in KINDS if any(key[0] == k for key in share)]
+    layers, linears = sorted({layer for _, layer, _ in share}), list(dict.fromkeys(linear for *_, linear in share))
+    heads = len(next(iter(share.values())))
+    figure = Figure(figsize=(1.5 + .17 * heads * len(linears) * len(kinds) + 2.5, 2.2 + .16 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    *maps, last = figure.subplots(1, len(kinds) + 1, width_ratios=[.17 * heads * len(linears)] * len(kinds) + [2])
+    for axes, kind in zip(maps, kinds):
+        grid = np.array([np.concatenate([share[kind, layer, linear] for linear in linears]) for layer in layers])        # (layers, linears * heads)
+        image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=2 / heads, aspect="auto")
+        axes.set_xticks(np.arange(len(linears)) * heads + (heads - 1) / 2, [linear.split(".")[-1].removesuffix("_proj") for linear in linears], rotation=90, fontsize=8)
+        axes.set_yticks(range(len(layers)) if len(layers) <= 12 else range(0, len(layers), 4), layers if len(layers) <= 12 else layers[::4], fontsize=8)
+        axes.vlines(np.arange(1, len(linears)) * heads - .5, -.5, len(layers) - .5, color="black", linewidth=.6)
+        axes.set_title(f"{kind} ({routes.counts[kind, layers[0], linears[0]]} tokens)", fontsize=9)
+    maps[0].set_ylabel("layer")
+    figure.colorbar(image, ax=maps, label=f"mean weight of each of {heads} heads", shrink=.8)
+    for i, kind in enumerate(kinds):
+        last.plot([np.mean([entropy[kind, layer, linear] for linear in linears]) for layer in layers], range(len(layers)), marker=".", color=COLOURS[i], label=kind)
+    last.set(xlim=(0, 1.02), ylim=(len(layers) - .5, -.5), yticks=[], xlabel="entropy")
+    last.legend(fontsize=7, loc="lower left")
     save(figure, path)

@@ -27,6 +27,7 @@ from crab_min.things import RATE, SECONDS, SIZE
 from crab_min.world import FPS, VERSION, Renderer, Scene
 
 EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
+ROWS = 1                                               # a change of rows alone needs a new number here, and no new base
 TRAIN_ONLY = ("mer24", "unav", "avcap")
 
 
@@ -80,7 +81,8 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
             tags = [event_tag("visual_event", o.label, o.seen) for o in seen] + [event_tag("audio_event", o.label, o.heard) for o in heard]
             evidence = sentence(f"{named(seen)} can be seen", f"{named(heard)} can be heard")
             rows["avvp"].append({**clip(s), "filename": s.name, "vid": s.name, "event": raw, "text": f"{evidence} So {' '.join(tags)}."})
-        rows["avcap"].append({**clip(s), "video_id": s.name, "text": caption(s)})
+        rows["avcap"].append({**clip(s), "video_id": s.name, "seen": sights(s), "heard": sentence(*map(hears, heard)),
+                              "text": f"{sights(s)} {sentence(*map(hears, heard))}"})
         stratum = s.kind, len(seen), len(heard)                              # what eyes or ears alone may count tells nothing of the answer
         for modality, kind, question, answer, evidence in questions(s):
             asked["avqa"].append(((modality, kind), stratum if modality == "Audio-Visual" else (), answer,
@@ -107,10 +109,8 @@ def clip_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Ra
     return rows
 
 
-def caption(s: Scene) -> str:
-    seen = s.seen
-    where = f"{listing([f'a {o.label}' for o in seen])} {'are' if len(seen) > 1 else 'is'} seen, the place is {s.place}"
-    return sentence(where) + " " + sentence(*map(hears, s.heard))
+def sights(s: Scene) -> str:
+    return sentence(f"{listing([f'a {o.label}' for o in s.seen])} {'are' if len(s.seen) > 1 else 'is'} seen, the place is {s.place}")
 
 
 def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str, list]:
@@ -230,7 +230,7 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
     Cached by version, seed, sizes and things; it appears whole or not at all. Raises WorldError for unusable things.
     """
     renderer = Renderer(config.things or None)
-    name = f"v{VERSION}-seed{seed}-{config.world_clips}-{config.world_test}"
+    name = f"v{VERSION}.{ROWS}-seed{seed}-{config.world_clips}-{config.world_test}"
     if config.things:
         digest = hashlib.sha256(b"".join(t.sprite.tobytes() + t.wave.tobytes() + t.label.encode() for t in renderer.things)).hexdigest()
         name += f"-{Path(config.things).resolve().name}-{digest[:8]}"

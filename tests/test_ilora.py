@@ -1,11 +1,13 @@
-"""I-LoRA: its equation, what PEFT does with it, what it refuses, and the released checkpoints that become one."""
+"""I-LoRA: its equation, what PEFT does with it, and what it refuses."""
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from crab_min.convert import ConvertError, adapter_sizes, convert, read_checkpoint
 from crab_min.ilora import ILoraConfig, ILoraError, ILoraLayer, MergeError, record_routing
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -192,6 +194,14 @@ def test_it_adapts_an_encoder_decoder():
     assert model.generate(input_ids=IDS, max_new_tokens=3).shape[0] == 2
 
 
+def test_the_four_lines_of_the_readme():
+    lines = re.search(r"```python\n(from peft import get_peft_model\n.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.S)[1]
+    assert len(lines.strip().splitlines()) == 4
+    names = {"model": llama(), "ids": IDS}
+    exec(lines, names)                                 # ends with the loss of a training step
+    assert all(p.grad is not None for p in names["model"].parameters() if p.requires_grad)
+
+
 def test_only_some_layers():
     model = get_peft_model(llama(), config(layers_to_transform=[1], layers_pattern="layers"))
     assert {name.split(".")[4] for name, p in model.named_parameters() if p.requires_grad} == {"1"}
@@ -209,75 +219,3 @@ def test_settings_without_sense_are_refused(changes, reason):
 def test_only_linears_are_adapted():
     with pytest.raises(ILoraError, match="model.embed_tokens is a Embedding.*nn.Linear"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))
-
-
-# --- released checkpoints --------------------------------------------------------------------------------------------
-def released(linears: list[str], heads: int = 3, r: int = 4) -> dict:
-    """An adapter in Crab's format for linears of width 16."""
-    parts = {"lora_route": (heads, 16), "lora_A": (r, 16), **{f"lora_B{k}": (16, r) for k in reversed(range(heads))}}
-    return {f"{linear}.{part}.weight": torch.randn(shape) for linear in linears for part, shape in parts.items()}
-
-
-def test_a_released_adapter_becomes_ours():
-    model = get_peft_model(llama(), config(target_modules=["q_proj", "o_proj"]))
-    names = [f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qo"]
-    theirs = released(names)
-    connector = {"base_model.model.model.vl_projector.visual_ln.bias": torch.ones(3),
-                 "base_model.model.model.al_projector.audio_proj.2.weight": torch.ones(3),
-                 "base_model.model.model.al_projector.audio_Qformer.cls.predictions.bias": torch.ones(3)}
-    state = convert(theirs | connector, "crab")
-    assert {n for n in state if "ilora_" not in n} == {"visual_qformer.norm.bias", "audio_qformer.mlp.2.weight"}
-    adapter = {name: weight for name, weight in state.items() if "ilora_" in name}
-    assert adapter_sizes(adapter) == (4, 3) and len(adapter) == 3 * len(names)
-    assert not set_peft_model_state_dict(model, adapter).unexpected_keys
-    B = model.base_model.model.model.layers[0].self_attn.q_proj.ilora_B["default"].weight
-    assert torch.equal(B[:, 4:8], theirs[names[0] + ".lora_B1.weight"])
-
-
-def test_crab_plus_names_follow_transformers_5():
-    old = ["thinker.model.layers.3.mlp.up_proj", "visual.blocks.0.mlp.up_proj", "audio_tower.layers.0.self_attn.q_proj"]
-    new = ["model.language_model.layers.3.mlp.up_proj", "model.visual.blocks.0.mlp.up_proj",
-           "model.audio_tower.layers.0.self_attn.q_proj"]
-    state = convert(released([f"base_model.model.{name}" for name in old], heads=5), "crab_plus")
-    assert {name.split(".ilora_")[0] for name in state} == {f"base_model.model.{name}" for name in new}
-    assert adapter_sizes(state) == (4, 5)
-
-
-def test_names_that_do_not_fit_are_errors():
-    good = released(["x"])
-    with pytest.raises(ConvertError, match=r"does not know 1 of 6 names: x\.lora_C\.weight;"):
-        convert(good | {"x.lora_C.weight": torch.ones(1)}, "ilora")
-    with pytest.raises(ConvertError, match="'nothing': no such table, expected one of ilora, qformer"):
-        convert(good, "nothing")
-    with pytest.raises(ConvertError, match=r"heads \[0, 2\], expected 0 to 2"):
-        convert({name: w for name, w in good.items() if "B1" not in name}, "ilora")
-    with pytest.raises(ConvertError, match="8 columns, expected 12"):
-        adapter_sizes(convert({name: w for name, w in good.items() if "B2" not in name}, "ilora"))
-    with pytest.raises(ConvertError, match="1 A, 0 routers"):
-        adapter_sizes(convert({name: w for name, w in good.items() if "route" not in name}, "ilora"))
-    with pytest.raises(ConvertError, match="visual_ln.bias and audio_ln.bias would both become norm.bias"):
-        convert({"visual_ln.bias": torch.ones(1), "audio_ln.bias": torch.ones(1)}, "qformer")
-
-
-def test_checkpoints_are_read_without_running_what_is_in_them(tmp_path):
-    state = released(["x"])
-    for name, format in ("new.bin", True), ("old.pt", False):
-        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=format)
-        again = read_checkpoint(tmp_path / name)
-        assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
-    with pytest.raises(ConvertError, match="nowhere.bin: no such file"):
-        read_checkpoint(tmp_path / "nowhere.bin")
-    (tmp_path / "page.bin").write_text("<html>Not Found</html>")
-    (tmp_path / "page.safetensors").write_text("<html>Not Found</html>")
-    (tmp_path / "half.bin").write_bytes((tmp_path / "new.bin").read_bytes()[:900])
-    torch.save({"x": Ran()}, tmp_path / "code.pt")
-    for name in "page.bin", "page.safetensors", "half.bin", "code.pt":
-        with pytest.raises(ConvertError, match=f"{name}: not a whole file of weights"):
-            read_checkpoint(tmp_path / name)
-
-
-class Ran:
-    """Unpickling it would run code."""
-
-    def __reduce__(self):
-        return pytest.fail, ("code of the file was run",)

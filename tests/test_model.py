@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from crab_min.data import Features, read_samples
-from crab_min.model import AdapterConfig, ModelError, load_base
+from crab_min.composed import load_base
+from crab_min.model import AdapterConfig, ModelError
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,8 @@ def test_labels_are_the_answer_and_its_end_and_padding_is_left(tiny_model, sampl
 def test_there_is_a_placeholder_for_every_token_of_the_connectors(tiny_model, samples):
     media = Features(tiny_model)(samples)
     batch = tiny_model.collate([s.parts for s in samples], media)
-    places = torch.isin(batch["ids"], torch.tensor(list(tiny_model.placeholder_ids.values()))).sum()
-    assert places == sum(len(t) for t in tiny_model.connect(batch["media"], batch["numbers"]))
+    places = torch.isin(batch["ids"], torch.tensor([place for _, place, _ in tiny_model.marks.values()])).sum()
+    assert places == sum(len(t) for t in tiny_model.tokens(batch["media"], batch["numbers"]))
 
 
 def test_the_second_of_two_videos_carries_another_number(tiny_model, samples):
@@ -32,7 +33,7 @@ def test_the_second_of_two_videos_carries_another_number(tiny_model, samples):
     media = Features(tiny_model)([sample])
     numbers, video = tiny_model.collate([sample.parts], media)["numbers"], next(m for m in media[0] if m.kind == "video")
     assert [n for n, m in zip(numbers, media[0]) if m.kind == "video"] == [0, 1]
-    alike, other = tiny_model.connect([video, video], [0, 1])
+    alike, other = tiny_model.tokens([video, video], [0, 1])
     difference = tiny_model.number.weight[1] - tiny_model.number.weight[0]
     torch.testing.assert_close(other - alike, difference.expand_as(alike), atol=1e-4, rtol=1e-4)
 

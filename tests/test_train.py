@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import infer
 import train
+from crab_min.data import one_sense, read_samples
 from crab_min.interface import TASKS
 from crab_min.trainer import RunError, lock
 
@@ -167,3 +170,27 @@ def test_readme_commands_run_at_a_small_size(tmp_path):
         assert len([line for line in done.stdout.splitlines() if line.split(" ")[0] == task.name]) == (1 if "test" in task.splits else 0)
     done = run(str(ROOT / "infer.py"), "--json", "--limit", "8", "--run", "runs/crab_plus-tiny")
     assert done.returncode == 0 and json.loads(done.stdout)["task"] == "avqa", done.stderr[-2000:]
+
+
+def test_each_stage_of_crab_starts_from_the_one_before(small_world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["crab-tiny", "--steps", "4", "--batch-size", "4", "--r", "4", "--alpha", "8", "--data", str(small_world), "--test-rows", "1"]
+    assert train.main([*command, "--stage", "audio"]) == 2
+    assert "runs/crab-tiny-visual is none; run --stage visual first" in capsys.readouterr().err
+    for stage in ("visual", "audio", "unified"):
+        assert train.main([*command, "--stage", stage]) == 0
+    states = {stage: load_file(f"runs/crab-tiny-{stage}/modules.safetensors") for stage in ("visual", "audio", "unified")}
+    assert {key.split(".")[0] for key in states["visual"]} == {"visual_qformer"}
+    assert {key.split(".")[0] for key in states["audio"]} == {"visual_qformer", "audio_qformer"}
+    assert all(torch.equal(states["audio"][key], value) for key, value in states["visual"].items())
+    assert not torch.equal(states["unified"]["visual_qformer.query"], states["visual"]["visual_qformer.query"])      # trained on
+    assert not Path("runs/crab-tiny-audio/adapter").exists() and Path("runs/crab-tiny-unified/adapter").is_dir()
+    assert json.loads(Path("runs/crab-tiny-unified/config.json").read_text())["train"]["start"] == "runs/crab-tiny-audio"
+
+
+def test_captions_of_one_sense_hide_the_other(small_world):
+    whole = read_samples(small_world, ["avcap"], "train", limit=3)
+    for kind, field in (("video", "seen"), ("audio", "heard")):
+        for before, after in zip(whole, one_sense(whole, kind)):
+            assert [p.kind for p in after.media] == [kind] and after.target == before.row[field] != before.target
+            assert after.parts[0].text.startswith(f"{kind}: ") and after.parts[-1] == before.parts[-1]

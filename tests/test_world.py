@@ -58,8 +58,8 @@ def test_what_is_written_is_what_the_scene_says(small_world, renderer):
     scene = renderer.scene("test", "one", 2)
     video, audio = sample.media
     drawn = renderer.frames(scene, [i + .5 for i in range(10)]).astype(int)
-    assert np.abs(load_media(video, 96) - drawn).mean() < 8
-    loud = [np.sqrt(np.mean(w ** 2)) > .01 for w in load_media(audio, 96)]
+    assert np.abs(load_media(video, 96)[0] - drawn).mean() < 8
+    loud = [np.sqrt(np.mean(w ** 2)) > .01 for w in load_media(audio, 96)[0]]
     heard = [any(o.heard_at(t) for o in scene.objects) for t in range(SECONDS)]
     assert loud == heard
 

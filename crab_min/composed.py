@@ -1,0 +1,159 @@
+"""The composed backbone: CLIP and BEATs, a Q-Former connector for each, and any Hugging Face causal LM (Crab 2503.13068, section 3.2).
+
+Each frame and each stretch of sound passes its encoder and its Q-Former by itself and becomes a few tokens in the prompt.
+One difference from Crab: optional learned codes are added to the tokens, of the frame or second they belong to (`time_steps`) and of
+the first or second video, image or sound of the prompt (`numbers`). They help a small LM to say *when* and *in which*; with 0 it is Crab.
+
+Shapes: T frames or sound segments, S encoder tokens each, W encoder width, Q queries, D width of the LM.
+"""
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
+from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, ModelError, missing_weights
+from crab_min.qformer import QFormerConfig, QFormerConnector
+
+PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
+SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
+
+
+@dataclass
+class ModelConfig:
+    """What a composed model is made of; plain values, so that it travels as JSON."""
+    vision: dict | str                                 # transformers config of a CLIP or SigLIP vision model, or a path or hub id
+    audio: dict | str                                  # BEATs config, or the path of a published checkpoint
+    visual_qformer: dict                               # queries, hidden, layers, heads, intermediate
+    audio_qformer: dict
+    llm: dict | str                                    # transformers config of a causal LM, or a path or hub id
+    vision_layer: int = -2                             # hidden state given to the Q-Former (Crab: the one below the last)
+    time_steps: int = 0                                # rows of the learned time code (0: none, as in Crab)
+    numbers: int = 0                                   # rows of the learned code of the first, second ... video, image or sound of a prompt (0: none, as in Crab)
+    template: list = field(default_factory=lambda: ["", "\n"])                  # text before and after the prompt
+
+
+class ComposedModel(AVLanguageModel):
+    """Encoders + connectors + LM."""
+
+    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast):
+        vision, audio, llm = VisionEncoder(config.vision, config.vision_layer), AudioEncoder(config.audio), load_llm(config.llm, tokenizer)
+        places = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
+        super().__init__(llm, tokenizer, {kind: ([], place, []) for kind, place in places.items()}, ([tokenizer.bos_token_id], tokenizer.eos_token_id),
+                         config.template)
+        self.config, self.vision, self.audio, self.frame_size = config, vision, audio, vision.size
+        width = llm.config.hidden_size
+        self.visual_qformer = QFormerConnector(QFormerConfig(vision.width, width, **config.visual_qformer))
+        self.audio_qformer = QFormerConnector(QFormerConfig(audio.width, width, **config.audio_qformer))
+        self.time = nn.Embedding(config.time_steps, width) if config.time_steps else None
+        self.number = nn.Embedding(config.numbers, width) if config.numbers else None
+
+    @torch.no_grad()
+    def encode(self, kind: str, media: list, seconds: list[float] | None = None) -> list[MediaFeatures]:
+        """Frozen features (T, S, W) of several media of one kind."""
+        if kind == "audio":
+            features = []
+            for segments in media:
+                x, mask = self.audio([torch.as_tensor(s) for s in segments])                     # (1, T, S, W), (1, T, S)
+                features.append(MediaFeatures(kind, x[0], mask[0]))
+            return features
+        x = self.vision(torch.stack([torch.as_tensor(m) for m in media]))                        # (M, T, S, W)
+        return [MediaFeatures(kind, f) for f in x]
+
+    def count(self, media: MediaFeatures) -> int:
+        return len(media.features) * (self.audio_qformer if media.kind == "audio" else self.visual_qformer).config.queries
+
+    def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
+        """Tokens (T * Q, D) of each medium: connector, plus the codes of its frame's or segment's time and of its number in its prompt."""
+        tokens: list = [None] * len(media)
+        for connector, kinds in ((self.visual_qformer, ("video", "image")), (self.audio_qformer, ("audio",))):
+            chosen = [i for i, m in enumerate(media) if m.kind in kinds]
+            if not chosen:
+                continue
+            lengths, longest = [len(media[i].features) for i in chosen], max(media[i].features.shape[1] for i in chosen)
+            x = torch.cat([F.pad(media[i].features.to(self.device).float(), (0, 0, 0, longest - media[i].features.shape[1])) for i in chosen])
+            mask = None                                                                          # x: (sum of T, S, W)
+            if "audio" in kinds:
+                mask = torch.cat([F.pad(media[i].mask.to(self.device), (0, longest - media[i].mask.shape[1])) for i in chosen])[None]
+            y = connector(x[None], mask)[0]                                                      # (sum of T, Q, D)
+            if self.time is not None:
+                steps = torch.cat([torch.arange(n, device=y.device) for n in lengths])
+                y = y + self.time(steps.clamp(max=self.time.num_embeddings - 1))[:, None]
+            if self.number is not None:
+                ranks = torch.cat([torch.full((n,), numbers[i], device=y.device) for i, n in zip(chosen, lengths)])
+                y = y + self.number(ranks.clamp(max=self.number.num_embeddings - 1))[:, None]
+            for i, part in zip(chosen, y.split(lengths)):
+                tokens[i] = part.flatten(0, 1)                                                   # (T * Q, D)
+        return tokens
+
+    def beside(self) -> dict[str, nn.Module]:
+        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, **super().beside()}
+        return {name: module for name, module in named.items() if module is not None}
+
+    def renew(self, name: str) -> None:
+        """A new random connector in the place of `name`, for a stage that aligns it from nothing."""
+        setattr(self, name, QFormerConnector(getattr(self, name).config).to(self.device))
+
+    def save_base(self, folder: Path) -> None:
+        """The whole base in one folder: config.json, model.safetensors (half precision), tokenizer.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
+        if self.llm.config.tie_word_embeddings:
+            state.pop("llm.lm_head.weight")
+        save_file(state, folder / "model.safetensors")
+        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def load_llm(name_or_config: dict | str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+    """A causal LM: pretrained, by path or hub id, or from a transformers config, for random weights or a state dict of one's own."""
+    if isinstance(name_or_config, dict):
+        config = dict(name_or_config, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                      pad_token_id=tokenizer.pad_token_id)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=ATTENTION)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_config, dtype=torch.bfloat16)
+    except OSError as error:
+        raise missing_weights("language model", name_or_config, error) from error
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a base (the path of its tokenizer.json), or a pretrained one by path or hub id, with placeholders for media."""
+    if str(name).endswith(".json"):
+        return PreTrainedTokenizerFast(tokenizer_file=str(name), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                       additional_special_tokens=list(PLACEHOLDERS.values()))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise missing_weights("tokenizer", str(name), error) from error
+    tokenizer.add_tokens(list(PLACEHOLDERS.values()), special_tokens=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: str | Path = ASSETS / "base") -> ComposedModel:
+    """The model in `folder` (written by `save_base`), in float32, frozen and in evaluation mode.
+
+    "random": the shipped base's sizes and tokenizer with random weights, the same ones each time: what is the base worth?
+    """
+    if str(folder) == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = ModelConfig(**json.loads((ASSETS / "base" / "config.json").read_text()))
+            return ComposedModel(config, load_tokenizer(ASSETS / "base" / "tokenizer.json")).requires_grad_(False).eval()
+    folder = Path(folder)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise ModelError(f"{folder / name}: missing; `python train.py tiny-base --out {folder}` makes a base")
+    model = ComposedModel(ModelConfig(**json.loads((folder / "config.json").read_text())), load_tokenizer(folder / "tokenizer.json"))
+    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    if unexpected or [k for k in missing if not k.startswith("llm.lm_head")]:
+        raise ModelError(f"{folder}: weights do not fit config.json (missing {missing[:3]}, unexpected {unexpected[:3]})")
+    model.llm.tie_weights()
+    return model.requires_grad_(False).eval()

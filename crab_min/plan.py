@@ -1,0 +1,202 @@
+"""What a run needs, before anything is downloaded: `python train.py PRESET --plan`.
+
+Parameters are counted on models without memory (the meta device), built from the few numbers in config.py. What a forward keeps for its
+backward is counted too, not derived: the LM's forward runs on tensors without values, once with one layer and once with two, under the
+same code that will train; the difference is a layer. All sizes are for one GPU; encoders run without gradients and are left out of the
+activations, and so is what the CUDA libraries take for themselves (about a gigabyte).
+"""
+from dataclasses import dataclass, replace
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+from crab_min.beats import Beats, BeatsConfig
+from crab_min.composed import load_tokenizer
+from crab_min.config import CLIP_LARGE, LLAMA_2_7B, QWEN_OMNI, TINY_MODEL
+from crab_min.encoders import ATTENTION
+from crab_min.interface import TASKS, Task, audio_windows
+from crab_min.model import ASSETS, AdapterConfig
+from crab_min.qformer import QFormerConfig, QFormerConnector
+from crab_min.trainer import ALIGN, TrainConfig
+
+GPUS = (16, 24, 48, 80)                                # GB
+NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8                 # bytes a weight: 4 bits, an 8-bit scale for 64 of them, a float for 256 scales (QLoRA, 2305.14314)
+CLIP_SECONDS = {"spread": 60., "fifths": 5., "fifth": 5.}                       # length of the sound files of a task; else 10 s
+
+
+@dataclass
+class Sizes:
+    """The models of a preset as plain configs; `native` holds the thinker, or the other fields the parts of a composed model."""
+    native: dict | None = None
+    vision: dict | None = None
+    audio: dict | None = None
+    llm: dict | None = None
+    visual_qformer: dict | None = None
+    audio_qformer: dict | None = None
+
+
+def sizes_of(preset: str) -> Sizes:
+    """The configs of a preset's models."""
+    if preset.startswith("crab_plus-") and preset.removeprefix("crab_plus-") in QWEN_OMNI:
+        return Sizes(native=QWEN_OMNI[preset.removeprefix("crab_plus-")])
+    if preset == "crab-7b":
+        return Sizes(vision=CLIP_LARGE, audio={}, llm=LLAMA_2_7B, visual_qformer={}, audio_qformer={})
+    tiny = {k: TINY_MODEL[k] for k in ("vision", "audio", "llm", "visual_qformer", "audio_qformer")}
+    return Sizes(**tiny | {"llm": dict(tiny["llm"], vocab_size=len(load_tokenizer(ASSETS / "base" / "tokenizer.json")))})
+
+
+def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
+    """The LM of a composed model, or the whole thinker; `layers` replaces the number of its LM's layers (and of the thinker's encoders)."""
+    if sizes.native is None:
+        config = AutoConfig.for_model(**sizes.llm)
+        config.num_hidden_layers = layers or config.num_hidden_layers
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION if config.hidden_size < 1024 else "sdpa")
+    config = Qwen2_5OmniThinkerConfig(**sizes.native)
+    if layers:
+        config.text_config.num_hidden_layers, config.vision_config.depth, config.audio_config.encoder_layers = layers, 1, 1
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str) -> dict[str, tuple[int, int]]:
+    """{part: (trained, frozen)} parameters of the whole model."""
+    with torch.device("meta"):
+        lm = make_lm(sizes)
+        lm.requires_grad_(False)
+        peft_config = adapter.build()
+        lm = get_peft_model(lm, peft_config) if peft_config else lm
+        base = lm.get_base_model() if peft_config else lm
+        parts = {"language model": base}
+        if sizes.native is not None:
+            parts = {"vision encoder": base.model.visual, "audio encoder": base.model.audio_tower, "language model": base.model.language_model, "head": base.lm_head}
+        else:
+            clip, beats = CLIPVisionModel(AutoConfig.for_model(**sizes.vision)), Beats(BeatsConfig.from_dict(sizes.audio))
+            width = base.config.hidden_size
+            connectors = {"visual connector": QFormerConnector(QFormerConfig(clip.config.hidden_size, width, **sizes.visual_qformer)),
+                          "audio connector": QFormerConnector(QFormerConfig(beats.config.encoder_embed_dim, width, **sizes.audio_qformer))}
+            for part in (clip, beats, *connectors.values()):
+                part.requires_grad_(False)
+            for name, part in connectors.items():
+                part.requires_grad_("connectors" in train or name.replace(" connector", "_qformer") in train)
+            if "words" in train:
+                base.get_input_embeddings().requires_grad_(True)
+            parts = {"vision encoder": clip, "audio encoder": beats, **connectors, **parts}
+    counted, found = {}, set()
+    for name, part in parts.items():
+        new = [(n, p) for n, p in part.named_parameters() if id(p) not in found]                    # a tied head is counted once
+        found |= {id(p) for _, p in new}
+        counted[name] = tuple(sum(p.numel() for n, p in new if "lora_" not in n and p.requires_grad == learns) for learns in (True, False))
+        if extra := sum(p.numel() for n, p in new if "lora_" in n):
+            counted[f"adapter in the {name}"] = (extra, 0)
+    return counted
+
+
+def kept_bytes(lm: nn.Module, batch: int, length: int, answer: int, half: bool) -> int:
+    """Bytes that the LM's forward keeps for its backward on `batch` prompts of `length` tokens, of which `answer` are learned; parameters not counted."""
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    decoder = getattr(base.model, "language_model", base.model)
+    own, kept = {p.untyped_storage()._cdata for p in lm.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (storage.nbytes(), storage)                  # the storage is kept so that no later one takes its name
+        return tensor
+    x = torch.zeros(batch, length, decoder.config.hidden_size, dtype=base.dtype, requires_grad=True)
+    eager = decoder.config._attn_implementation == "eager"
+    mask = torch.zeros(batch, 1, length, length, dtype=base.dtype if eager else torch.bool)
+    mask = {"full_attention": mask, "sliding_attention": mask} if decoder is not base.model else mask
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+        loss = F.cross_entropy(base.lm_head(hidden[:, -answer - 1:])[:, :-1].flatten(0, 1).float(), torch.zeros(batch * answer, dtype=torch.long))
+    return sum(size for size, _ in kept.values()) if loss is not None else 0
+
+
+def activations(sizes: Sizes, adapter: AdapterConfig, batch: int, length: int, answer: int, checkpointing: bool, half: bool) -> int:
+    """Bytes of activations of a training step: all layers', or with checkpointing their inputs and one layer's."""
+    found = []
+    with FakeTensorMode():
+        for layers in (1, 2):
+            lm = make_lm(sizes, layers).requires_grad_(False).train()
+            lm = lm.to(torch.bfloat16) if half else lm
+            peft_config = adapter.build()
+            found.append(kept_bytes(get_peft_model(lm, peft_config) if peft_config else lm, batch, length, answer, half))
+    one, two = found
+    layer, rest = two - one, 2 * one - two
+    text = make_config(sizes)
+    if not checkpointing:
+        return rest + layer * text.num_hidden_layers
+    return rest + layer + text.num_hidden_layers * batch * length * text.hidden_size * (2 if half else 4)
+
+
+def make_config(sizes: Sizes):
+    """The transformers config of the LM."""
+    return AutoConfig.for_model(**sizes.llm) if sizes.native is None else Qwen2_5OmniThinkerConfig(**sizes.native).text_config
+
+
+def media_tokens(sizes: Sizes, task: Task) -> int:
+    """Tokens of the media of one prompt."""
+    total = 0
+    for kind, *_ in task.media:
+        windows = audio_windows(task.audio, CLIP_SECONDS.get(task.audio, 10.))
+        if sizes.native is not None:
+            seconds = max(1, round(sum(end - start for start, end in windows)))
+            total += 25 * seconds if kind == "audio" else 64 if kind == "image" else 64 * -(-task.frames // 2)
+        else:
+            config = QFormerConfig(1, 1, **(sizes.audio_qformer if kind == "audio" else sizes.visual_qformer))
+            total += config.queries * (len(windows) if kind == "audio" else 1 if kind == "image" else task.frames)
+    return total
+
+
+def text_tokens(task: Task) -> int:
+    """About how many tokens the words of a prompt are: four characters each, 20 for what fills a slot, 30 for the chat format."""
+    return len(task.ask) // 4 + 20 * len(task.slots) + 8 * len(task.media) + 30
+
+
+ANSWER = 80                                            # about how many tokens a reasoned answer has
+
+
+def plan(config: TrainConfig, preset: str) -> dict:
+    """Everything that `report` prints, as numbers: parameters by part, tokens by task, bytes in bfloat16 and with a 4-bit LM."""
+    sizes, adapter = sizes_of(preset), AdapterConfig(**{k: getattr(config, k) for k in AdapterConfig.__dataclass_fields__})
+    train = config.train
+    if config.stage in ALIGN:
+        adapter, train = replace(adapter, adapter="none"), ALIGN[config.stage][1]
+    parts = count_parameters(sizes, adapter, train)
+    lengths = {name: media_tokens(sizes, task) + text_tokens(task) + ANSWER for name, task in TASKS.items()}
+    trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
+    half = sizes.native is not None or preset.endswith("7b")
+    text = make_config(sizes)
+    linears = text.num_hidden_layers * (text.hidden_size * (text.num_attention_heads + 2 * text.num_key_value_heads) * (text.hidden_size // text.num_attention_heads)
+                                        + text.hidden_size ** 2 + 3 * text.hidden_size * text.intermediate_size)
+    weights = frozen * (2 if half else 4)
+    learned = {"adapter and trained weights": 4 * trained, "gradients": 4 * trained, "optimizer (AdamW)": 8 * trained,
+               "activations": activations(sizes, adapter, config.batch_size, max(lengths.values()), ANSWER, config.checkpointing, half)}
+    memory = {"bfloat16" if half else "float32": {"frozen weights": weights, **learned}}
+    if half:
+        memory["4-bit LM"] = {"frozen weights": round(weights - linears * (2 - NF4)), **learned}
+    return {"preset": preset, "parts": {name: {"trained": t, "frozen": f} for name, (t, f) in parts.items()}, "trained": trained, "frozen": frozen,
+            "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+
+
+def report(found: dict) -> str:
+    """The lines that `--plan` prints."""
+    lines = [f"{'part':<36}{'trained':>16}{'frozen':>16}"]
+    lines += [f"{name:<36}{n['trained']:>16,}{n['frozen']:>16,}" for name, n in found["parts"].items()]
+    lines += [f"{'all':<36}{found['trained']:>16,}{found['frozen']:>16,}", "", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
+    lines += ["  " + "  ".join(f"{task} {n}" for task, n in list(found["tokens"].items())[i:i + 7]) for i in range(0, len(found["tokens"]), 7)]
+    lines += ["", f"memory in GB, {found['batch_size']} samples of {max(found['tokens'].values())} tokens a step, gradient checkpointing {'on' if found['checkpointing'] else 'off'}:"]
+    names = list(found["memory"])
+    lines.append(f"  {'':<30}" + "".join(f"{name:>12}" for name in names))
+    for row in next(iter(found["memory"].values())):
+        lines.append(f"  {row:<30}" + "".join(f"{found['memory'][name][row] / 1e9:>12.2f}" for name in names))
+    totals = {name: sum(found["memory"][name].values()) / 1e9 for name in names}
+    lines.append(f"  {'together':<30}" + "".join(f"{totals[name]:>12.2f}" for name in names))
+    for gpu in GPUS:                                                            # a gigabyte for CUDA itself, a twentieth lost between blocks
+        lines.append(f"  {f'fits {gpu} GB':<30}" + "".join(f"{'yes' if totals[name] * 1.05 + 1 < gpu * 1.073 else 'no':>12}" for name in names))
+    return "\n".join(lines)

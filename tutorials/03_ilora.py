@@ -1,0 +1,76 @@
+"""I-LoRA, from the equation to a trained router. Crab (2503.13068), section 3.3; Crab+ (2603.04128). About a minute and a half on 2 cores.
+
+    python tutorials/03_ilora.py
+
+Trains the tiny base with LoRA and with I-LoRA on four tasks and draws answers/03_routes.png: which head serves which tokens.
+"""
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from tqdm import tqdm
+
+from crab_min.composed import load_base
+from crab_min.data import Features, Mixer, read_samples
+from crab_min.ilora import ILoraConfig, ILoraLinear, route
+from crab_min.model import AdapterConfig
+from crab_min.routes import record_routes
+from crab_min.viz import draw_routes
+from crab_min.world_tasks import WorldConfig, build_world
+
+# --- 1. the equation: y = W x + (alpha / r) * sum_k w_k B_k A x, w = softmax(R x), each token by itself
+torch.manual_seed(0)
+linear, x = nn.Linear(6, 4, bias=False), torch.randn(2, 6)                    # two tokens
+layer = ILoraLinear(linear, "default", ILoraConfig(r=2, alpha=4, heads=3, dropout=0))
+A, R, B = (part["default"].weight for part in (layer.ilora_A, layer.ilora_router, layer.ilora_B))
+print(f"A {tuple(A.shape)}, R {tuple(R.shape)}, and three B of (4, 2) side by side: {tuple(B.shape)}")
+print(f"fresh, B is zero and nothing changes: {torch.equal(layer(x), linear(x))}")
+nn.init.normal_(B)
+w = route(x @ R.T)
+y = linear(x)
+for k in range(3):                                                            # as it reads, head by head
+    y = y + 4 / 2 * w[:, k:k + 1] * (x @ A.T @ B[:, 2 * k:2 * k + 2].T)
+print(f"w of the two tokens: {[[round(v, 2) for v in row] for row in w.tolist()]}; the layer gives the same in one product: {torch.allclose(layer(x), y, atol=1e-6)}\n")
+
+# --- 2. four lines make it an adapter of any Hugging Face model
+model = load_base()
+adapted = get_peft_model(model.llm, ILoraConfig(r=8, alpha=16, heads=3, target_modules="all-linear"))
+adapted.print_trainable_parameters()
+
+# --- 3. LoRA against I-LoRA: the same rank, the same batches
+STEPS, TASKS = 60, ["a2v", "ks", "avqa", "arig"]
+samples = read_samples(build_world(WorldConfig(), 0), TASKS, "train", limit=150)
+shared = Features(load_base())
+shared.fill(samples)
+models = {}
+for adapter in ("lora", "ilora"):
+    torch.manual_seed(0)
+    model = models[adapter] = load_base()
+    model.add_adapter(AdapterConfig(adapter=adapter, r=8, alpha=16, dropout=0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=4e-3, weight_decay=0), []
+    for _, batch in zip(tqdm(range(STEPS), desc=adapter), Mixer(samples, 12, 0)):
+        loss, tokens = model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
+        (loss / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() / tokens)
+    print(f"{adapter:<6} {sum(p.numel() for p in trained):>8,} trained parameters, loss a token {sum(losses[:5]) / 5:.2f} at first, {sum(losses[-10:]) / 10:.2f} in the last ten steps")
+print("One seed and sixty steps say which runs, not which is better; I-LoRA of this rank has about twice LoRA's parameters.\n")
+
+# --- 4. which head serves which tokens
+model = models["ilora"].eval()
+with record_routes(model) as routes, torch.no_grad():
+    for task in TASKS:
+        batch = [s for s in samples if s.task.name == task][:24]
+        model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
+for kind in ("text", "video", "audio", "answer"):
+    weights = {key[1:]: w for key, w in routes.share.items() if key[0] == kind}
+    where = max(weights, key=lambda key: weights[key].max())
+    entropy = sum(e for key, e in routes.entropy.items() if key[0] == kind) / len(weights)
+    print(f"{kind:<7} tokens: router entropy {entropy:.2f} (1: all heads alike); most one-sided in layer {where[0]} {where[1]}: {[round(float(v), 2) for v in weights[where]]}")
+draw_routes(Path("answers/03_routes.png"), routes)
+print("\npicture: answers/03_routes.png; how much time and memory the heads cost: python benchmarks/ilora.py (benchmarks/RESULTS.md)")
+print("Now set heads=1 in AdapterConfig: the router has nothing to choose, and it is LoRA.")
