@@ -47,7 +47,7 @@ class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
     train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter, the connectors (Q-Formers), the word embeddings",
                                                                      "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words"]})
-    steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 620, or 1300 with --things or --data)"})
+    steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
     lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
@@ -163,7 +163,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 def auto_steps(rows: int, config: TrainConfig) -> int:
     """Three passes, within what a laptop does in ten minutes; twice that for pictures and sounds that the tiny base has never met."""
-    return max(300, min(1300 if config.things or config.data else 620, round(3 * rows / config.batch_size)))
+    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / config.batch_size)))
 
 
 def run(config: TrainConfig, preset: str) -> dict:
