@@ -117,15 +117,28 @@ def kept_bytes(lm: nn.Module, batch: int, length: int, answer: int, half: bool) 
     return sum(size for size, _ in kept.values()) if loss is not None else 0
 
 
+def pretend(lm: nn.Module) -> None:
+    """Put CPU tensors without values in the place of meta tensors, so that the code of the CPU runs (attention chooses its kernel by device)."""
+    for module in lm.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
 def activations(sizes: Sizes, adapter: AdapterConfig, batch: int, length: int, answer: int, checkpointing: bool, half: bool) -> int:
     """Bytes of activations of a training step: all layers', or with checkpointing their inputs and one layer's."""
     found = []
-    with FakeTensorMode():
-        for layers in (1, 2):
-            lm = make_lm(sizes, layers).requires_grad_(False).train()
-            lm = lm.to(torch.bfloat16) if half else lm
+    for layers in (1, 2):
+        with torch.device("meta"):
+            lm = make_lm(sizes, layers).requires_grad_(False).train().to(torch.bfloat16 if half else torch.float32)
             peft_config = adapter.build()
-            found.append(kept_bytes(get_peft_model(lm, peft_config) if peft_config else lm, batch, length, answer, half))
+            lm = get_peft_model(lm, peft_config) if peft_config else lm
+        with FakeTensorMode():
+            pretend(lm)
+            found.append(kept_bytes(lm, batch, length, answer, half))
     one, two = found
     layer, rest = two - one, 2 * one - two
     text = make_config(sizes)
