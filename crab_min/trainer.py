@@ -162,7 +162,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 def auto_steps(rows: int, config: TrainConfig) -> int:
-    """Three passes, within what a laptop does in ten minutes; twice that for pictures and sounds that the tiny base has never met."""
+    """Three passes, within what a laptop does in ten minutes; more for pictures and sounds that the tiny base has never met."""
     return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / config.batch_size)))
 
 
