@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from crab_min.config import TINY_MODEL
 from crab_min.composed import SPECIALS, ComposedModel, ModelConfig, load_base, load_tokenizer
+from crab_min.config import TINY_MODEL
+from crab_min.model import ModelError
 from crab_min.reading import check_base, train_read
 from crab_min.senses import train_hear, train_see
 from crab_min.statements import corpus

@@ -17,9 +17,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from crab_min.composed import SPECIALS, ComposedModel
 from crab_min.interface import Part, mask_box
 from crab_min.metrics import iou
-from crab_min.composed import SPECIALS, ComposedModel
+from crab_min.model import MediaFeatures
 from crab_min.questions import ORDERS, at, only, times
 from crab_min.senses import banks_of, draw, train_stage, worn
 from crab_min.statements import annotated, pair_statements, statements

@@ -66,7 +66,7 @@ def test_a_batch_gives_the_logits_of_each_sample_alone(model):
 @torch.no_grad()
 def test_it_is_what_transformers_computes_from_pixels_and_waves(model):
     """One video and one sound through the processor's own path: ids, features and positions are the model's."""
-    batch, (prompt, media) = batch_of(model, ["video and sound"]), CASES["video and sound"]
+    batch, (_, media) = batch_of(model, ["video and sound"]), CASES["video and sound"]
     video, sound = (model.encode(kind, [arrays], [seconds])[0] for kind, arrays, seconds in media)
     theirs = model.thinker(input_ids=batch["ids"], attention_mask=batch["attention"], pixel_values_videos=video.features,
                            video_grid_thw=torch.tensor([[5, 16, 16]]), input_features=sound.features.T[None],
