@@ -88,7 +88,7 @@ def ask(given) -> None:
         if given.routes:
             with record_routes(model) as routes, torch.no_grad():
                 model(model.collate([sample.parts], features([sample]), [text]))
-            draw_routes(Path(given.routes), routes)
+            draw_routes(Path(given.routes), {task.name: routes})
         picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
         question = sample.parts[-1].text.strip()
         draw_answer(picture, drawn_media(sample), question, parsed, text)

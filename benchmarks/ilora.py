@@ -10,12 +10,16 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +32,7 @@ HEADS = 3
 
 
 class Loop(nn.Module):
-    """The equation as it reads: A once, then for each head a product of the full width. Shares the weights of `layer`."""
+    """The equation as it reads: A once, then for each head a product of the full width, weighed and summed. Shares the weights of `layer`."""
 
     def __init__(self, layer: ILoraLinear):
         super().__init__()
@@ -36,10 +40,9 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         A, R, B, s = (part["default"] for part in (self.layer.ilora_A, self.layer.ilora_router, self.layer.ilora_B, self.layer.scaling))
-        y, low, w = self.layer.base_layer(x), A(x), route(R(x)).to(x.dtype)
-        for k, B_k in enumerate(B.weight.chunk(HEADS, dim=1)):
-            y = y + s * w[..., k:k + 1] * (low @ B_k.T)
-        return y
+        low, w = A(x), route(R(x)).to(x.dtype)
+        update = sum(w[..., k:k + 1] * (low @ B_k.T) for k, B_k in enumerate(B.weight.chunk(HEADS, dim=1)))
+        return self.layer.base_layer(x) + s * update
 
 
 def layers_of(d_in: int, d_out: int, r: int, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ an adapter can be disabled, and one with a single head, which is plain LoRA, can
 Shapes: (..., D_in) tokens, R rank, K heads.
 """
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import register_peft_method
+from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,6 +157,15 @@ class ILoraModel(BaseTuner):
     """Puts an adapter into every targeted linear; matching, freezing, saving and switching are BaseTuner's."""
 
     prefix, tuner_layer_cls, target_module_mapping = "ilora_", ILoraLayer, {}
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            ends = Counter(name.split(".")[-1] for name in linears)
+            raise ILoraError(f"{error} This model's linears end in {', '.join(f'{end} ({n})' for end, n in ends.items())}; "
+                             f"give a list of such ends, or a regex of whole names like {linears[0]!r}") from error
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, ILoraLayer):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -190,28 +190,39 @@ class AVLanguageModel(nn.Module):
         """Read back what `save_trained` wrote: a new adapter on the LM, and the modules beside it. Raises ModelError."""
         folder = Path(folder)
         if (folder / "adapter").is_dir():
-            self.llm = PeftModel.from_pretrained(self.llm, str(folder / "adapter"))
+            self.llm = get_peft_model(self.llm, PeftConfig.from_pretrained(str(folder / "adapter")))
         elif not (folder / "modules.safetensors").exists():
             raise ModelError(f"{folder}: neither adapter/ nor modules.safetensors; give a finished run of train.py")
-        self.load_modules(folder)
+        self.restore_trained(folder)
 
     def restore_trained(self, folder: Path) -> None:
-        """Put the values that `save_trained` wrote into the adapter and the modules that are already there, still trainable."""
+        """Put the values that `save_trained` wrote into the adapter and the modules that are already there. Raises ModelError."""
         if (folder / "adapter").is_dir() and isinstance(self.llm, PeftModel):
-            set_peft_model_state_dict(self.llm, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        self.load_modules(folder)
-
-    def load_modules(self, folder: Path) -> None:
-        if (folder / "modules.safetensors").exists():
+            file = folder / "adapter" / "adapter_model.safetensors"
+            state = load_file(file)
+            check_fit(state, get_peft_model_state_dict(self.llm, save_embedding_layers=False), file)
+            set_peft_model_state_dict(self.llm, state)
+        if (file := folder / "modules.safetensors").exists():
             states: dict = {}
-            for key, value in load_file(folder / "modules.safetensors").items():
+            for key, value in load_file(file).items():
                 name, key = key.split(".", 1)
                 states.setdefault(name, {})[key] = value
             for name, state in states.items():
                 if name not in self.beside():
-                    raise ModelError(f"{folder}/modules.safetensors: a module this model does not have: {name}")
+                    raise ModelError(f"{file}: a module this model does not have: {name}; it has {', '.join(self.beside())}")
+                check_fit(state, self.beside()[name].state_dict(), f"{file}, {name}")
                 self.beside()[name].load_state_dict(state)
                 self.loaded.add(name)
+
+
+def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | str) -> None:
+    """Raises ModelError unless the weights `state` have the names and shapes of the model's `own`."""
+    wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items() if name in own and value.shape != own[name].shape]
+    found = {"missing": sorted(own.keys() - state.keys()), "unknown": sorted(state.keys() - own.keys()), "of another shape": wrong}
+    said = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in found.items() if names]
+    if said:
+        raise ModelError(f"{where}: of the {len(own)} weights expected, {'; '.join(said)}. Is it of another base, --adapter, --r (rows of A) or --heads (rows of the "
+                         "router), or not whole?")
 
 
 def half_products(wanted: bool = True) -> torch.autocast:

@@ -191,7 +191,7 @@ def run(config: TrainConfig, preset: str) -> dict:
         model.restore_trained(Path(config.start))
     model.train_beside(config.train)
     if config.checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     steps = config.steps or round(config.epochs * len(train) / config.batch_size) or auto_steps(len(train), config)
     limits = token_limits(model, train)

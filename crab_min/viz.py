@@ -74,7 +74,7 @@ def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text
     """
     timeline = bool(answer.events or answer.visual_events or answer.audio_events)
     heights = [4.2 if kind == "image" else 1.1 for _, kind, _, _ in media] + [.45 * max(1, len(answer.events + answer.visual_events + answer.audio_events))] * timeline
-    words = textwrap.fill(f"{text}" + (f"   [does not parse: {answer.error}]" if answer.error else ""), 110)
+    words = textwrap.fill(shown(text + (f"   [does not parse: {answer.error}]" if answer.error else "")), 110)
     figure = Figure(figsize=(10, sum(heights) + .55 * len(heights) + .9 + .22 * words.count("\n")), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
@@ -83,9 +83,14 @@ def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text
         axes.set_title(name, fontsize=9, loc="left")
     if timeline:
         draw_events(rows[-1], answer, max(seconds for *_, seconds in media))
-    figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=12, x=.01, ha="left")
+    figure.suptitle("\n".join(textwrap.wrap(shown(title), 100)), fontsize=12, x=.01, ha="left")
     figure.supxlabel(words, fontsize=10, x=.01, ha="left")
     save(figure, path)
+
+
+def shown(text: str) -> str:
+    """Text of a model as matplotlib can draw it: no control characters, and a dollar is a dollar."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text).replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -122,35 +127,46 @@ def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
         for axes, (_, kind, arrays, seconds) in zip(part.subplots(len(media), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0], media):
             draw_medium(axes, kind, arrays[::max(1, len(arrays) // 5)] if kind == "video" else arrays, seconds, answer)
             axes.set(xticks=[])
-        part.suptitle("\n".join(textwrap.wrap(title, 72)), fontsize=9, x=.02, ha="left")
-        part.supxlabel("\n".join(textwrap.wrap(f"says: {text}", 80) + textwrap.wrap(f"gold: {gold}", 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
+        part.suptitle("\n".join(textwrap.wrap(shown(title), 72)), fontsize=9, x=.02, ha="left")
+        part.supxlabel("\n".join(textwrap.wrap(shown(f"says: {text}"), 80) + textwrap.wrap(shown(f"gold: {gold}"), 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
                        color="#2e7d32" if score > .5 else "#b3261e")
     save(figure, path)
 
 
-def draw_routes(path: Path, routes: Routes) -> None:
-    """A map for each kind of token, a row a layer, a column a linear and head: mean weight, white where it is one over the number of heads.
+def draw_routes(path: Path, routes: dict[str, Routes]) -> None:
+    """What routes.record_routes collected, by title (a task's name): a row each, and in it a map for each kind of token.
 
-    Beside it, how undecided the router of each layer is: 0, one head alone; 1, all alike.
+    A map has a row a layer, a column a linear and head: the head's mean weight, white where it is one over the number of heads. At the
+    end of the row, how undecided the router of each layer is: 0, one head alone; 1, all alike.
     """
-    share, entropy = routes.share, routes.entropy
-    kinds = [k for k in KINDS if any(key[0] == k for key in share)]
-    layers, linears = sorted({layer for _, layer, _ in share}), list(dict.fromkeys(linear for *_, linear in share))
-    heads = len(next(iter(share.values())))
-    figure = Figure(figsize=(1.5 + .17 * heads * len(linears) * len(kinds) + 2.5, 2.2 + .16 * len(layers)), layout="constrained")
+    first = next(iter(routes.values())).share
+    kinds = [k for k in KINDS if any(key[0] == k for each in routes.values() for key in each.share)]
+    layers, linears = sorted({layer for _, layer, _ in first}), list(dict.fromkeys(linear for *_, linear in first))
+    heads, every = len(next(iter(first.values()))), max(1, len(layers) // 8)
+    width = .17 * heads * len(linears)
+    figure = Figure(figsize=(1 + width * len(kinds) + 2.5, .6 + (1.3 + .16 * len(layers)) * len(routes)), layout="constrained")
     FigureCanvasAgg(figure)
-    *maps, last = figure.subplots(1, len(kinds) + 1, width_ratios=[.17 * heads * len(linears)] * len(kinds) + [2])
-    for axes, kind in zip(maps, kinds):
-        grid = np.array([np.concatenate([share[kind, layer, linear] for linear in linears]) for layer in layers])        # (layers, linears * heads)
-        image = axes.imshow(grid, cmap="RdBu_r", vmin=0, vmax=2 / heads, aspect="auto")
-        axes.set_xticks(np.arange(len(linears)) * heads + (heads - 1) / 2, [linear.split(".")[-1].removesuffix("_proj") for linear in linears], rotation=90, fontsize=8)
-        axes.set_yticks(range(len(layers)) if len(layers) <= 12 else range(0, len(layers), 4), layers if len(layers) <= 12 else layers[::4], fontsize=8)
-        axes.vlines(np.arange(1, len(linears)) * heads - .5, -.5, len(layers) - .5, color="black", linewidth=.6)
-        axes.set_title(f"{kind} ({routes.counts[kind, layers[0], linears[0]]} tokens)", fontsize=9)
-    maps[0].set_ylabel("layer")
-    figure.colorbar(image, ax=maps, label=f"mean weight of each of {heads} heads", shrink=.8)
-    for i, kind in enumerate(kinds):
-        last.plot([np.mean([entropy[kind, layer, linear] for linear in linears]) for layer in layers], range(len(layers)), marker=".", color=COLOURS[i], label=kind)
-    last.set(xlim=(0, 1.02), ylim=(len(layers) - .5, -.5), yticks=[], xlabel="entropy")
-    last.legend(fontsize=7, loc="lower left")
+    grid = figure.subplots(len(routes), len(kinds) + 1, squeeze=False, width_ratios=[width] * len(kinds) + [2])
+    for (title, each), (*maps, last) in zip(routes.items(), grid):
+        share, entropy = each.share, each.entropy
+        for i, (axes, kind) in enumerate(zip(maps, kinds)):
+            if (kind, layers[0], linears[0]) not in share:                      # no such token in this task
+                axes.axis("off")
+                continue
+            weights = [np.concatenate([share[kind, layer, linear] for linear in linears]) for layer in layers]   # (layers, linears * heads)
+            image = axes.imshow(weights, cmap="RdBu_r", vmin=0, vmax=2 / heads, aspect="auto")
+            axes.set_xticks(np.arange(len(linears)) * heads + (heads - 1) / 2, [linear.split(".")[-1].removesuffix("_proj") for linear in linears], fontsize=7)
+            axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
+            axes.vlines(np.arange(1, len(linears)) * heads - .5, -.5, len(layers) - .5, color="black", linewidth=.6)
+            axes.set_title(f"{title}: {each.counts[kind, layers[0], linears[0]]} {kind} tokens", fontsize=8, loc="left")
+            undecided = [np.mean([entropy[kind, layer, linear] for linear in linears]) for layer in layers]
+            last.plot(undecided, range(len(layers)), marker=".", color=COLOURS[i], label=kind)
+        maps[0].set_ylabel("layer", fontsize=8)
+        last.set(xlim=(0, 1.02), ylim=(len(layers) - .5, -.5), yticks=[])
+        last.set_title("entropy", fontsize=8)
+        last.tick_params(labelsize=7)
+    grid[0, -1].legend(fontsize=6, loc="lower left")
+    bar = figure.colorbar(image, ax=grid[:, :-1], shrink=.8, pad=.01)
+    bar.set_label(f"mean weight of each of {heads} heads", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
     save(figure, path)

@@ -216,6 +216,12 @@ def test_settings_without_sense_are_refused(changes, reason):
         config(**changes)
 
 
+@pytest.mark.parametrize("targets", [["to_q"], r"layers\.\d+\.q_proj", "model.*k_prj"])
+def test_targets_that_are_not_there_are_told_what_is(targets):
+    with pytest.raises(ILoraError, match=r"q_proj \(2\), k_proj \(2\).*down_proj \(2\), lm_head \(1\).*like 'model.layers.0.self_attn.q_proj'"):
+        get_peft_model(llama(), config(target_modules=targets))
+
+
 def test_only_linears_are_adapted():
     with pytest.raises(ILoraError, match="model.embed_tokens is a Embedding.*nn.Linear"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))

@@ -1,9 +1,12 @@
 """The composed model: what goes in, what is trained, and that a batch gives what each sample gives alone."""
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from crab_min.data import Features, read_samples
 from crab_min.composed import load_base
+from crab_min.data import Features, read_samples
 from crab_min.model import AdapterConfig, ModelError
 
 
@@ -94,3 +97,31 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         load_base(tmp_path)
     with pytest.raises(ModelError, match="adapter"):
         load_base().load_trained(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_told_apart(tmp_path):
+    """A wrong number of heads, missing and unknown names, a module of another size: what there is, what is expected."""
+    model = load_base()
+    model.add_adapter(AdapterConfig(r=4, heads=5))
+    model.train_beside("connectors")
+    model.save_trained(tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+    def refused(what: str) -> None:
+        with pytest.raises(ModelError, match=what):
+            load_base().load_trained(tmp_path)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"heads": 3}))
+    refused(r"adapter_model.safetensors: of the 84 weights expected, 56 of another shape \(.*ilora_router.weight is \(5, 512\), expected \(3, 512\).*--heads")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("v_proj.ilora_A.weight"))
+    save_file({k + ("x" if k == name else ""): v for k, v in state.items() if "layers.3" not in k}, file)
+    refused(r"22 missing \(.*layers.0.self_attn.v_proj.ilora_A.*1 unknown \(.*ilora_A.weightx\)")
+    save_file(state, file)
+    load_base().load_trained(tmp_path)
+    modules = load_file(tmp_path / "modules.safetensors")
+    save_file({k: v[:1] if k == "visual_qformer.query" else v for k, v in modules.items()}, tmp_path / "modules.safetensors")
+    refused(r"modules.safetensors, visual_qformer: .*1 of another shape \(query is")
+    save_file({"eyes.weight": torch.zeros(1)}, tmp_path / "modules.safetensors")
+    refused("a module this model does not have: eyes; it has visual_qformer, audio_qformer, time, number, words")

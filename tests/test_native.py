@@ -103,7 +103,7 @@ def test_run_together_as_released_two_videos_are_one(model):
 def test_adapters_are_where_they_are_asked_for_and_learn(encoders):
     model = load_native("tiny-random")
     model.add_adapter(AdapterConfig(r=4, encoder_adapters=encoders))
-    model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.llm.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     for step in range(2):                              # B is zero at first, so A and R get a gradient from the second step on
         loss, tokens = model(batch_of(model, CASES, ["yes"] * len(CASES)))

@@ -1,10 +1,15 @@
-"""I-LoRA, from the equation to a trained router. Crab (2503.13068), section 3.3; Crab+ (2603.04128). About a minute and a half on 2 cores.
+"""Tutorial 3: I-LoRA, from the equation to a trained router. Read beside Crab (arXiv 2503.13068), the section on interaction-aware LoRA.
 
-    python tutorials/03_ilora.py
+    python tutorials/03_ilora.py                    (about a minute on a CPU; the first time it also builds a world)
 
-Trains the tiny base with LoRA and with I-LoRA on four tasks and draws answers/03_routes.png: which head serves which tokens.
+LoRA adds one low-rank update to a linear. I-LoRA has several B for one A, and a router that weighs them for every token: one update may
+serve video tokens, another the words of an answer. This script computes one by hand, trains the tiny base with LoRA and with I-LoRA on
+four tasks, and draws which head serves which tokens.
 """
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from peft import get_peft_model
@@ -19,7 +24,7 @@ from crab_min.routes import record_routes
 from crab_min.viz import draw_routes
 from crab_min.world_tasks import WorldConfig, build_world
 
-# --- 1. the equation: y = W x + (alpha / r) * sum_k w_k B_k A x, w = softmax(R x), each token by itself
+# 1. The equation: y = W x + (alpha / r) * sum_k w_k B_k A x, w = softmax(R x), each token by itself.
 torch.manual_seed(0)
 linear, x = nn.Linear(6, 4, bias=False), torch.randn(2, 6)                    # two tokens
 layer = ILoraLinear(linear, "default", ILoraConfig(r=2, alpha=4, heads=3, dropout=0))
@@ -33,14 +38,14 @@ for k in range(3):                                                            # 
     y = y + 4 / 2 * w[:, k:k + 1] * (x @ A.T @ B[:, 2 * k:2 * k + 2].T)
 print(f"w of the two tokens: {[[round(v, 2) for v in row] for row in w.tolist()]}; the layer gives the same in one product: {torch.allclose(layer(x), y, atol=1e-6)}\n")
 
-# --- 2. four lines make it an adapter of any Hugging Face model
+# 2. One line makes it an adapter of any Hugging Face model.
 model = load_base()
 adapted = get_peft_model(model.llm, ILoraConfig(r=8, alpha=16, heads=3, target_modules="all-linear"))
 adapted.print_trainable_parameters()
 
-# --- 3. LoRA against I-LoRA: the same rank, the same batches
+# 3. LoRA against I-LoRA: the same rank, the same batches.
 STEPS, TASKS = 60, ["a2v", "ks", "avqa", "arig"]
-samples = read_samples(build_world(WorldConfig(), 0), TASKS, "train", limit=150)
+samples = read_samples(build_world(WorldConfig(world_clips=240, world_test=12), seed=0), TASKS, "train", limit=100)
 shared = Features(load_base())
 shared.fill(samples)
 models = {}
@@ -60,17 +65,19 @@ for adapter in ("lora", "ilora"):
     print(f"{adapter:<6} {sum(p.numel() for p in trained):>8,} trained parameters, loss a token {sum(losses[:5]) / 5:.2f} at first, {sum(losses[-10:]) / 10:.2f} in the last ten steps")
 print("One seed and sixty steps say which runs, not which is better; I-LoRA of this rank has about twice LoRA's parameters.\n")
 
-# --- 4. which head serves which tokens
-model = models["ilora"].eval()
-with record_routes(model) as routes, torch.no_grad():
-    for task in TASKS:
-        batch = [s for s in samples if s.task.name == task][:24]
+# 4. Which head serves which tokens? The router's weights, by task, kind of token, layer and linear.
+model, routes = models["ilora"].eval(), {}
+for task in TASKS:
+    batch = [s for s in samples if s.task.name == task][:24]
+    with record_routes(model) as routes[task], torch.no_grad():
         model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
-for kind in ("text", "video", "audio", "answer"):
-    weights = {key[1:]: w for key, w in routes.share.items() if key[0] == kind}
-    where = max(weights, key=lambda key: weights[key].max())
-    entropy = sum(e for key, e in routes.entropy.items() if key[0] == kind) / len(weights)
-    print(f"{kind:<7} tokens: router entropy {entropy:.2f} (1: all heads alike); most one-sided in layer {where[0]} {where[1]}: {[round(float(v), 2) for v in weights[where]]}")
-draw_routes(Path("answers/03_routes.png"), routes)
-print("\npicture: answers/03_routes.png; how much time and memory the heads cost: python benchmarks/ilora.py (benchmarks/RESULTS.md)")
+print(f"{'task':<6} {'tokens':<7} {'entropy':>7}  most one-sided router (entropy 1: all heads alike; 0: one head alone)")
+for task, each in routes.items():
+    for kind in dict.fromkeys(kind for kind, *_ in each.share):
+        weights = {key[1:]: w for key, w in each.share.items() if key[0] == kind}
+        layer, linear = max(weights, key=lambda key: weights[key].max())
+        entropy = sum(e for key, e in each.entropy.items() if key[0] == kind) / len(weights)
+        print(f"{task:<6} {kind:<7} {entropy:>7.2f}  layer {layer}, {linear}: {' '.join(f'{v:.2f}' for v in weights[layer, linear])}")
+draw_routes(Path("answers/tutorial_03.png"), routes)
+print("\npicture: answers/tutorial_03.png. What the heads cost in time and memory: benchmarks/RESULTS.md (python benchmarks/ilora.py)")
 print("Now set heads=1 in AdapterConfig: the router has nothing to choose, and it is LoRA.")
