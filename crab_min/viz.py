@@ -165,7 +165,7 @@ def draw_routes(path: Path, routes: dict[str, Routes]) -> None:
         last.set(xlim=(0, 1.02), ylim=(len(layers) - .5, -.5), yticks=[])
         last.set_title("entropy", fontsize=8)
         last.tick_params(labelsize=7)
-    grid[0, -1].legend(fontsize=6, loc="lower left")
+        last.legend(fontsize=6, loc="lower left")
     bar = figure.colorbar(image, ax=grid[:, :-1], shrink=.8, pad=.01)
     bar.set_label(f"mean weight of each of {heads} heads", fontsize=7)
     bar.ax.tick_params(labelsize=7)
