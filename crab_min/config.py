@@ -39,7 +39,7 @@ CRAB = {"r": 8, "alpha": 16, "dropout": .05, "lr": 1e-4, "connector_lr": 1e-4, "
 PRESETS = {
     "crab_plus-tiny": ("Crab+'s recipe on the shipped tiny base: I-LoRA, text answers, the built-in world (or --data)", {"r": 16, "alpha": 32}),
     "crab-tiny": ("Crab's recipe on the shipped tiny base: a connector a sense (--stage visual, audio), then all tasks (--stage unified)",
-                  {"r": 16, "alpha": 32, "stage": "visual"}),
+                  {"r": 16, "alpha": 32, "stage": "visual", "steps": 400}),
     "crab_plus-3b": ("Crab+ on Qwen2.5-Omni-3B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-3B"}),
     "crab_plus-7b": ("Crab+ on Qwen2.5-Omni-7B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-7B"}),
     "crab-7b": ("Crab: CLIP-L + BEATs + Q-Formers + Llama-2-7b-chat, in three stages", CRAB | {
