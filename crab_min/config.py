@@ -34,8 +34,8 @@ LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/
 # preset: (what it is, values that differ from the defaults of its config)
 CRAB_PLUS = {"backbone": "native", "r": 128, "alpha": 256, "dropout": .1, "train": "adapter", "lr": 1e-4, "batch_size": 4, "epochs": 5, "mix": 1.0,
              "cache_features": False, "checkpointing": True}
-CRAB = {"r": 8, "alpha": 16, "dropout": .05, "lr": 1e-4, "connector_lr": 1e-4, "batch_size": 8, "epochs": 5, "mix": 1.0, "cache_features": False,
-        "checkpointing": True, "stage": "visual"}
+CRAB = {"r": 8, "alpha": 16, "dropout": .05, "train": "adapter+connectors", "lr": 1e-4, "connector_lr": 1e-4, "batch_size": 8, "epochs": 5, "mix": 1.0,
+        "cache_features": False, "checkpointing": True, "stage": "visual"}
 PRESETS = {
     "crab_plus-tiny": ("Crab+'s recipe on the shipped tiny base: I-LoRA, text answers, the built-in world (or --data)", {"r": 16, "alpha": 32}),
     "crab-tiny": ("Crab's recipe on the shipped tiny base: a connector a sense (--stage visual, audio), then all tasks (--stage unified)",
