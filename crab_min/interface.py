@@ -80,6 +80,7 @@ class Task:
     gold_train: tuple = ()                             # the same for training rows, where they differ
     parser: str = "choice"                             # a key of PARSERS
     metric: str = "accuracy"                           # a key of metrics.METRICS
+    sets: tuple = ()                                   # numbers of a whole set beside it: keys of metrics.SETS
     media: tuple = (VIDEO, AUDIO)                      # in the order of the prompt
     frames: int = 10                                   # of each video
     audio: str = "tenths"                              # audio window
@@ -94,7 +95,7 @@ TWO_AUDIOS = ("audio", ("audio1_path",), "audio"), ("audio", ("audio2_path",), "
 QUESTION = "question", ("question", "question_text")
 IN_TEXT, IN_MASK = ("target", "label_content"), ("boxes", "gold_boxes")
 EMOTION = "Which emotion does the person show?"
-FACE = dict(frames=4, audio="first4")
+FACE = dict(frames=4, audio="first4", sets=("by_class",))
 
 TASKS = {task.name: task for task in (
     Task("a2v", "matching", "Which video goes with the audio, one or two?", "label", ("choice", "correct_video"),
@@ -109,7 +110,7 @@ TASKS = {task.name: task for task in (
     Task("mafw", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("dfew", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,),
-         types=("type",)),
+         types=("type",), sets=("substring_released",)),
     Task("avqa_thu", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
          slots=(QUESTION, ("choices", ("multi_choice",))), types=("question_relation", "question_type")),
     Task("ave", "localisation", "Which event is both seen and heard, and when?", "label_content",
@@ -129,7 +130,7 @@ TASKS = {task.name: task for task in (
          ("corners", "top_left", "bottom_right"), IN_TEXT, parser="box", metric="first_box", media=(IMAGE, SOUND),
          audio="fifths"),
     Task("avcap", "captioning", "Say what is seen and heard.", "label_content", ("text", "label_content"),
-         parser="text", metric="rouge_l", splits=("train",)),
+         parser="text", metric="rouge_l", sets=("cider",), splits=("train",)),
 )}
 
 

@@ -1,14 +1,17 @@
-"""A metric for every task, as pure functions on (prediction, gold) Answers (papers/crab.md 2.7 and 5).
+"""A metric for every task, as pure functions on (prediction, gold) Answers (papers/crab.md 2.7 and 5). Of masks: mask_metrics.py.
 
 accuracy    canonical labels are equal                   segments    AVE: share of the 10 seconds with the right event
 event_f     UnAV: F over seconds, mean over classes      av_event_f  AVVP: event_f for audio, visual and both at once
 first_box   arig, s4: IoU of the first box               all_boxes   MS3: matched IoUs over the larger number of boxes
 exists_box  Ref-AVS: IoU, or rightly "false"             rouge_l     F1 of the longest common subsequence of words
 
-A prediction that does not parse is scored 0 and counted, never dropped, and the end of a span is exclusive. Released
-scorers differ: AVE's takes unparsed clips for ten right background seconds and ends inclusive (reported as
-segment_accuracy_released), MUSIC-AVQA's skips them and looks for the answer as a substring. AVVP's agrees.
+Beside the main number stand others that papers report: each sample's own, and those of a whole set (SETS: recall and F1
+by class for emotions, CIDEr for captions). A prediction that does not parse is scored 0 and counted, never dropped, and
+the end of a span is exclusive. Released scorers differ: AVE's takes unparsed clips for ten right background seconds and
+ends inclusive (segment_accuracy_released), MUSIC-AVQA's leaves out answers outside of its vocabulary and looks for the
+answer as a substring (substring_released). AVVP's agrees.
 """
+import math
 import re
 from collections import Counter
 from statistics import fmean, median_low
@@ -43,6 +46,15 @@ def segments(prediction: Answer, gold: Answer) -> dict:
     return {"metric": shares[0], "segment_accuracy_released": shares[1]}
 
 
+def one_to_one(pairs: list) -> list:
+    """The overlaps that are left of (overlap, i, j) when each i and each j is used once, the largest overlap first."""
+    held, used_i, used_j = [], set(), set()
+    for overlap, i, j in sorted(pairs, reverse=True):
+        if i not in used_i and j not in used_j:
+            held, used_i, used_j = [*held, overlap], used_i | {i}, used_j | {j}
+    return held
+
+
 def class_seconds(events) -> dict:
     return {canonical(label): seconds_of(spans) for label, spans in events}
 
@@ -70,9 +82,29 @@ def f_score(counts: list) -> float:
     return fmean(scores) if scores else 1.
 
 
+def span_ious(prediction: Answer, gold: Answer) -> list:
+    """(IoU, index of the predicted span, index of the gold span) of all pairs of one label that overlap."""
+    found, wanted = ([(canonical(label), *span) for label, spans in a.events for span in spans] for a in (prediction, gold))
+    pairs = []
+    for i, (label, start, end) in enumerate(found):
+        for j, (other, first, last) in enumerate(wanted):
+            both = min(end, last) - max(start, first)
+            if label == other and both > 0:
+                pairs.append((both / (end - start + last - first - both), i, j))
+    return pairs
+
+
 def event_f(prediction: Answer, gold: Answer) -> dict:
+    """UnAV: F over seconds; F1 over whole spans, each matched once where the IoU is .3, .5, .7 or more; mean IoU of the gold spans."""
     found, wanted = class_seconds(prediction.events), class_seconds(gold.events)
-    return {"metric": f_score([segment_counts(found.get(c, set()), wanted.get(c, set())) for c in found | wanted])}
+    spans = sum(len(s) for _, s in prediction.events), sum(len(s) for _, s in gold.events)
+    overlaps = span_ious(prediction, gold)
+    held, best = one_to_one(overlaps), [max((overlap for overlap, _, other in overlaps if other == j), default=0.) for j in range(spans[1])]
+    return {"metric": f_score([segment_counts(found.get(c, set()), wanted.get(c, set())) for c in found | wanted]),
+            "miou": fmean(best) if best else float(not spans[0]),
+            **{f"f1_at_{name}": 2 * sum(overlap >= least for overlap in held) / sum(spans) if sum(spans) else 1.
+               for name, least in (("30", .3), ("50", .5), ("70", .7))}}
+
 
 
 def av_f_scores(found: dict, wanted: dict, counts) -> dict:
@@ -109,19 +141,19 @@ def iou(a, b) -> float:
 
 
 def first_box(prediction: Answer, gold: Answer) -> dict:
-    """IoU of the first predicted box with the gold box (the best of them, where a mask has several)."""
+    """IoU of the first predicted box with the gold box (the best of them, where a mask has several).
+
+    As VGG-SS counts, for ARIG: the share of IoU >= 1/2, and the area under that share over the thresholds 0, .05 ... 1.
+    """
     overlap = max((iou(first, box) for first in prediction.boxes[:1] for box in gold.boxes), default=0.)
-    return {"metric": overlap, "iou_at_50": float(overlap >= .5)}
+    reached = sum(overlap >= i / 20 for i in range(21))
+    return {"metric": overlap, "iou_at_50": float(overlap >= .5), "auc": (reached - .5 - .5 * (reached == 21)) / 20}
 
 
 def all_boxes(prediction: Answer, gold: Answer) -> dict:
     """Boxes are matched one to one, the largest IoU first; the sum of the IoUs over the larger number of boxes."""
     pairs = [(iou(p, g), i, j) for i, p in enumerate(prediction.boxes) for j, g in enumerate(gold.boxes)]
-    total, used_p, used_g = 0., set(), set()
-    for overlap, i, j in sorted(pairs, reverse=True):
-        if i not in used_p and j not in used_g:
-            total, used_p, used_g = total + overlap, used_p | {i}, used_g | {j}
-    return {"metric": total / max(len(prediction.boxes), len(gold.boxes), 1)}
+    return {"metric": sum(one_to_one(pairs)) / max(len(prediction.boxes), len(gold.boxes), 1)}
 
 
 def exists_box(prediction: Answer, gold: Answer) -> dict:
@@ -143,14 +175,61 @@ def rouge_l(prediction: Answer, gold: Answer) -> dict:
     return {"metric": 2 * row[-1] / max(len(a) + len(b), 1)}
 
 
+# --- a whole set ---------------------------------------------------------------------------------------------------
+def said(answer: Answer) -> str:
+    """The canonical choice, "" where there is none."""
+    return "" if answer.error or answer.choice is None else canonical(answer.choice, answer.choices)
+
+
+def by_class(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """Emotions: UAR, the mean over gold classes of their recall, and F1 by class, weighted by the classes' samples. WAR is the accuracy."""
+    pairs = [(said(p), said(g)) for p, g in zip(predictions, golds)]
+    right, found, wanted = Counter(g for p, g in pairs if p == g), Counter(p for p, _ in pairs), Counter(g for _, g in pairs)
+    return {"uar": fmean(right[c] / n for c, n in wanted.items()),
+            "weighted_f1": sum(n * 2 * right[c] / (found[c] + n) for c, n in wanted.items()) / len(pairs)}
+
+
+def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """MUSIC-AVQA's released scorer: right if gold is part of the answer ("no" in "piano"); answers that are nobody's gold are not counted."""
+    vocabulary = {said(g) for g in golds}
+    counted = [(p, g) for p, g in zip(predictions, golds) if said(p) in vocabulary]
+    return {"substring_released": fmean(str(g.choice).lower() in str(p.choice).lower() for p, g in counted) if counted else 0.,
+            "counted_released": len(counted) / len(golds)}
+
+
+def cider(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """CIDEr-D (Vedantam et al. 2015) with one reference each, times 10 as usual.
+
+    The words are runs of letters and digits, where papers use a Java tokenizer, hence the name: numbers differ a little from theirs.
+    """
+    def grams(text: str) -> list[Counter]:
+        words = re.findall(r"\w+", text.lower())
+        return [Counter(zip(*(words[k:] for k in range(n)))) for n in (1, 2, 3, 4)]
+    references = [grams(g.text) for g in golds]
+    frequency = Counter(gram for reference in references for counts in reference for gram in counts)
+
+    def vector(counts: Counter) -> dict:
+        return {gram: n * (math.log(len(golds)) - math.log(max(1, frequency[gram]))) for gram, n in counts.items()}
+    scores = []
+    for prediction, reference in zip((grams("" if p.error else p.text) for p in predictions), references):
+        shorter, sums = math.exp(-(prediction[1].total() - reference[1].total()) ** 2 / (2 * 6 ** 2)), 0.
+        for p, r in zip(map(vector, prediction), map(vector, reference)):
+            norm = math.hypot(*p.values()) * math.hypot(*r.values())
+            sums += shorter * sum(min(v, r[gram]) * r[gram] for gram, v in p.items() if gram in r) / norm if norm else 0.
+        scores.append(10 * sums / 4)
+    return {"cider_own_words": fmean(scores)}
+
+
 # --- a task --------------------------------------------------------------------------------------------------------
 METRICS = {f.__name__: f for f in (accuracy, segments, event_f, av_event_f, first_box, all_boxes, exists_box, rouge_l)}
+SETS = {f.__name__: f for f in (by_class, substring_released, cider)}
 
 
-def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: list[str] | None = None) -> dict:
+def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: list[str] | None = None, whole: bool = True) -> dict:
     """{"metric": main number, "parsed": share of readable predictions, "n": samples, "all": numbers}, as fractions.
 
     labels: the classes of `ave`, if known: an event that is none of them counts as unparsed, as in the released scorer.
+    whole: with the numbers of the whole set (SETS), which take longer.
     Raises ValueError where the lists differ in length or are empty.
     """
     if len(predictions) != len(golds) or not golds:
@@ -163,6 +242,8 @@ def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: li
         if task.metric == "segments" and not parsed[-1]:
             results[-1]["segment_accuracy_released"] = 1.
     everything = {name: fmean(result[name] for result in results) for name in results[0]}
+    for name in task.sets if whole else ():
+        everything |= SETS[name](predictions, golds)
     return {"metric": everything.pop("metric"), "parsed": fmean(parsed), "n": len(golds), "all": everything}
 
 
@@ -179,5 +260,5 @@ def best_constant(task: Task, candidates: list[Answer], golds: list[Answer]) -> 
         constants.append(Answer(boxes=[middle], exists=True if task.parser == "exists" else None))
     if not constants:
         raise ValueError(f"{task.name}: no answers to choose a constant from")
-    scores = [score(task, [answer] * len(golds), golds)["metric"] for answer in constants]
+    scores = [score(task, [answer] * len(golds), golds, whole=False)["metric"] for answer in constants]
     return max(scores), constants[scores.index(max(scores))]

@@ -21,7 +21,7 @@ def metric(task, prediction, right):
 def test_accuracy_counts_unreadable_answers_as_wrong():
     yes, no = Answer(choice="yes"), Answer(choice="no")
     result = score(TASKS["avqa"], [Answer(choice="Yes."), no, ERROR, yes], [yes] * 4)
-    assert result == {"metric": .5, "parsed": .75, "n": 4, "all": {}}
+    assert (result["metric"], result["parsed"], result["n"]) == (.5, .75, 4)
     assert metric("ucf", Answer(choice="playing violin"), Answer(choice="PlayingViolin")) == 1
     assert metric("avqa", Answer(choice="no"), Answer(choice="piano")) == 0        # not a substring
     assert metric("avqa", Answer(choice="2"), Answer(choice="two")) == 1
@@ -91,6 +91,14 @@ def test_unav_is_the_mean_over_classes():
     assert metric("unav", Answer(), Answer()) == 1                                 # nothing to find, nothing found
 
 
+def test_unav_spans_are_matched_one_to_one():
+    """Gold: dog 0-4, dog 6-10, cat 0-10. Said: dog 0-4 (IoU 1), dog 1-5 (3/5, but its gold is taken), cat 5-10 (1/2); dog 6-10 is missed."""
+    right = Answer(events=[("dog", [(0, 4), (6, 10)]), ("cat", [(0, 10)])])
+    result = score(TASKS["unav"], [Answer(events=[("dog", [(0, 4), (1, 5)]), ("Cat", [(5, 10)])])], [right])["all"]
+    assert result == {"miou": pytest.approx((1 + 0 + .5) / 3), "f1_at_30": pytest.approx(2 * 2 / 6), "f1_at_50": pytest.approx(2 * 2 / 6),
+                      "f1_at_70": pytest.approx(2 * 1 / 6)}
+
+
 def boxes(*found, exists=None):
     return Answer(boxes=list(found), exists=exists)
 
@@ -101,7 +109,8 @@ def test_box_metrics():
         assert metric(task, boxes(a), boxes(a)) == 1 and metric(task, boxes(half), boxes(a)) == .5
         assert metric(task, boxes(b, a), boxes(a)) == 0                            # the first box counts
         assert metric(task, boxes(a), boxes()) == 0 and metric(task, ERROR, boxes(a)) == 0
-    assert score(TASKS["arig"], [boxes(half), boxes(b)], [boxes(a), boxes(a)])["all"] == {"iou_at_50": .5}
+    assert score(TASKS["arig"], [boxes(half), boxes(b)], [boxes(a), boxes(a)])["all"] == {
+        "iou_at_50": .5, "auc": pytest.approx((.525 + .025) / 2)}              # reaches 0 to .5: 10.5 steps of .05; 0 alone: half a step
     assert metric("ms3", boxes(b, a), boxes(a, b)) == 1 and metric("ms3", boxes(a), boxes(a, b)) == .5
     assert metric("ms3", boxes(half, a), boxes(a)) == .5 and metric("ms3", ERROR, boxes()) == 0
     assert metric("s4", boxes((5, 5, 5, 5)), boxes((5, 5, 5, 5))) == 0             # no area, no division by zero
@@ -118,6 +127,30 @@ def test_rouge_l():
     assert metric("avcap", Answer(text="A dog barks at a cat."), right) == 1
     assert metric("avcap", Answer(text="cat dog at"), right) == pytest.approx(2 * 2 / 9)
     assert metric("avcap", Answer(text="..."), right) == 0
+
+
+def test_emotions_by_class():
+    """joy: 2 of 3 found, F1 2 * 2 / (2 + 3); anger: 1 of 1, said twice, F1 2 * 1 / (2 + 1); the unread answer is of no class."""
+    golds = [Answer(choice=c) for c in ("joy", "joy", "joy", "anger", "fear")]
+    result = score(TASKS["meld"], [Answer(choice=c) for c in ("Joy", "joy", "anger", "anger")] + [ERROR], golds)
+    assert result["metric"] == .6
+    assert result["all"] == {"uar": pytest.approx((2 / 3 + 1 + 0) / 3), "weighted_f1": pytest.approx((3 * 4 / 5 + 1 * 2 / 3 + 0) / 5)}
+
+
+def test_the_released_avqa_scorer_takes_parts_of_words_and_leaves_out_strange_answers():
+    """Of four: "no" in "piano" is right there, "two" is right, "guitar" is nobody's gold and is not counted, one does not parse."""
+    golds = [Answer(choice=c) for c in ("no", "two", "two", "piano")]
+    result = score(TASKS["avqa"], [Answer(choice=c) for c in ("piano", "two", "guitar")] + [ERROR], golds)
+    assert result["metric"] == .25 and result["all"] == {"substring_released": 1, "counted_released": .5}
+
+
+def test_cider_by_hand():
+    """Of two captions, every word of one is in one caption only: weight log 2. 1 of 2 words, 0 of 1 pairs, cosines 1/2 and 0, lengths equal."""
+    golds = [Answer(text="dog barks"), Answer(text="cat sleeps")]
+    both = score(TASKS["avcap"], golds, golds)["all"]["cider_own_words"]
+    assert both == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)                     # two words have no runs of three and four
+    half = score(TASKS["avcap"], [Answer(text="Dog, sleeping!"), ERROR], golds)["all"]["cider_own_words"]
+    assert half == pytest.approx(10 * .5 / 4 / 2)
 
 
 def random_gold(task, rng):
