@@ -16,13 +16,14 @@ import torch
 from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import DataError, Features, Sample, drawn_media, pick_tasks, read_samples, without
+from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, without
+from crab_min.features import Features
 from crab_min.evaluate import answer, score_all, write_predictions
-from crab_min.flags import Parser, one_line
+from crab_min.flags import Parser, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.routes import record_routes
-from crab_min.trainer import RunError, write_whole
+from crab_min.trainer import RunError
 from crab_min.viz import draw_answer, draw_routes
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -126,6 +127,8 @@ def evaluate(given) -> None:
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {r['exact'] if 'exact' in r else float('nan'):>6.2f} {r['parsed']:>7.2f} {r['n']:>5}")
+        if r["all"]:
+            print("  " + "  ".join(f"{name} {value:.3f}" for name, value in r["all"].items()))
         for kind, t in r.get("types", {}).items():
             print(f"  {kind:<25} {t['metric']:>6.3f}  (best constant answer {t['blind']:.3f}) {t['n']:>5}")
     with_target = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.target]

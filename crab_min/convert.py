@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crab_min.config import PRESETS
-from crab_min.flags import Parser, one_line
-from crab_min.trainer import TrainConfig, write_whole
+from crab_min.flags import Parser, one_line, write_whole
+from crab_min.trainer import TrainConfig
 
 
 class ConvertError(ValueError):

@@ -1,26 +1,31 @@
-"""AV-UIE v2 on disk -> samples -> media -> batches.
+"""AV-UIE v2 on disk -> samples -> media.
 
 `read_samples` reads the annotation files of the 19 folders as released (train and test rows differ, papers/crab.md 6.1) into
 `Sample`s: a prompt in parts, a target text, a gold answer. Nothing is decoded before it is needed: `load_media` turns one part
-into arrays, in a worker process, and `Features` keeps what the frozen encoders made of it, so that a clip that many questions
-share is decoded and encoded once (`--cache-features`).
-Shapes: frames (T, H, W, 3) uint8, sound a list of T waves (N,) float32 at 16 kHz, features (T, S, W).
+into arrays, in a worker process (features.py).
+
+    python -m crab_min.data check --data AVUIE_2       # what is there, what is missing or unreadable, lengths, labels
+
+Shapes: frames (T, H, W, 3) uint8, sound a list of T waves (N,) float32 at 16 kHz.
 """
+import argparse
 import json
 import os
-import random
+import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from crab_min.flags import Parser, one_line, write_whole
+
 from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_image, read_video
-from crab_min.model import AVLanguageModel, MediaFeatures
 
 
 class DataError(ValueError):
@@ -63,15 +68,7 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
         raise DataError(f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
     for name in tasks:
         path = root / name / f"{split}.json"
-        if not path.exists():
-            continue
-        try:
-            rows = json.loads(path.read_text())
-        except (ValueError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: broken JSON ({error}); repair or download the file again") from None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{path}: expected a list of objects, one a sample")
-        for index, row in enumerate(rows[:limit or None]):
+        for index, row in enumerate(read_rows(root, name, split)[:limit or None] if path.exists() else []):
             try:
                 samples.append(make_sample(TASKS[name], row, root, split, index, target, prompts))
             except InterfaceError as error:
@@ -79,6 +76,18 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
     if not samples:
         raise DataError(f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. {root / tasks[0] / (split + '.json')}")
     return samples
+
+
+def read_rows(root: str | Path, task: str, split: str) -> list[dict]:
+    """The rows of one annotation file. Raises DataError."""
+    path = Path(root) / task / f"{split}.json"
+    try:
+        rows = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: broken JSON ({error}); repair or download the file again") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected a list of objects, one a sample")
+    return rows
 
 
 def make_sample(task: Task, row: dict, root: Path, split: str, index: int, target: str, prompts: dict | None) -> Sample:
@@ -173,99 +182,96 @@ def drawn_media(sample: Sample) -> list[tuple]:
 class MediaSet:
     """A map-style dataset of media parts for worker processes: (index, (arrays, seconds), None), or (index, None, the reason it cannot be read)."""
 
-    def __init__(self, parts: list[Part], size: int):
-        self.parts, self.size = parts, size
+    def __init__(self, parts: list[Part], size: int, decode: bool = True):
+        self.parts, self.size, self.decode = parts, size, decode              # decode=False: the length alone, from the header
 
     def __len__(self):
         return len(self.parts)
 
     def __getitem__(self, i: int):
         try:
-            return i, load_media(self.parts[i], self.size), None
+            part = self.parts[i]
+            return i, load_media(part, self.size) if self.decode or part.kind == "image" else (None, media_seconds(part.path)), None
         except MediaError as error:
             return i, None, str(error)
 
 
-@dataclass
-class Features:
-    """Frozen-encoder features of media parts, computed once and kept where `keep` is set (half precision, in memory)."""
-    model: AVLanguageModel
-    keep: bool = True
-    max_bad: float = .01                               # share of unreadable media above which `fill` stops
-    store: dict = field(default_factory=dict)
-    bad: dict = field(default_factory=dict)            # part -> reason
+# --- check -----------------------------------------------------------------------------------------------------------------
+def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dict:
+    """What a copy of AV-UIE v2 holds: by task and split its rows, its labels and the lengths of its files; and all that is wrong.
 
-    def fill(self, samples: list[Sample], strict: bool = True) -> None:
-        """Decode and encode every medium of the samples that is not there yet, with a progress bar.
-
-        strict: an unreadable file is an error; else it is listed in `bad`, up to `max_bad` of all. Raises DataError.
-        """
-        parts = sorted({p for s in samples for p in s.media if p not in self.store and p not in self.bad}, key=lambda p: (p.kind, p.path, p.index))
-        loader = DataLoader(MediaSet(parts, self.model.frame_size), batch_size=8, num_workers=min(2, os.cpu_count() or 1) if len(parts) > 32 else 0,
-                            collate_fn=list)
-        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
-            for group in loader:
-                for i, _, reason in group:
-                    if reason is not None:
-                        self.reject(parts[i], reason, strict, len(parts))
-                self.encode([(parts[i], *loaded) for i, loaded, reason in group if reason is None])
-                bar.update(len(group))
-
-    def reject(self, part: Part, reason: str, strict: bool, total: int) -> None:
-        if strict:
-            raise DataError(reason)
-        self.bad[part] = reason
-        tqdm.write(f"skipped: {reason}")
-        if len(self.bad) > self.max_bad * max(total, len(self.store)) and len(self.bad) > 1:
-            raise DataError(f"{len(self.bad)} unreadable files, more than --max-bad {self.max_bad:.0%}; the last: {reason}")
-
-    def encode(self, loaded: list[tuple]) -> None:
-        groups: dict = {}
-        for part, arrays, seconds in loaded:
-            groups.setdefault((part.kind, len(arrays)), []).append((part, arrays, seconds))
-        for (kind, _), items in groups.items():
-            for (part, *_), features in zip(items, self.model.encode(kind, [arrays for _, arrays, _ in items], [seconds for *_, seconds in items])):
-                features.features = features.features.half()
-                self.store[part] = features
-
-    def __call__(self, samples: list[Sample]) -> list[list[MediaFeatures]]:
-        """The features of each sample's media, in reading order."""
-        self.fill(samples)
-        media = [[self.store[p] for p in s.media] for s in samples]
-        if not self.keep:
-            self.store.clear()
-        return media
-
-
-# --- order -----------------------------------------------------------------------------------------------------------------
-class Mixer:
-    """Which samples make up the batch of a step: a function of (seed, step) alone, so that a resumed run goes on where it was.
-
-    A task is drawn with probability proportional to (rows ** alpha); within a task every row comes once before any comes twice.
+    decode: every file is decoded as in training; else its header is read alone. Each file is looked at once, by `workers` processes.
+    Returns {"tasks": {"ave/train": {...}}, "files": their number, "bad": [{"path", "reason", "rows"}], "rows": [reasons]}. Raises DataError.
     """
+    found, bad_rows, users, paths = {}, [], Counter(), {}                     # users: part -> its rows; paths: task/split -> its files
+    for task in (TASKS[name] for name in tasks):
+        for split in task.splits:
+            if (Path(root) / task.name / f"{split}.json").exists():
+                rows, samples = read_rows(root, task.name, split), []
+                for index, row in enumerate(rows):
+                    try:
+                        samples.append(make_sample(task, row, Path(root), split, index, "reasoning", None))
+                    except ValueError as error:                               # a field, or a mask
+                        bad_rows.append(f"{task.name}/{split}/{index}: {error}")
+                users.update(part for sample in samples for part in sample.media)
+                paths[f"{task.name}/{split}"] = {part.path for sample in samples for part in sample.media}
+                found[f"{task.name}/{split}"] = {"rows": len(rows), "bad_rows": len(rows) - len(samples), "labels": Counter(labels_of(samples)),
+                                                 "unparsed_targets": sum(bool(s.target and parse(task, s.target).error) for s in samples)}
+    if not found:
+        raise DataError(f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
+    parts = sorted(users if decode else {p.path: p for p in users}.values(), key=lambda p: (p.path, p.index))
+    lengths, reasons, rows_of = {}, {}, Counter()
+    for part, rows in users.items():
+        rows_of[part.path] += rows
+    loader = DataLoader(MediaSet(parts, GRID, decode), batch_size=16, num_workers=workers, collate_fn=list)
+    for group in tqdm(loader, desc="reading media", unit_scale=16, unit="file", total=len(loader)):
+        for i, loaded, reason in group:
+            if reason is not None:
+                reasons[parts[i].path] = reason
+            elif parts[i].kind != "image":
+                lengths[parts[i].path] = loaded[1]
+    for name, entry in found.items():
+        seconds, bad = [lengths[p] for p in paths[name] if p in lengths], paths[name] & reasons.keys()
+        entry |= {"files": len(paths[name]), "missing": sum(not os.path.exists(p) for p in bad), "unreadable": sum(os.path.exists(p) for p in bad),
+                  "seconds": [min(seconds), median(seconds), max(seconds)] if seconds else None}
+    return {"tasks": found, "files": len(rows_of), "bad": [{"path": p, "reason": r, "rows": rows_of[p]} for p, r in sorted(reasons.items())], "rows": bad_rows}
 
-    def __init__(self, samples: list[Sample], batch_size: int, seed: int, alpha: float = .5):
-        self.batch_size, self.seed = batch_size, seed
-        self.rows: dict[str, list[Sample]] = {}
-        for sample in samples:
-            self.rows.setdefault(sample.task.name, []).append(sample)
-        self.names = list(self.rows)
-        self.weights = [len(self.rows[n]) ** alpha for n in self.names]
 
-    def epoch(self, name: str, number: int) -> list[Sample]:
-        rows = list(self.rows[name])
-        random.Random(f"{self.seed}/{name}/{number}").shuffle(rows)
-        return rows
+def labels_of(samples: list[Sample]) -> list[str]:
+    """The labels that the golds of the samples name: a choice, or the events."""
+    return [label for s in samples for label in ([s.gold.choice] if s.gold.choice is not None else
+                                                 [label for label, _ in s.gold.events + s.gold.audio_events + s.gold.visual_events])]
 
-    def __iter__(self):
-        """Batches without end; skip those already done with itertools.islice."""
-        rng, drawn, orders = random.Random(self.seed), Counter(), {}
-        while True:
-            batch = []
-            for name in rng.choices(self.names, self.weights, k=self.batch_size):
-                number, position = divmod(drawn[name], len(self.rows[name]))
-                if position == 0:
-                    orders[name] = self.epoch(name, number)
-                batch.append(orders[name][position])
-                drawn[name] += 1
-            yield batch
+
+def check_report(found: dict) -> str:
+    """The table that `check` ends with."""
+    lines = [f"{'task/split':<16}{'rows':>8}{'bad rows':>10}{'files':>8}{'missing':>9}{'unreadable':>12}{'labels':>8}  seconds: least, median, most"]
+    for name, e in found["tasks"].items():
+        seconds = "  ".join(f"{s:.1f}" for s in e["seconds"]) if e["seconds"] else "-"
+        lines.append(f"{name:<16}{e['rows']:>8}{e['bad_rows']:>10}{e['files']:>8}{e['missing']:>9}{e['unreadable']:>12}{len(e['labels']):>8}  {seconds}")
+    return "\n".join([*lines, f"{found['files']} files, {len(found['bad'])} of them missing or unreadable; {len(found['rows'])} rows that cannot be used"])
+
+
+def main(arguments: list[str]) -> int:
+    parser = Parser(prog="-m crab_min.data", description="Check a copy of AV-UIE v2.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("--data", required=True, help="the folder that holds ave/, avqa/, ... (AVUIE_2)")
+    parser.add_argument("--tasks", default="all", help="comma-separated task names, or all")
+    parser.add_argument("--headers", action="store_true", help="read the header of each file alone: much faster, but a broken picture or sound is not found")
+    parser.add_argument("--out", default="check.json", help="where all that was found goes, with the reasons")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
+    given = parser.parse_args(arguments)
+
+    def run():
+        found = check(given.data, pick_tasks(given.tasks), not given.headers, given.workers)
+        for reason in [b["reason"] for b in found["bad"][:10]] + found["rows"][:10]:
+            print(reason)
+        print(check_report(found))
+        write_whole(Path(given.out), json.dumps(found, indent=1, ensure_ascii=False))
+        print(f"all of it, with every reason: {given.out}")
+    return one_line(run, given.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from crab_min.data import Features, Sample
+from crab_min.data import Sample
+from crab_min.features import Features
+from crab_min.flags import write_whole
 from crab_min.interface import TASKS, Answer, parse, write
 from crab_min.metrics import best_constant, score
 from crab_min.model import AVLanguageModel
@@ -77,9 +79,7 @@ def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> 
                 reason = parse(s.task, text).error
                 lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or write(s.task, s.gold), "parsed": reason is None,
                                          **({"reason": reason} if reason else {})}, ensure_ascii=False))
-        temporary = folder / f".{task}.jsonl"
-        temporary.write_text("\n".join(lines) + "\n")
-        temporary.rename(folder / f"{task}.jsonl")
+        write_whole(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
 
 
 def table(results: dict[str, dict]) -> str:

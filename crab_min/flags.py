@@ -1,7 +1,9 @@
-"""Command-line flags made from dataclass fields, and errors printed as one line; shared by train.py and infer.py."""
+"""What the commands share: flags made from dataclass fields, errors printed as one line, files that are there whole or not at all."""
 import argparse
+import os
 import sys
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,3 +40,13 @@ def one_line(run, debug: bool) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved state", file=sys.stderr)
         return 130
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside and rename it, so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

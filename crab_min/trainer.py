@@ -10,7 +10,6 @@ import fcntl
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -22,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Features, Mixer, Sample, drawn_media, one_sense, pick_tasks, read_samples
+from crab_min.data import Sample, drawn_media, one_sense, pick_tasks, read_samples
+from crab_min.features import Features, Mixer
 from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
+from crab_min.flags import write_whole
 from crab_min.interface import TASKS, load_prompts, parse, write
 from crab_min.metrics import score
 from crab_min.model import AdapterConfig, AVLanguageModel, half_products
@@ -83,16 +84,6 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------------
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
 def choose_folder(config: TrainConfig, preset: str) -> Path:
     """The folder of this run, checked but not touched: a new one, or an interrupted run of the same command. Raises RunError."""
     wanted = asdict(config)

@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 import torch
 
-from crab_min.data import DataError, Features, Mixer, load_media, pick_tasks, read_samples
+from crab_min import data
+from crab_min.data import DataError, load_media, pick_tasks, read_samples
+from crab_min.features import Features, Mixer
 from crab_min.interface import TASKS
 
 
@@ -91,3 +93,36 @@ def test_unreadable_training_files_are_listed_skipped_and_stop_above_the_share(s
     assert len(lenient.bad) == 2
     with pytest.raises(DataError, match="--max-bad"):
         Features(tiny_model, max_bad=.01).fill(samples, strict=False)
+
+
+def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsys):
+    root = tmp_path / "AVUIE_2"
+    shutil.copytree(small_world / "ave", root / "ave")
+    shutil.copytree(small_world / "ks", root / "ks")
+    rows = json.loads((root / "ave" / "train.json").read_text())
+    lost, broken = (root / "ave" / "video" / rows[i]["video_path"] for i in (0, 1))
+    lost.unlink()
+    broken.write_bytes(broken.read_bytes()[:3000])
+    del rows[2]["event"]
+    (root / "ave" / "train.json").write_text(json.dumps(rows))
+    out = tmp_path / "check.json"
+    assert data.main(["check", "--data", str(root), "--out", str(out), "--workers", "0"]) == 0
+    said, found = capsys.readouterr().out, json.loads(out.read_text())
+    train = found["tasks"]["ave/train"]
+    assert (train["rows"], train["bad_rows"], train["missing"], train["unreadable"]) == (len(rows), 1, 1, 1)
+    assert train["seconds"] == [pytest.approx(10, abs=.2)] * 3 and train["unparsed_targets"] == 0
+    assert set(train["labels"]) == {row["event"] for row in rows if "event" in row} and "ks/test" in found["tasks"]
+    assert {b["path"] for b in found["bad"]} == {str(lost), str(broken)} and all(b["reason"] and b["rows"] for b in found["bad"])
+    assert "ave/train/2" in found["rows"][0] and "'event'" in found["rows"][0]
+    assert f"{found['files']} files, 2 of them missing or unreadable; 1 rows" in said
+    assert data.main(["check", "--data", str(tmp_path), "--out", str(out)]) == 2
+    assert "no annotation file" in capsys.readouterr().err
+
+
+def test_check_of_headers_alone_still_misses_no_missing_file(small_world, tmp_path):
+    root = tmp_path / "AVUIE_2"
+    shutil.copytree(small_world / "ave", root / "ave")
+    row = json.loads((root / "ave" / "test.json").read_text())[0]
+    (root / "ave" / "audio" / row["audio_path"]).unlink()
+    found = data.check(root, ["ave"], decode=False, workers=0)
+    assert [b["path"] for b in found["bad"]] == [str(root / "ave" / "audio" / row["audio_path"])]

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crab_min.composed import load_base
-from crab_min.data import Features, read_samples
+from crab_min.data import read_samples
+from crab_min.features import Features
 from crab_min.model import AdapterConfig, ModelError
 
 

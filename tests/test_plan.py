@@ -7,7 +7,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import train
 from crab_min.composed import load_base
 from crab_min.config import PRESETS
-from crab_min.data import Features, read_samples
+from crab_min.data import read_samples
+from crab_min.features import Features
 from crab_min.model import AdapterConfig
 from crab_min.plan import activations, count_parameters, sizes_of
 

@@ -17,7 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 from crab_min.composed import load_base
-from crab_min.data import Features, Mixer, read_samples
+from crab_min.data import read_samples
+from crab_min.features import Features, Mixer
 from crab_min.ilora import ILoraConfig, ILoraLinear, route
 from crab_min.model import AdapterConfig
 from crab_min.routes import record_routes
