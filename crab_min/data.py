@@ -32,7 +32,7 @@ class DataError(ValueError):
     """An annotation file or row that cannot be used: which one, what is wrong, what to do."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """One question about one or more media: `id` is task/split/index of its row."""
     id: str

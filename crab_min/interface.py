@@ -28,7 +28,7 @@ class InterfaceError(ValueError):
     """A row or a prompt that does not fit its task: names the task, the field, the value and what is expected."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """One piece of a prompt: text, or a medium to be decoded."""
     kind: str                                          # "text", "video", "audio", "image"
@@ -39,7 +39,7 @@ class Part:
     index: int = 0                                     # which piece of the audio goes with the image ("fifth", "tenth")
 
 
-@dataclass
+@dataclass(slots=True)
 class Answer:
     """What a model said, or should have said. `error`: why a text does not parse, None when it does.
 
@@ -180,7 +180,7 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
     for kind, names, subfolder in task.media:
         value = row_field(task, row, names, f"the path of the {kind} file")
         number = " one" if "1" in names[0] else " two" if "2" in names[0] else ""
-        parts.append(Part("text", text="\n" * bool(parts) + kind + number + ": "))
+        parts.append(text_part("\n" * bool(parts) + kind + number + ": "))
         path = media_path(root, task, str(value), subfolder)
         parts.append(Part(kind, path=path, window=task.audio, index=frame_index(task, row)) if kind == "audio" else
                      Part(kind, path=path, frames=task.frames))
@@ -189,7 +189,13 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
         values = value if isinstance(value, (list, tuple)) else [value]
         words[slot] = "; ".join(str(v).strip() for v in values)
     ask = check_prompts(prompts or {}).get(task.name, task.ask)
-    return parts + [Part("text", text="\n" + re.sub(r"\{(\w+)\}", lambda slot: words[slot[1]], ask))]
+    return parts + [text_part("\n" + re.sub(r"\{(\w+)\}", lambda slot: words[slot[1]], ask))]
+
+
+@lru_cache(maxsize=1024)
+def text_part(text: str) -> Part:
+    """A text part; hundreds of thousands of rows share the few texts there are."""
+    return Part("text", text=text)
 
 
 PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depend on the frame index
