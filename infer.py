@@ -113,12 +113,12 @@ def evaluate(given) -> None:
     features = Features(model, max_bad=1.0)
     features.fill(samples, strict=not given.allow_missing)
     there = [s for s in samples if not any(p in features.bad for p in s.media)]
-    texts = dict(zip((s.id for s in there), answer(model, features, there, {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in tasks})))
+    texts = dict(zip((s.id for s in there), answer(model, features, there, {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in {s.task.name for s in there}})))
     said = [texts.get(s.id, "") for s in samples]                             # a missing clip: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
         pairs = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.task.name == task and s.target]
-        r["name"] = TASKS[task].metric
+        r["name"] = next(s.task.metric for s in samples if s.task.name == task)
         if pairs:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--things", default="", help="without a clip: the things of the world, as for train.py")
     parser.add_argument("--seed", type=int, default=0, help="without a clip: the seed of the world")
     parser.add_argument("--eval", action="store_true", help="answer and score a whole split")
-    parser.add_argument("--data", help="with --eval: AV-UIE v2 folder (default: the world the run was trained on)")
+    parser.add_argument("--data", help="with --eval: AV-UIE v2 folder or .jsonl file (default: the world the run was trained on)")
     parser.add_argument("--split", default="test", choices=["train", "test"], help="with --eval: which split")
     parser.add_argument("--without", choices=["sound", "frames"], help="with --eval: other clips' sounds, or black pictures: what do the answers rest on?")
     parser.add_argument("--tasks", default="all", help="with --eval: comma-separated task names, or all")

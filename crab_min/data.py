@@ -11,6 +11,7 @@ Shapes: frames (T, H, W, 3) uint8, sound a list of T waves (N,) float32 at 16 kH
 import argparse
 import json
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from crab_min.flags import Parser, one_line, write_whole
 
-from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, write
+from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_image, read_video
 
 
@@ -61,9 +62,12 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
     """The samples of a split ("train", "test") of the AV-UIE v2 folder `root`, task by task.
 
     target: "reasoning" (the annotated text) or "label" (its tags alone). limit: at most so many rows a task (0: all).
-    Folders that are not there are left out; none at all is an error. Raises DataError.
+    Folders that are not there are left out; none at all is an error. Where `root` is a .jsonl file, it is read (read_own), whatever
+    the tasks. Raises DataError.
     """
     root, samples = Path(root), []
+    if root.suffix == ".jsonl":
+        return read_own(root, split, limit)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
     for name in tasks:
@@ -88,6 +92,65 @@ def read_rows(root: str | Path, task: str, split: str) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one a sample")
     return rows
+
+
+# One's own data: what a model says, as text; or a label, where every line's answer has an <answer> tag.
+OWN = {"text": Task("own", "own", "", "", ("text", "target"), parser="text", metric="rouge_l", sets=("cider",)),
+       "choice": Task("own", "own", "", "", ("target", "target"), sets=("by_class",))}
+
+
+def read_own(path: Path, split: str, limit: int = 0) -> list[Sample]:
+    """The samples of a .jsonl file of one's own: {"messages": [{"role": "user", "content": "<video><audio>What is it?"}, {"role": "assistant",
+    "content": "..."}], "videos": ["x.mp4"], "audios": ["x.wav"], "images": []} a line, paths from the file's folder.
+
+    The last message is what the model should say; all before it are the prompt. A medium stands where its tag is, or before everything
+    where there is none. Raises DataError with the number of the line.
+    """
+    found = []
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}; --data takes a .jsonl file or the folder that holds ave/, avqa/, ... (AVUIE_2)") from None
+    for number, line in enumerate(lines[:limit or None], 1):
+        try:
+            row = json.loads(line)
+            said = [message["content"].strip() for message in row["messages"]]
+            files = [(kind, str(path.parent / file)) for kind in ("video", "audio", "image") for file in row.get(kind + "s") or []]
+            if len(said) < 2 or row["messages"][-1]["role"] != "assistant":
+                raise ValueError("the last of two or more messages must be the assistant's")
+            found.append((row, own_parts("\n".join(said[:-1]), files), said[-1]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}, line {number}: not {{\"messages\": [{{\"role\": \"user\", \"content\": ...}}, {{\"role\": \"assistant\", ...}}], "
+                            f"\"videos\": [...], ...}} ({type(error).__name__}: {error})") from None
+    if not found:
+        raise DataError(f"{path}: no lines; a line is {{\"messages\": [...], \"videos\": [...], \"audios\": [...], \"images\": [...]}}")
+    task = OWN["text" if any(parse(OWN["choice"], text).error for *_, text in found) else "choice"]
+    return [Sample(f"own/{split}/{i}", task, parts, text if split == "train" else "", gold(task, {"target": text}), row) for i, (row, parts, text) in enumerate(found)]
+
+
+def own_parts(text: str, files: list[tuple[str, str]]) -> list[Part]:
+    """A prompt with the files (kind, path) in the place of the tags <video>, <audio>, <image> of its text. Raises ValueError."""
+    tags = re.findall("<(video|audio|image)>", text)
+    for kind in ("video", "audio", "image"):
+        have, wanted = sum(k == kind for k, _ in files), tags.count(kind)
+        if wanted not in (0, have):
+            raise ValueError(f"{wanted} <{kind}> in the text, {have} in {kind}s")
+        text = f"<{kind}>" * (have if not wanted else 0) + text
+    parts, left = [], {kind: iter([p for k, p in files if k == kind]) for kind in ("video", "audio", "image")}
+    for piece in re.split("(<video>|<audio>|<image>)", text):
+        if piece[1:-1] in left and piece.startswith("<"):
+            parts.append(Part(piece[1:-1], path=next(left[piece[1:-1]])))
+        elif piece:
+            parts.append(text_part(piece))
+    return parts if parts[-1:] and parts[-1].kind == "text" else [*parts, text_part("\n")]
+
+
+def test_data(data: str) -> str:
+    """What a run trained on `data` is examined on: the same folder; beside a train.jsonl the test.jsonl, if there is one ("": nothing)."""
+    if not data.endswith(".jsonl"):
+        return data
+    beside = Path(data).with_name("test.jsonl")
+    return str(beside) if Path(data).name == "train.jsonl" and beside.exists() else ""
 
 
 def make_sample(task: Task, row: dict, root: Path, split: str, index: int, target: str, prompts: dict | None) -> Sample:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, drawn_media, one_sense, pick_tasks, read_samples
+from crab_min.data import Sample, drawn_media, one_sense, pick_tasks, read_samples, test_data
 from crab_min.features import Features, Mixer
 from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
 from crab_min.flags import write_whole
@@ -39,7 +39,7 @@ class RunError(ValueError):
 @dataclass
 class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     """Everything a training run can be told; every field is a flag of train.py."""
-    data: str = field(default="", metadata={"help": "AV-UIE v2 folder (AVUIE_2); without it the built-in world is built and used"})
+    data: str = field(default="", metadata={"help": "AV-UIE v2 folder (AVUIE_2), or a .jsonl file of your own; without it the built-in world is built and used"})
     tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
@@ -166,10 +166,10 @@ def run(config: TrainConfig, preset: str) -> dict:
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or build_world(config, config.seed)
+    root = config.data or str(build_world(config, config.seed))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
-    test = read_samples(root, examined, "test", config.target, prompts, config.test_rows) if examined else []
+    test = read_samples(test_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and test_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
     features = Features(model, config.cache_features, config.max_bad)

@@ -1,12 +1,15 @@
 """The reader, the features and the order of samples; real clips where they are (CRAB_MEDIA)."""
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 
 import pytest
 import torch
 
+import infer
+import train
 from crab_min import data
 from crab_min.data import DataError, load_media, pick_tasks, read_samples
 from crab_min.features import Features, Mixer
@@ -93,6 +96,47 @@ def test_unreadable_training_files_are_listed_skipped_and_stop_above_the_share(s
     assert len(lenient.bad) == 2
     with pytest.raises(DataError, match="--max-bad"):
         Features(tiny_model, max_bad=.01).fill(samples, strict=False)
+
+
+def own_file(path, world, count: int, tag: bool) -> list[dict]:
+    rows = json.loads((world / "ks" / "train.json").read_text())[:count]
+    lines = [{"messages": [{"role": "user", "content": "<video>\nListen: <audio>\nWhat is it?"},
+                           {"role": "assistant", "content": f"<answer>{row['action']}</answer>" if tag else f"It is {row['action']}."}],
+              "videos": [os.path.relpath(world / "ks" / "video" / row["video_path"], path.parent)],
+              "audios": [str((world / "ks" / "audio" / row["audio_path"]).resolve())]} for row in rows]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return lines
+
+
+@pytest.mark.parametrize("tag, metric", [(True, "accuracy"), (False, "rouge_l")])
+def test_a_file_of_ones_own_trains_and_is_scored_like_a_task(small_world, tmp_path, capsys, tag, metric):
+    own_file(tmp_path / "train.jsonl", small_world, 6, tag)
+    own_file(tmp_path / "test.jsonl", small_world, 3, tag)
+    sample = read_samples(tmp_path / "train.jsonl", [], "train")[0]
+    assert [p.kind for p in sample.parts] == ["video", "text", "audio", "text"] and sample.task.metric == metric
+    run = tmp_path / "run"
+    assert train.main(["--data", str(tmp_path / "train.jsonl"), "--steps", "2", "--batch-size", "2", "--out", str(run)]) == 0
+    own = json.loads((run / "metrics.json").read_text())["tasks"]["own"]
+    assert own["name"] == metric and own["n"] == 3 and own["all"]
+    capsys.readouterr()
+    assert infer.main(["--eval", "--data", str(tmp_path / "test.jsonl"), "--run", str(run)]) == 0
+    assert f"own       {metric}" in capsys.readouterr().out
+
+
+def test_a_line_of_ones_own_that_does_not_fit_is_named(small_world, tmp_path):
+    path = tmp_path / "x.jsonl"
+    first, second = own_file(path, small_world, 2, True)
+    for broken, reason in (("{", "JSONDecodeError"), (json.dumps(second | {"messages": second["messages"][:1]}), "must be the assistant's"),
+                           (json.dumps(second | {"audios": []}), "1 <audio> in the text, 0 in audios"), ("[]", "TypeError")):
+        path.write_text(json.dumps(first) + "\n" + broken)
+        with pytest.raises(DataError, match=f"x.jsonl, line 2: not .*{reason}"):
+            read_samples(path, [], "train")
+    path.write_text("\n")
+    with pytest.raises(DataError, match="no lines"):
+        read_samples(path, [], "train")
+    words = {"messages": [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes"}]}
+    path.write_text(json.dumps(words | {"images": ["a.png"]}))
+    assert [p.kind for p in read_samples(path, [], "train")[0].parts] == ["image", "text"]
 
 
 def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsys):
