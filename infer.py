@@ -5,6 +5,7 @@ shipped adapter. The answer appears as it is written, then what it parses to, th
 """
 import json
 import os
+import random
 import sys
 import time
 from dataclasses import fields
@@ -18,13 +19,13 @@ from transformers import TextStreamer
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, without
 from crab_min.features import Features
-from crab_min.evaluate import answer, score_all, write_predictions
+from crab_min.evaluate import answer, cell, score_all, write_predictions
 from crab_min.flags import Parser, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.routes import record_routes
 from crab_min.trainer import RunError
-from crab_min.viz import draw_answer, draw_routes
+from crab_min.viz import draw_answer, draw_routes, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
 DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on
@@ -77,7 +78,7 @@ def ask(given) -> None:
     samples = [c if isinstance(c, Sample) else Sample("", task, build_prompt(task, row_of(given, task, c), "", given.prompts), "", Answer(), {}) for c in clips]
     model, config, folder = load_run(given)
     features = Features(model, keep=True)
-    features.fill(samples)
+    features.prepare(samples)
     for sample in samples:
         began = time.time()
         if not given.json:
@@ -110,20 +111,32 @@ def evaluate(given) -> None:
     root = given.data or build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
     samples = without(samples, given.without) if given.without else samples
-    features = Features(model, max_bad=1.0)
-    features.fill(samples, strict=not given.allow_missing)
-    there = [s for s in samples if not any(p in features.bad for p in s.media)]
-    texts = dict(zip((s.id for s in there), answer(model, features, there, {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in {s.task.name for s in there}})))
-    said = [texts.get(s.id, "") for s in samples]                             # a missing clip: no text, which is wrong, and counted
+    features = Features(model, config["train"].get("cache_features", True), max_bad=1.0)
+    out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
+    limits = {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in sorted({s.task.name for s in samples})}
+    decoding = {"run": str(folder), "data": str(root), "split": given.split, "without": given.without, "prompts": bool(given.prompts), "limits": limits,
+                "batch_size": given.batch_size, "decoding": "greedy"}
+    partial = out / "answers.partial.jsonl"
+    features.prepare(samples, strict=not given.allow_missing)
+    if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:
+        partial.unlink(missing_ok=True)                                       # of other settings
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "decoding.json", json.dumps(decoding, indent=1))
+    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing)
+    readable = {s.id for s in features.readable(samples)}                     # the others: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
         pairs = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.task.name == task and s.target]
         r["name"] = next(s.task.metric for s in samples if s.task.name == task)
         if pairs:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
-    out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
     write_predictions(out / "predictions", samples, said)
-    write_whole(out / "metrics.json", json.dumps({"tasks": results, "missing": len(samples) - len(there), "unreadable": list(features.bad.values())}, indent=1))
+    for task in results:
+        pairs = [(s, t) for s, t in zip(samples, said) if s.task.name == task and s.id in readable]
+        if pairs:
+            draw_sheet(out / "sheets" / f"{task}.png", [cell(s, t) for s, t in random.Random(0).sample(pairs, min(9, len(pairs)))])
+    partial.unlink()
+    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "missing": len(samples) - len(readable), "unreadable": list(features.bad.values())}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {r['exact'] if 'exact' in r else float('nan'):>6.2f} {r['parsed']:>7.2f} {r['n']:>5}")
@@ -134,7 +147,7 @@ def evaluate(given) -> None:
     with_target = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.target]
     if with_target:
         print(f"target text returned exactly: {sum(a == b for a, b in with_target)} of {len(with_target)} rows")
-    print(f"{len(samples) - len(there)} rows with a missing clip; predictions and metrics.json are in {out}/")
+    print(f"{len(samples) - len(readable)} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
 
 
 def main(arguments: list[str]) -> int:
@@ -162,6 +175,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--without", choices=["sound", "frames"], help="with --eval: other clips' sounds, or black pictures: what do the answers rest on?")
     parser.add_argument("--tasks", default="all", help="with --eval: comma-separated task names, or all")
     parser.add_argument("--test-rows", type=int, default=0, help="with --eval: rows a task (0: all)")
+    parser.add_argument("--batch-size", type=int, default=50, help="with --eval: samples answered together")
     parser.add_argument("--allow-missing", action="store_true", help="with --eval: score samples with unreadable files as wrong instead of stopping")
     parser.add_argument("--out", help="with --eval: where predictions and metrics go (default: RUN/eval_SPLIT)")
     parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")

@@ -243,20 +243,16 @@ def drawn_media(sample: Sample) -> list[tuple]:
 
 
 class MediaSet:
-    """A map-style dataset of media parts for worker processes: (index, (arrays, seconds), None), or (index, None, the reason it cannot be read)."""
+    """A dataset for worker processes whose keys are media parts: (part, (arrays, seconds), None), or (part, None, why it cannot be read)."""
 
-    def __init__(self, parts: list[Part], size: int, decode: bool = True):
-        self.parts, self.size, self.decode = parts, size, decode              # decode=False: the length alone, from the header
+    def __init__(self, size: int, decode: bool = True):
+        self.size, self.decode = size, decode                                 # decode=False: the length alone, from the header
 
-    def __len__(self):
-        return len(self.parts)
-
-    def __getitem__(self, i: int):
+    def __getitem__(self, part: Part):
         try:
-            part = self.parts[i]
-            return i, load_media(part, self.size) if self.decode or part.kind == "image" else (None, media_seconds(part.path)), None
+            return part, load_media(part, self.size) if self.decode or part.kind == "image" else (None, media_seconds(part.path)), None
         except MediaError as error:
-            return i, None, str(error)
+            return part, None, str(error)
 
 
 # --- check -----------------------------------------------------------------------------------------------------------------
@@ -286,13 +282,13 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dic
     lengths, reasons, rows_of = {}, {}, Counter()
     for part, rows in users.items():
         rows_of[part.path] += rows
-    loader = DataLoader(MediaSet(parts, GRID, decode), batch_size=16, num_workers=workers, collate_fn=list)
-    for group in tqdm(loader, desc="reading media", unit_scale=16, unit="file", total=len(loader)):
-        for i, loaded, reason in group:
+    groups = [parts[i:i + 16] for i in range(0, len(parts), 16)]
+    for group in tqdm(DataLoader(MediaSet(GRID, decode), batch_sampler=groups, num_workers=workers, collate_fn=list), desc="reading media", unit_scale=16, unit="file"):
+        for part, loaded, reason in group:
             if reason is not None:
-                reasons[parts[i].path] = reason
-            elif parts[i].kind != "image":
-                lengths[parts[i].path] = loaded[1]
+                reasons[part.path] = reason
+            elif part.kind != "image":
+                lengths[part.path] = loaded[1]
     for name, entry in found.items():
         seconds, bad = [lengths[p] for p in paths[name] if p in lengths], paths[name] & reasons.keys()
         entry |= {"files": len(paths[name]), "missing": sum(not os.path.exists(p) for p in bad), "unreadable": sum(os.path.exists(p) for p in bad),

@@ -5,11 +5,12 @@ Nothing is skipped: an answer that does not parse counts as wrong and lowers `pa
 """
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
 
-from crab_min.data import Sample
+from crab_min.data import Sample, drawn_media
 from crab_min.features import Features
 from crab_min.flags import write_whole
 from crab_min.interface import Answer, parse, write
@@ -25,23 +26,56 @@ def token_limits(model: AVLanguageModel, samples: list[Sample], margin: int = 8)
     return limits
 
 
-def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering") -> list[str]:
-    """The model's text for every sample, in their order."""
-    training, texts = model.training, [""] * len(samples)
-    order = sorted(range(len(samples)), key=lambda i: samples[i].task.name)
+def plan_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
+    """Samples that are answered together: of one task, and of about one length, the longest first."""
+    order = sorted(samples, key=lambda s: (s.task.name, -sum(len(p.text) for p in s.parts), s.id))
+    groups = [list(group) for _, group in groupby(order, lambda s: s.task.name)]
+    return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+
+
+def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
+           partial: Path | None = None, strict: bool = True) -> list[str]:
+    """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`.
+
+    partial: a file that keeps the answers of the batches done so far, for a run that is killed: with the same plan it goes on after them.
+    """
+    training, plan = model.training, plan_batches(samples, batch_size)
+    texts = read_partial(partial, plan) if partial else {}
+    left = [batch for batch in plan if batch[0].id not in texts]
     model.eval()
-    with tqdm(total=len(samples), desc=desc, unit="sample") as bar:
-        while order:
-            task = samples[order[0]].task.name
-            chosen = [i for i in order[:batch_size] if samples[i].task.name == task]
-            order = order[len(chosen):]
-            batch = [samples[i] for i in chosen]
-            out = model.generate(model.collate([s.parts for s in batch], features(batch)), limits.get(task, 128))
-            for i, text in zip(chosen, out):
-                texts[i] = text
-            bar.update(len(chosen))
+    with tqdm(total=len(samples), initial=len(texts), desc=desc, unit="sample") as bar:
+        for whole, (batch, media) in zip(left, features.batches(left, strict)):
+            said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128)) if batch else []
+            new = {s.id: "" for s in whole} | {s.id: text for s, text in zip(batch, said)}
+            texts |= new
+            if partial:
+                with open(partial, "a") as file:
+                    file.write(json.dumps(new) + "\n")
+            bar.update(len(whole))
     model.train(training)
+    return [texts[s.id] for s in samples]
+
+
+def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
+    """The answers {id: text} of the batches of `plan` that the file has whole, a line each; a cut last line is dropped from it."""
+    wanted, kept, texts = {tuple(s.id for s in batch) for batch in plan}, [], {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            break
+        if tuple(found) in wanted:
+            kept, texts = [*kept, line + "\n"], texts | found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(kept))
     return texts
+
+
+def cell(sample: Sample, text: str) -> tuple:
+    """A cell of viz.draw_sheet."""
+    parsed = parse(sample.task, text)
+    value = score(sample.task, [parsed], [sample.gold], whole=False)["metric"]
+    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, sample.target or write(sample.task, sample.gold), value)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:

@@ -1,67 +1,102 @@
 """Samples -> media -> features -> batches: what stands between the annotation files and a model.
 
-`Features` decodes media in worker processes and keeps what the frozen encoders made of them, so that a clip that many questions share is
-decoded and encoded once; `Mixer` says which samples make up the batch of a step.
+`Features` decodes media in worker processes. It either keeps what the frozen encoders made of them, so that a clip that many questions share
+is decoded and encoded once (small models, small data), or decodes some batches ahead of the model and keeps nothing. What a batch holds is
+decided before by `Mixer`, so that nothing depends on the number of workers.
 """
 import os
 import random
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from crab_min.data import DataError, MediaSet, Sample
+from crab_min.data import BLACK, DataError, MediaSet, Sample
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
+
+WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode
 
 
 @dataclass
 class Features:
-    """Frozen-encoder features of media parts, computed once and kept where `keep` is set (half precision, in memory)."""
+    """Frozen-encoder features of media parts, in half precision."""
     model: AVLanguageModel
-    keep: bool = True
-    max_bad: float = .01                               # share of unreadable media above which `fill` stops
+    keep: bool = True                                  # in memory, once computed
+    max_bad: float = .01                               # share of unreadable media above which work stops
     store: dict = field(default_factory=dict)
     bad: dict = field(default_factory=dict)            # part -> reason
+    total: int = 0                                     # media that were announced to `prepare`
 
-    def fill(self, samples: list[Sample], strict: bool = True) -> None:
-        """Decode and encode every medium of the samples that is not there yet, with a progress bar.
+    def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
+        """The samples whose media can be read. With `keep` all are decoded and encoded now, else it is checked that the files are there.
 
         strict: an unreadable file is an error; else it is listed in `bad`, up to `max_bad` of all. Raises DataError.
         """
         parts = sorted({p for s in samples for p in s.media if p not in self.store and p not in self.bad}, key=lambda p: (p.kind, p.path, p.index))
-        loader = DataLoader(MediaSet(parts, self.model.frame_size), batch_size=8, num_workers=min(2, os.cpu_count() or 1) if len(parts) > 32 else 0,
-                            collate_fn=list)
-        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
-            for group in loader:
-                for i, _, reason in group:
-                    if reason is not None:
-                        self.reject(parts[i], reason, strict, len(parts))
-                self.encode([(parts[i], *loaded) for i, loaded, reason in group if reason is None])
-                bar.update(len(group))
+        self.total += len(parts)
+        if self.keep:
+            groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
+            loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=WORKERS if len(parts) > 32 else 0, collate_fn=list)
+            with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
+                for group in loader:
+                    self.take(group, strict)
+                    bar.update(len(group))
+        else:
+            self.take([(p, None, f"{p.path}: no such file; fetch it, or correct the annotation") for p in parts if p.path != BLACK and not os.path.exists(p.path)], strict)
+        return self.readable(samples)
 
-    def reject(self, part: Part, reason: str, strict: bool, total: int) -> None:
-        if strict:
-            raise DataError(reason)
-        self.bad[part] = reason
-        tqdm.write(f"skipped: {reason}")
-        if len(self.bad) > self.max_bad * max(total, len(self.store)) and len(self.bad) > 1:
-            raise DataError(f"{len(self.bad)} unreadable files, more than --max-bad {self.max_bad:.0%}; the last: {reason}")
+    def readable(self, samples: list[Sample]) -> list[Sample]:
+        return [s for s in samples if not any(p in self.bad for p in s.media)]
 
-    def encode(self, loaded: list[tuple]) -> None:
+    def take(self, loaded: list[tuple], strict: bool) -> None:
+        """Encode what a worker sent: (part, (arrays, seconds), None), or (part, None, why it cannot be read)."""
         groups: dict = {}
-        for part, arrays, seconds in loaded:
-            groups.setdefault((part.kind, len(arrays)), []).append((part, arrays, seconds))
+        for part, media, reason in loaded:
+            if reason is None:
+                groups.setdefault((part.kind, len(media[0])), []).append((part, *media))
+            elif strict:
+                raise DataError(reason)
+            else:
+                self.bad[part] = reason
+                tqdm.write(f"skipped: {reason}")
+                if len(self.bad) > self.max_bad * self.total and len(self.bad) > 1:
+                    raise DataError(f"{len(self.bad)} unreadable files, more than --max-bad {self.max_bad:.0%}; the last: {reason}")
         for (kind, _), items in groups.items():
             for (part, *_), features in zip(items, self.model.encode(kind, [arrays for _, arrays, _ in items], [seconds for *_, seconds in items])):
                 features.features = features.features.half()
                 self.store[part] = features
 
+    def batches(self, plan: Iterable[list[Sample]], strict: bool = True, workers: int = WORKERS) -> Iterator[tuple[list[Sample], list[list[MediaFeatures]]]]:
+        """The batches of `plan` in their order, each with the features of its samples' media; where not strict, without unreadable samples."""
+        if self.keep:
+            for samples in plan:
+                yield self.readable(samples), self(self.readable(samples))
+            return
+        ahead: deque[list[Sample]] = deque()
+
+        def parts() -> Iterator[list[Part]]:
+            for samples in plan:
+                ahead.append(samples)
+                yield list(dict.fromkeys(p for s in samples for p in s.media if p not in self.bad))
+        for loaded in DataLoader(MediaSet(self.model.frame_size), batch_sampler=parts(), num_workers=workers, collate_fn=list):
+            self.take(loaded, strict)
+            samples = self.readable(ahead.popleft())
+            yield samples, self.of(samples)
+            self.store.clear()
+
+    def of(self, samples: list[Sample]) -> list[list[MediaFeatures]]:
+        return [[self.store[p] for p in s.media] for s in samples]
+
     def __call__(self, samples: list[Sample]) -> list[list[MediaFeatures]]:
-        """The features of each sample's media, in reading order."""
-        self.fill(samples)
-        media = [[self.store[p] for p in s.media] for s in samples]
+        """The features of each sample's media, in reading order, computed now where they are not kept."""
+        if any(p not in self.store for s in samples for p in s.media):
+            keep, self.keep = self.keep, True
+            self.prepare(samples)
+            self.keep = keep
+        media = self.of(samples)
         if not self.keep:
             self.store.clear()
         return media

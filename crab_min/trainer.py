@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, drawn_media, one_sense, pick_tasks, read_samples, test_data
+from crab_min.data import Sample, one_sense, pick_tasks, read_samples, test_data
+from crab_min.evaluate import answer, cell, constants, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
-from crab_min.evaluate import answer, constants, score_all, table, token_limits, write_predictions
 from crab_min.flags import write_whole
-from crab_min.interface import TASKS, load_prompts, parse, write
+from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import AdapterConfig, AVLanguageModel, half_products
 from crab_min.viz import draw_scores, draw_sheet
@@ -173,9 +173,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
     features = Features(model, config.cache_features, config.max_bad)
-    features.fill(test)                                                       # strict: a missing test clip is an error
-    features.fill(train, strict=False)
-    train = [s for s in train if not any(p in features.bad for p in s.media)]
+    features.prepare(test)                                                    # strict: a missing test clip is an error
+    train = features.prepare(train, strict=False)
 
     model.add_adapter(config)
     if config.start:
@@ -223,9 +222,8 @@ def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
     rng, cells = random.Random(seed), []
     for task in list(dict.fromkeys(s.task.name for s in samples))[::2]:
         few = rng.sample([(s, t) for s, t in zip(samples, texts) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
-        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold])["metric"], s.id, s, t) for s, t in few), reverse=True)
-        for value, _, s, text in (scored[0], scored[-1])[:len(scored)]:
-            cells.append((f"{task}: {s.parts[-1].text.strip()}", drawn_media(s), parse(s.task, text), text, s.target or write(s.task, s.gold), value))
+        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t) for s, t in few), reverse=True)
+        cells += [cell(s, text) for *_, s, text in (scored[0], scored[-1])[:len(scored)]]
     return cells
 
 
@@ -244,10 +242,12 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
     model.train()
-    bar = tqdm(batches, desc="training", unit="step", initial=done, total=steps)
-    for step, samples in enumerate(bar, done):
+    bar = tqdm(features.batches(batches, strict=False), desc="training", unit="step", initial=done, total=steps)
+    for step, (samples, media) in enumerate(bar, done):
+        if not samples:                                                       # all of them unreadable
+            continue
         start = time.time()
-        batch = model.collate([s.parts for s in samples], features(samples), [s.target for s in samples])
+        batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
         with half_products(config.half):
             loss, tokens = model(batch)
         (loss / tokens).backward()

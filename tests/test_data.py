@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_every_row_of_a_task_comes_once_before_any_comes_twice(small_world):
 def test_features_are_computed_once_and_are_the_same_alone(small_world, tiny_model, monkeypatch):
     samples = read_samples(small_world, ["ave", "a2v", "s4", "meld"], "train", limit=3)
     kept, alone = Features(tiny_model), Features(tiny_model, keep=False)
-    kept.fill(samples)
+    kept.prepare(samples)
     monkeypatch.setattr("crab_min.data.load_media", None)                     # nothing may be decoded again
     media = kept(samples)
     monkeypatch.undo()
@@ -90,12 +91,31 @@ def test_unreadable_training_files_are_listed_skipped_and_stop_above_the_share(s
         (root / "ave" / "video" / row["video_path"]).write_text("this is no video")
     samples = read_samples(root, ["ave"], "train")
     with pytest.raises(DataError, match=rows[0]["video_path"]):
-        Features(tiny_model).fill(samples)
+        Features(tiny_model).prepare(samples)
     lenient = Features(tiny_model, max_bad=.5)
-    lenient.fill(samples, strict=False)
+    lenient.prepare(samples, strict=False)
     assert len(lenient.bad) == 2
     with pytest.raises(DataError, match="--max-bad"):
-        Features(tiny_model, max_bad=.01).fill(samples, strict=False)
+        Features(tiny_model, max_bad=.01).prepare(samples, strict=False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_decoded_ahead_are_those_that_are_kept(small_world, tiny_model, workers):
+    """The same batches in the same order with any number of workers; nothing is kept; an unreadable file is left out and counted."""
+    plan = list(itertools.islice(Mixer(read_samples(small_world, ["ave", "a2v", "s4"], "train"), 4, seed=0), 5))
+    kept, ahead = Features(tiny_model), Features(tiny_model, keep=False, max_bad=.5)
+    kept.prepare([s for batch in plan for s in batch])
+    ahead.prepare([s for batch in plan for s in batch])
+    for (samples, media), (others, kept_media) in zip(ahead.batches(plan, workers=workers), kept.batches(plan), strict=True):
+        assert [s.id for s in samples] == [s.id for s in others]
+        for mine, other in zip([m for sample in media for m in sample], [m for sample in kept_media for m in sample], strict=True):
+            torch.testing.assert_close(mine.features, other.features, atol=2e-3, rtol=2e-3)
+    assert not ahead.store
+    lost = replace(plan[1][0], parts=[replace(p, path=__file__) if p.kind != "text" else p for p in plan[1][0].parts])
+    found = list(ahead.batches([[lost, plan[1][1]], [plan[0][0]]], strict=False, workers=workers))
+    assert [[s.id for s in samples] for samples, _ in found] == [[plan[1][1].id], [plan[0][0].id]] and __file__ in next(iter(ahead.bad)).path
+    with pytest.raises(DataError, match="test_data.py"):
+        list(Features(tiny_model, keep=False).batches([[lost]], workers=workers))
 
 
 def own_file(path, world, count: int, tag: bool) -> list[dict]:

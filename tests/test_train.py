@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 import infer
 import train
 from crab_min.data import one_sense, read_samples
+from crab_min.evaluate import plan_batches
+from crab_min.model import AVLanguageModel
 from crab_min.interface import TASKS
 from crab_min.trainer import RunError, lock
 
@@ -110,6 +112,32 @@ def test_eval_scores_a_split_and_counts_missing_clips(finished, small_world, tmp
     assert infer.main(command) == 2 and "gone.mp4" in capsys.readouterr().err and not (tmp_path / "m").exists()
     assert infer.main([*command, "--allow-missing"]) == 0
     assert json.loads((tmp_path / "m" / "metrics.json").read_text())["missing"] == 1
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(finished, small_world, tmp_path, monkeypatch, capsys):
+    command = ["--eval", "--data", str(small_world), "--tasks", "ave,avqa,ks,s4", "--batch-size", "3", "--run", str(finished)]
+    assert infer.main([*command, "--out", str(tmp_path / "whole")]) == 0
+    generate, calls = AVLanguageModel.generate, []
+
+    def killed(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *args, **kwargs)
+    monkeypatch.setattr(AVLanguageModel, "generate", killed)
+    assert infer.main([*command, "--out", str(tmp_path / "cut")]) == 130
+    partial = tmp_path / "cut" / "answers.partial.jsonl"
+    lines = partial.read_text().splitlines()
+    assert len(lines) == 3 and not (tmp_path / "cut" / "metrics.json").exists()
+    partial.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])          # the third line is cut
+    calls[:] = [1] * 10
+    assert infer.main([*command, "--out", str(tmp_path / "cut")]) == 0
+    batches = len(plan_batches(read_samples(small_world, ["ave", "avqa", "ks", "s4"], "test"), 3))
+    assert len(calls) - 10 == batches - 2                                     # two batches were done
+    for file in sorted((tmp_path / "whole" / "predictions").iterdir()):
+        assert file.read_bytes() == (tmp_path / "cut" / "predictions" / file.name).read_bytes()
+    assert {p.stem for p in (tmp_path / "cut" / "sheets").iterdir()} == {"ave", "avqa", "ks", "s4"} and not partial.exists()
+    assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["decoding"]["batch_size"] == 3
 
 
 def bad_inputs(folder, world):

@@ -48,7 +48,7 @@ adapted.print_trainable_parameters()
 STEPS, TASKS = 60, ["a2v", "ks", "avqa", "arig"]
 samples = read_samples(build_world(WorldConfig(world_clips=240, world_test=12), seed=0), TASKS, "train", limit=100)
 shared = Features(load_base())
-shared.fill(samples)
+shared.prepare(samples)
 models = {}
 for adapter in ("lora", "ilora"):
     torch.manual_seed(0)
