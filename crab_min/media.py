@@ -28,6 +28,7 @@ JUMP = .04       # seconds by which the stamps of sound may wander (Matroska rou
 PREROLL = 1.     # seconds of sound decoded before and after a window: MP3, AAC and Opus need some to come into step
 LONG = 60.       # seconds before a window of sound from which we seek; nearer, decoding on costs less than 0.1 s
 FAR = 3.         # seconds to the next wanted frame from which a jump is tried in a file without an index of keyframes
+NEAR = .5        # seconds before a wanted frame in which every frame is decoded, also those that no other refers to
 BITS = 4         # a sample of compressed sound: at FFmpeg's default its AAC encoder distorts audibly
 CODECS = {".wav": ("wav", "pcm_s16le"), ".mp3": ("mp3", "libmp3lame"), ".m4a": ("mp4", "aac"),
           ".ogg": ("ogg", "libopus")}                                             # ending: container, codec
@@ -278,6 +279,7 @@ class _Track:
         self.stated = clip.end(self.stream)
         self.seconds = self.stated or clip.seconds()                              # it may end before the file does
         self.reached = 0.                                                         # end of what could be decoded
+        self.wanted = self.skipped = -math.inf                                    # frames before `wanted` may be skipped; the last that was
 
     def decode(self) -> Iterator[tuple]:
         """(time, frame) from here on. Raises MediaError at an end that comes too early."""
@@ -285,6 +287,11 @@ class _Track:
         for packet in self.clip.container.demux(*[] if self.stated is None else [self.stream]):
             frames = []
             if packet.stream is self.stream:
+                if packet.pts is not None and self.stream.type == "video":        # frames that no other refers to need not be decoded
+                    time = float(packet.pts * self.stream.time_base) - self.clip.origin
+                    skips = time < self.wanted - NEAR
+                    self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
+                    self.skipped = max(self.skipped, time) if skips else self.skipped
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:                                 # tags behind an MP3, a damaged packet
@@ -311,20 +318,31 @@ class _Track:
                 self.seek(0)                                                      # it reads its index at the first seek
         self.indexed = len(self.stream.index_entries) > 1                         # else it grows with what is read, with holes
         decoded = self.decode()
-        frame, coming = None, next(decoded, None)                                 # coming: (time, frame)
+        last, coming = None, next(decoded, None)                                  # (time, frame)
         for time in times:
+            self.wanted = time
             if coming is not None and self.jump_pays(coming[0], time):
-                for back in (0., 1., 5., 25., math.inf):
-                    self.seek(max(time - back, min(0., -self.clip.origin)))       # at our 0, MPEG-TS finds the second keyframe
-                    decoded = self.decode()
-                    coming = next(decoded, None)
-                    if coming is not None and coming[0] <= time:
-                        break
-            while coming is not None and (frame is None or coming[0] <= time):
-                frame, coming = coming[1], next(decoded, None)
-            if frame is None:
+                decoded, coming = self.jump(time)
+            while coming is not None and (last is None or coming[0] <= time):
+                last, coming = coming, next(decoded, None)
+            if last is not None and last[0] < self.skipped <= time:               # frames far apart: the one on the screen was skipped
+                self.wanted = -math.inf
+                decoded, coming = self.jump(time)
+                while coming is not None and coming[0] <= time:
+                    last, coming = coming, next(decoded, None)
+            if last is None:
                 raise MediaError(f"{self.clip.path}: no frame of it can be decoded; fetch it again")
-            yield frame
+            yield last[1]
+
+    def jump(self, time: float) -> tuple:
+        """(decoded frames, the first of them) from a keyframe at or before a time."""
+        for back in (0., 1., 5., 25., math.inf):
+            self.seek(max(time - back, min(0., -self.clip.origin)))               # at our 0, MPEG-TS finds the second keyframe
+            decoded = self.decode()
+            first = next(decoded, None)
+            if first is not None and first[0] <= time:
+                break
+        return decoded, first
 
     def jump_pays(self, now: float, time: float) -> bool:
         """Is there a keyframe between `now` and `time`, so that seeking decodes less than going on?"""
