@@ -139,7 +139,8 @@ def evaluate(given) -> None:
     write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "missing": len(samples) - len(readable), "unreadable": list(features.bad.values())}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
-        print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {f"{r['exact']:.2f}" if 'exact' in r else '-':>6} {r['parsed']:>7.2f} {r['n']:>5}")
+        exact = f"{r['exact']:.2f}" if "exact" in r else "-"
+        print(f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {exact:>6} {r['parsed']:>7.2f} {r['n']:>5}")
         if r["all"]:
             print("  " + "  ".join(f"{name} {value:.3f}" for name, value in r["all"].items()))
         for kind, t in r.get("types", {}).items():
