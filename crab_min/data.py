@@ -145,7 +145,7 @@ def own_parts(text: str, files: list[tuple[str, str]]) -> list[Part]:
     return parts if parts[-1:] and parts[-1].kind == "text" else [*parts, text_part("\n")]
 
 
-def test_data(data: str) -> str:
+def examined_data(data: str) -> str:
     """What a run trained on `data` is examined on: the same folder; beside a train.jsonl the test.jsonl, if there is one ("": nothing)."""
     if not data.endswith(".jsonl"):
         return data

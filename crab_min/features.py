@@ -38,15 +38,19 @@ class Features:
         parts = sorted({p for s in samples for p in s.media if p not in self.store and p not in self.bad}, key=lambda p: (p.kind, p.path, p.index))
         self.total += len(parts)
         if self.keep:
-            groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
-            loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=WORKERS if len(parts) > 32 else 0, collate_fn=list)
-            with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
-                for group in loader:
-                    self.take(group, strict)
-                    bar.update(len(group))
+            self.decode(parts, strict)
         else:
             self.take([(p, None, f"{p.path}: no such file; fetch it, or correct the annotation") for p in parts if p.path != BLACK and not os.path.exists(p.path)], strict)
         return self.readable(samples)
+
+    def decode(self, parts: list[Part], strict: bool) -> None:
+        """Put the features of `parts` into the store; many are decoded by workers, with a progress bar."""
+        groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
+        loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=WORKERS if len(parts) > 32 else 0, collate_fn=list)
+        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
+            for group in loader:
+                self.take(group, strict)
+                bar.update(len(group))
 
     def readable(self, samples: list[Sample]) -> list[Sample]:
         return [s for s in samples if not any(p in self.bad for p in s.media)]
@@ -72,8 +76,8 @@ class Features:
     def batches(self, plan: Iterable[list[Sample]], strict: bool = True, workers: int = WORKERS) -> Iterator[tuple[list[Sample], list[list[MediaFeatures]]]]:
         """The batches of `plan` in their order, each with the features of its samples' media; where not strict, without unreadable samples."""
         if self.keep:
-            for samples in plan:
-                yield self.readable(samples), self(self.readable(samples))
+            for samples in map(self.readable, plan):
+                yield samples, self(samples)
             return
         ahead: deque[list[Sample]] = deque()
 
@@ -92,10 +96,8 @@ class Features:
 
     def __call__(self, samples: list[Sample]) -> list[list[MediaFeatures]]:
         """The features of each sample's media, in reading order, computed now where they are not kept."""
-        if any(p not in self.store for s in samples for p in s.media):
-            keep, self.keep = self.keep, True
-            self.prepare(samples)
-            self.keep = keep
+        if missing := list(dict.fromkeys(p for s in samples for p in s.media if p not in self.store)):
+            self.decode(missing, strict=True)
         media = self.of(samples)
         if not self.keep:
             self.store.clear()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, one_sense, pick_tasks, read_samples, test_data
+from crab_min.data import Sample, one_sense, pick_tasks, read_samples, examined_data
 from crab_min.evaluate import answer, cell, constants, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import write_whole
@@ -169,7 +169,7 @@ def run(config: TrainConfig, preset: str) -> dict:
     root = config.data or str(build_world(config, config.seed))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
-    test = read_samples(test_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and test_data(root) else []
+    test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
     features = Features(model, config.cache_features, config.max_bad)

@@ -116,6 +116,17 @@ def test_seeking_gives_the_frames_of_decoding_straight(name, tmp_path, monkeypat
     assert found[0][1] >= 8 and found[1][1] - found[0][1] <= 1                                # it does jump; Matroska's index
 
 
+def test_frames_far_apart_are_not_skipped_though_no_other_refers_to_them(tmp_path, monkeypatch):
+    stamps = [20 * i for i in range(60)]                                                       # 0.8 s each, with B-frames
+    path, jumps, jump = write(tmp_path / "slow.mp4", numbered(60), stamps), [], media._Track.jump
+    monkeypatch.setattr(media._Track, "jump_pays", lambda *_: False)
+    monkeypatch.setattr(media._Track, "jump", lambda self, time: (jumps.append(time), jump(self, time))[1])
+    for count in range(3, 21):
+        video = read_video(path, count, None)
+        assert numbers(video.frames) == [int(np.searchsorted(stamps, 25 * t, "right")) - 1 for t in video.times]
+    assert jumps                                                                               # some had been skipped, and were fetched
+
+
 TURNS = {"90": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)), "180": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
          "270": ((0, -1, 1, 0), lambda x: np.rot90(x)), "mirrored": ((-1, 0, 0, 1), np.fliplr),
          "transposed": ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1))}
