@@ -1,8 +1,8 @@
-"""AV-UIE v2 on disk -> samples -> media.
+"""AV-UIE on disk -> samples -> media.
 
-`read_samples` reads the annotation files of the 19 folders as released (train and test rows differ, papers/crab.md 6.1) into
-`Sample`s: a prompt in parts, a target text, a gold answer. Nothing is decoded before it is needed: `load_media` turns one part
-into arrays, in a worker process (features.py).
+`read_samples` makes of annotation rows (annotations.py; train and test rows differ, papers/crab.md 6.1) `Sample`s: a prompt in parts,
+a target text, a gold answer. Nothing is decoded before it is needed: `load_media` turns one part into arrays, in a worker process
+(features.py).
 
     python -m crab_min.data check --data AVUIE_2       # what is there, what is missing or unreadable, lengths, labels
 
@@ -19,18 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from crab_min.annotations import DataError, annotation_file, mask_objects, mask_path, read_mask, read_rows
 from crab_min.flags import Parser, one_line, write_whole
-
 from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_image, read_video
-
-
-class DataError(ValueError):
-    """An annotation file or row that cannot be used: which one, what is wrong, what to do."""
 
 
 @dataclass(slots=True)
@@ -59,7 +54,7 @@ def pick_tasks(names: str) -> list[str]:
 
 def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "reasoning", prompts: dict | None = None,
                  limit: int = 0) -> list[Sample]:
-    """The samples of a split ("train", "test") of the AV-UIE v2 folder `root`, task by task.
+    """The samples of a split ("train", "test") of the AV-UIE folder `root` (v2, or v1 where that has the task), task by task.
 
     target: "reasoning" (the annotated text) or "label" (its tags alone). limit: at most so many rows a task (0: all).
     Folders that are not there are left out; none at all is an error. Where `root` is a .jsonl file, it is read (read_own), whatever
@@ -71,8 +66,8 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
     for name in tasks:
-        path = root / name / f"{split}.json"
-        for index, row in enumerate(read_rows(root, name, split)[:limit or None] if path.exists() else []):
+        path = annotation_file(root, name, split)
+        for index, row in enumerate(read_rows(root, name, split, limit) if path else []):
             try:
                 samples.append(make_sample(TASKS[name], row, root, split, index, target, prompts))
             except InterfaceError as error:
@@ -80,18 +75,6 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
     if not samples:
         raise DataError(f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. {root / tasks[0] / (split + '.json')}")
     return samples
-
-
-def read_rows(root: str | Path, task: str, split: str) -> list[dict]:
-    """The rows of one annotation file. Raises DataError."""
-    path = Path(root) / task / f"{split}.json"
-    try:
-        rows = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: broken JSON ({error}); repair or download the file again") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected a list of objects, one a sample")
-    return rows
 
 
 # One's own data: what a model says, as text; or a label, where every line's answer has an <answer> tag.
@@ -155,8 +138,9 @@ def examined_data(data: str) -> str:
 
 def make_sample(task: Task, row: dict, root: Path, split: str, index: int, target: str, prompts: dict | None) -> Sample:
     parts = build_prompt(task, row, str(root), prompts)
-    if split == "test" and task.name in ("s4", "ms3", "ref_avs"):
-        row = {**row, "gold_boxes": mask_boxes(root / task.name / row["visual_path"], task.name, row)}
+    if split == "test" and task.name in ("s4", "ms3", "ref_avs") and "gold_boxes" not in row:
+        mask = read_mask(mask_path(root / task.name / row["visual_path"], task.name, row))
+        row = {**row, "gold_boxes": [mask_box(m) for m in mask_objects(mask, task.name)]}
     answer = gold(task, row, split)
     text = row.get(task.target, "") if split == "train" else ""
     if split == "train" and not isinstance(text, str):
@@ -165,25 +149,6 @@ def make_sample(task: Task, row: dict, root: Path, split: str, index: int, targe
         parsed = parse(task, text)
         text = text if parsed.error or not text else write(task, parsed)
     return Sample(f"{task.name}/{split}/{index}", task, parts, text, answer, row)
-
-
-def mask_boxes(frame: Path, task: str, row: dict) -> list[tuple]:
-    """Boxes on the 224 grid of the mask that belongs to a test frame, as released: labels_rgb beside frames, or Ref-AVS's gt_mask.
-
-    One box for each connected group of columns (MS3 may have several objects); an empty mask has none.
-    """
-    if task == "ref_avs":
-        path = frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}" / f"0000{row['frame_idx']}.png"
-    else:
-        path = Path(str(frame.with_suffix(".png")).replace("/frames/", "/labels_rgb/"))
-    try:
-        mask = np.asarray(Image.open(path).convert("RGB")).max(-1) > 0
-    except OSError as error:
-        raise DataError(f"{path}: mask missing or unreadable ({error}); it is needed to score {task}") from None
-    columns = np.flatnonzero(mask.any(0))
-    groups = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1) if task == "ms3" else [columns]
-    boxes = [mask_box(mask & np.isin(np.arange(mask.shape[1]), xs)) for xs in groups]
-    return [box for box in boxes if box]
 
 
 # --- media -----------------------------------------------------------------------------------------------------------------
@@ -257,7 +222,7 @@ class MediaSet:
 
 # --- check -----------------------------------------------------------------------------------------------------------------
 def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dict:
-    """What a copy of AV-UIE v2 holds: by task and split its rows, its labels and the lengths of its files; and all that is wrong.
+    """What a copy of AV-UIE holds: by task and split its rows, its labels and the lengths of its files; and all that is wrong.
 
     decode: every file is decoded as in training; else its header is read alone. Each file is looked at once, by `workers` processes.
     Returns {"tasks": {"ave/train": {...}}, "files": their number, "bad": [{"path", "reason", "rows"}], "rows": [reasons]}. Raises DataError.
@@ -265,7 +230,7 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dic
     found, bad_rows, users, paths = {}, [], Counter(), {}                     # users: part -> its rows; paths: task/split -> its files
     for task in (TASKS[name] for name in tasks):
         for split in task.splits:
-            if (Path(root) / task.name / f"{split}.json").exists():
+            if annotation_file(Path(root), task.name, split):
                 rows, samples = read_rows(root, task.name, split), []
                 for index, row in enumerate(rows):
                     try:
@@ -312,7 +277,7 @@ def check_report(found: dict) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="-m crab_min.data", description="Check a copy of AV-UIE v2.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="-m crab_min.data", description="Check a copy of AV-UIE.", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["check"])
     parser.add_argument("--data", required=True, help="the folder that holds ave/, avqa/, ... (AVUIE_2)")
     parser.add_argument("--tasks", default="all", help="comma-separated task names, or all")

@@ -75,7 +75,8 @@ def cell(sample: Sample, text: str) -> tuple:
     """A cell of viz.draw_sheet."""
     parsed = parse(sample.task, text)
     value = score(sample.task, [parsed], [sample.gold], whole=False)["metric"]
-    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, sample.target or write(sample.task, sample.gold), value)
+    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, sample.gold,
+            sample.target or write(sample.task, sample.gold), value)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders.
+"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1 alone has).
 
 Crab+ (2603.04128) trains all its tasks through text: media and an instruction go in, out come reasoning in prose and
 then the label in a tag. A dataset is a row of TASKS (papers/crab.md 2.5, 6.1), which training, evaluation and infer.py
@@ -71,7 +71,7 @@ IMAGE, SOUND = ("image", ("image_path", "visual_path"), ""), ("audio", ("audio_p
 
 @dataclass(frozen=True)
 class Task:
-    """One AV-UIE v2 folder."""
+    """One dataset: a folder of AV-UIE v2, or a source of v1."""
     name: str
     family: str                                        # one of the paper's seven tasks
     ask: str                                           # the instruction, with the placeholders of `slots`
@@ -88,6 +88,7 @@ class Task:
     options: tuple = ()                                # the only answers there are, in canonical form
     types: tuple = ()                                  # fields that name the type of a question, scored apart too
     splits: tuple = ("train", "test")
+    v2: bool = True                                    # a folder of AV-UIE v2; else of v1 alone
 
 
 TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")
@@ -131,6 +132,12 @@ TASKS = {task.name: task for task in (
          audio="fifths"),
     Task("avcap", "captioning", "Say what is seen and heard.", "label_content", ("text", "label_content"),
          parser="text", metric="rouge_l", sets=("cider",), splits=("train",)),
+    Task("avss", "segmentation", "Which things sound? Give a box and three points for each.", "label_content", IN_MASK,
+         IN_TEXT, parser="boxes", metric="all_boxes", media=(IMAGE, SOUND), audio="tenth", v2=False),
+    Task("audiocaps", "captioning", "Say what is heard.", "label_content", ("text", "label_content"), parser="text",
+         metric="rouge_l", sets=("cider",), media=(SOUND,), v2=False),
+    Task("lvis", "segmentation", "Where is the {name}? Give its box.", "label_content", IN_MASK, parser="box",
+         metric="first_box", media=(IMAGE,), slots=(("name", ("name",)),), v2=False),
 )}
 
 
@@ -182,7 +189,8 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
         number = " one" if "1" in names[0] else " two" if "2" in names[0] else ""
         parts.append(text_part("\n" * bool(parts) + kind + number + ": "))
         path = media_path(root, task, str(value), subfolder)
-        parts.append(Part(kind, path=path, window=task.audio, index=frame_index(task, row)) if kind == "audio" else
+        window = row.get("window", task.audio)         # Crab hears more of some tasks than Crab+
+        parts.append(Part(kind, path=path, window=window, index=frame_index(task, row, window)) if kind == "audio" else
                      Part(kind, path=path, frames=task.frames))
     for slot, names in task.slots:
         value = row_field(task, row, names, f"the {slot}")
@@ -201,18 +209,18 @@ def text_part(text: str) -> Part:
 PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depend on the frame index
 
 
-def frame_index(task: Task, row: dict) -> int:
+def frame_index(task: Task, row: dict, window: str) -> int:
     """Which fifth or tenth of the sound goes with the image, from 0; 0 for tasks that hear all of it.
 
     Field frame_idx or idx, or else the image's file name (training rows of s4). Raises InterfaceError.
     """
-    if task.audio not in PIECES:
+    if window not in PIECES:
         return 0
     image = Path(str(row_field(task, row, task.media[0][1], "the path of the image file"))).stem
     value = next((row[name] for name in ("frame_idx", "idx") if row.get(name) is not None), image)
-    if not str(value).isdecimal() or int(value) >= PIECES[task.audio]:
+    if not str(value).isdecimal() or int(value) >= PIECES[window]:
         raise InterfaceError(f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
-                             f"number 0 to {PIECES[task.audio] - 1}, got {value!r}")
+                             f"number 0 to {PIECES[window] - 1}, got {value!r}")
     return int(value)
 
 

@@ -28,7 +28,7 @@ JUMP = .04       # seconds by which the stamps of sound may wander (Matroska rou
 PREROLL = 1.     # seconds of sound decoded before and after a window: MP3, AAC and Opus need some to come into step
 LONG = 60.       # seconds before a window of sound from which we seek; nearer, decoding on costs less than 0.1 s
 FAR = 3.         # seconds to the next wanted frame from which a jump is tried in a file without an index of keyframes
-NEAR = .5        # seconds before a wanted frame in which every frame is decoded, also those that no other refers to
+NEAR = 4         # frames before a wanted one that are all decoded, also those that no other refers to
 BITS = 4         # a sample of compressed sound: at FFmpeg's default its AAC encoder distorts audibly
 CODECS = {".wav": ("wav", "pcm_s16le"), ".mp3": ("mp3", "libmp3lame"), ".m4a": ("mp4", "aac"),
           ".ogg": ("ogg", "libopus")}                                             # ending: container, codec
@@ -264,7 +264,7 @@ class _Clip:
 
 
 def _end(packet) -> float:
-    return float((packet.pts + (packet.duration or 0)) * packet.time_base)
+    return (packet.pts + (packet.duration or 0)) * float(packet.time_base)
 
 
 # --- one stream -------------------------------------------------------------------------------------------------------
@@ -279,6 +279,7 @@ class _Track:
         self.stated = clip.end(self.stream)
         self.seconds = self.stated or clip.seconds()                              # it may end before the file does
         self.reached = 0.                                                         # end of what could be decoded
+        self.near = NEAR / float(kind == "video" and self.stream.average_rate or 8)
         self.wanted = self.skipped = -math.inf                                    # frames before `wanted` may be skipped; the last that was
 
     def decode(self) -> Iterator[tuple]:
@@ -288,8 +289,8 @@ class _Track:
             frames = []
             if packet.stream is self.stream:
                 if packet.pts is not None and self.stream.type == "video":        # frames that no other refers to need not be decoded
-                    time = float(packet.pts * self.stream.time_base) - self.clip.origin
-                    skips = time < self.wanted - NEAR
+                    time = packet.pts * float(self.stream.time_base) - self.clip.origin
+                    skips = time < self.wanted - self.near
                     self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
                     self.skipped = max(self.skipped, time) if skips else self.skipped
                 try:
@@ -300,7 +301,7 @@ class _Track:
                 self.reached = max(self.reached, _end(packet) - self.clip.origin)
             for frame in frames:
                 stamp = frame.dts if frame.pts is None else frame.pts             # AVI has no pts
-                time = math.inf if stamp is None else float(stamp * self.stream.time_base) - self.clip.origin
+                time = math.inf if stamp is None else stamp * float(self.stream.time_base) - self.clip.origin
                 if time < self.seconds + 60:                                      # else the clock of an MPEG-TS wrapped
                     yield time, frame
         if self.reached < self.seconds - CUT:

@@ -181,7 +181,7 @@ def plan(config: TrainConfig, preset: str) -> dict:
     if config.stage in ALIGN:
         adapter, train = replace(adapter, adapter="none"), ALIGN[config.stage][1]
     parts = count_parameters(sizes, adapter, train)
-    lengths = {name: media_tokens(sizes, task) + text_tokens(task) + ANSWER for name, task in TASKS.items()}
+    lengths = {name: media_tokens(sizes, task) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2}
     trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
     half = sizes.native is not None or preset.endswith("7b")
     text = make_config(sizes)

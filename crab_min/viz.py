@@ -46,9 +46,11 @@ def draw_events(axes, answer: Answer, seconds: float) -> None:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
 
 
-def draw_image(axes, image: np.ndarray, answer: Answer) -> None:
-    """One image (H, W, 3) with the boxes and points of an answer."""
+def draw_image(axes, image: np.ndarray, answer: Answer, gold: Answer) -> None:
+    """One image (H, W, 3) with the boxes and points of an answer, and dashed the right boxes."""
     axes.imshow(image, extent=(0, GRID, GRID, 0))
+    for x1, y1, x2, y2 in gold.boxes:
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.8, linestyle="--", edgecolor="#3ddc4b"))
     for i, (box, points) in enumerate(answer.objects()):
         x1, y1, x2, y2 = box
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2.5, edgecolor=COLOURS[i % len(COLOURS)]))
@@ -57,10 +59,10 @@ def draw_image(axes, image: np.ndarray, answer: Answer) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def draw_medium(axes, kind: str, arrays, seconds: float, answer: Answer) -> None:
-    """An image with the answer's boxes, a strip of frames, or a sound's loudness; arrays as data.load_media gives them."""
+def draw_medium(axes, kind: str, arrays, seconds: float, answer: Answer, gold: Answer = Answer()) -> None:
+    """An image with boxes, a strip of frames, or a sound's loudness; arrays as data.load_media gives them."""
     if kind == "image":
-        draw_image(axes, arrays[0], answer)
+        draw_image(axes, arrays[0], answer, gold)
     elif kind == "video":
         draw_frames(axes, arrays, seconds)
     else:
@@ -117,18 +119,19 @@ def draw_scores(path: Path, results: dict) -> None:
 def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
     """A contact sheet: what was seen and heard, asked and answered, three a row, green where the score is above a half.
 
-    cells: (title, media as for draw_answer, answer, text, gold text, score in 0..1).
+    cells: (title, media as for draw_answer, answer, text, gold, gold text, score in 0..1).
     """
+    columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(5.4 * columns, 3.3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for part, (title, media, answer, text, gold, score) in zip(figure.subfigures(rows, columns, squeeze=False).flat, cells):
+    for part, (title, media, answer, text, gold, gold_text, score) in zip(figure.subfigures(rows, columns, squeeze=False).flat, cells):
         heights = [3 if kind == "image" else 1.4 if kind == "video" else .5 for _, kind, _, _ in media]
         for axes, (_, kind, arrays, seconds) in zip(part.subplots(len(media), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0], media):
-            draw_medium(axes, kind, arrays[::max(1, len(arrays) // 5)] if kind == "video" else arrays, seconds, answer)
+            draw_medium(axes, kind, arrays[::max(1, len(arrays) // 5)] if kind == "video" else arrays, seconds, answer, gold)
             axes.set(xticks=[])
         part.suptitle("\n".join(textwrap.wrap(shown(title), 72)), fontsize=9, x=.02, ha="left")
-        part.supxlabel("\n".join(textwrap.wrap(shown(f"says: {text}"), 80) + textwrap.wrap(shown(f"gold: {gold}"), 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
+        part.supxlabel("\n".join(textwrap.wrap(shown(f"says: {text}"), 80) + textwrap.wrap(shown(f"gold: {gold_text}"), 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
                        color="#2e7d32" if score > .5 else "#b3261e")
     save(figure, path)
 

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from crab_min.interface import answer_tag, box_text, event_tag, mask_box, points_text
+from crab_min.annotations import box_and_points
+from crab_min.interface import answer_tag, box_text, event_tag, points_text
 from crab_min.media import write_audio, write_video
 from crab_min.questions import MOVES, NUMBERS, balanced, choices, hears, listing, named, placed_at, questions, sentence, sounds
 from crab_min.things import RATE, SECONDS, SIZE
@@ -45,16 +46,6 @@ def overlap(a, b) -> list:
     on = [any(s <= t < e for s, e in a) and any(s <= t < e for s, e in b) for t in range(SECONDS)] + [False]
     edges = [t for t in range(SECONDS + 1) if on[t] != (on[t - 1] if t else False)]
     return list(zip(edges[::2], edges[1::2]))
-
-
-def box_and_points(mask: np.ndarray) -> tuple[tuple, list]:
-    """The box (x1, y1, x2, y2) and three points (x, y) of a mask (H, W) that is not empty, as integers on the 224 x 224 grid.
-
-    The points lie where the mask's columns reach a quarter, a half and three quarters of its area, midway down each column.
-    """
-    (ys, xs), (h, w) = np.nonzero(mask), mask.shape
-    columns = [np.sort(xs)[int(len(xs) * q)] for q in (.25, .5, .75)]
-    return mask_box(mask), [(int(224 * (x + .5) / w), int(224 * (np.median(ys[xs == x]) + .5) / h)) for x in columns]
 
 
 def clip(scene: Scene) -> dict:

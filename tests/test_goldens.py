@@ -1,19 +1,25 @@
-"""Our modules compute what the authors' released modules compute, with the released weights under the released names.
+"""Our modules and metrics compute what the authors' released ones compute, modules with the released weights under the released names.
 
 Each golden file has its own sizes; another folder of such files is tested with `CRAB_GOLDENS=folder pytest`.
 """
 import importlib.util
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from crab_min.beats import fbank, load_beats
 from crab_min.convert import adapter_sizes, convert
 from crab_min.ilora import ILoraConfig, record_routing
+from crab_min.interface import TASKS, gold, parse
+from crab_min.mask_metrics import null_s, soft
+from crab_min.metrics import av_f_scores, event_counts, score, segment_counts
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
 HERE = Path(__file__).parent / "goldens"
@@ -82,3 +88,38 @@ def test_qformer(golden):
     features = tensors["features"].unflatten(1, (-1, settings["tokens_per_frame"]))     # (B, T, S, W)
     with torch.no_grad():
         close(connector(features).flatten(1, 2), tensors["tokens"], 1e-4)
+
+
+def test_iou_f_and_null_agree_with_the_authors_code():
+    tensors, expected = {k: v.numpy() for k, v in load_file(GOLDENS / "metrics.safetensors").items()}, json.loads((GOLDENS / "metrics.json").read_text())["mask"]
+    scores, gold = 1 / (1 + np.exp(-tensors["mask_logits"])), tensors["mask_gt"] > .5
+    alone = [soft(scores[i:i + 1], gold[i:i + 1]) for i in range(len(gold))]
+    assert [a["miou"] for a in alone] == pytest.approx(expected["iou"], abs=1e-5)
+    assert [a["f"] for a in alone] == pytest.approx(expected["fscore"], abs=1e-5)
+    assert [null_s(scores[i:i + 1] > .5) for i in range(len(gold))] == pytest.approx(expected["null_s"], abs=1e-5)
+
+
+def test_ave_agrees_with_the_released_scorer_on_a_real_models_answers():
+    rows = [json.loads(line) for line in (GOLDENS / "ave_predictions.jsonl").read_text().splitlines()]
+    expected = json.loads((GOLDENS / "ave_expected.json").read_text())
+    result = score(TASKS["ave"], [parse(TASKS["ave"], row["prediction"]) for row in rows],
+                   [gold(TASKS["ave"], row) for row in rows], expected["classes"])
+    right, lost = expected["segment_accuracy"], 1 - result["parsed"]
+    assert result["n"] == expected["n"] and round(result["parsed"] * result["n"]) == expected["parsed"]
+    released = result["all"]["segment_accuracy_released"]
+    readings = {"exclusive_end, unparsed wrong": result["metric"], "inclusive_end, unparsed right": released,
+                "exclusive_end, unparsed right": result["metric"] + lost,
+                "inclusive_end, unparsed wrong": released - lost,
+                "exclusive_end, unparsed drop": result["metric"] / result["parsed"],
+                "inclusive_end, unparsed drop": (released - lost) / result["parsed"]}
+    assert readings == pytest.approx(right, abs=6e-6)
+
+
+def test_avvp_agrees_with_the_released_scorer():
+    golden = json.loads((GOLDENS / "metrics.json").read_text())
+    for video in golden["avvp"]:
+        found, wanted = ({side: {c: {t for t in range(10) if row[t]} for c, row in enumerate(video[f"{source}_{side}"])}
+                          for side in ("audio", "visual")} for source in ("pred", "gt"))
+        for level, counts in (("segment", segment_counts), ("event", event_counts)):
+            scores = av_f_scores(found, wanted, counts)
+            assert [scores[name] for name in golden["avvp_order"]] == pytest.approx(video[level], abs=1e-6)

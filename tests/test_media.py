@@ -117,8 +117,8 @@ def test_seeking_gives_the_frames_of_decoding_straight(name, tmp_path, monkeypat
 
 
 def test_frames_far_apart_are_not_skipped_though_no_other_refers_to_them(tmp_path, monkeypatch):
-    stamps = [20 * i for i in range(60)]                                                       # 0.8 s each, with B-frames
-    path, jumps, jump = write(tmp_path / "slow.mp4", numbered(60), stamps), [], media._Track.jump
+    stamps = [*range(200), *(200 + 40 * i for i in range(20))]                                 # 1/25 s, then 1.6 s each, with B-frames
+    path, jumps, jump = write(tmp_path / "slow.mp4", numbered(220), stamps), [], media._Track.jump
     monkeypatch.setattr(media._Track, "jump_pays", lambda *_: False)
     monkeypatch.setattr(media._Track, "jump", lambda self, time: (jumps.append(time), jump(self, time))[1])
     for count in range(3, 21):
