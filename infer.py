@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,13 +17,14 @@ import torch
 from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, without
+from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, with_sides, without
 from crab_min.features import Features
 from crab_min.evaluate import answer, cell, score_all, write_predictions
 from crab_min.flags import Parser, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.routes import record_routes
+from crab_min.side_world import CHANNELS, build_side_world
 from crab_min.trainer import RunError
 from crab_min.viz import draw_answer, draw_routes, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
@@ -43,6 +44,32 @@ def load_run(given) -> tuple[AVLanguageModel, dict, Path]:
     model.load_trained(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), config, folder
+
+
+def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: dict) -> list[Sample]:
+    """The samples as the run of a patch (PAVE) wants them: with the side channels of --side, else those that it was trained with; others as they are."""
+    for file in given.patch or []:
+        model.patches.load(file, *model.patch_widths)
+    trained = [n for n in config["train"].get("side", "").split(",") if n]
+    wanted = [side.split("=", 1) for side in given.side or trained]
+    if not wanted:
+        return samples
+    names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
+    if unknown := [n for n in names if n not in model.patches]:
+        raise RunError(f"--side {unknown[0]}: the model has no such patch, but {', '.join(model.patches) or 'none'}; load one with --patch FILE")
+    if files:
+        samples = [replace(s, row={**s.row, "sides": {n: files.get(n) or next((p.path for p in s.media if p.kind == ("audio" if n == "audio" else "video")), None) for n in names}})
+                   for s in samples]
+    return with_sides(samples, names, config["train"].get("frames", 0))
+
+
+def built_in(config: dict, things: str, seed: int) -> str | Path:
+    """The built-in world that a run was trained on, or for a patch the questions about its side channels."""
+    side, train = config["train"].get("side", ""), config["train"]
+    channels = [n for n in (train.get("about") or side).split(",") if n in CHANNELS]
+    if channels:
+        return build_side_world(things, train["world_clips"], train["world_test"], seed, channels).with_name("test.jsonl")
+    return build_world(WorldConfig(things), seed)
 
 
 def row_of(given, task, clip: str | None) -> dict:
@@ -65,24 +92,24 @@ def as_json(a: Answer) -> dict:
 def ask(given) -> None:
     """One answer for each clip."""
     task = TASKS[pick_tasks(given.task)[0]] if given.task else TASKS["avqa"]
-    clips = given.clip or [None]
-    gold = None
+    clips, gold = given.clip or [None], None
+    model, config, folder = load_run(given)
     if not given.clip and not given.image:
-        root = build_world(WorldConfig(given.things), given.seed)
+        root = built_in(config, given.things, given.seed)
         example = read_samples(root, [task.name], "test" if "test" in task.splits else "train", limit=1 + given.index)[-1]
-        clips, gold = [example], example.gold
+        clips, gold, task = [example], example.gold, example.task
         if not given.json:
             print(f"no clip given: {example.id} of the built-in world, {example.media[0].path}")
     elif not given.task and not given.ask:
         raise InterfaceError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
     samples = [c if isinstance(c, Sample) else Sample("", task, build_prompt(task, row_of(given, task, c), "", given.prompts), "", Answer(), {}) for c in clips]
-    model, config, folder = load_run(given)
+    samples = choose_sides(samples, given, model, config)
     features = Features(model, keep=True)
     features.prepare(samples)
     for sample in samples:
         began = time.time()
         if not given.json:
-            print(f"model: {folder}\nprompt: {' '.join(''.join(p.text if p.kind == 'text' else f'<{p.kind} {Path(p.path).name}>' for p in sample.parts).split())}\nanswer: ", end="", flush=True)
+            print(f"model: {folder}\nprompt: {' '.join(''.join(p.text if p.kind == 'text' else f'<{p.side or p.kind} {Path(p.path).name}>' for p in sample.parts).split())}\nanswer: ", end="", flush=True)
         streamer = None if given.json else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         limit = given.limit or config["limits"].get(task.name, DEFAULT_LIMIT)
         text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer)[0]
@@ -108,21 +135,24 @@ def evaluate(given) -> None:
     """Answers and scores for a split of --data (default: the built-in world)."""
     model, config, folder = load_run(given)
     tasks = pick_tasks(given.task or given.tasks)
-    root = given.data or build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
+    root = given.data or (built_in(config, config["train"]["things"], config["train"]["seed"]) if config["train"].get("side") else
+                          build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"]))
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
     samples = without(samples, given.without) if given.without else samples
+    samples = choose_sides(samples, given, model, config)
+    by_option = config["train"].get("answers") == "options"
     features = Features(model, config["train"].get("cache_features", True), max_bad=1.0)
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
     limits = {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in sorted({s.task.name for s in samples})}
     decoding = {"run": str(folder), "data": str(root), "split": given.split, "without": given.without, "prompts": bool(given.prompts), "limits": limits,
-                "batch_size": given.batch_size, "decoding": "greedy"}
+                "batch_size": given.batch_size, "sides": sorted({p.side for s in samples for p in s.media if p.side}), "decoding": "likeliest option" if by_option else "greedy"}
     partial = out / "answers.partial.jsonl"
     features.prepare(samples, strict=not given.allow_missing)
     if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:
         partial.unlink(missing_ok=True)                                       # of other settings
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "decoding.json", json.dumps(decoding, indent=1))
-    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing)
+    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing, by_option=by_option)
     readable = {s.id for s in features.readable(samples)}                     # the others: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
@@ -162,6 +192,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--second-video", help="the second video of a2v")
     parser.add_argument("--options", help="the options of a multiple-choice question (avqa_thu), comma-separated")
     parser.add_argument("--run", help="run folder of train.py (default: the newest finished one, else the shipped adapter)")
+    parser.add_argument("--side", action="append", help="PAVE: a side channel to use, NAME or NAME=FILE (several times; none: switch the patches off); default: the run's")
+    parser.add_argument("--patch", action="append", help="PAVE: a patch file to load beside the run's (patches/NAME.safetensors)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a clip and nothing else")
     parser.add_argument("--picture", help="where the picture goes (default: answers/CLIP_TASK.png)")
     parser.add_argument("--routes", help="also draw which head of I-LoRA served which tokens, to this PNG")

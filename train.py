@@ -12,7 +12,7 @@ from crab_min.base import BaseConfig, train_base
 from crab_min.config import PRESETS
 from crab_min.flags import Parser, add_flags, from_flags, one_line
 from crab_min.plan import plan, report
-from crab_min.trainer import TrainConfig, run
+from crab_min.trainer import TrainConfig, run, run_arms
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
         return one_line(lambda: train_base(from_flags(BaseConfig, given)), given.debug)
     if given.plan:
         return one_line(lambda: print(report(plan(from_flags(TrainConfig, given), preset))), given.debug)
-    return one_line(lambda: run(from_flags(TrainConfig, given), preset), given.debug)
+    config = from_flags(TrainConfig, given)
+    return one_line(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
 
 
 if __name__ == "__main__":

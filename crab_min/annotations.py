@@ -2,11 +2,13 @@
 
 AV-UIE v2 (Crab+) has a folder a task, with train.json and test.json. AV-UIE v1 (Crab) keeps the files of each source: `V1` says where they
 lie below the data folder and how one of their rows becomes rows of the v2 form, so that tasks, prompts and metrics are the same for both.
-Field names: papers/crab.md 6. Media are looked for where a row says, else where the end of its path lies below the folder of the source.
+PAVE's three sources that neither has (2503.19794) are rows of the same table: avsd/, scanqa/ and sqa3d/, each with the files of its authors
+and videos/NAME.mp4 (of a ScanNet scene: its frames as a film). Field names: papers/crab.md 6, papers/crema_pave.md 6. Media are looked for
+where a row says, else where the end of its path lies below the folder of the source.
 
 Differs from the released v1 loader: a frame is shown, not all the frames of its clip; AVSS hears the frame's second in training too; the
 training frame of AVSS and Ref-AVS is drawn from the name of the clip, so that every run and every rank draws the same one; the target of
-a mask is its box and points as text.
+a mask is its box and points as text. From PAVE: of AVSD every turn is a sample of its own, where five turns are answered in one.
 """
 import csv
 import json
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crab_min.interface import GRID, answer_tag, box_text, mask_box, points_text
+from crab_min.interface import GRID, TASKS, answer_tag, box_text, gold, mask_box, points_text
 
 
 class DataError(ValueError):
@@ -48,12 +50,12 @@ def read_rows(root: str | Path, task: str, split: str, limit: int = 0) -> list[d
             try:
                 found += V1[task].convert(folder, row, split == "train")
             except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
-                raise DataError(f"{path}, row {index}: {type(error).__name__}: {error}; a row of {task} in AV-UIE v1 was expected") from None
+                raise DataError(f"{path}, row {index}: {type(error).__name__}: {error}; a row of {task} as released was expected") from None
     return found[:limit or None]
 
 
 def read_list(path: Path) -> list[dict]:
-    """The objects of a JSON list, the lines of a .csv with a header, or the annotations of an LVIS file with their image and name."""
+    """The objects of a JSON list, AVSD's dialogs, the lines of a .csv with a header, or the annotations of an LVIS file with image and name."""
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8") as file:
@@ -62,6 +64,8 @@ def read_list(path: Path) -> list[dict]:
         if isinstance(rows, dict) and {"images", "annotations", "categories"} <= rows.keys():
             images, names = {i["id"]: i for i in rows["images"]}, {c["id"]: c["name"] for c in rows["categories"]}
             rows = [{**a, "image": images[a["image_id"]], "name": names[a["category_id"]]} for a in rows["annotations"]]
+        elif isinstance(rows, dict):
+            rows = rows.get("dialogs", rows)
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: broken {path.suffix[1:].upper()} ({error}); repair or download the file again") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -192,9 +196,27 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
                "gold_boxes": [box], "label_content": box_text(box)}
 
 
+# --- PAVE ------------------------------------------------------------------------------------------------------------------
+def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """The last question of a dialogue of about ten after all turns before it, with their gold answers; in training every question so."""
+    video = str((folder / "videos" / f"{row['image_id']}.mp4").absolute())                    # its sound is in it
+    for turns in range(1, len(row["dialog"]) + 1) if train else [len(row["dialog"])]:
+        *before, last = row["dialog"][:turns]
+        said = "".join(f"Question: {turn['question'].strip()} Answer: {turn['answer'].strip()} " for turn in before)
+        yield {"image_id": row["image_id"], "video_path": video, "audio_path": video,
+               "dialogue": f"{said}Question: {last['question'].strip()}", "answer": last["answer"]}
+
+
+def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """ScanQA and SQA3D: trained on the first of the answers. The type of a question is the word it begins with, as SQA3D is tabled."""
+    question = row["question"].lower().lstrip()
+    yield {**row, "video_path": str((folder / "videos" / f"{row['scene_id']}.mp4").absolute()), "answer": gold(TASKS[folder.name], row).text,
+           "type": next((word for word in ("what", "is", "how", "can", "which") if question.startswith(word)), "other")}
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where AV-UIE v1 keeps a task, below the data folder, and how a row of it becomes rows of the v2 form."""
+    """Where AV-UIE v1, or PAVE, keeps a task, below the data folder, and how a row of it becomes rows of the v2 form."""
     folder: str
     files: tuple[str, str]                             # for training, for the test ("": none)
     convert: Callable[[Path, dict, bool], Iterator[dict]]
@@ -212,4 +234,7 @@ V1 = {
     "avcap": Source("valor", ("train_samples.json", ""), avcap),
     "audiocaps": Source("audiocaps", ("train.csv", "test.csv"), audiocaps),
     "lvis": Source("lvis", ("lvis_v1_train.json", "lvis_v1_val.json"), lvis),
+    "avsd": Source("avsd", ("train_set4DSTC7-AVSD.json", "mock_test_set4DSTC10-AVSD_from_DSTC7_singref.json"), avsd),
+    "scanqa": Source("scanqa", ("ScanQA_v1.0_train.json", "ScanQA_v1.0_val.json"), scene),
+    "sqa3d": Source("sqa3d", ("SQA_train.json", "SQA_test.json"), scene),
 }

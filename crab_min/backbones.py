@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 
 from crab_min.composed import ASSETS, ComposedModel, ModelConfig, load_base, load_tokenizer
 from crab_min.config import LLAMA_CHAT
+from crab_min.llava import load_llava
 from crab_min.model import AVLanguageModel, ModelError
 from crab_min.native import load_native
 
@@ -10,21 +11,24 @@ from crab_min.native import load_native
 @dataclass
 class BackboneConfig:
     """The frozen model. Weights are named by local path or hub id."""
-    backbone: str = field(default="composed", metadata={"help": "composed (CLIP + BEATs + Q-Formers + LM) or native (Qwen2.5-Omni)", "choices": ["composed", "native"]})
+    backbone: str = field(default="composed", metadata={"help": "composed (CLIP + BEATs + Q-Formers + LM), native (Qwen2.5-Omni) or llava (LLaVA-OneVision)",
+                                                       "choices": ["composed", "native", "llava"]})
     base: str = field(default="", metadata={"help": "composed: folder of a base, or random (default: the shipped tiny base)"})
     vision: str = field(default="", metadata={"help": "composed, instead of a base: CLIP or SigLIP"})
-    audio: str = field(default="", metadata={"help": "composed, instead of a base: path of a BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt)"})
+    audio: str = field(default="", metadata={"help": "composed, instead of a base; llava, for --side audio: path of a BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt)"})
     llm: str = field(default="", metadata={"help": "composed, instead of a base: a causal LM for chat in Llama 2's format"})
-    weights: str = field(default="", metadata={"help": "native: Qwen2.5-Omni; any preset: tiny-random, small random weights of the same classes, to try a command"})
+    weights: str = field(default="", metadata={"help": "native: Qwen2.5-Omni; llava: LLaVA-OneVision; any preset: tiny-random, small random weights of the same classes, to try a command"})
     separate: bool = field(default=True, metadata={"help": "native: text between two videos or two sounds of a prompt (the released Crab+ runs them together)"})
 
 
 def load_model(config: BackboneConfig) -> AVLanguageModel:
     """The model of a run, frozen and in evaluation mode. Raises ModelError, EncoderError."""
+    if config.backbone != "composed" and not config.weights:
+        raise ModelError(f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of Qwen2.5-Omni (native) or LLaVA-OneVision (llava), or tiny-random")
     if config.backbone == "native":
-        if not config.weights:
-            raise ModelError("--backbone native: which weights? give --weights, a path or hub id of Qwen2.5-Omni, or tiny-random")
         return load_native(config.weights, config.separate)
+    if config.backbone == "llava":
+        return load_llava(config.weights, config.audio)
     parts = {"vision": config.vision, "audio": config.audio, "llm": config.llm}
     if config.weights == "tiny-random":
         return load_base("random")

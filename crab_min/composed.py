@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
+from crab_min.fusion import Patches
 from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, ModelError, missing_weights
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
@@ -52,6 +53,7 @@ class ComposedModel(AVLanguageModel):
         self.audio_qformer = QFormerConnector(QFormerConfig(audio.width, width, **config.audio_qformer))
         self.time = nn.Embedding(config.time_steps, width) if config.time_steps else None
         self.number = nn.Embedding(config.numbers, width) if config.numbers else None
+        self.patches, self.patch_widths = Patches(), (self.visual_qformer.config.hidden, width)
 
     @torch.no_grad()
     def encode(self, kind: str, media: list, seconds: list[float] | None = None) -> list[MediaFeatures]:
@@ -80,15 +82,17 @@ class ComposedModel(AVLanguageModel):
             mask = None                                                                          # x: (sum of T, S, W)
             if "audio" in kinds:
                 mask = torch.cat([F.pad(media[i].mask.to(self.device), (0, longest - media[i].mask.shape[1])) for i in chosen])[None]
-            y = connector(x[None], mask)[0]                                                      # (sum of T, Q, D)
+            read = connector.read(x[None], mask)[0]                                              # (sum of T, Q, hidden)
+            y = connector.mlp(read)                                                              # (sum of T, Q, D)
             if self.time is not None:
                 steps = torch.cat([torch.arange(n, device=y.device) for n in lengths])
                 y = y + self.time(steps.clamp(max=self.time.num_embeddings - 1))[:, None]
             if self.number is not None:
                 ranks = torch.cat([torch.full((n,), numbers[i], device=y.device) for i, n in zip(chosen, lengths)])
                 y = y + self.number(ranks.clamp(max=self.number.num_embeddings - 1))[:, None]
-            for i, part in zip(chosen, y.split(lengths)):
-                tokens[i] = part.flatten(0, 1)                                                   # (T * Q, D)
+            added = self.patches(list(read.split(lengths)), [media[i].sides for i in chosen])
+            for i, part, more in zip(chosen, y.split(lengths), added):
+                tokens[i] = (part + more).flatten(0, 1)                                          # (T * Q, D)
         return tokens
 
     def beside(self) -> dict[str, nn.Module]:

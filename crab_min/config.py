@@ -28,6 +28,13 @@ def qwen_omni(hidden: int, intermediate: int, layers: int, heads: int, kv_heads:
             "audio_config": {"num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "d_model": 1280, "output_dim": hidden}}
 
 
+def llava_onevision(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
+    """LLaVA-OneVision: transformers' default SigLIP and a Qwen2."""
+    return {"text_config": {"model_type": "qwen2", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+                            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}}
+
+
+LLAVA = {"0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True), "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False)}
 QWEN_OMNI = {"3b": qwen_omni(2048, 11008, 36, 16, 2, 151936), "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064)}
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]                # text before and after a prompt
 
@@ -36,10 +43,17 @@ CRAB_PLUS = {"backbone": "native", "r": 128, "alpha": 256, "dropout": .1, "train
              "cache_features": False, "checkpointing": True}
 CRAB = {"r": 8, "alpha": 16, "dropout": .05, "train": "adapter+connectors", "lr": 1e-4, "connector_lr": 1e-4, "batch_size": 8, "epochs": 5, "mix": 1.0,
         "cache_features": False, "checkpointing": True, "stage": "visual"}
+PAVE = {"backbone": "llava", "adapter": "lora", "r": 64, "alpha": 16, "dropout": .05, "train": "adapter", "side": "audio", "frames": 32, "tasks": "avqa", "lr": 2e-5,
+        "connector_lr": 2e-5, "clip": .1, "batch_size": 16, "epochs": 2, "target": "label", "mix": 1.0, "cache_features": False, "checkpointing": True}
 PRESETS = {
     "crab_plus-tiny": ("Crab+'s recipe on the shipped tiny base: I-LoRA, text answers, the built-in world (or --data)", {"r": 16, "alpha": 32}),
     "crab-tiny": ("Crab's recipe on the shipped tiny base: a connector a sense (--stage visual, audio), then all tasks (--stage unified)",
                   {"r": 16, "alpha": 32, "stage": "visual", "steps": 400}),
+    "pave-tiny": ("PAVE's recipe on the shipped tiny base: a patch for a side channel (--side audio, fast, depth, view) and LoRA, beside LoRA alone", {
+        "adapter": "lora", "r": 16, "alpha": 32, "dropout": 0, "train": "adapter", "side": "audio", "patch_size": 128, "answers": "options", "arms": True, "world_clips": 600,
+        "world_test": 200, "steps": 400, "connector_lr": 5e-3}),
+    "pave-0.5b": ("PAVE on LLaVA-OneVision-0.5B: a patch for a side channel, and LoRA on its LM", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"}),
+    "pave-7b": ("PAVE on LLaVA-OneVision-7B", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-7b-ov-hf"}),
     "crab_plus-3b": ("Crab+ on Qwen2.5-Omni-3B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-3B"}),
     "crab_plus-7b": ("Crab+ on Qwen2.5-Omni-7B: I-LoRA on its LM", CRAB_PLUS | {"weights": "Qwen/Qwen2.5-Omni-7B"}),
     "crab-7b": ("Crab: CLIP-L + BEATs + Q-Formers + Llama-2-7b-chat, in three stages", CRAB | {

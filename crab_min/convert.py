@@ -25,6 +25,8 @@ from torch import Tensor
 
 from crab_min.config import PRESETS
 from crab_min.flags import Parser, one_line, write_whole
+from crab_min.fusion import Patch, PatchConfig, Patches
+from crab_min.model import check_fit
 from crab_min.trainer import TrainConfig
 
 
@@ -61,13 +63,21 @@ def qformer(sense: str) -> list:
             *under(f"{sense}_Qformer.bert.", "qformer.", BERT), (f"{sense}_Qformer.cls.{{x}}", None)]               # the vocabulary head
 
 
+# values go through the key projection in the released code: v_linear never learns, and serves nothing
+PATCH = [("input_mapping.{x}", "side.{x}"), ("query_input_mapping.{x}", "video.{x}"), ("cross_attn_layers.{n}.attn.q_linear.{x}", "blocks.{n}.query.{x}"),
+         ("cross_attn_layers.{n}.attn.k_linear.{x}", "blocks.{n}.key.{x}"), ("cross_attn_layers.{n}.attn.v_linear.{x}", None),
+         ("cross_attn_layers.{n}.ffn.0.{x}", "blocks.{n}.norm.{x}"), ("cross_attn_layers.{n}.ffn.1.{x}", "blocks.{n}.mlp.0.{x}"),
+         ("cross_attn_layers.{n}.ffn.3.{x}", "blocks.{n}.mlp.2.{x}"), ("output_mapping.{x}", "out.{x}"), ("output_norm.{x}", "norm.{x}")]
 PRETRAIN = [*under("model.vl_projector.", "visual_qformer.", qformer("visual")), *under("model.al_projector.", "audio_qformer.", qformer("audio"))]
 PEFT = "base_model.model."                             # what PEFT puts before the names of all that it wraps
 TABLES = {
     "ilora": ilora(),
+    "patch": PATCH,
     "qformer": [*qformer("visual"), *qformer("audio")],
     "crab-pretrain": PRETRAIN,                         # of the aligning stages, before PEFT wrapped the model
     "crab": [*under(PEFT, "", PRETRAIN), *ilora(PEFT + "model.{layer}."), *PRETRAIN],
+    "pave": [*under(PEFT + "model.temporal_aggregator.", "patches.0.", PATCH), *under(PEFT + "model.temporal_aggregator2.", "patches.1.", PATCH),
+             (PEFT + "model.{layer}", PEFT + "model.language_model.{layer}")],                    # LoRA of PEFT, at transformers' path
     # of Qwen2.5-Omni, whose parts transformers 5 has under model.
     "crab_plus": [row for thinker in ("", "thinker.") for row in (
         *ilora(PEFT + thinker + "model.{layer}.", PEFT + "model.language_model.{layer}."),
@@ -195,7 +205,16 @@ def split_encoders(state: dict[str, Tensor], wanted: bool) -> tuple[dict[str, Te
     return {name: weight for name, weight in state.items() if name not in set(extra)}, len(extra)
 
 
-def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, preset: str) -> str:
+def patch_of(state: dict[str, Tensor]) -> Patch:
+    """A released patch; its sizes are read from its weights (heads are 128 wide, or there are four)."""
+    hidden, blocks = state["side.bias"].shape[0], {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    patch = Patch(PatchConfig(state["video.weight"].shape[1], state["side.weight"].shape[1], state["norm.weight"].shape[0], hidden, 4, len(blocks), shared_kv=True))
+    check_fit(state, patch.state_dict(), "the released patch")
+    patch.load_state_dict(state)
+    return patch
+
+
+def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, preset: str, sides: list[str]) -> str:
     """Write a run folder from released files; what was done, in a line. Raises ConvertError."""
     if out.exists() and any(out.iterdir()):
         raise ConvertError(f"{out}: exists and is not empty; choose another --out or remove it")
@@ -205,13 +224,24 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
         if twice := state.keys() & new.keys():
             raise ConvertError(f"{file}: {sorted(twice)[0]} and {len(twice) - 1} others were in a file before it; give each weight once")
         state |= new
-    adapter, dropped = split_encoders({name: weight for name, weight in state.items() if "ilora_" in name}, encoder_adapters)
-    modules = {name: weight.contiguous() for name, weight in state.items() if "ilora_" not in name}
+    adapter, dropped = split_encoders({name: weight for name, weight in state.items() if "lora_" in name}, encoder_adapters)
+    modules = {name: weight.contiguous() for name, weight in state.items() if "lora_" not in name}
+    patches = Patches()
+    for number in range(1 + max((int(name.split(".")[1]) for name in modules if name.startswith("patches.")), default=-1)):
+        if number == len(sides):
+            raise ConvertError(f"{', '.join(files)}: more patches than names in --side {','.join(sides)}; name one for each, the first patch first")
+        start = f"patches.{number}."
+        patches[sides[number]] = patch_of({name.removeprefix(start): modules.pop(name) for name in list(modules) if name.startswith(start)})
     config = replace(TrainConfig(**{**PRESETS[preset][1], "stage": ""}), encoder_adapters=encoder_adapters)
     out.mkdir(parents=True, exist_ok=True)
+    patches.save(out / "patches")
+    config = replace(config, side=",".join(patches))
     if adapter:
-        r, heads = adapter_sizes(adapter)
-        config = replace(config, r=r, heads=heads, alpha=2 * r)                 # both papers scale by 2
+        if paper == "pave":
+            config = replace(config, r=next(weight.shape[0] for name, weight in adapter.items() if "lora_A" in name))
+        else:
+            r, heads = adapter_sizes(adapter)
+            config = replace(config, r=r, heads=heads, alpha=2 * r)             # both papers scale by 2
         config.build().save_pretrained(out / "adapter")
         save_file({name: weight.contiguous() for name, weight in adapter.items()}, out / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     else:
@@ -220,7 +250,8 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
         save_file(modules, out / "modules.safetensors")
     write_whole(out / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": 0, "limits": {}, "converted": [str(f) for f in files]}, indent=1))
     write_whole(out / "metrics.json", json.dumps({"tasks": {}, "seconds": 0, "steps": 0}))
-    said = f"{len(adapter)} adapter tensors (r {config.r}, {config.heads} heads)" if adapter else "no adapter"
+    said = f"{len(adapter)} adapter tensors (r {config.r}{'' if paper == 'pave' else f', {config.heads} heads'})" if adapter else "no adapter"
+    said += f", {len(patches)} patches ({', '.join(patches)})" if patches else ""
     return (f"{out}: {said}, {len(modules)} tensors beside it" + (f"; {dropped} tensors in the encoders left out, their B is zero" if dropped else "")
             + ". It was trained with other instructions: for its answers give them with --prompts")
 
@@ -230,8 +261,10 @@ def from_run(paper: str, run: Path, file: Path) -> str:
     state: dict[str, Tensor] = {}
     for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors"):
         state |= load_file(part) if part.exists() else {}
+    for number, part in enumerate(sorted((run / "patches").glob("*.safetensors"))):
+        state |= {f"patches.{number}.{name}": weight for name, weight in load_file(part).items()}
     if not state:
-        raise ConvertError(f"{run}: neither adapter/ nor modules.safetensors; give a finished run of train.py")
+        raise ConvertError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors; give a finished run of train.py")
     state = revert(state, paper)
     temporary = file.with_name(f".{file.name}")
     torch.save(state, temporary)
@@ -241,12 +274,13 @@ def from_run(paper: str, run: Path, file: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="-m crab_min.convert", description="Released checkpoints to run folders, and back.", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus"], help="whose names")
+    parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus", "pave"], help="whose names")
     parser.add_argument("files", nargs="+", help="released files (.bin, .pt, .safetensors); with --back a run folder")
     parser.add_argument("--out", default="", help="the run folder to write (default: runs/PAPER-released)")
     parser.add_argument("--back", help="the file to write, by the released names")
     parser.add_argument("--encoder-adapters", action="store_true", help="keep Crab+'s adapters in the encoders")
-    parser.add_argument("--preset", default="", choices=["", *PRESETS], help="whose backbone the run names (default: crab-7b or crab_plus-7b)")
+    parser.add_argument("--side", default="audio", help="pave: the names of its patches' side channels, comma-separated")
+    parser.add_argument("--preset", default="", choices=["", *PRESETS], help="whose backbone the run names (default: crab-7b, crab_plus-7b or pave-7b)")
     parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
     given = parser.parse_args(arguments)
 
@@ -254,8 +288,8 @@ def main(arguments: list[str]) -> int:
         if given.back:
             print(from_run(given.paper, Path(given.files[0]), Path(given.back)))
         else:
-            preset = given.preset or ("crab_plus-7b" if given.paper == "crab_plus" else "crab-7b")
-            print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset))
+            preset = given.preset or {"crab_plus": "crab_plus-7b", "pave": "pave-7b"}.get(given.paper, "crab-7b")
+            print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset, given.side.split(",")))
     return one_line(run, given.debug)
 
 

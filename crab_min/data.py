@@ -11,6 +11,7 @@ Shapes: frames (T, H, W, 3) uint8, sound a list of T waves (N,) float32 at 16 kH
 import argparse
 import json
 import os
+import pickle
 import re
 import sys
 from collections import Counter
@@ -19,6 +20,9 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -78,8 +82,9 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
 
 
 # One's own data: what a model says, as text; or a label, where every line's answer has an <answer> tag.
+# "options" makes it a multiple choice, "sides" {name: file} names side channels (PAVE).
 OWN = {"text": Task("own", "own", "", "", ("text", "target"), parser="text", metric="rouge_l", sets=("cider",)),
-       "choice": Task("own", "own", "", "", ("target", "target"), sets=("by_class",))}
+       "choice": Task("own", "own", "", "", ("target", "target"), sets=("by_class",), types=("type",))}
 
 
 def read_own(path: Path, split: str, limit: int = 0) -> list[Sample]:
@@ -99,6 +104,7 @@ def read_own(path: Path, split: str, limit: int = 0) -> list[Sample]:
             row = json.loads(line)
             said = [message["content"].strip() for message in row["messages"]]
             files = [(kind, str(path.parent / file)) for kind in ("video", "audio", "image") for file in row.get(kind + "s") or []]
+            row["sides"] = {name: str(path.parent / file) for name, file in (row.get("sides") or {}).items()}
             if len(said) < 2 or row["messages"][-1]["role"] != "assistant":
                 raise ValueError("the last of two or more messages must be the assistant's")
             found.append((row, own_parts("\n".join(said[:-1]), files), said[-1]))
@@ -187,11 +193,75 @@ def one_sense(samples: list[Sample], kind: str) -> list[Sample]:
     return changed
 
 
+FAST, FAST_RATE = 16, 25                               # a dense stream: pixels of its square frames, frames a second
+MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt writes before a sound
+
+
+def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list[Sample]:
+    """The form of PAVE: the prompt has no sound; side channels follow the video (or image) that they belong to.
+
+    names: "audio", the sample's sound; "fast", all the frames of the video; or a key of the row's "sides" {name: file}, which for such
+    rows says what there is. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
+    sample without any of them.
+    """
+    changed = []
+    for s in samples:
+        sounds, seen = [p for p in s.media if p.kind == "audio"], [p for p in s.media if p.kind in ("video", "image")]
+        own = s.row.get("sides")
+        places = dict(own) if own else {"audio": sounds and sounds[0].path, "fast": seen and seen[0].kind == "video" and seen[0].path}
+        sides = [side_part(name, str(places[name]), seen, sounds) for name in names if places.get(name)]
+        if names and (not sides or len(seen) != 1 or len(sounds) > 1):
+            raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; --side "
+                            f"{','.join(names)} wants one video with at least one of them (rows of a .jsonl name their files under \"sides\")")
+        parts = []
+        for i, p in enumerate(s.parts):
+            if p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":
+                continue
+            parts += [p, *sides] if p.kind in ("video", "image") else [p]
+        changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view") else p for p in parts]))
+    return changed
+
+
+def side_part(name: str, path: str, seen: list[Part], sounds: list[Part]) -> Part:
+    """A side channel as a part: a dense stream, a sound, an array, or for any other file the frames of a second video."""
+    if name == "fast":
+        return Part("fast", path=path, side=name)
+    if Path(path).suffix in (".npy", ".pt", ".safetensors"):
+        return Part("array", path=path, side=name)
+    if name == "audio":
+        return replace(sounds[0], path=path, side=name) if sounds else Part("audio", path=path, side=name)
+    return Part("view", path=path, frames=seen[0].frames if seen else 10, side=name)
+
+
+def read_array(path: str) -> np.ndarray:
+    """A side channel that was computed before: (U, W), (U, S, W) or (U, rows, columns, W) in a .npy, .pt or .safetensors -> (U, S, W). Raises MediaError."""
+    try:
+        if path.endswith(".npy"):
+            x = np.load(path)
+        else:
+            x = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+            x = next(iter(x.values())) if isinstance(x, dict) else x
+            x = x.float().numpy()
+        x = np.asarray(x, np.float32)
+    except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, StopIteration, pickle.UnpicklingError) as error:
+        raise MediaError(f"{path}: not one array of numbers ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); save one with numpy.save or "
+                         "torch.save") from None
+    if not 2 <= x.ndim <= 4 or not x.size or not np.isfinite(x).all():
+        raise MediaError(f"{path}: an array of shape {x.shape}{'' if np.isfinite(x).all() else ' with values that are not finite'}; a side channel is (steps, width), "
+                         "(steps, tokens, width) or (steps, rows, columns, width)")
+    return x[:, None] if x.ndim == 2 else x.reshape(len(x), -1, x.shape[-1])
+
+
 def load_media(part: Part, size: int) -> tuple:
     """(arrays, seconds) of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,); and how long it is. Raises MediaError."""
+    if part.kind == "array":
+        return read_array(part.path), 0.
+    if part.kind == "fast":
+        seconds = media_seconds(part.path)
+        return read_video(part.path, max(1, round(FAST_RATE * seconds)), FAST).frames, seconds
     if part.path == BLACK:
         return np.zeros((part.frames if part.kind == "video" else 1, size, size, 3), np.uint8), float(part.frames)
-    if part.kind == "video":
+    if part.kind in ("video", "view"):
         clip = read_video(part.path, part.frames, size)
         return clip.frames, clip.seconds
     if part.kind == "image":
@@ -204,7 +274,8 @@ def load_media(part: Part, size: int) -> tuple:
 
 def drawn_media(sample: Sample) -> list[tuple]:
     """The media of a sample as viz.py draws them: (name, kind, arrays, seconds) in the order of the prompt."""
-    return [(f"{p.kind}: {Path(p.path).name}", p.kind, *load_media(p, GRID)) for p in sample.media]
+    return [(f"{p.side or p.kind}: {Path(p.path).name}", "video" if p.kind == "view" else p.kind, *load_media(p, GRID)) for p in sample.media
+            if p.kind not in ("fast", "array")]
 
 
 class MediaSet:

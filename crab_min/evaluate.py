@@ -8,6 +8,7 @@ import re
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from crab_min.data import Sample, drawn_media
@@ -34,9 +35,10 @@ def plan_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
 
 
 def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
-           partial: Path | None = None, strict: bool = True) -> list[str]:
+           partial: Path | None = None, strict: bool = True, by_option: bool = False) -> list[str]:
     """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`.
 
+    by_option: of a sample that has options, the likeliest one (`choose`), and nothing is generated.
     partial: a file that keeps the answers of the batches done so far, for a run that is killed: with the same plan it goes on after them.
     """
     training, plan = model.training, plan_batches(samples, batch_size)
@@ -45,7 +47,10 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
     model.eval()
     with tqdm(total=len(samples), initial=len(texts), desc=desc, unit="sample") as bar:
         for whole, (batch, media) in zip(left, features.batches(left, strict)):
-            said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128)) if batch else []
+            if by_option and batch and all(options(s) for s in batch):
+                said = choose(model, batch, media)
+            else:
+                said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128)) if batch else []
             new = {s.id: "" for s in whole} | {s.id: text for s, text in zip(batch, said)}
             texts |= new
             if partial:
@@ -54,6 +59,25 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
             bar.update(len(whole))
     model.train(training)
     return [texts[s.id] for s in samples]
+
+
+def options(sample: Sample) -> list[str]:
+    """The answers to choose from, as the model would write them; none for an open question."""
+    return [write(sample.task, Answer(choice=str(o))) for o in sample.row.get("options") or sample.row.get("multi_choice") or []]
+
+
+@torch.no_grad()
+def choose(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
+    """The option of each sample that the model finds likeliest: the sum of the log probabilities of its tokens."""
+    pairs = [(i, text) for i, s in enumerate(samples) for text in options(s)]
+    losses = []
+    for some in (pairs[i:i + 64] for i in range(0, len(pairs), 64)):
+        batch = model.collate([samples[i].parts for i, _ in some], [media[i] for i, _ in some], [text for _, text in some])
+        losses += model.losses(batch).sum(1).tolist()
+    best: dict[int, tuple] = {}
+    for (i, text), loss in zip(pairs, losses):
+        best[i] = min(best.get(i, (loss, text)), (loss, text))
+    return [best[i][1] for i in range(len(samples))]
 
 
 def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
@@ -87,7 +111,7 @@ def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
         types.setdefault(s.task, {}).setdefault(kind, []).append((parse(s.task, text), s.gold))
     for task, groups in types.items():
         result[task.name] = score(task, *zip(*(pair for group in groups.values() for pair in group)))
-        if task.types:
+        if task.types and set(groups) != {""}:
             result[task.name]["types"] = {kind: {**{k: v for k, v in score(task, *zip(*group)).items() if k in ("metric", "n")},
                                                  "blind": best_constant(task, [g for _, g in group], [g for _, g in group])[0]}
                                           for kind, group in sorted(groups.items())}

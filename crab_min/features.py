@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from crab_min.data import BLACK, DataError, MediaSet, Sample
+from crab_min.fusion import encode_side
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
 
@@ -69,7 +70,9 @@ class Features:
                 if len(self.bad) > self.max_bad * self.total and len(self.bad) > 1:
                     raise DataError(f"{len(self.bad)} unreadable files, more than --max-bad {self.max_bad:.0%}; the last: {reason}")
         for (kind, _), items in groups.items():
-            for (part, *_), features in zip(items, self.model.encode(kind, [arrays for _, arrays, _ in items], [seconds for *_, seconds in items])):
+            arrays = [arrays for _, arrays, _ in items]
+            found = [encode_side(kind, a) for a in arrays] if kind in ("fast", "array") else self.model.encode(kind, arrays, [seconds for *_, seconds in items])
+            for (part, *_), features in zip(items, found):
                 features.features = features.features.half()
                 self.store[part] = features
 

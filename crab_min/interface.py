@@ -1,4 +1,4 @@
-"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1 alone has).
+"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1 and PAVE add).
 
 Crab+ (2603.04128) trains all its tasks through text: media and an instruction go in, out come reasoning in prose and
 then the label in a tag. A dataset is a row of TASKS (papers/crab.md 2.5, 6.1), which training, evaluation and infer.py
@@ -31,12 +31,13 @@ class InterfaceError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Part:
     """One piece of a prompt: text, or a medium to be decoded."""
-    kind: str                                          # "text", "video", "audio", "image"
+    kind: str                                          # "text", "video", "audio", "image"; of a side channel also "view", "fast", "array"
     text: str = ""
     path: str = ""
     frames: int = 10                                   # of a video
     window: str = "tenths"                             # of an audio file, see audio_windows
     index: int = 0                                     # which piece of the audio goes with the image ("fifth", "tenth")
+    side: str = ""                                     # side channel of the video before it (PAVE): its name; no tokens of its own
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Answer:
     text: str = ""
     error: str | None = None
     owners: list = field(default_factory=list, compare=False)      # for each point, the index of its box
-    choices: tuple = field(default=(), compare=False)              # golds of avqa_thu: the options of the row
+    choices: tuple = field(default=(), compare=False)              # golds: the options of the row (avqa_thu), or all right texts (scanqa, sqa3d)
 
     def objects(self) -> list:
         """[(box, its points), ...]; without `owners` the points are dealt out evenly, in order."""
@@ -71,7 +72,7 @@ IMAGE, SOUND = ("image", ("image_path", "visual_path"), ""), ("audio", ("audio_p
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset: a folder of AV-UIE v2, or a source of v1."""
+    """One dataset: a folder of AV-UIE v2, or a source of v1 or of PAVE (2503.19794)."""
     name: str
     family: str                                        # one of the paper's seven tasks
     ask: str                                           # the instruction, with the placeholders of `slots`
@@ -88,7 +89,7 @@ class Task:
     options: tuple = ()                                # the only answers there are, in canonical form
     types: tuple = ()                                  # fields that name the type of a question, scored apart too
     splits: tuple = ("train", "test")
-    v2: bool = True                                    # a folder of AV-UIE v2; else of v1 alone
+    v2: bool = True                                    # a folder of AV-UIE v2; else of v1 or PAVE alone
 
 
 TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")
@@ -138,6 +139,13 @@ TASKS = {task.name: task for task in (
          metric="rouge_l", sets=("cider",), media=(SOUND,), v2=False),
     Task("lvis", "segmentation", "Where is the {name}? Give its box.", "label_content", IN_MASK, parser="box",
          metric="first_box", media=(IMAGE,), slots=(("name", ("name",)),), v2=False),
+    Task("avsd", "qa", "Answer the last question of the dialogue. {dialogue}", "answer", ("text", "answer"), parser="text",
+         metric="rouge_l", sets=("cider",), slots=(("dialogue", ("dialogue",)),), v2=False),
+    Task("scanqa", "qa", "Answer in a few words: {question}", "answer", ("texts", "answers"), parser="text",
+         metric="exact_match", sets=("refined",), media=(VIDEO,), slots=(QUESTION,), v2=False),
+    Task("sqa3d", "qa", "Answer in a few words: {situation} {question}", "answer", ("texts", "answers"), parser="text",
+         metric="exact_match", sets=("refined", "substring_of_gold"), media=(VIDEO,),
+         slots=(("situation", ("situation",)), QUESTION), types=("type",), v2=False),
 )}
 
 
@@ -462,6 +470,14 @@ def gold_boxes(task: Task, boxes: list) -> Answer:
     return Answer(boxes=[check_box(box) for box in boxes], exists=bool(boxes) if task.parser == "exists" else None)
 
 
+def gold_texts(task: Task, answers: list) -> Answer:
+    """Several right answers: the first is the text, all of them are the choices. Released as texts or as {"answer": text}."""
+    if not isinstance(answers, list) or not answers:
+        raise Unreadable("no list with an answer in it")
+    texts = [parse_text(task, a.get("answer", "") if isinstance(a, dict) else a).text for a in answers]
+    return Answer(text=texts[0], choices=tuple(texts))
+
+
 GOLDS = {                                              # reader of a gold field, and what it reads
     "choice": (lambda task, label: parse_choice(task, answer_tag(canonical(label))), "a label"),
     "option": (gold_option, "the index of the right option (from 0) and the list of options"),
@@ -470,5 +486,6 @@ GOLDS = {                                              # reader of a gold field,
     "corners": (lambda task, first, last: gold_boxes(task, [(*first, *last)]), f"[x1, y1] and [x2, y2], 0 to {GRID}"),
     "boxes": (gold_boxes, "the boxes of the row's mask (read_samples derives them)"),
     "text": (parse_text, "a text"),
+    "texts": (gold_texts, 'a list of texts, or of objects with a text under "answer"'),
     "target": (lambda task, text: PARSERS[task.parser](task, text), "a text with the label in its tag or box"),
 }

@@ -4,19 +4,22 @@ accuracy    canonical labels are equal                   segments    AVE: share 
 event_f     UnAV: F over seconds, mean over classes      av_event_f  AVVP: event_f for audio, visual and both at once
 first_box   arig, s4: IoU of the first box               all_boxes   MS3: matched IoUs over the larger number of boxes
 exists_box  Ref-AVS: IoU, or rightly "false"             rouge_l     F1 of the longest common subsequence of words
+exact_match ScanQA, SQA3D: a cleaned text equals a gold
 
 Beside the main number stand others that papers report: each sample's own, and those of a whole set (SETS: recall and F1
 by class for emotions, CIDEr for captions). A prediction that does not parse is scored 0 and counted, never dropped, and
 the end of a span is exclusive. Released scorers differ: AVE's takes unparsed clips for ten right background seconds and
 ends inclusive (segment_accuracy_released), MUSIC-AVQA's leaves out answers outside of its vocabulary and looks for the
-answer as a substring (substring_released). AVVP's agrees.
+answer as a substring (substring_released); PAVE's and CREMA's take parts of 3D answers (refined, substring_of_gold).
+AVVP's agrees.
 """
 import math
 import re
 from collections import Counter
+from functools import lru_cache
 from statistics import fmean, median_low
 
-from crab_min.interface import Answer, Task, canonical, write
+from crab_min.interface import WORDS, Answer, Task, canonical, write
 
 SECONDS = 10                                           # AVE and LLP clips, and UnAV as cut for AV-UIE v2
 
@@ -175,6 +178,25 @@ def rouge_l(prediction: Answer, gold: Answer) -> dict:
     return {"metric": 2 * row[-1] / max(len(a) + len(b), 1)}
 
 
+# --- short free answers --------------------------------------------------------------------------------------------
+@lru_cache(100_000)
+def cleaned(text: str) -> str:
+    """The form in which free answers are compared: "The 2 chairs." == "two chairs".
+
+    Lower case, every sign that is no letter or digit a blank, 0 to 20 in words, without a, an, the (unless that is all
+    there is). LEO's clean_answer, which PAVE uses, also mends slips of its data and takes none for zero: numbers differ a
+    little.
+    """
+    words = [WORDS[int(w)] if re.fullmatch("1?[0-9]|20", w) else w for w in re.findall(r"[^\W_]+", text.lower())]
+    return " ".join([w for w in words if w not in ("a", "an", "the")] or words)
+
+
+def exact_match(prediction: Answer, gold: Answer) -> dict:
+    """EM@1: 1 where the cleaned answer is one of the cleaned golds (choices, else the text); an empty one is none of them."""
+    said = cleaned(prediction.text)
+    return {"metric": float(bool(said) and said in map(cleaned, gold.choices or (gold.text,)))}
+
+
 # --- a whole set ---------------------------------------------------------------------------------------------------
 def said(answer: Answer) -> str:
     """The canonical choice, "" where there is none."""
@@ -195,6 +217,27 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict:
     counted = [(p, g) for p, g in zip(predictions, golds) if said(p) in vocabulary]
     return {"substring_released": fmean(str(g.choice).lower() in str(p.choice).lower() for p, g in counted) if counted else 0.,
             "counted_released": len(counted) / len(golds)}
+
+
+def refined(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """PAVE's (LEO's) lenient EM, as released: right too where, without blanks, a gold is part of the answer or the answer part of a gold.
+
+    So "no" is right for "piano", and so is an empty answer, which is part of everything and wrong for exact_match.
+    """
+    texts = [[cleaned(text).replace(" ", "") for text in (p.text, *(g.choices or (g.text,)))] for p, g in zip(predictions, golds)]
+    return {"refined": fmean(any(answer in right or right in answer for right in rights) for answer, *rights in texts)}
+
+
+def substring_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """What CREMA calls EM on SQA3D, as released: right if the answer is part of the first gold ("a" of "table"), as an empty one is.
+
+    The answer: its first line in lower case, without commas; where the gold is one word, its last word; 1 to 10 in words.
+    """
+    def answer(p: Answer, g: Answer) -> str:
+        line = p.text.replace(",", "").strip().split("\n")[0].lower()
+        word = line.split(" ")[-1] if " " not in g.text else line
+        return WORDS[int(word)] if re.fullmatch("[1-9]|10", word) else word
+    return {"substring_of_gold": fmean(answer(p, g) in g.text for p, g in zip(predictions, golds))}
 
 
 def cider(predictions: list[Answer], golds: list[Answer]) -> dict:
@@ -221,8 +264,8 @@ def cider(predictions: list[Answer], golds: list[Answer]) -> dict:
 
 
 # --- a task --------------------------------------------------------------------------------------------------------
-METRICS = {f.__name__: f for f in (accuracy, segments, event_f, av_event_f, first_box, all_boxes, exists_box, rouge_l)}
-SETS = {f.__name__: f for f in (by_class, substring_released, cider)}
+METRICS = {f.__name__: f for f in (accuracy, segments, event_f, av_event_f, first_box, all_boxes, exists_box, rouge_l, exact_match)}
+SETS = {f.__name__: f for f in (by_class, substring_released, refined, substring_of_gold, cider)}
 
 
 def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: list[str] | None = None, whole: bool = True) -> dict:

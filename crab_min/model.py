@@ -8,7 +8,7 @@ composed.py (CLIP + BEATs + Q-Formers + any causal LM) and native.py (Qwen2.5-Om
 Shapes: B samples, L length, D width of the LM, T frames or sound segments, S tokens each.
 """
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,17 +59,20 @@ class MediaFeatures:
     features: Tensor
     mask: Tensor | None = None                         # which of the features are real
     seconds: float = 0                                 # length of the video or sound
+    sides: dict = field(default_factory=dict)          # of a video or image in a batch: its side channels by name (fusion.py)
 
 
 class AVLanguageModel(nn.Module):
     """Encoders + LM. `encode` makes what can be kept (data.Features), `forward` gives the loss, `generate` the answers.
 
-    A backbone defines: `frame_size` (pixels of the square frames it takes), `encode`, `count`, `tokens`, and what its LM wants to
-    know beside the embeddings (`beside_embeddings`, `logits`).
+    A backbone defines: `frame_size` (pixels of the square frames it takes), `encode`, `count`, `tokens`, what its LM wants to know
+    beside the embeddings (`beside_embeddings`, `logits`), and `patches` (fusion.Patches) with the widths of the video tokens they serve.
     llm: a transformers LM, wrapped by PEFT once it has an adapter. marks: kind -> (token ids before a medium, its placeholder, ids after).
     ends: token ids that begin every prompt, and the one that ends an answer. template: text before and after every prompt.
     """
     frame_size: int
+    patches: nn.ModuleDict                             # side channel -> patch (PAVE); a clip without that channel is left as it is
+    patch_widths: tuple[int, int]                      # of a video's tokens before the projector, and in the LM
 
     def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, marks: dict, ends: tuple[list[int], int], template: list[str]):
         super().__init__()
@@ -112,6 +115,7 @@ class AVLanguageModel(nn.Module):
         prompts: the parts of each sample (interface.build_prompt); media: the features of its media parts, in order.
         """
         rows, labels, (begin, end) = [], [], self.ends
+        prompts, media = zip(*(beside_videos(parts, list(found)) for parts, found in zip(prompts, media)))
         for i, parts in enumerate(prompts):
             queue, ids = iter(media[i]), [*begin, *self.encode_text(self.template[0])]
             for part in parts:
@@ -143,12 +147,14 @@ class AVLanguageModel(nn.Module):
             x = x.masked_scatter(places[..., None], torch.cat(self.tokens(batch["media"], batch["numbers"])).to(x.dtype))
         return x
 
+    def losses(self, batch: dict) -> Tensor:
+        """(B, places) the cross-entropy of each answer token, 0 where there is none."""
+        keep = int((batch["labels"] != -100).sum(1).max()) + 1                                   # left padding: answers end the rows
+        return F.cross_entropy(self.logits(batch, keep)[:, :-1].mT.float(), batch["labels"][:, -keep + 1:], ignore_index=-100, reduction="none")
+
     def forward(self, batch: dict) -> tuple[Tensor, int]:
         """(sum of the cross-entropy over the answer tokens of the batch, their number)."""
-        keep = int((batch["labels"] != -100).sum(1).max()) + 1                                   # left padding: answers end the rows
-        labels = batch["labels"][:, -keep + 1:].reshape(-1)
-        loss = F.cross_entropy(self.logits(batch, keep)[:, :-1].flatten(0, 1).float(), labels, ignore_index=-100, reduction="sum")
-        return loss, int((labels != -100).sum())
+        return self.losses(batch).sum(), int((batch["labels"] != -100).sum())
 
     @torch.no_grad()
     def generate(self, batch: dict, limit: int, streamer=None) -> list[str]:
@@ -178,9 +184,10 @@ class AVLanguageModel(nn.Module):
 
     # --- files
     def save_trained(self, folder: Path) -> None:
-        """adapter/ (PEFT) and modules.safetensors (what was trained beside it), the model part of a run folder."""
+        """adapter/ (PEFT), patches/ and modules.safetensors (what was trained beside them), the model part of a run folder."""
         if isinstance(self.llm, PeftModel):
             self.llm.save_pretrained(folder / "adapter")
+        self.patches.save(folder / "patches")
         state = {f"{name}.{key}": value.contiguous() for name, module in self.beside().items()
                  for key, value in module.state_dict().items() if name in self.loaded or any(p.requires_grad for p in module.parameters())}
         if state:
@@ -191,12 +198,15 @@ class AVLanguageModel(nn.Module):
         folder = Path(folder)
         if (folder / "adapter").is_dir():
             self.llm = get_peft_model(self.llm, PeftConfig.from_pretrained(str(folder / "adapter")))
-        elif not (folder / "modules.safetensors").exists():
-            raise ModelError(f"{folder}: neither adapter/ nor modules.safetensors; give a finished run of train.py")
+        elif not any((folder / name).exists() for name in ("patches", "modules.safetensors")):
+            raise ModelError(f"{folder}: neither adapter/ nor patches/ nor modules.safetensors; give a finished run of train.py")
         self.restore_trained(folder)
 
     def restore_trained(self, folder: Path) -> None:
-        """Put the values that `save_trained` wrote into the adapter and the modules that are already there. Raises ModelError."""
+        """Put the values that `save_trained` wrote into the adapter, the patches and the modules that are already there. Raises ModelError."""
+        for file in sorted((folder / "patches").glob("*.safetensors")):
+            self.patches.load(file, *self.patch_widths)
+        self.patches.to(self.device)
         if (folder / "adapter").is_dir() and isinstance(self.llm, PeftModel):
             file = folder / "adapter" / "adapter_model.safetensors"
             state = load_file(file)
@@ -213,6 +223,17 @@ class AVLanguageModel(nn.Module):
                 check_fit(state, self.beside()[name].state_dict(), f"{file}, {name}")
                 self.beside()[name].load_state_dict(state)
                 self.loaded.add(name)
+
+
+def beside_videos(parts: list, media: list[MediaFeatures]) -> tuple[list, list[MediaFeatures]]:
+    """A prompt without its side channels, which go to the video or image that they follow: they have no tokens of their own."""
+    kept: list[MediaFeatures] = []
+    for part, features in zip([p for p in parts if p.kind != "text"], media):
+        if part.side:
+            kept[-1] = replace(kept[-1], sides={**kept[-1].sides, part.side: features})
+        else:
+            kept.append(features)
+    return [p for p in parts if not p.side], kept
 
 
 def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | str) -> None:

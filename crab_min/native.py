@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor,
                           Qwen2VLVideoProcessor, WhisperFeatureExtractor)
 
+from crab_min.fusion import Patches
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
 
@@ -36,6 +37,7 @@ class NativeModel(AVLanguageModel):
         marks = {kind: ([ids[before]], ids[place], [ids[after]]) for kind, (before, place, after) in MARKS.items()}
         super().__init__(thinker, text, marks, ([], text.convert_tokens_to_ids("<|im_end|>")), TEMPLATE)
         self.processor, self.separate = processor, separate
+        self.patches, self.patch_widths = Patches(), (self.thinker.config.text_config.hidden_size,) * 2
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -94,6 +96,10 @@ class NativeModel(AVLanguageModel):
                     x = look(torch.cat(features), grids).pooler_output
                 for i, tokens in zip(chosen, x):
                     found[i] = tokens
+        patched = [i for i, m in enumerate(media) if m.sides]
+        seen = [found[i].unflatten(0, (self.grid(media[i])[0], -1)) for i in patched]            # (T, S, D): its merger has no state before a projector
+        for i, more in zip(patched, self.patches([x.float() for x in seen], [media[i].sides for i in patched])):
+            found[i] = found[i] + (more if isinstance(more, int) else more.flatten(0, 1).to(found[i].dtype))
         return found
 
     # --- prompts

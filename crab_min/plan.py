@@ -5,6 +5,7 @@ backward is counted too, not derived: the LM's forward runs on tensors without v
 same code that will train; the difference is a layer. All sizes are for one GPU; encoders run without gradients and are left out of the
 activations, and so is what the CUDA libraries take for themselves (about a gigabyte).
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,16 +14,20 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (AutoConfig, AutoModelForCausalLM, CLIPVisionModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2_5OmniThinkerConfig,
+                          Qwen2_5OmniThinkerForConditionalGeneration)
 
 from crab_min.beats import Beats, BeatsConfig
 from crab_min.composed import load_tokenizer
-from crab_min.config import CLIP_LARGE, LLAMA_2_7B, QWEN_OMNI, TINY_MODEL
+from crab_min.config import CLIP_LARGE, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL
+from crab_min.data import pick_tasks
 from crab_min.encoders import ATTENTION
+from crab_min.fusion import Patch, PatchConfig
 from crab_min.interface import TASKS, Task, audio_windows
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
-from crab_min.trainer import ALIGN, TrainConfig
+from crab_min.trainer import ALIGN, TrainConfig, side_names
 
 GPUS = (16, 24, 48, 80)                                # GB
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8                 # bytes a weight: 4 bits, an 8-bit scale for 64 of them, a float for 256 scales (QLoRA, 2305.14314)
@@ -31,8 +36,9 @@ CLIP_SECONDS = {"spread": 60., "fifths": 5., "fifth": 5.}                       
 
 @dataclass
 class Sizes:
-    """The models of a preset as plain configs; `native` holds the thinker, or the other fields the parts of a composed model."""
+    """The models of a preset as plain configs; `native` holds the thinker or LLaVA-OneVision, or the other fields the parts of a composed model."""
     native: dict | None = None
+    llava: bool = False
     vision: dict | None = None
     audio: dict | None = None
     llm: dict | None = None
@@ -44,6 +50,8 @@ def sizes_of(preset: str) -> Sizes:
     """The configs of a preset's models."""
     if preset.startswith("crab_plus-") and preset.removeprefix("crab_plus-") in QWEN_OMNI:
         return Sizes(native=QWEN_OMNI[preset.removeprefix("crab_plus-")])
+    if preset.startswith("pave-") and preset.removeprefix("pave-") in LLAVA:
+        return Sizes(native=LLAVA[preset.removeprefix("pave-")], llava=True)
     if preset == "crab-7b":
         return Sizes(vision=CLIP_LARGE, audio={}, llm=LLAMA_2_7B, visual_qformer={}, audio_qformer={})
     tiny = {k: TINY_MODEL[k] for k in ("vision", "audio", "llm", "visual_qformer", "audio_qformer")}
@@ -56,14 +64,18 @@ def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
         config = AutoConfig.for_model(**sizes.llm)
         config.num_hidden_layers = layers or config.num_hidden_layers
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION if config.hidden_size < 1024 else "sdpa")
-    config = Qwen2_5OmniThinkerConfig(**sizes.native)
+    config = LlavaOnevisionConfig(**sizes.native) if sizes.llava else Qwen2_5OmniThinkerConfig(**sizes.native)
     if layers:
-        config.text_config.num_hidden_layers, config.vision_config.depth, config.audio_config.encoder_layers = layers, 1, 1
+        config.text_config.num_hidden_layers = layers
         config.text_config.layer_types = config.text_config.layer_types[:layers]
-    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+        if sizes.llava:
+            config.vision_config.num_hidden_layers = 1
+        else:
+            config.vision_config.depth, config.audio_config.encoder_layers = 1, 1
+    return (LlavaOnevisionForConditionalGeneration if sizes.llava else Qwen2_5OmniThinkerForConditionalGeneration)(config)
 
 
-def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str) -> dict[str, tuple[int, int]]:
+def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig]) -> dict[str, tuple[int, int]]:
     """{part: (trained, frozen)} parameters of the whole model."""
     with torch.device("meta"):
         lm = make_lm(sizes)
@@ -72,7 +84,9 @@ def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str) -> dict[s
         lm = get_peft_model(lm, peft_config) if peft_config else lm
         base = lm.get_base_model() if peft_config else lm
         parts = {"language model": base}
-        if sizes.native is not None:
+        if sizes.llava:
+            parts = {"vision encoder": base.model.vision_tower, "projector": base.model.multi_modal_projector, "language model": base.model.language_model, "head": base.lm_head}
+        elif sizes.native is not None:
             parts = {"vision encoder": base.model.visual, "audio encoder": base.model.audio_tower, "language model": base.model.language_model, "head": base.lm_head}
         else:
             clip, beats = CLIPVisionModel(AutoConfig.for_model(**sizes.vision)), Beats(BeatsConfig.from_dict(sizes.audio))
@@ -86,6 +100,7 @@ def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str) -> dict[s
             if "words" in train:
                 base.get_input_embeddings().requires_grad_(True)
             parts = {"vision encoder": clip, "audio encoder": beats, **connectors, **parts}
+        parts |= {f"patch for {name}": Patch(config) for name, config in patches.items()}
     counted, found = {}, set()
     for name, part in parts.items():
         new = [(n, p) for n, p in part.named_parameters() if id(p) not in found]                    # a tied head is counted once
@@ -149,20 +164,73 @@ def activations(sizes: Sizes, adapter: AdapterConfig, batch: int, length: int, a
 
 def make_config(sizes: Sizes):
     """The transformers config of the LM."""
-    return AutoConfig.for_model(**sizes.llm) if sizes.native is None else Qwen2_5OmniThinkerConfig(**sizes.native).text_config
+    if sizes.native is None:
+        return AutoConfig.for_model(**sizes.llm)
+    return (LlavaOnevisionConfig if sizes.llava else Qwen2_5OmniThinkerConfig)(**sizes.native).text_config
 
 
-def media_tokens(sizes: Sizes, task: Task) -> int:
+# side steps, tokens a step and width, as the released patches have them: ImageBind each second of a minute, LanguageBind twice a second for two, LLaVA-3D, four cameras
+SIDES = {"audio": (59, 1, 1024), "fast": (240, 4, 1024), "depth": (32, 576, 1024), "view": (128, 196, 1152)}
+
+
+def patch_sizes(sizes: Sizes, config: TrainConfig) -> tuple[dict[str, PatchConfig], tuple[int, int]]:
+    """The patches of a run by name, and (frames, tokens a frame) of the videos that they read."""
+    if sizes.llava:
+        vision = LlavaOnevisionConfig(**sizes.native).vision_config
+        width, grid = vision.hidden_size, math.ceil(vision.image_size // vision.patch_size / 2) ** 2
+    elif sizes.native is None:
+        connector = QFormerConfig(1, 1, **sizes.visual_qformer)
+        width, grid = connector.hidden, connector.queries
+    else:
+        width, grid = make_config(sizes).hidden_size, 64
+    return {name: PatchConfig(width, SIDES.get(name, SIDES["audio"])[2], make_config(sizes).hidden_size, config.patch_size, layers=config.patch_layers,
+                              shared_kv=config.shared_kv, rope=config.patch_rope) for name in side_names(config)}, (config.frames or 10, grid)
+
+
+def flops(module: nn.Module, *inputs, **named) -> int:
+    """Floating-point operations of a forward on tensors without values, two for a multiplication and its addition."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs, **named)
+    return counter.get_total_flops()
+
+
+def patch_costs(sizes: Sizes, config: TrainConfig, tokens: int) -> dict[str, tuple[int, int]]:
+    """{patch, and "base": the frozen model on `tokens` tokens (LLaVA-OneVision: with its encoder): (parameters, FLOPs)}."""
+    patches, (frames, grid) = patch_sizes(sizes, config)
+    found = {}
+    with torch.device("meta"):
+        for name, c in patches.items():
+            steps, count, width = SIDES.get(name, SIDES["audio"])
+            patch = Patch(c)
+            found[name] = sum(p.numel() for p in patch.parameters()), flops(patch, torch.empty(1, frames, grid, c.video), torch.empty(1, steps, count, width))
+        lm = make_lm(sizes)
+        decoder, mask = getattr(lm.model, "language_model", lm.model), torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
+        mask = mask if decoder is lm.model else {"full_attention": mask, "sliding_attention": mask}
+        spent = flops(decoder, inputs_embeds=torch.empty(1, tokens, make_config(sizes).hidden_size), attention_mask=mask, use_cache=False)
+        if sizes.llava:
+            side = lm.config.vision_config.image_size
+            spent += flops(lm.model.vision_tower, torch.empty(frames, 3, side, side))
+        found["base"] = sum(p.numel() for p in lm.parameters()), spent
+    return found
+
+
+def media_tokens(sizes: Sizes, task: Task, config: TrainConfig) -> int:
     """Tokens of the media of one prompt."""
     total = 0
     for kind, *_ in task.media:
+        if config.side and kind == "audio":            # a side channel has none
+            continue
+        if sizes.llava:
+            grid = math.isqrt(patch_sizes(sizes, config)[1][1])
+            total += grid * (grid + 1) * (1 if kind == "image" else config.frames or task.frames)
+            continue
         windows = audio_windows(task.audio, CLIP_SECONDS.get(task.audio, 10.))
         if sizes.native is not None:
             seconds = max(1, round(sum(end - start for start, end in windows)))
             total += 25 * seconds if kind == "audio" else 64 if kind == "image" else 64 * -(-task.frames // 2)
         else:
-            config = QFormerConfig(1, 1, **(sizes.audio_qformer if kind == "audio" else sizes.visual_qformer))
-            total += config.queries * (len(windows) if kind == "audio" else 1 if kind == "image" else task.frames)
+            connector = QFormerConfig(1, 1, **(sizes.audio_qformer if kind == "audio" else sizes.visual_qformer))
+            total += connector.queries * (len(windows) if kind == "audio" else 1 if kind == "image" else task.frames)
     return total
 
 
@@ -180,8 +248,9 @@ def plan(config: TrainConfig, preset: str) -> dict:
     train = config.train
     if config.stage in ALIGN:
         adapter, train = replace(adapter, adapter="none"), ALIGN[config.stage][1]
-    parts = count_parameters(sizes, adapter, train)
-    lengths = {name: media_tokens(sizes, task) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2}
+    parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0])
+    lengths = {name: media_tokens(sizes, task, config) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2
+               and (config.tasks == "all" or name in pick_tasks(config.tasks)) and not (config.side and name in ("a2v", "v2a"))}
     trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
     half = sizes.native is not None or preset.endswith("7b")
     text = make_config(sizes)
@@ -194,7 +263,7 @@ def plan(config: TrainConfig, preset: str) -> dict:
     if half:
         memory["4-bit LM"] = {"frozen weights": round(weights - linears * (2 - NF4)), **learned}
     return {"preset": preset, "parts": {name: {"trained": t, "frozen": f} for name, (t, f) in parts.items()}, "trained": trained, "frozen": frozen,
-            "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
 
 
 def report(found: dict) -> str:
@@ -203,6 +272,10 @@ def report(found: dict) -> str:
     lines += [f"{name:<36}{n['trained']:>16,}{n['frozen']:>16,}" for name, n in found["parts"].items()]
     lines += [f"{'all':<36}{found['trained']:>16,}{found['frozen']:>16,}", "", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
     lines += ["  " + "  ".join(f"{task} {n}" for task, n in list(found["tokens"].items())[i:i + 7]) for i in range(0, len(found["tokens"]), 7)]
+    base = found["patches"].get("base")
+    for name, (count, spent) in found["patches"].items():
+        share = "" if name == "base" else f", {count / base[0]:.2%} and {spent / base[1]:.2%} of the base"
+        lines.append(f"{'the frozen base' if name == 'base' else f'patch for {name}'}: {count:,} parameters, {spent / 1e12:.3f} TFLOPs for the longest sample{share}")
     lines += ["", f"memory in GB, {found['batch_size']} samples of {max(found['tokens'].values())} tokens a step, gradient checkpointing {'on' if found['checkpointing'] else 'off'}:"]
     names = list(found["memory"])
     lines.append(f"  {'':<30}" + "".join(f"{name:>12}" for name in names))

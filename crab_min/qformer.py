@@ -50,10 +50,13 @@ class QFormerConnector(nn.Module):
         self.mlp = nn.Sequential(*steps[:-1])                                           # no GELU after the last
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask (B, T, S): True = a real token; None = all are."""
+        return self.mlp(self.read(features, mask))
+
+    def read(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The queries after the Q-Former, before the MLP (B, T, Q, hidden). mask (B, T, S): True = a real token; None = all are."""
         b, t = features.shape[:2]
         x = self.norm(features).flatten(0, 1)                                           # (B T, S, W)
         query = self.query.expand(b * t, -1, -1)                                        # (B T, Q, hidden)
         mask = None if mask is None else mask.flatten(0, 1)                             # (B T, S)
         y = self.qformer(query, encoder_hidden_states=x, encoder_attention_mask=mask).last_hidden_state
-        return self.mlp(y).unflatten(0, (b, t))                                         # (B, T, Q, D)
+        return y.unflatten(0, (b, t))                                                   # (B, T, Q, hidden)

@@ -21,13 +21,15 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, one_sense, pick_tasks, read_samples, examined_data
-from crab_min.evaluate import answer, cell, constants, score_all, table, token_limits, write_predictions
+from crab_min.data import Sample, one_sense, pick_tasks, read_samples, examined_data, with_sides
+from crab_min.evaluate import answer, cell, constants, options, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import write_whole
+from crab_min.fusion import PatchConfig
 from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import AdapterConfig, AVLanguageModel, half_products
+from crab_min.side_world import CHANNELS, build_side_world
 from crab_min.viz import draw_scores, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -46,7 +48,17 @@ class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     stage: str = field(default="", metadata={"help": "of Crab: visual or audio (align that connector on captions, LM frozen), unified (all tasks)",
                                              "choices": ["", "visual", "audio", "unified"]})
     start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
-    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained: the adapter, the connectors (Q-Formers), the word embeddings",
+    side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a .jsonl "
+                                            "have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
+    frames: int = field(default=0, metadata={"help": "with --side: frames of a video (0: as the task has it; PAVE: 32)"})
+    patch_size: int = field(default=512, metadata={"help": "width of a patch"})
+    patch_layers: int = field(default=2, metadata={"help": "blocks of a patch"})
+    patch_rope: bool = field(default=False, metadata={"help": "rotary positions in a patch, in time, row and column"})
+    shared_kv: bool = field(default=False, metadata={"help": "values of a patch through its key projection, as released"})
+    answers: str = field(default="text", metadata={"help": "how the run is examined: by what it writes, or of a question with options by the likeliest one", "choices": ["text", "options"]})
+    about: str = field(default="", metadata={"help": "PAVE, --side none: which channels the questions of the built-in world are about"})
+    arms: bool = field(default=False, metadata={"help": "PAVE: a run without the side channel first, and a table of both and the frozen base"})
+    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained beside patches: the adapter, the connectors (Q-Formers), the word embeddings",
                                                                      "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
@@ -166,17 +178,21 @@ def run(config: TrainConfig, preset: str) -> dict:
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or str(build_world(config, config.seed))
+    root = config.data or str(build_side_world(config.things, config.world_clips, config.world_test, config.seed, world_channels(config)) if config.side else
+                              build_world(config, config.seed))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
     test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
+    if config.side:
+        train, test = (with_sides(rows, side_names(config), config.frames) for rows in (train, test))
     features = Features(model, config.cache_features, config.max_bad)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
 
     model.add_adapter(config)
+    add_patches(model, features, train, config)
     if config.start:
         model.restore_trained(Path(config.start))
     model.train_beside(config.train)
@@ -184,7 +200,7 @@ def run(config: TrainConfig, preset: str) -> dict:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     steps = config.steps or round(config.epochs * len(train) / config.batch_size) or auto_steps(len(train), config)
-    limits = token_limits(model, train)
+    limits, by_option = token_limits(model, train), config.answers == "options"
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits}, indent=1))
@@ -193,18 +209,21 @@ def run(config: TrainConfig, preset: str) -> dict:
           + ", ".join(sorted({name_of(n) for n in trained})))
 
     if not (folder / "base.json").exists():
-        write_whole(folder / "base.json", json.dumps(score_all(test, answer(model, features, test, limits, desc="frozen base"))))
+        write_whole(folder / "base.json", json.dumps(score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))))
     loop(config, model, features, train, steps, folder)
     model.save_trained(folder)
-    texts = answer(model, features, test, limits, desc="trained model")
+    texts = answer(model, features, test, limits, desc="trained model", by_option=by_option)
     write_predictions(folder / "predictions", test, texts)
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
     results = {task: {"name": next(s.task.metric for s in test if s.task.name == task), **r, "base": base[task]["metric"], "blind": blind[task]}
                for task, r in score_all(test, texts).items()}
+    for task, r in results.items():
+        if all(chances := [1 / len(options(s)) if options(s) else 0 for s in test if s.task.name == task]):
+            r["chance"] = sum(chances) / len(chances)
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
-    metrics = {"tasks": results, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    metrics = {"tasks": results, "base": base, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
     held.close()
@@ -215,6 +234,43 @@ def run(config: TrainConfig, preset: str) -> dict:
     print(f"loss a token: {loss['first']:.3f} in the first tenth of the steps, {loss['last']:.3f} in the last")
     print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
+
+
+def side_names(config: TrainConfig) -> list[str]:
+    """The side channels of --side; none for "none"."""
+    return [name.strip() for name in config.side.split(",") if name.strip() not in ("", "none")]
+
+
+def world_channels(config: TrainConfig) -> list[str]:
+    """Which questions of the built-in world a run is about: those for its side channels, or --about where it has none. Raises RunError."""
+    names = config.about.split(",") if config.about else side_names(config)
+    if not names or set(names) - set(CHANNELS):
+        raise RunError(f"--side {config.side}: the built-in world has the side channels {', '.join(CHANNELS)}; for others give --data")
+    return names
+
+
+def add_patches(model: AVLanguageModel, features: Features, train: list[Sample], config: TrainConfig) -> None:
+    """A new patch for each side channel of the training rows; its width is that of the channel's features. Raises RunError."""
+    for name in side_names(config):
+        sample = next((s for s in train if any(p.side == name for p in s.parts)), None)
+        if sample is None:
+            raise RunError(f"--side {name}: no training row has it")
+        found = dict(zip([p.side for p in sample.media], features([sample])[0]))
+        (video, out), hidden = model.patch_widths, config.patch_size
+        model.patches.add(name, PatchConfig(video, found[name].features.shape[-1], out, hidden, layers=config.patch_layers, shared_kv=config.shared_kv, rope=config.patch_rope))
+    model.patches.to(model.device)
+
+
+def run_arms(config: TrainConfig, preset: str) -> None:
+    """PAVE's comparison: the frozen base, an adapter alone, and an adapter with the patch, all on the same questions."""
+    alone = run(replace(config, side="none", about=config.side, out=config.out and f"{config.out}-without"), f"{preset}-{config.side}-without")
+    patched = run(config, f"{preset}-{config.side}")
+    print(f"{'questions about':<18}{'chance':>8}{'base':>8}{'adapter alone':>15}{'with the patch':>16}{'n':>6}")
+    for task, r in patched["tasks"].items():
+        for kind, t in (r.get("types") or {"": r}).items():
+            before = (alone["tasks"][task].get("types") or {"": alone["tasks"][task]})[kind]
+            base = (alone["base"][task].get("types") or {"": alone["base"][task]})[kind]
+            print(f"{kind or task:<18}{r['chance']:>8.3f}{base['metric']:>8.3f}{before['metric']:>15.3f}{t['metric']:>16.3f}{t['n']:>6}")
 
 
 def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
@@ -229,12 +285,12 @@ def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
 
 def name_of(parameter: str) -> str:
     """The part of the model a parameter belongs to, for the list of what is trained."""
-    return next((part for part in ("ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
+    return next((part for part in ("patches", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
     """The steps themselves, from the last saved state on; a line of log.csv each."""
-    beside = {id(p) for module in model.beside().values() for p in module.parameters()}
+    beside = {id(p) for module in [*model.beside().values(), model.patches] for p in module.parameters()}
     adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in beside]
     others = [p for p in model.parameters() if p.requires_grad and id(p) in beside]
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)

@@ -1,4 +1,4 @@
-"""AV-UIE v1 as Crab released it: a copy made of the built-in world's media, every source with rows to keep and rows to leave out."""
+"""AV-UIE v1 and PAVE's sources as released: a copy made of the built-in world's media, every source with rows to keep and rows to leave out."""
 import csv
 import json
 import shutil
@@ -11,8 +11,12 @@ import train
 from crab_min.annotations import V1, DataError, mask_objects, read_mask, read_rows
 from crab_min.data import check, load_media, pick_tasks, read_samples
 from crab_min.interface import TASKS, parse
+from crab_min.media import write_video
 
 CLIP = {"uid": "x_1", "vid": "x", "s_min": 0, "s_sec": 0, "a_obj": "dog", "label": ""}
+TURNS = [{"question": "who is there?", "answer": "a man with a cup"}, {"question": " does he speak?", "answer": "no"}, {"question": "where is he?", "answer": "in a kitchen"}]
+ASKED = {"scene_id": "scene0000_00", "question_id": "train-scene0000-0", "question": "What is beside the bed?", "answers": ["A brown chair", "chair"]}
+PLACED = {"scene_id": "scene0000_00", "situation": "I face the door.", "question": "Can I leave?", "question_id": 220602000000, "answers": ["yes"]}
 BOX, COLOURS = (56, 28, 112, 84), ((128, 0, 0), (0, 64, 0))
 
 
@@ -85,13 +89,22 @@ def v1(tmp_path_factory, small_world):
     write_json(root / "lvis/lvis_v1_train.json", {
         "images": [{"id": 4, "width": 64, "height": 64, "coco_url": "http://images.cocodataset.org/train2017/0.jpg"}],
         "categories": [{"id": 2, "name": "dog_collar", "def": "a collar"}], "annotations": [thing, {**thing, "id": 2, "area": 999}]})
+    for name in ("train_set4DSTC7-AVSD.json", "mock_test_set4DSTC10-AVSD_from_DSTC7_singref.json"):
+        write_json(root / "avsd" / name, {"type": "", "version": "0.1", "dialogs": [{"image_id": "ABC", "caption": "c", "summary": "s", "dialog": TURNS}]})
+    for split, other in (("train", "train"), ("val", "test")):
+        write_json(root / f"scanqa/ScanQA_v1.0_{split}.json", [ASKED])
+        write_json(root / f"sqa3d/SQA_{other}.json", [PLACED if split == "train" else {**PLACED, "answers": [{"answer": "yes", "answer_id": 1}]}])
+    for name in ("scanqa", "sqa3d"):
+        copy(video, root / name / "videos/scene0000_00.mp4")
+    (root / "avsd/videos").mkdir()
+    write_video(root / "avsd/videos/ABC.mp4", np.zeros((25, 64, 64, 3), np.uint8), np.sin(np.arange(16000) / 5).astype(np.float32) / 2)
     return root
 
 
 def test_every_source_is_read_with_what_it_leaves_out(v1):
     counts = {split: {task: len(read_rows(v1, task, split)) for task in V1 if split in TASKS[task].splits and (split, task) != ("test", "lvis")} for split in ("train", "test")}
-    assert counts["train"] == dict.fromkeys(V1, 1) | {"ms3": 4}                # of MS3 every frame with an object
-    assert counts["test"] == {"avqa": 1, "ave": 1, "avvp": 1, "s4": 5, "ms3": 5, "avss": 10, "arig": 1, "ref_avs": 20, "audiocaps": 1}
+    assert counts["train"] == dict.fromkeys(V1, 1) | {"ms3": 4, "avsd": 3}     # of MS3 every frame with an object, of AVSD every turn
+    assert counts["test"] == {"avqa": 1, "ave": 1, "avvp": 1, "s4": 5, "ms3": 5, "avss": 10, "arig": 1, "ref_avs": 20, "audiocaps": 1, "avsd": 1, "scanqa": 1, "sqa3d": 1}
 
 
 def test_rows_of_v1_become_samples_whose_media_load_and_whose_targets_parse_to_their_gold(v1):
@@ -117,6 +130,28 @@ def test_golds_of_test_frames_come_from_their_masks(v1):
     assert golds[0].exists and golds[-1].exists is False
 
 
+def test_a_dialogue_is_asked_turn_by_turn_in_training_and_at_its_end_in_the_test(v1):
+    first, _, last = read_samples(v1, ["avsd"], "train")
+    tested, = read_samples(v1, ["avsd"], "test")
+    ask = "\nAnswer the last question of the dialogue. "
+    assert (first.parts[-1].text, first.target) == (ask + "Question: who is there?", "a man with a cup")
+    assert last.parts[-1].text == tested.parts[-1].text == ask + "Question: who is there? Answer: a man with a cup Question: does he speak? Answer: no Question: where is he?"
+    assert last.target == tested.gold.text == "in a kitchen" and tested.target == ""
+    assert [(p.kind, p.path) for p in tested.media] == [(kind, str(v1 / "avsd/videos/ABC.mp4")) for kind in ("video", "audio")]
+    assert np.abs(load_media(tested.media[1], 96)[0][5]).max() > .1                            # the sound of the film itself
+
+
+def test_a_question_about_a_scene_has_its_situation_its_type_and_all_its_answers(v1):
+    for split in ("train", "test"):
+        asked, placed = read_samples(v1, ["scanqa", "sqa3d"], split)
+        assert asked.parts[-1].text == "\nAnswer in a few words: What is beside the bed?" and asked.gold.choices == ("A brown chair", "chair")
+        assert placed.parts[-1].text == "\nAnswer in a few words: I face the door. Can I leave?" and placed.gold.choices == ("yes",)
+        assert [p.kind for p in (*asked.media, *placed.media)] == ["video", "video"]
+        assert (asked.target, placed.target) == (("A brown chair", "yes") if split == "train" else ("", "")) and placed.row["type"] == "can"
+    kinds = {" What's there?": "what", "is it red?": "is", "How many?": "how", "Which is near?": "which", "Am I near?": "other"}
+    assert {q: next(V1["sqa3d"].convert(v1 / "sqa3d", {**PLACED, "question": q}, False))["type"] for q in kinds} == kinds
+
+
 def test_a_run_on_v1_and_its_check(v1, tmp_path):
     found = check(v1, pick_tasks("all"), True, 0)
     assert not found["bad"] and not found["rows"] and found["tasks"]["avss/test"]["rows"] == 10
@@ -130,8 +165,17 @@ def test_objects_of_a_mask_by_columns_by_colour_and_whole(v1):
     assert [len(mask_objects(mask, task)) for task in ("s4", "ms3", "avss")] == [1, 2, 2]
 
 
-@pytest.mark.parametrize("row, message", [({"event": "Dog"}, "row 0: KeyError: 'vid'"), ({"event": "Dog", "vid": "w"}, "w.txt")])
-def test_a_row_that_is_not_of_v1_is_named(tmp_path, row, message):
-    write_json(tmp_path / "ave/AVE_Dataset/valid_train_samples.json", [row])
+@pytest.mark.parametrize("task, rows, message", [
+    ("ave", [{"event": "Dog"}], "row 0: KeyError: 'vid'"),
+    ("ave", [{"event": "Dog", "vid": "w"}], "w.txt"),
+    ("avsd", {"dialogs": [{"image_id": "x", "dialog": TURNS}, {"image_id": "x", "dialog": [{"question": "why?"}]}]}, "row 1: KeyError: 'answer'; a row of avsd"),
+    ("avsd", {"dialogs": [{"image_id": "x", "dialog": [{"question": "why?", "answer": None}, *TURNS]}]}, "row 0: AttributeError"),
+    ("avsd", {"dialog": []}, "expected a list of objects"),
+    ("scanqa", [{**ASKED, "answers": []}], "row 0: .*scanqa: field 'answers' must be a list of texts"),
+    ("sqa3d", [{**PLACED, "answers": "yes"}], "sqa3d: field 'answers' must be a list of texts.* got 'yes'"),
+    ("sqa3d", [{**PLACED, "answers": [{"text": "yes"}]}], "objects with a text under"),
+])
+def test_a_row_that_is_not_as_released_is_named(tmp_path, task, rows, message):
+    write_json(tmp_path / V1[task].folder / V1[task].files[0], rows)
     with pytest.raises(DataError, match=message):
-        read_samples(tmp_path, ["ave"], "train")
+        read_samples(tmp_path, [task], "train")

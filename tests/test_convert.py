@@ -51,7 +51,7 @@ def test_names_that_do_not_fit_are_errors():
     good = released(["x"])
     with pytest.raises(ConvertError, match=r"does not know 1 of 6 names: x\.lora_C\.weight;"):
         convert(good | {"x.lora_C.weight": torch.ones(1)}, "ilora")
-    with pytest.raises(ConvertError, match="'nothing': no such table, expected one of ilora, qformer"):
+    with pytest.raises(ConvertError, match="'nothing': no such table, expected one of ilora, patch, qformer"):
         convert(good, "nothing")
     with pytest.raises(ConvertError, match=r"heads \[0, 2\], expected 0 to 2"):
         convert({name: w for name, w in good.items() if "B1" not in name}, "ilora")
@@ -212,6 +212,6 @@ def test_a_converted_run_answers(tmp_path, real_media):
 def test_wrong_files_are_named_errors(tmp_path, capsys):
     torch.save(released(["x"]) | {"x.lora_C.weight": torch.ones(1)}, tmp_path / "odd.bin")
     for arguments, reason in ((["crab", str(tmp_path / "odd.bin")], "does not know 6 of 6 names"), (["crab", str(tmp_path / "none.bin")], "no such file"),
-                              (["crab", str(tmp_path), "--back", str(tmp_path / "x.bin")], "neither adapter/ nor modules.safetensors")):
+                              (["crab", str(tmp_path), "--back", str(tmp_path / "x.bin")], "neither adapter/ nor patches/ nor modules.safetensors")):
         assert command.main([*arguments, "--out", str(tmp_path / "run")]) == 2
         assert reason in capsys.readouterr().err and not (tmp_path / "run").exists()

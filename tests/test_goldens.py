@@ -16,6 +16,7 @@ from torch import nn
 
 from crab_min.beats import fbank, load_beats
 from crab_min.convert import adapter_sizes, convert
+from crab_min.fusion import Patch, PatchConfig
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.interface import TASKS, gold, parse
 from crab_min.mask_metrics import null_s, soft
@@ -39,7 +40,7 @@ def close(ours: torch.Tensor, golden: torch.Tensor, tolerance: float) -> None:
 
 
 def test_there_are_goldens():
-    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer")}
+    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer", "pave")}
     assert any(found.values()), f"no golden files in {GOLDENS}"
 
 
@@ -88,6 +89,16 @@ def test_qformer(golden):
     features = tensors["features"].unflatten(1, (-1, settings["tokens_per_frame"]))     # (B, T, S, W)
     with torch.no_grad():
         close(connector(features).flatten(1, 2), tensors["tokens"], 1e-4)
+
+
+@goldens("pave")
+def test_patch(golden):
+    tensors, weights, settings = reader.load_golden(str(golden))
+    patch = Patch(PatchConfig(settings["d_video"], settings["d_side"], settings["d_out"], settings["d_hidden"], settings["heads"], settings["layers"],
+                              shared_kv=True, rope=settings["rope"]))
+    patch.load_state_dict(convert(weights, "patch"))
+    with torch.no_grad():
+        close(patch(tensors["video"], tensors["side"].flatten(2, 3)).flatten(1, 2), tensors["update"], 1e-4)
 
 
 def test_iou_f_and_null_agree_with_the_authors_code():

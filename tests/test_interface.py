@@ -53,7 +53,7 @@ def test_what_is_written_is_read_again(task):
 
 
 def test_there_are_19_tasks_of_seven_families_and_16_have_a_test_set():
-    assert len(TASKS) == 19 and len({t.family for t in TASKS.values()}) == 7
+    assert sum(task.v2 for task in TASKS.values()) == 19 and len({t.family for t in TASKS.values()}) == 7
     assert [name for name, t in TASKS.items() if "test" not in t.splits] == ["mer24", "unav", "avcap"]
 
 
@@ -181,7 +181,7 @@ def test_a_bad_gold_field_is_named(name, row, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in TASKS.items() if task.v2])
 def test_real_rows_of_every_task(task, real_media):
     for split in task.splits:
         for row in json.loads((real_media / task.name / f"{split}.json").read_text()):

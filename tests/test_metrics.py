@@ -5,7 +5,7 @@ import time
 import pytest
 
 from crab_min.interface import TASKS, Answer, gold
-from crab_min.metrics import best_constant, score
+from crab_min.metrics import best_constant, cleaned, score
 
 ERROR = Answer(error="no tag", text="...")
 
@@ -120,6 +120,43 @@ def test_cider_by_hand():
     assert both == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)                     # two words have no runs of three and four
     half = score(TASKS["avcap"], [Answer(text="Dog, sleeping!"), ERROR], golds)["all"]["cider_own_words"]
     assert half == pytest.approx(10 * .5 / 4 / 2)
+
+
+def answers(*texts):
+    return Answer(text=texts[0], choices=texts)
+
+
+def test_free_answers_are_compared_without_articles_signs_and_digits():
+    same = {"The 2 chairs.": "two chairs", " A brown_chair,\nleft": "brown chair left", "20": "twenty", "21": "21", "a": "a", "?!": "", "The theatre": "theatre"}
+    assert {text: cleaned(text) for text in same} == same
+
+
+def test_a_scene_answer_is_right_if_any_gold_is_equal_and_refined_if_one_is_part_of_the_other():
+    """Golds: brown chair, chair. Strict, refined: "A chair." 1, 1; "chairs" 0, 1 (it holds chair); "own" 0, 1 (brownchair holds it); "desk" 0, 0;
+    an answer that is not read 0, 1. Sums 1 and 4 of 5, and 4 of 5 are read."""
+    right = answers("brown chair", "the chair")
+    result = score(TASKS["scanqa"], [Answer(text=t) for t in ("A chair.", "chairs", "own", "desk")] + [Answer(text=" ", error="no text")], [right] * 5)
+    assert result == {"metric": pytest.approx(1 / 5), "parsed": pytest.approx(4 / 5), "n": 5, "all": {"refined": pytest.approx(4 / 5)}}
+    assert metric("scanqa", Answer(text="..."), answers("?")) == 0                     # nothing is not equal to nothing
+
+
+def test_a_situated_answer_as_pave_and_as_crema_counts_it():
+    """Strict, refined, substring of the gold, by answer:
+    "It is two" and another line, for "two": 0, 1 (itistwoorthree holds it), 1 (the last word of its first line); "2" for "two": 1, 1, 1; "a" for "table": 0, 1, 1;
+    "brown, chair" for "brown chair": 1, 1, 1; "chair brown" for "brown chair": 0, 0, 0 (two words are no part of it); "tables" for "table": 0, 1, 0;
+    not read, for "yes": 0, 1, 1. Sums 2, 6, 5 of 7."""
+    said = ["It is two\nor three", "2", "a", "brown, chair", "chair brown", "tables"]
+    golds = [answers(text) for text in ("two", "two", "table", "brown chair", "brown chair", "table", "yes")]
+    result = score(TASKS["sqa3d"], [Answer(text=t) for t in said] + [Answer(text="", error="no text")], golds)
+    assert result["metric"] == pytest.approx(2 / 7)
+    assert result["all"] == {"refined": pytest.approx(6 / 7), "substring_of_gold": pytest.approx(5 / 7)}
+
+
+def test_an_answer_in_a_dialogue_is_scored_like_a_caption():
+    """"he runs" for "he sleeps", and "she runs" as it should be. ROUGE-L: 2 * 1 / (2 + 2) and 1. CIDEr: every word is in one gold only, so weights are
+    alike; 1 of 2 words and 0 of 1 pairs, 10 * .5 / 4; all words and the pair, 10 * 2 / 4."""
+    result = score(TASKS["avsd"], [Answer(text="He runs."), Answer(text="she runs")], [Answer(text="he sleeps"), Answer(text="she runs")])
+    assert result["metric"] == pytest.approx((.5 + 1) / 2) and result["all"] == {"cider_own_words": pytest.approx((1.25 + 5) / 2)}
 
 
 def random_gold(task, rng):
