@@ -34,7 +34,7 @@ class ConvertError(ValueError):
     """A checkpoint that cannot be read or does not have the expected names: which, what was expected, what to do."""
 
 
-PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "x": r"(\w+(?:\.\w+)*)"}           # what a {place} stands for
+PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "m": r"(\w+)", "x": r"(\w+(?:\.\w+)*)"}  # what a {place} stands for
 
 
 def under(released: str, ours: str, table: list) -> list:
@@ -68,6 +68,18 @@ PATCH = [("input_mapping.{x}", "side.{x}"), ("query_input_mapping.{x}", "video.{
          ("cross_attn_layers.{n}.attn.k_linear.{x}", "blocks.{n}.key.{x}"), ("cross_attn_layers.{n}.attn.v_linear.{x}", None),
          ("cross_attn_layers.{n}.ffn.0.{x}", "blocks.{n}.norm.{x}"), ("cross_attn_layers.{n}.ffn.1.{x}", "blocks.{n}.mlp.0.{x}"),
          ("cross_attn_layers.{n}.ffn.3.{x}", "blocks.{n}.mlp.2.{x}"), ("output_mapping.{x}", "out.{x}"), ("output_norm.{x}", "norm.{x}")]
+
+
+def wrapped(linear: str) -> list:
+    """BERT with the self-attention's query and value inside a wrapper, where the released names end in `linear` (.w in CREMA, nothing in BLIP-2)."""
+    theirs, ours = "encoder.layer.{n}.attention.self.", "encoder.layer.{n}.attention.attention."
+    return [(theirs + "key.{x}", ours + "key.{x}"), *((f"{theirs}{part}{linear}.{{x}}", f"{ours}{part}.base.{{x}}") for part in ("query", "value")),
+            *(row for row in BERT if not row[0].startswith(theirs))]
+
+
+PAIRS = [(f"encoder.layer.{{n}}.attention.self.{part}.w_{which.lower()}_{{m}}.weight", f"encoder.layer.{{n}}.attention.attention.{part}.{which}.{{m}}.weight")
+         for part in ("query", "value") for which in "AB"]
+FROZEN = [(f"{part}.{{x}}", None) for part in ("visual_encoder", "audio_encoder", "t5_model", "Qformer.cls")]
 PRETRAIN = [*under("model.vl_projector.", "visual_qformer.", qformer("visual")), *under("model.al_projector.", "audio_qformer.", qformer("audio"))]
 PEFT = "base_model.model."                             # what PEFT puts before the names of all that it wraps
 TABLES = {
@@ -78,6 +90,12 @@ TABLES = {
     "crab": [*under(PEFT, "", PRETRAIN), *ilora(PEFT + "model.{layer}."), *PRETRAIN],
     "pave": [*under(PEFT + "model.temporal_aggregator.", "patches.0.", PATCH), *under(PEFT + "model.temporal_aggregator2.", "patches.1.", PATCH),
              (PEFT + "model.{layer}", PEFT + "model.language_model.{layer}")],                    # LoRA of PEFT, at transformers' path
+    "crema": [*under("Qformer.bert.", "multimodal.qformer.", [*PAIRS, *wrapped(".w")]), ("query_tokens_{m}", "multimodal.parts.{m}.query"),
+              ("t5_proj_{m}.{x}", "multimodal.parts.{m}.out.{x}"), ("ln_{m}.{x}", "multimodal.parts.{m}.norm.{x}"),
+              ("projection_{m}.{x}", "multimodal.parts.{m}.input.{x}"), ("fusion.0.{x}", "fusion.linear.{x}"),
+              ("{m}_gradsel_embed", None), *FROZEN],                            # the first is never used, the rest are the encoders and the LM
+    "blip2": [*under("Qformer.bert.", "multimodal.qformer.", wrapped("")), ("query_tokens", "multimodal.parts.rgb.query"),
+              ("t5_proj.{x}", "multimodal.parts.rgb.out.{x}"), ("ln_vision.{x}", "multimodal.parts.rgb.norm.{x}"), *FROZEN],
     # of Qwen2.5-Omni, whose parts transformers 5 has under model.
     "crab_plus": [row for thinker in ("", "thinker.") for row in (
         *ilora(PEFT + thinker + "model.{layer}.", PEFT + "model.language_model.{layer}."),
@@ -153,6 +171,18 @@ def revert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
         for k, B in enumerate(state[name].chunk(heads, dim=1)):
             found[released.format(k=k)] = B.contiguous()
     return found
+
+
+def from_blip2(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
+    """BLIP-2's Q-Former as the frozen one, and its queries, norm and projection as the start of a visual modality (CREMA). Raises ConvertError."""
+    return {name.replace(".parts.rgb.", f".parts.{modality}."): weight for name, weight in convert(state, "blip2").items()}
+
+
+def missing_modalities(state: dict[str, Tensor], wanted: list[str]) -> dict[str, list[str]]:
+    """{modality: its parts that a converted CREMA checkpoint lacks} for the `wanted` that are not whole; released ones often hold the last trained alone."""
+    parts = {"queries": "parts.{}.query", "norm": "parts.{}.norm.weight", "projection": "parts.{}.out.weight", "adapter": ".query.A.{}.weight"}
+    lacks = {m: [part for part, end in parts.items() if not any(name.endswith(end.format(m)) for name in state)] for m in wanted}
+    return {m: gone for m, gone in lacks.items() if gone}
 
 
 def adapter_sizes(state: dict[str, Tensor]) -> tuple[int, int]:

@@ -215,7 +215,7 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list
                             f"{','.join(names)} wants one video with at least one of them (rows of a .jsonl name their files under \"sides\")")
         parts = []
         for i, p in enumerate(s.parts):
-            if p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":
+            if p.side or p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":
                 continue
             parts += [p, *sides] if p.kind in ("video", "image") else [p]
         changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view") else p for p in parts]))

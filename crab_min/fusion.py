@@ -80,20 +80,10 @@ class Patch(nn.Module):
         """steps: side steps of each sample, where `side` is padded; real (B, U, S): which side tokens are not padding (None: all)."""
         (b, t, q, _), s = video.shape, side.shape[2]
         steps = steps or [side.shape[1]] * b
-        x, m = self.video(video).flatten(0, 1), self.side(side)                                  # (B T, Q, C), (B, U, S, C)
         real = torch.ones(side.shape[:3], dtype=torch.bool, device=side.device) if real is None else real
-        if min(steps) < t:                                                                       # shorter than the video: stretched to it
-            longer = [(stretch(row[:n], t), shown[:n].any(0).expand(t, -1)) if n < t else (row, shown) for row, shown, n in zip(m, real, steps)]
-            steps, length = [max(n, t) for n in steps], max(len(row) for row, _ in longer)
-            m, real = (torch.stack([F.pad(pair[i], (0, 0) * (pair[i].ndim - 1) + (0, length - len(pair[i]))) for pair in longer]) for i in (0, 1))
-        index = [chunks(n, t) for n in steps]
-        most = max(i.shape[1] for i in index)
-        index = torch.stack([F.pad(i, (0, most - i.shape[1]), value=-1) for i in index]).to(m.device)            # (B, T, most)
-        places = index.clamp(min=0).flatten(1)
-        pick = torch.arange(b, device=m.device)[:, None]
-        keys = m[pick, places].unflatten(1, index.shape[1:]).flatten(0, 1).flatten(1, 2)         # (B T, K, C)
-        shown = (real[pick, places].unflatten(1, index.shape[1:]) & (index >= 0)[..., None]).flatten(0, 1).flatten(1, 2)
+        keys, shown, index = stretches(self.side(side), real, steps, t)
         turns = self.turns(t, q, s, steps, index) if self.config.rope else None
+        x = self.video(video).flatten(0, 1)                                                      # (B T, Q, C)
         for block in self.blocks:
             x = block(x, keys, shown, turns)
         return self.norm(self.out(x)).unflatten(0, (b, t))                                       # (B, T, Q, D)
@@ -104,9 +94,25 @@ class Patch(nn.Module):
         if grid ** 2 != q or small ** 2 != s or self.config.hidden != 128 * self.config.heads:
             raise ModelError(f"rope: wants square grids and heads of 128; got {q} tokens a frame, {s} a side step, heads of {self.config.hidden // self.config.heads}")
         spread = torch.linspace(0, grid - 1, small).long() if small > 1 else torch.tensor([grid // 2])       # whole numbers, as released
-        when = torch.stack([torch.linspace(0, n - 1, t).long() for n in steps])                  # (B, T)
+        when = torch.stack([torch.linspace(0, max(n, t) - 1, t).long() for n in steps])          # (B, T)
         return tuple(angles(positions(when, places).to(index.device)) for when, places in (
             (when.flatten()[:, None], torch.arange(grid)), (index.flatten(0, 1).cpu(), spread)))
+
+
+def stretches(x: Tensor, real: Tensor, steps: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The side tokens that each frame reads: (B T, K, C), which of them are tokens (B T, K), and their steps (B, T, most), -1 for none.
+
+    x (B, U, S, C) of which `steps` are real in time and `real` (B, U, S) in all; one shorter than the video is stretched to its length.
+    """
+    if min(steps) < frames:
+        longer = [(stretch(row[:n], frames), shown[:n].any(0).expand(frames, -1)) if n < frames else (row, shown) for row, shown, n in zip(x, real, steps)]
+        x, real = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*longer))
+    index = [chunks(max(n, frames), frames) for n in steps]
+    most = max(i.shape[1] for i in index)
+    index = torch.stack([F.pad(i, (0, most - i.shape[1]), value=-1) for i in index]).to(x.device)
+    sample, step = torch.arange(len(steps), device=x.device)[:, None, None], index.clamp(min=0)
+    shown = real[sample, step] & (index >= 0)[..., None]                                         # (B, T, most, S)
+    return x[sample, step].flatten(2, 3).flatten(0, 1), shown.flatten(2, 3).flatten(0, 1), index
 
 
 def chunks(steps: int, frames: int) -> Tensor:
@@ -201,3 +207,37 @@ class Patches(nn.ModuleDict):
             self.add(name, config)
         check_fit(state, self[name].state_dict(), file)
         self[name].load_state_dict(state)
+
+
+# --- CREMA: side modalities become one stream beside the video ---------------------------------------------------------------
+class GatedFusion(nn.Module):
+    """The tokens of the side modalities `names`, all D wide, as one (2402.05889, Fig. 1): Z = sigmoid(F) * F, F = W [Z_1; ...; Z_M-1] + b.
+
+    That is SiLU after a linear, so its columns follow the order of `names` (without the video, which is not fused). Raises ModelError: no names.
+    """
+
+    def __init__(self, names: list[str], width: int):
+        super().__init__()
+        if not names or len(set(names)) < len(names):
+            raise ModelError(f"fusion of {list(names)}: give the names of the side modalities, one or more, each once")
+        self.names, self.linear = list(names), nn.Linear(len(names) * width, width)
+
+    def forward(self, sides: dict[str, Tensor], present: dict[str, Tensor] | None = None) -> Tensor:
+        """sides: name -> tokens (B, ..., D), all of one shape -> (B, ..., D), as many tokens as one of them has.
+
+        A name that is not given, or whose `present` (B,) is False for a sample, counts as zero tokens. Raises ModelError: unknown name, unequal shapes.
+        """
+        shapes, width = {name: tuple(x.shape) for name, x in sides.items()}, self.linear.out_features
+        if len(set(shapes.values())) != 1 or not sides.keys() <= set(self.names) or next(iter(shapes.values()))[-1] != width:
+            raise ModelError(f"fusion of {', '.join(self.names)}: wants one or more of these, all of one shape and {width} wide, got {shapes or 'none'}; over_frames "
+                             "gives a modality of other steps the video's")
+        rows = [sides.get(name, torch.zeros_like(next(iter(sides.values())))) for name in self.names]
+        for i, name in enumerate(self.names):
+            if present and name in present:
+                rows[i] = rows[i].masked_fill(~present[name].view(-1, *[1] * (rows[i].ndim - 1)), 0)
+        return F.silu(self.linear(torch.cat(rows, -1)))
+
+
+def over_frames(x: Tensor, frames: int) -> Tensor:
+    """Tokens (B, U, Q, D) of a modality without the video's frames (audio clips, 3D): their mean over U, the same at each frame (B, frames, Q, D)."""
+    return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)

@@ -75,7 +75,7 @@ def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
     return (LlavaOnevisionForConditionalGeneration if sizes.llava else Qwen2_5OmniThinkerForConditionalGeneration)(config)
 
 
-def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig]) -> dict[str, tuple[int, int]]:
+def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig] = {}) -> dict[str, tuple[int, int]]:
     """{part: (trained, frozen)} parameters of the whole model."""
     with torch.device("meta"):
         lm = make_lm(sizes)

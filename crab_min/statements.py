@@ -162,4 +162,4 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
     lines += [" ".join(pair_statements([a, b], c, kind, rng)) for kind in ("video", "audio")
               for a, b, c in zip(*(scenes["one"][start::3] for start in range(3)))]
     rows = clip_rows(renderer, scenes, rng, 100)
-    return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values()] + [COMMON] * 3
+    return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values() if task.v2] + [COMMON] * 3

@@ -16,12 +16,12 @@ from torch import nn
 
 from crab_min.beats import fbank, load_beats
 from crab_min.convert import adapter_sizes, convert
-from crab_min.fusion import Patch, PatchConfig
+from crab_min.fusion import GatedFusion, Patch, PatchConfig, over_frames
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.interface import TASKS, gold, parse
 from crab_min.mask_metrics import null_s, soft
 from crab_min.metrics import av_f_scores, event_counts, score, segment_counts
-from crab_min.qformer import QFormerConfig, QFormerConnector
+from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
 
 HERE = Path(__file__).parent / "goldens"
 GOLDENS = Path(os.environ.get("CRAB_GOLDENS", HERE))
@@ -40,7 +40,7 @@ def close(ours: torch.Tensor, golden: torch.Tensor, tolerance: float) -> None:
 
 
 def test_there_are_goldens():
-    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer", "pave")}
+    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer", "pave", "crema")}
     assert any(found.values()), f"no golden files in {GOLDENS}"
 
 
@@ -99,6 +99,25 @@ def test_patch(golden):
     patch.load_state_dict(convert(weights, "patch"))
     with torch.no_grad():
         close(patch(tensors["video"], tensors["side"].flatten(2, 3)).flatten(1, 2), tensors["update"], 1e-4)
+
+
+@goldens("crema")
+def test_crema(golden):
+    tensors, weights, s = reader.load_golden(str(golden))
+    state = convert(weights, "crema")
+    qformer = MultimodalQFormer(MultimodalConfig(s["d_llm"], s["d_vision"], s["queries"], s["hidden"], s["layers"], s["heads"], rank=s["rank"],
+                                                 intermediate=len(state["multimodal.qformer.encoder.layer.0.intermediate_query.dense.bias"])))
+    for name in s["modalities"]:
+        qformer.add(name, tensors[f"features_{name}"].shape[-1])
+    sides = [name for name in s["modalities"] if name != "rgb"]
+    model = nn.ModuleDict({"multimodal": qformer, "fusion": GatedFusion(sides, s["d_llm"])} if "fused" in tensors else {"multimodal": qformer})
+    model.load_state_dict(state)
+    with torch.no_grad():
+        tokens = {name: qformer(name, tensors[f"features_{name}"]) for name in s["modalities"]}
+        for name, found in tokens.items():
+            close(found, tensors[f"tokens_{name}"], 1e-4)
+        if "fused" in tensors:
+            close(model["fusion"]({name: over_frames(tokens[name], s["frames"]) if name in ("audio", "pc") else tokens[name] for name in sides}), tensors["fused"], 1e-4)
 
 
 def test_iou_f_and_null_agree_with_the_authors_code():

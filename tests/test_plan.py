@@ -10,7 +10,8 @@ from crab_min.config import PRESETS
 from crab_min.data import read_samples
 from crab_min.features import Features
 from crab_min.model import AdapterConfig
-from crab_min.plan import activations, count_parameters, sizes_of
+from crab_min.plan import activations, count_parameters, plan, sizes_of
+from crab_min.trainer import TrainConfig
 
 
 def test_crab_plus_7b_has_the_adapter_of_the_paper():
@@ -72,3 +73,14 @@ def test_every_preset_has_a_plan(preset, capsys):
     said = capsys.readouterr().out
     assert "fits 24 GB" in said and ("adapter in the language model" in said) == (not preset.startswith("crab-"))     # Crab's first stage has none
     assert time.time() - began < 120                   # a broken plan would load weights or run for minutes
+
+
+@pytest.mark.parametrize("preset, patch, lora, tflops, share", [("pave-0.5b", 6_235_776, 35_192_832, .0586, .0020), ("pave-7b", 8_996_352, 161_480_704, .0931, .0007)])
+def test_pave_costs_a_thousandth_of_its_base(preset, patch, lora, tflops, share):
+    """FLOPs of the 7B patch by hand, two a product: video 32 x 196 x 1152 x 512, sound 59 x 1024 x 512; twice query (6272 x 512 x 512), key and value
+    (59 x 512 x 512 each) and MLP (2 x 6272 x 512 x 1024); out 6272 x (512 x 1024 + 1024 x 3584): 46.5 billion products, 0.093 TFLOPs."""
+    found = plan(TrainConfig(**PRESETS[preset][1]), preset)
+    count, spent = found["patches"]["audio"]
+    assert count == found["parts"]["patch for audio"]["trained"] == patch
+    assert found["parts"]["adapter in the language model"]["trained"] == lora
+    assert spent / 1e12 == pytest.approx(tflops, rel=.02) and spent / found["patches"]["base"][1] == pytest.approx(share, abs=5e-5)
