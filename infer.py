@@ -58,8 +58,9 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
     if unknown := [n for n in names if n not in model.patches]:
         raise RunError(f"--side {unknown[0]}: the model has no such patch, but {', '.join(model.patches) or 'none'}; load one with --patch FILE")
     if files:
-        samples = [replace(s, row={**s.row, "sides": {n: files.get(n) or next((p.path for p in s.media if p.kind == ("audio" if n == "audio" else "video")), None) for n in names}})
-                   for s in samples]
+        def place(s: Sample, name: str) -> str | None:
+            return files.get(name) or next((p.path for p in s.media if p.kind == ("audio" if name == "audio" else "video")), None)
+        samples = [replace(s, row={**s.row, "sides": {name: place(s, name) for name in names}}) for s in samples]
     return with_sides(samples, names, config["train"].get("frames", 0))
 
 
@@ -145,7 +146,8 @@ def evaluate(given) -> None:
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
     limits = {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in sorted({s.task.name for s in samples})}
     decoding = {"run": str(folder), "data": str(root), "split": given.split, "without": given.without, "prompts": bool(given.prompts), "limits": limits,
-                "batch_size": given.batch_size, "sides": sorted({p.side for s in samples for p in s.media if p.side}), "decoding": "likeliest option" if by_option else "greedy"}
+                "batch_size": given.batch_size, "sides": sorted({p.side for s in samples for p in s.media if p.side}),
+                "decoding": "likeliest option" if by_option else "greedy"}
     partial = out / "answers.partial.jsonl"
     features.prepare(samples, strict=not given.allow_missing)
     if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:

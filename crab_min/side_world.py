@@ -30,7 +30,8 @@ from crab_min.world import FPS, Object, Renderer, Scene
 VERSION = 4
 STRETCHES = 4
 CHANNELS = ("audio", "fast", "depth", "view")
-ASK = {"audio": "Which thing is seen when the {sound} is heard?", "fast": "Which thing is seen when the light flashes?", "depth": "Which thing is seen when something comes near?", "view": "Which thing is seen when the star is there?"}
+ASK = {"audio": "Which thing is seen when the {sound} is heard?", "fast": "Which thing is seen when the light flashes?",
+       "depth": "Which thing is seen when something comes near?", "view": "Which thing is seen when the star is there?"}
 FILE = {"audio": ".mp4", "fast": ".mp4", "depth": ".npy", "view": "_view.mp4"}
 
 
@@ -53,8 +54,8 @@ def make_show(renderer: Renderer, split: str, index: int, seed: int) -> tuple[Sc
 
 def row(scene: Scene, marked: dict[str, int], channel: str) -> dict:
     """One question, in the form of one's own data, with paths from the folder of the .jsonl."""
-    options = scene.objects[:STRETCHES]
-    return {"messages": [{"role": "user", "content": "<video>" + ASK[channel].format(sound=scene.objects[STRETCHES + marked["audio"]].label)}, {"role": "assistant", "content": answer_tag(options[marked[channel]].label)}],
+    options, sound = scene.objects[:STRETCHES], scene.objects[STRETCHES + marked["audio"]].label
+    return {"messages": [{"role": "user", "content": "<video>" + ASK[channel].format(sound=sound)}, {"role": "assistant", "content": answer_tag(options[marked[channel]].label)}],
             "videos": [f"../{scene.name}.mp4"], "sides": {channel: f"../{scene.name}{FILE[channel]}"}, "options": sorted(o.label for o in options), "type": channel}
 
 

@@ -48,8 +48,8 @@ class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     stage: str = field(default="", metadata={"help": "of Crab: visual or audio (align that connector on captions, LM frozen), unified (all tasks)",
                                              "choices": ["", "visual", "audio", "unified"]})
     start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
-    side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a .jsonl "
-                                            "have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
+    side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a "
+                                            ".jsonl have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
     frames: int = field(default=0, metadata={"help": "with --side: frames of a video (0: as the task has it; PAVE: 32)"})
     patch_size: int = field(default=512, metadata={"help": "width of a patch"})
     patch_layers: int = field(default=2, metadata={"help": "blocks of a patch"})
@@ -261,16 +261,26 @@ def add_patches(model: AVLanguageModel, features: Features, train: list[Sample],
     model.patches.to(model.device)
 
 
+def finished(config: TrainConfig, preset: str) -> dict | None:
+    """The metrics of this very run, where an earlier command has finished it."""
+    folder = Path(config.out or f"runs/{preset}")
+    try:
+        same = json.loads((folder / "config.json").read_text())["train"] == json.loads(json.dumps(asdict(config)))
+        return json.loads((folder / "metrics.json").read_text()) if same else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def run_arms(config: TrainConfig, preset: str) -> None:
     """PAVE's comparison: the frozen base, an adapter alone, and an adapter with the patch, all on the same questions."""
-    alone = run(replace(config, side="none", about=config.side, out=config.out and f"{config.out}-without"), f"{preset}-{config.side}-without")
-    patched = run(config, f"{preset}-{config.side}")
+    arms = (replace(config, side="none", about=config.side, out=config.out and f"{config.out}-without"), f"{preset}-{config.side}-without"), (config, f"{preset}-{config.side}")
+    alone, patched = (finished(*arm) or run(*arm) for arm in arms)
     print(f"{'questions about':<18}{'chance':>8}{'base':>8}{'adapter alone':>15}{'with the patch':>16}{'n':>6}")
     for task, r in patched["tasks"].items():
         for kind, t in (r.get("types") or {"": r}).items():
             before = (alone["tasks"][task].get("types") or {"": alone["tasks"][task]})[kind]
             base = (alone["base"][task].get("types") or {"": alone["base"][task]})[kind]
-            print(f"{kind or task:<18}{r['chance']:>8.3f}{base['metric']:>8.3f}{before['metric']:>15.3f}{t['metric']:>16.3f}{t['n']:>6}")
+            print(f"{kind or task:<18}{r.get('chance', r['blind']):>8.3f}{base['metric']:>8.3f}{before['metric']:>15.3f}{t['metric']:>16.3f}{t['n']:>6}")
 
 
 def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:

@@ -146,6 +146,8 @@ def test_arms_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
     assert train.main([*RUN, "--side", "audio"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-2].split() == ["questions", "about", "chance", "base", "adapter", "alone", "with", "the", "patch", "n"] and said[-1].startswith("audio")
+    assert train.main([*RUN, "--side", "audio"]) == 0                         # both arms are there: the table again, nothing is trained
+    assert capsys.readouterr().out.splitlines() == said[-2:] and not Path("runs/pave-tiny-audio-2").exists()
     assert train.main([*RUN, "--side", "fast", "--no-arms"]) == 0
     files = {name: Path(f"runs/pave-tiny{'-audio' * (name == 'audio')}/patches/{name}.safetensors") for name in ("audio", "fast")}
     model, questions = load_base(), samples_of(Path(next(Path("data/world").glob("sides-*"))), "audio")
