@@ -245,7 +245,7 @@ def world_channels(config: TrainConfig) -> list[str]:
     """Which questions of the built-in world a run is about: those for its side channels, or --about where it has none. Raises RunError."""
     names = config.about.split(",") if config.about else side_names(config)
     if not names or set(names) - set(CHANNELS):
-        raise RunError(f"--side {config.side}: the built-in world has the side channels {', '.join(CHANNELS)}; for others give --data")
+        raise RunError(f"--side {','.join(names) or config.side}: the built-in world has the side channels {', '.join(CHANNELS)}; for others give --data")
     return names
 
 

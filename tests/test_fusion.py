@@ -160,6 +160,7 @@ def test_arms_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
     assert infer.main(["--json", "--run", "runs/pave-tiny-audio", "--patch", str(files["fast"])]) == 0
     assert infer.main(["--run", "runs/pave-tiny-audio", "--eval", "--side", "none"]) == 0
     assert json.loads(Path("runs/pave-tiny-audio/eval_test/decoding.json").read_text())["sides"] == []
+    assert train.main([*RUN, "--side", "smell"]) == 2 and "--side smell: the built-in world has the side channels audio, fast" in capsys.readouterr().err
     assert infer.main(["--run", "runs/pave-tiny-audio", "--side", "depth"]) == 2 and "has no such patch, but audio" in capsys.readouterr().err
 
 
