@@ -64,13 +64,13 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
     return with_sides(samples, names, config["train"].get("frames", 0))
 
 
-def built_in(config: dict, things: str, seed: int) -> str | Path:
-    """The built-in world that a run was trained on, or for a patch the questions about its side channels."""
+def built_in(config: dict, world: WorldConfig, seed: int) -> Path:
+    """The built-in world, or for the run of a patch the questions about its side channels."""
     side, train = config["train"].get("side", ""), config["train"]
     channels = [n for n in (train.get("about") or side).split(",") if n in CHANNELS]
     if channels:
-        return build_side_world(things, train["world_clips"], train["world_test"], seed, channels).with_name("test.jsonl")
-    return build_world(WorldConfig(things), seed)
+        return build_side_world(world.things, train["world_clips"], train["world_test"], seed, channels).with_name("test.jsonl")
+    return build_world(world, seed)
 
 
 def row_of(given, task, clip: str | None) -> dict:
@@ -93,16 +93,16 @@ def as_json(a: Answer) -> dict:
 def ask(given) -> None:
     """One answer for each clip."""
     task = TASKS[pick_tasks(given.task)[0]] if given.task else TASKS["avqa"]
+    if (given.clip or given.image) and not given.task and not given.ask:
+        raise InterfaceError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
     clips, gold = given.clip or [None], None
     model, config, folder = load_run(given)
     if not given.clip and not given.image:
-        root = built_in(config, given.things, given.seed)
+        root = built_in(config, WorldConfig(given.things), given.seed)
         example = read_samples(root, [task.name], "test" if "test" in task.splits else "train", limit=1 + given.index)[-1]
         clips, gold, task = [example], example.gold, example.task
         if not given.json:
             print(f"no clip given: {example.id} of the built-in world, {example.media[0].path}")
-    elif not given.task and not given.ask:
-        raise InterfaceError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
     samples = [c if isinstance(c, Sample) else Sample("", task, build_prompt(task, row_of(given, task, c), "", given.prompts), "", Answer(), {}) for c in clips]
     samples = choose_sides(samples, given, model, config)
     features = Features(model, keep=True)
@@ -136,11 +136,10 @@ def evaluate(given) -> None:
     """Answers and scores for a split of --data (default: the built-in world)."""
     model, config, folder = load_run(given)
     tasks = pick_tasks(given.task or given.tasks)
-    root = given.data or (built_in(config, config["train"]["things"], config["train"]["seed"]) if config["train"].get("side") else
-                          build_world(WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"]))
+    root = given.data or built_in(config, WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
-    samples = without(samples, given.without) if given.without else samples
     samples = choose_sides(samples, given, model, config)
+    samples = without(samples, given.without) if given.without else samples               # also of a sound that is a side channel
     by_option = config["train"].get("answers") == "options"
     features = Features(model, config["train"].get("cache_features", True), max_bad=1.0)
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")

@@ -236,7 +236,7 @@ def split_encoders(state: dict[str, Tensor], wanted: bool) -> tuple[dict[str, Te
 
 
 def patch_of(state: dict[str, Tensor]) -> Patch:
-    """A released patch; its sizes are read from its weights (heads are 128 wide, or there are four)."""
+    """A released patch; its sizes are read from its weights; all released ones have four heads."""
     hidden, blocks = state["side.bias"].shape[0], {name.split(".")[1] for name in state if name.startswith("blocks.")}
     patch = Patch(PatchConfig(state["video.weight"].shape[1], state["side.weight"].shape[1], state["norm.weight"].shape[0], hidden, 4, len(blocks), shared_kv=True))
     check_fit(state, patch.state_dict(), "the released patch")
@@ -291,8 +291,9 @@ def from_run(paper: str, run: Path, file: Path) -> str:
     state: dict[str, Tensor] = {}
     for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors"):
         state |= load_file(part) if part.exists() else {}
-    for number, part in enumerate(sorted((run / "patches").glob("*.safetensors"))):
-        state |= {f"patches.{number}.{name}": weight for name, weight in load_file(part).items()}
+    sides = json.loads((run / "config.json").read_text())["train"]["side"].split(",") if (run / "patches").is_dir() else []
+    for number, side in enumerate(sides):                                       # in the order in which they were named
+        state |= {f"patches.{number}.{name}": weight for name, weight in load_file(run / "patches" / f"{side}.safetensors").items()}
     if not state:
         raise ConvertError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors; give a finished run of train.py")
     state = revert(state, paper)
