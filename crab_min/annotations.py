@@ -2,9 +2,9 @@
 
 AV-UIE v2 (Crab+) has a folder a task, with train.json and test.json. AV-UIE v1 (Crab) keeps the files of each source: `V1` says where they
 lie below the data folder and how one of their rows becomes rows of the v2 form, so that tasks, prompts and metrics are the same for both.
-PAVE's three sources that neither has (2503.19794) are rows of the same table: avsd/, scanqa/ and sqa3d/, each with the files of its authors
-and videos/NAME.mp4 (of a ScanNet scene: its frames as a film). Field names: papers/crab.md 6, papers/crema_pave.md 6. Media are looked for
-where a row says, else where the end of its path lies below the folder of the source.
+So are the sources of PAVE (2503.19794) and CREMA (2402.05889) that neither has, rows of the same table: avsd/, scanqa/, sqa3d/, nextqa/ and
+MUSIC-AVQA's own music-avqa/, each with the files of its authors and videos/NAME.mp4 (of a ScanNet scene: its frames as a film). Field names:
+papers/crab.md 6, papers/crema_pave.md 6. Media are looked for where a row says, else where the end of its path lies below the folder.
 
 Differs from the released v1 loader: a frame is shown, not all the frames of its clip; AVSS hears the frame's second in training too; the
 training frame of AVSS and Ref-AVS is drawn from the name of the clip, so that every run and every rank draws the same one; the target of
@@ -13,6 +13,7 @@ a mask is its box and points as text. From PAVE: of AVSD every turn is a sample 
 import csv
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,28 +28,30 @@ class DataError(ValueError):
     """An annotation file or row that cannot be used: which one, what is wrong, what to do."""
 
 
+def find(root: Path, task: str, split: str) -> tuple:
+    """The file with the rows of a task and split, and its Source: ROOT/TASK/SPLIT.json and None, or the first of V1; (None, None) without any."""
+    places = [(root / task / f"{split}.json", None), *((root / s.folder / s.files[split == "test"], s) for s in V1.get(task, ()))]
+    return next((place for place in places if place[0].is_file()), (None, None))
+
+
 def annotation_file(root: Path, task: str, split: str) -> Path | None:
-    """The file with the rows of a task and split: ROOT/TASK/SPLIT.json, or that of v1; None where there is neither."""
-    places = [root / task / f"{split}.json"]
-    if task in V1:
-        places.append(root / V1[task].folder / V1[task].files[split == "test"])
-    return next((path for path in places if path.is_file()), None)
+    return find(root, task, split)[0]
 
 
 def read_rows(root: str | Path, task: str, split: str, limit: int = 0) -> list[dict]:
     """The rows of a task and split, the first `limit` of them (0: all). Raises DataError."""
-    path = annotation_file(Path(root), task, split)
+    path, source = find(Path(root), task, split)
     if path is None:
         raise DataError(f"{root}: no {split}.json for {task}; expected {Path(root) / task / (split + '.json')}")
     rows = read_list(path)
-    if path == Path(root) / task / f"{split}.json":
+    if source is None:
         return rows[:limit or None]
-    folder, found = Path(root) / V1[task].folder, []
+    folder, found = Path(root) / source.folder, []
     for index, row in enumerate(rows):
         part = str(row.get("split", split))
         if (part.startswith("test") if split == "test" else part == split) and (not limit or len(found) < limit):
             try:
-                found += V1[task].convert(folder, row, split == "train")
+                found += source.convert(folder, row, split == "train")
             except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
                 raise DataError(f"{path}, row {index}: {type(error).__name__}: {error}; a row of {task} as released was expected") from None
     return found[:limit or None]
@@ -196,10 +199,22 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
                "gold_boxes": [box], "label_content": box_text(box)}
 
 
-# --- PAVE ------------------------------------------------------------------------------------------------------------------
+# --- PAVE and CREMA --------------------------------------------------------------------------------------------------------
+def film(folder: Path, name) -> str:
+    return str((folder / "videos" / f"{name}.mp4").absolute())                               # its sound is in it
+
+
+def sides(folder: Path, name) -> dict:
+    """{"sides": {channel: path}} of CREMA's channels that are there, else {}: a folder of pictures for a video, 3D-LLM's features for a scene."""
+    places = {"depth": folder / f"videos_depth/{name}", "flow": folder / f"videos_flow/{name}", "normals": folder / f"videos_norm/{name}",
+              "points": folder / f"voxelized_features_sam_nonzero_preprocess/{name}.pt"}
+    found = {channel: str(place.absolute()) for channel, place in places.items() if place.exists()}
+    return {"sides": found} if found else {}
+
+
 def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """The last question of a dialogue of about ten after all turns before it, with their gold answers; in training every question so."""
-    video = str((folder / "videos" / f"{row['image_id']}.mp4").absolute())                    # its sound is in it
+    video = film(folder, row["image_id"])
     for turns in range(1, len(row["dialog"]) + 1) if train else [len(row["dialog"])]:
         *before, last = row["dialog"][:turns]
         said = "".join(f"Question: {turn['question'].strip()} Answer: {turn['answer'].strip()} " for turn in before)
@@ -210,31 +225,46 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """ScanQA and SQA3D: trained on the first of the answers. The type of a question is the word it begins with, as SQA3D is tabled."""
     question = row["question"].lower().lstrip()
-    yield {**row, "video_path": str((folder / "videos" / f"{row['scene_id']}.mp4").absolute()), "answer": gold(TASKS[folder.name], row).text,
+    yield {**row, "video_path": film(folder, row["scene_id"]), "answer": gold(TASKS[folder.name], row).text, **sides(folder, row["scene_id"]),
            "type": next((word for word in ("what", "is", "how", "can", "which") if question.startswith(word)), "other")}
+
+
+def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """MUSIC-AVQA's own rows (json_update): <Object> and the like in a question stand for its templ_values, in their order."""
+    video, answer, values = film(folder, row["video_id"]), row["anser"].replace("_", " "), json.loads(row["templ_values"])
+    yield {**row, "video_path": video, "audio_path": video, "type": " ".join(json.loads(row["type"])), "answer": answer, "label": answer_tag(answer),
+           "question": re.sub(r"<\w+>", lambda _: values.pop(0), row["question_content"])}
+
+
+def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """NExT-QA as SeViLA and CREMA have it; the type of a question is what its qid begins with (CW, TN, DL, ...)."""
+    row = {**row, "video_path": film(folder, row["video"]), "multi_choice": [row[f"a{i}"] for i in range(row["num_option"])], "type": row["qid"].split("_")[0]}
+    yield {**row, "label": answer_tag(gold(TASKS["nextqa"], row).choice), **sides(folder, row["video"])}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where AV-UIE v1, or PAVE, keeps a task, below the data folder, and how a row of it becomes rows of the v2 form."""
+    """Where AV-UIE v1, PAVE or CREMA keeps a task, below the data folder, and how a row of it becomes rows of the v2 form."""
     folder: str
     files: tuple[str, str]                             # for training, for the test ("": none)
     convert: Callable[[Path, dict, bool], Iterator[dict]]
 
 
-V1 = {
-    "avqa": Source("music-avqa", ("valid_train_samples.json", "test_samples.json"), avqa),
-    "ave": Source("ave/AVE_Dataset", ("valid_train_samples.json", "test_samples.json"), ave),
-    "avvp": Source("avvp", ("train_samples.json", "test_samples.json"), avvp),
-    "s4": Source("AVS", ("s4_samples.json",) * 2, avs("s4", "v1s", lambda uid: [0], 5, "fifths")),
-    "ms3": Source("AVS", ("ms3_samples.json",) * 2, avs("ms3", "v1m", lambda uid: [0, 1, 2, 3, 4], 5, "fifths")),
-    "avss": Source("AVS", ("avss_samples.json",) * 2, avs("avss", "v2", drawn, 10, "tenth")),
-    "arig": Source("AVS", ("v1s_grounding_samples.json",) * 2, arig),
-    "ref_avs": Source("ref-avs/REFAVS", ("metadata.csv",) * 2, ref_avs),
-    "avcap": Source("valor", ("train_samples.json", ""), avcap),
-    "audiocaps": Source("audiocaps", ("train.csv", "test.csv"), audiocaps),
-    "lvis": Source("lvis", ("lvis_v1_train.json", "lvis_v1_val.json"), lvis),
-    "avsd": Source("avsd", ("train_set4DSTC7-AVSD.json", "mock_test_set4DSTC10-AVSD_from_DSTC7_singref.json"), avsd),
-    "scanqa": Source("scanqa", ("ScanQA_v1.0_train.json", "ScanQA_v1.0_val.json"), scene),
-    "sqa3d": Source("sqa3d", ("SQA_train.json", "SQA_test.json"), scene),
+V1 = {                                                 # the first source whose file is there counts
+    "avqa": [Source("music-avqa", ("valid_train_samples.json", "test_samples.json"), avqa),
+             Source("music-avqa", ("avqa-train.json", "avqa-test.json"), music_avqa)],
+    "ave": [Source("ave/AVE_Dataset", ("valid_train_samples.json", "test_samples.json"), ave)],
+    "avvp": [Source("avvp", ("train_samples.json", "test_samples.json"), avvp)],
+    "s4": [Source("AVS", ("s4_samples.json",) * 2, avs("s4", "v1s", lambda uid: [0], 5, "fifths"))],
+    "ms3": [Source("AVS", ("ms3_samples.json",) * 2, avs("ms3", "v1m", lambda uid: [0, 1, 2, 3, 4], 5, "fifths"))],
+    "avss": [Source("AVS", ("avss_samples.json",) * 2, avs("avss", "v2", drawn, 10, "tenth"))],
+    "arig": [Source("AVS", ("v1s_grounding_samples.json",) * 2, arig)],
+    "ref_avs": [Source("ref-avs/REFAVS", ("metadata.csv",) * 2, ref_avs)],
+    "avcap": [Source("valor", ("train_samples.json", ""), avcap)],
+    "audiocaps": [Source("audiocaps", ("train.csv", "test.csv"), audiocaps)],
+    "lvis": [Source("lvis", ("lvis_v1_train.json", "lvis_v1_val.json"), lvis)],
+    "avsd": [Source("avsd", ("train_set4DSTC7-AVSD.json", "mock_test_set4DSTC10-AVSD_from_DSTC7_singref.json"), avsd)],
+    "scanqa": [Source("scanqa", ("ScanQA_v1.0_train.json", "ScanQA_v1.0_val.json"), scene)],
+    "sqa3d": [Source("sqa3d", ("SQA_train.json", "SQA_test.json"), scene)],
+    "nextqa": [Source("nextqa", ("nextqa_train.json", "nextqa_val.json"), nextqa)],
 }

@@ -3,6 +3,8 @@ from dataclasses import dataclass, field
 
 from crab_min.composed import ASSETS, ComposedModel, ModelConfig, load_base, load_tokenizer
 from crab_min.config import LLAMA_CHAT
+from crab_min.crema import load_crema
+from crab_min.encoders import DepthEncoder, register
 from crab_min.llava import load_llava
 from crab_min.model import AVLanguageModel, ModelError
 from crab_min.native import load_native
@@ -11,18 +13,25 @@ from crab_min.native import load_native
 @dataclass
 class BackboneConfig:
     """The frozen model. Weights are named by local path or hub id."""
-    backbone: str = field(default="composed", metadata={"help": "composed (CLIP + BEATs + Q-Formers + LM), native (Qwen2.5-Omni) or llava (LLaVA-OneVision)",
-                                                       "choices": ["composed", "native", "llava"]})
-    base: str = field(default="", metadata={"help": "composed: folder of a base, or random (default: the shipped tiny base)"})
+    backbone: str = field(default="composed", metadata={"help": "composed (CLIP + BEATs + Q-Formers + LM), native (Qwen2.5-Omni), llava (LLaVA-OneVision) or crema (one "
+                                                               "Q-Former for all modalities: BLIP-2, or without --weights the base)",
+                                                       "choices": ["composed", "native", "llava", "crema"]})
+    base: str = field(default="", metadata={"help": "composed, crema: folder of a base, or random (default: the shipped tiny base)"})
     vision: str = field(default="", metadata={"help": "composed, instead of a base: CLIP or SigLIP"})
-    audio: str = field(default="", metadata={"help": "composed, instead of a base; llava, for --side audio: path of a BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt)"})
+    audio: str = field(default="", metadata={"help": "composed, instead of a base; llava and crema, for sound beside a video: path of a BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt)"})
     llm: str = field(default="", metadata={"help": "composed, instead of a base: a causal LM for chat in Llama 2's format"})
-    weights: str = field(default="", metadata={"help": "native: Qwen2.5-Omni; llava: LLaVA-OneVision; any preset: tiny-random, small random weights of the same classes, to try a command"})
+    weights: str = field(default="", metadata={"help": "native: Qwen2.5-Omni; llava: LLaVA-OneVision; crema: BLIP-2; any preset: tiny-random, small random weights of the same classes, to try a command"})
+    depth: str = field(default="", metadata={"help": "crema: a depth model of transformers, by path or hub id, that makes the modality depth of clips without depth files"})
     separate: bool = field(default=True, metadata={"help": "native: text between two videos or two sounds of a prompt (the released Crab+ runs them together)"})
 
 
 def load_model(config: BackboneConfig) -> AVLanguageModel:
     """The model of a run, frozen and in evaluation mode. Raises ModelError, EncoderError."""
+    if config.backbone == "crema":
+        model = load_crema(config.weights, config.base, config.audio)
+        if config.depth:
+            register("depth", DepthEncoder(config.depth, model.vision))
+        return model
     if config.backbone != "composed" and not config.weights:
         raise ModelError(f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of Qwen2.5-Omni (native) or LLaVA-OneVision (llava), or tiny-random")
     if config.backbone == "native":

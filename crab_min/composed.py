@@ -84,12 +84,7 @@ class ComposedModel(AVLanguageModel):
                 mask = torch.cat([F.pad(media[i].mask.to(self.device), (0, longest - media[i].mask.shape[1])) for i in chosen])[None]
             read = connector.read(x[None], mask)[0]                                              # (sum of T, Q, hidden)
             y = connector.mlp(read)                                                              # (sum of T, Q, D)
-            if self.time is not None:
-                steps = torch.cat([torch.arange(n, device=y.device) for n in lengths])
-                y = y + self.time(steps.clamp(max=self.time.num_embeddings - 1))[:, None]
-            if self.number is not None:
-                ranks = torch.cat([torch.full((n,), numbers[i], device=y.device) for i, n in zip(chosen, lengths)])
-                y = y + self.number(ranks.clamp(max=self.number.num_embeddings - 1))[:, None]
+            y = coded(y, lengths, [numbers[i] for i in chosen], self.time, self.number)
             added = self.patches(list(read.split(lengths)), [media[i].sides for i in chosen])
             for i, part, more in zip(chosen, y.split(lengths), added):
                 tokens[i] = (part + more).flatten(0, 1)                                          # (T * Q, D)
@@ -113,6 +108,17 @@ class ComposedModel(AVLanguageModel):
             state.pop("llm.lm_head.weight")
         save_file(state, folder / "model.safetensors")
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def coded(y: Tensor, lengths: list[int], numbers: list[int], time: nn.Embedding | None, number: nn.Embedding | None) -> Tensor:
+    """Tokens y (sum of T, Q, D) of several media with the codes of their frame or second, 0 to T - 1 in each, and of their number in their prompt."""
+    if time is not None:
+        steps = torch.cat([torch.arange(n, device=y.device) for n in lengths])
+        y = y + time(steps.clamp(max=time.num_embeddings - 1))[:, None]
+    if number is not None:
+        ranks = torch.cat([torch.full((n,), rank, device=y.device) for rank, n in zip(numbers, lengths)])
+        y = y + number(ranks.clamp(max=number.num_embeddings - 1))[:, None]
+    return y
 
 
 def load_llm(name_or_config: dict | str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:

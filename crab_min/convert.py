@@ -91,11 +91,11 @@ TABLES = {
     "pave": [*under(PEFT + "model.temporal_aggregator.", "patches.0.", PATCH), *under(PEFT + "model.temporal_aggregator2.", "patches.1.", PATCH),
              (PEFT + "model.{layer}", PEFT + "model.language_model.{layer}")],                    # LoRA of PEFT, at transformers' path
     "crema": [*under("Qformer.bert.", "multimodal.qformer.", [*PAIRS, *wrapped(".w")]), ("query_tokens_{m}", "multimodal.parts.{m}.query"),
-              ("t5_proj_{m}.{x}", "multimodal.parts.{m}.out.{x}"), ("ln_{m}.{x}", "multimodal.parts.{m}.norm.{x}"),
+              ("t5_proj_{m}.{x}", "multimodal.parts.{m}.out.0.{x}"), ("ln_{m}.{x}", "multimodal.parts.{m}.norm.{x}"),
               ("projection_{m}.{x}", "multimodal.parts.{m}.input.{x}"), ("fusion.0.{x}", "fusion.linear.{x}"),
               ("{m}_gradsel_embed", None), *FROZEN],                            # the first is never used, the rest are the encoders and the LM
     "blip2": [*under("Qformer.bert.", "multimodal.qformer.", wrapped("")), ("query_tokens", "multimodal.parts.rgb.query"),
-              ("t5_proj.{x}", "multimodal.parts.rgb.out.{x}"), ("ln_vision.{x}", "multimodal.parts.rgb.norm.{x}"), *FROZEN],
+              ("t5_proj.{x}", "multimodal.parts.rgb.out.0.{x}"), ("ln_vision.{x}", "multimodal.parts.rgb.norm.{x}"), *FROZEN],
     # of Qwen2.5-Omni, whose parts transformers 5 has under model.
     "crab_plus": [row for thinker in ("", "thinker.") for row in (
         *ilora(PEFT + thinker + "model.{layer}.", PEFT + "model.language_model.{layer}."),
@@ -180,7 +180,7 @@ def from_blip2(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
 
 def missing_modalities(state: dict[str, Tensor], wanted: list[str]) -> dict[str, list[str]]:
     """{modality: its parts that a converted CREMA checkpoint lacks} for the `wanted` that are not whole; released ones often hold the last trained alone."""
-    parts = {"queries": "parts.{}.query", "norm": "parts.{}.norm.weight", "projection": "parts.{}.out.weight", "adapter": ".query.A.{}.weight"}
+    parts = {"queries": "parts.{}.query", "norm": "parts.{}.norm.weight", "projection": "parts.{}.out.0.weight", "adapter": ".query.A.{}.weight"}
     lacks = {m: [part for part, end in parts.items() if not any(name.endswith(end.format(m)) for name in state)] for m in wanted}
     return {m: gone for m, gone in lacks.items() if gone}
 

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,15 +22,17 @@ from statistics import median
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from crab_min.annotations import DataError, annotation_file, mask_objects, mask_path, read_mask, read_rows
+from crab_min.encoders import ENCODERS
 from crab_min.flags import Parser, one_line, write_whole
 from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
-from crab_min.media import MediaError, media_seconds, read_audio, read_image, read_video
+from crab_min.media import MediaError, media_seconds, read_audio, read_flow, read_image, read_video
 
 
 @dataclass(slots=True)
@@ -198,17 +201,17 @@ MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt write
 
 
 def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list[Sample]:
-    """The form of PAVE: the prompt has no sound; side channels follow the video (or image) that they belong to.
+    """The form of PAVE and CREMA: the prompt has no sound; side channels follow the video (or image) that they belong to.
 
-    names: "audio", the sample's sound; "fast", all the frames of the video; or a key of the row's "sides" {name: file}, which for such
-    rows says what there is. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
+    names: keys of the row's "sides" {name: file}; or, where it has no such file, "audio", the sample's sound; "fast", all the frames of the
+    video; "flow", its optical flow; what an encoder is registered for, its frames. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
     sample without any of them.
     """
     changed = []
     for s in samples:
         sounds, seen = [p for p in s.media if p.kind == "audio"], [p for p in s.media if p.kind in ("video", "image")]
-        own = s.row.get("sides")
-        places = dict(own) if own else {"audio": sounds and sounds[0].path, "fast": seen and seen[0].kind == "video" and seen[0].path}
+        video = seen and seen[0].kind == "video" and seen[0].path
+        places = {"audio": sounds and sounds[0].path, "fast": video, "flow": video, **dict.fromkeys(ENCODERS, video)} | (s.row.get("sides") or {})
         sides = [side_part(name, str(places[name]), seen, sounds) for name in names if places.get(name)]
         if names and (not sides or len(seen) != 1 or len(sounds) > 1):
             raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; --side "
@@ -218,44 +221,101 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list
             if p.side or p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":
                 continue
             parts += [p, *sides] if p.kind in ("video", "image") else [p]
-        changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view") else p for p in parts]))
+        changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view", "flow", "array") else p for p in parts]))
     return changed
 
 
 def side_part(name: str, path: str, seen: list[Part], sounds: list[Part]) -> Part:
-    """A side channel as a part: a dense stream, a sound, an array, or for any other file the frames of a second video."""
+    """A side channel as a part: a dense stream, flow, a sound, 3D points, an array, or for any other file the frames of a second video."""
+    ending, frames = Path(path).suffix, seen[0].frames if seen else 10
     if name == "fast":
         return Part("fast", path=path, side=name)
-    if Path(path).suffix in (".npy", ".pt", ".safetensors"):
-        return Part("array", path=path, side=name)
+    if ending == ".npz" or POINTS[0] in path:
+        return Part("points", path=path, side=name)
+    if ending in (".npy", ".pt", ".safetensors"):
+        return Part("array", path=path, frames=frames, side=name)
     if name == "audio":
         return replace(sounds[0], path=path, side=name) if sounds else Part("audio", path=path, side=name)
-    return Part("view", path=path, frames=seen[0].frames if seen else 10, side=name)
+    return Part("flow" if name == "flow" and seen and path == seen[0].path else "view", path=path, frames=frames, side=name)
 
 
-def read_array(path: str) -> np.ndarray:
-    """A side channel that was computed before: (U, W), (U, S, W) or (U, rows, columns, W) in a .npy, .pt or .safetensors -> (U, S, W). Raises MediaError."""
-    try:
-        if path.endswith(".npy"):
-            x = np.load(path)
-        else:
-            x = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-            x = next(iter(x.values())) if isinstance(x, dict) else x
-            x = x.float().numpy()
-        x = np.asarray(x, np.float32)
-    except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, StopIteration, pickle.UnpicklingError) as error:
-        raise MediaError(f"{path}: not one array of numbers ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); save one with numpy.save or "
-                         "torch.save") from None
+def read_array(path: str, frames: int, size: int) -> np.ndarray:
+    """A side channel that was computed before, in a .npy, .pt or .safetensors: numbers (U, W), (U, S, W) or (U, rows, columns, W) -> (U, S, W) float32.
+
+    Bytes (uint8) are pictures (U, rows, columns[, 1 or 3]) -> `frames` of them, spread over time (frames, size, size, 3). Raises MediaError.
+    """
+    x = load_array(path)
+    if x.dtype == np.uint8:
+        x = x[..., None] if x.ndim == 3 else x
+        if x.ndim != 4 or not x.size or x.shape[-1] not in (1, 3):
+            raise MediaError(f"{path}: bytes of shape {x.shape}; pictures are (steps, rows, columns), grey, or (steps, rows, columns, 3); save features as floats")
+        chosen = x[((np.arange(frames) + .5) * len(x) / frames).astype(int)].repeat(3 // x.shape[-1], -1)
+        return np.stack([np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)) for picture in chosen])
+    x = x.astype(np.float32)
     if not 2 <= x.ndim <= 4 or not x.size or not np.isfinite(x).all():
         raise MediaError(f"{path}: an array of shape {x.shape}{'' if np.isfinite(x).all() else ' with values that are not finite'}; a side channel is (steps, width), "
                          "(steps, tokens, width) or (steps, rows, columns, width)")
     return x[:, None] if x.ndim == 2 else x.reshape(len(x), -1, x.shape[-1])
 
 
+def load_array(path: str) -> np.ndarray:
+    """The one array of a .npy, .pt or .safetensors. Raises MediaError."""
+    try:
+        if path.endswith(".npy"):
+            return np.asarray(np.load(path))
+        x = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        x = next(iter(x.values())) if isinstance(x, dict) else x
+        return np.asarray(x) if isinstance(x, np.ndarray) else (x if x.dtype == torch.uint8 else x.float()).numpy()
+    except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, StopIteration, pickle.UnpicklingError) as error:
+        raise MediaError(f"{path}: not one array of numbers ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); save one with numpy.save or "
+                         "torch.save") from None
+
+
+# 3D points as 3D-LLM gives them, for CREMA: features (N, W) of a scene in one folder, their places (N, 3) in the other
+POINTS = "voxelized_features_sam_nonzero_preprocess", "voxelized_voxels_sam_nonzero_preprocess"
+
+
+def read_points(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(places (U, N, 3) of points, their features (U, N, W) or None): a .npz with xyz (N, 3) or (U, N, 3) and perhaps features, or 3D-LLM's pair. Raises MediaError."""
+    if path.endswith(".npz"):
+        try:
+            with np.load(path) as file:
+                xyz, features = file["xyz"], file["features"] if "features" in file else None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise MediaError(f"{path}: not 3D points ({type(error).__name__}: {error}); numpy.savez(FILE, xyz=..., features=...) with xyz (N, 3) or (steps, N, 3)") from None
+    else:
+        features, xyz = load_array(path), load_array(str(Path(path.replace(*POINTS)).with_suffix(".npy")))
+    xyz, features = (x[None] if x is not None and x.ndim == 2 else x for x in (xyz, features))
+    if xyz.ndim != 3 or xyz.shape[-1] != 3 or not xyz.size or features is not None and features.shape[:2] != xyz.shape[:2]:
+        raise MediaError(f"{path}: places {xyz.shape} and features {None if features is None else features.shape} of points; xyz is (N, 3) or (steps, N, 3), features (N, width)")
+    return xyz, features
+
+
+def point_code(xyz: np.ndarray, features: np.ndarray | None = None, most: int = 5000) -> np.ndarray:
+    """Points as tokens (U, N, W): features (U, N, W) + 0.01 * the sines and cosines of their whole-numbered places xyz (U, N, 3), W // 3 for each coordinate, as in CREMA.
+
+    Without features the sines and cosines alone, W = 96. Of more than `most` points as many are taken, evenly (there: at random).
+    """
+    if xyz.shape[1] > most:
+        chosen = np.linspace(0, xyz.shape[1] - 1, most).astype(int)
+        xyz, features = xyz[:, chosen], None if features is None else features[:, chosen]
+    width = 96 if features is None else features.shape[-1]
+    each = width // 3
+    turns = xyz[..., None].astype(np.float32) / 10000 ** (np.arange(0, each, 2) / each)          # (U, N, 3, (each + 1) // 2)
+    code = np.stack([np.sin(turns), np.cos(turns)], -1).reshape(*turns.shape[:-1], -1)[..., :each].reshape(*xyz.shape[:2], -1)
+    code = np.pad(code, ((0, 0), (0, 0), (0, width - code.shape[-1])))
+    return np.float32(code if features is None else features + .01 * code)
+
+
 def load_media(part: Part, size: int) -> tuple:
     """(arrays, seconds) of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,); and how long it is. Raises MediaError."""
     if part.kind == "array":
-        return read_array(part.path), 0.
+        return read_array(part.path, part.frames, size), 0.
+    if part.kind == "points":
+        return point_code(*read_points(part.path)), 0.
+    if part.kind == "flow":
+        clip = read_flow(part.path, part.frames, size)
+        return clip.frames, clip.seconds
     if part.kind == "fast":
         seconds = media_seconds(part.path)
         return read_video(part.path, max(1, round(FAST_RATE * seconds)), FAST).frames, seconds
@@ -274,8 +334,9 @@ def load_media(part: Part, size: int) -> tuple:
 
 def drawn_media(sample: Sample) -> list[tuple]:
     """The media of a sample as viz.py draws them: (name, kind, arrays, seconds) in the order of the prompt."""
-    return [(f"{p.side or p.kind}: {Path(p.path).name}", "video" if p.kind == "view" else p.kind, *load_media(p, GRID)) for p in sample.media
-            if p.kind not in ("fast", "array")]
+    loaded = [(p, *load_media(p, GRID)) for p in sample.media if p.kind not in ("fast", "points")]
+    return [(f"{p.side or p.kind}: {Path(p.path).name}", "video" if p.kind in ("view", "flow", "array") else p.kind, arrays, seconds or 10.) for p, arrays, seconds in loaded
+            if p.kind != "array" or arrays.dtype == np.uint8]
 
 
 class MediaSet:

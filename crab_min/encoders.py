@@ -5,9 +5,9 @@ width D. T is the caller's time step: one frame, or one stretch. The rest of the
 CNN with a `width` and the same `forward` can stand in for CLIP, SigLIP or BEATs without a branch anywhere. Whoever
 builds a model decides what is frozen.
 
-CLIP (Radford et al. 2021; Crab, LLaVA) and SigLIP (Zhai et al. 2023; LLaVA-OneVision) come from transformers, BEATs
-from beats.py. As in the released codes, the patches of a hidden layer below the last are taken, without CLIP's class
-token. What differs: frames are squashed to the encoder's square input, where released processors cut the middle out,
+CLIP (Radford et al. 2021; Crab, LLaVA), SigLIP (Zhai et al. 2023; LLaVA-OneVision) and BLIP-2's ViT-g (CREMA) come from
+transformers, BEATs from beats.py. As in the released codes, the patches of a hidden layer below the last are taken, without
+CLIP's class token; of ViT-g the last layer with it, before its norm. What differs: frames are squashed to the encoder's square input, where released processors cut the middle out,
 because a box on the 224 x 224 grid must mean the whole frame.
 
 Shapes: B clips, T frames or stretches of sound, S tokens of one, D width, N samples.
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation, Blip2VisionModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from crab_min.beats import Beats, BeatsConfig, EncoderError, fbank, load_beats
@@ -34,7 +34,7 @@ class Family(NamedTuple):
     model: type[PreTrainedModel]
     mean: list                                         # of the pixels its weights were trained with, in [0, 1]
     std: list
-    prefix: int                                        # tokens before the first patch: CLIP's class token
+    prefix: int                                        # tokens before the first patch that are left out: CLIP's class token
     fixed: dict                                        # config entries: SigLIP's pooling head serves the last layer
 
 
@@ -42,6 +42,7 @@ FAMILIES = {
     "clip_vision_model": Family(CLIPVisionModel, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 1, {}),
     "siglip_vision_model": Family(SiglipVisionModel, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, 0,
                                   {"vision_use_head": False}),
+    "blip_2_vision_model": Family(Blip2VisionModel, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, 0, {}),
 }
 
 
@@ -53,19 +54,21 @@ def family_of(model_type: str | None, name: str) -> Family:
 
 
 class VisionEncoder(nn.Module):
-    """CLIP or SigLIP: frames (B, T, H, W, 3) uint8 -> patch features (B, T, S, D).
+    """CLIP, SigLIP or BLIP-2's ViT: frames (B, T, H, W, 3) uint8 -> patch features (B, T, S, D).
 
-    name_or_config: a local folder or hub id whose weights are loaded (in float32), or a transformers config as a dict,
-    {"model_type": "clip_vision_model", "hidden_size": 128, ...}, for random weights or a state dict of one's own.
+    name_or_config: a local folder or hub id whose weights are loaded (in float32), a transformers config as a dict,
+    {"model_type": "clip_vision_model", "hidden_size": 128, ...}, for random weights or a state dict of one's own, or a model.
     layer: which hidden state is given out; 0 is the embeddings, -1 the last layer, -2 the one below it (Crab's).
     Attributes: width D, size (pixels of the square input), tokens S.
     Raises EncoderError: not CLIP or SigLIP, weights that cannot be found or do not fit, no such layer.
     """
     FRAMES_A_PASS = 32                                 # bounds the memory of a long video
 
-    def __init__(self, name_or_config: str | Path | dict, layer: int = -2):
+    def __init__(self, name_or_config: str | Path | dict | PreTrainedModel, layer: int = -2):
         super().__init__()
-        if isinstance(name_or_config, dict):
+        if isinstance(name_or_config, PreTrainedModel):
+            self.model = name_or_config
+        elif isinstance(name_or_config, dict):
             family = family_of(name_or_config.get("model_type"), "the given config")
             self.model = family.model(AutoConfig.for_model(**name_or_config | family.fixed, attn_implementation=ATTENTION))
         else:
@@ -75,7 +78,7 @@ class VisionEncoder(nn.Module):
             raise EncoderError(f"layer {layer}: this vision model has hidden states 0 to {config.num_hidden_layers}; "
                                f"choose one, or count from the end (-2 is the one below the last)")
         family, self.width, self.size = FAMILIES[config.model_type], config.hidden_size, config.image_size
-        self.tokens = (config.image_size // config.patch_size) ** 2
+        self.tokens = (config.image_size // config.patch_size) ** 2 + (family.model is Blip2VisionModel)
         self.prefix = family.prefix
         self.register_buffer("mean", torch.tensor(family.mean)[:, None, None], persistent=False)    # (3, 1, 1)
         self.register_buffer("std", torch.tensor(family.std)[:, None, None], persistent=False)
@@ -171,3 +174,54 @@ class AudioEncoder(nn.Module):
     @classmethod
     def from_config(cls, config: dict) -> "AudioEncoder":
         return cls(**config)
+
+
+# --- encoders of one's own -------------------------------------------------------------------------------------------
+ENCODERS: dict[str, nn.Module] = {}                    # of side channels and modalities by name, instead of the model's own
+
+
+def register(name: str, encoder: nn.Module) -> None:
+    """Let `encoder` read the side channel or modality `name`, in every model; it is frozen, and not saved with a run.
+
+    It is given what the channel's file holds: frames (1, T, H, W, 3) uint8, stretches of sound (1, T, N) or numbers (1, U, S, W), and returns
+    (1, T, S, D), D = its `width`. A row that names no file for it gets its video. Raises EncoderError.
+    """
+    if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "width", None), int):
+        raise EncoderError(f"encoder of {name!r}: give a torch module with a `width` and a forward of frames (B, T, H, W, 3) to features (B, T, S, width), got {encoder!r}")
+    ENCODERS[name] = encoder.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode_own(name: str, arrays, device: torch.device) -> Tensor:
+    """The features (T, S, D) that a registered encoder makes of arrays as data.load_media gives them. Raises EncoderError."""
+    encoder, x = ENCODERS[name].to(device), pad_sequence([torch.as_tensor(wave) for wave in arrays], batch_first=True) if isinstance(arrays, list) else torch.as_tensor(arrays)
+    found = encoder(x[None].to(device))
+    if found.ndim != 4 or len(found) != 1 or found.shape[-1] != encoder.width:
+        raise EncoderError(f"encoder of {name!r}: gave {tuple(found.shape)} for {tuple(x[None].shape)}; its width is {encoder.width}, so (1, steps, tokens, {encoder.width}) was expected")
+    return found[0]
+
+
+class DepthEncoder(nn.Module):
+    """A depth model of transformers before a vision encoder: frames (B, T, H, W, 3) -> features (B, T, S, D) of their depth as grey pictures, near is bright.
+
+    name: a path or hub id, such as depth-anything/Depth-Anything-V2-Small-hf. Raises EncoderError.
+    """
+
+    def __init__(self, name: str, vision: VisionEncoder):
+        super().__init__()
+        try:
+            self.processor, self.depth = AutoImageProcessor.from_pretrained(name), AutoModelForDepthEstimation.from_pretrained(name)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise EncoderError(f"depth model {name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id of a depth-estimation model of "
+                               "transformers, such as depth-anything/Depth-Anything-V2-Small-hf, or depth as files under \"sides\"") from error
+        self.vision, self.width = vision, vision.width
+
+    def pictures(self, frames: Tensor) -> Tensor:
+        """Depth of each frame (N, H, W, 3) uint8 as a grey picture (N, h, w, 3) uint8, from the farthest 0 to the nearest 255."""
+        inputs = self.processor(images=list(frames.cpu().numpy()), return_tensors="pt").to(self.depth.device)
+        x = self.depth(**inputs).predicted_depth                                        # (N, h, w), near is more
+        low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+        return (255 * (x - low) / (high - low).clamp(min=1e-6)).to(torch.uint8)[..., None].expand(-1, -1, -1, 3)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.vision(self.pictures(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))

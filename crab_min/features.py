@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from crab_min.data import BLACK, DataError, MediaSet, Sample
+from crab_min.encoders import ENCODERS, encode_own
 from crab_min.fusion import encode_side
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
@@ -61,7 +62,8 @@ class Features:
         groups: dict = {}
         for part, media, reason in loaded:
             if reason is None:
-                groups.setdefault((part.kind, len(media[0])), []).append((part, *media))
+                kind = "view" if part.kind == "flow" or part.kind == "array" and media[0].dtype == "uint8" else part.kind            # pictures
+                groups.setdefault((kind, part.side in ENCODERS and part.side, getattr(media[0], "shape", len(media[0]))), []).append((part, *media))
             elif strict:
                 raise DataError(reason)
             else:
@@ -69,9 +71,14 @@ class Features:
                 tqdm.write(f"skipped: {reason}")
                 if len(self.bad) > self.max_bad * self.total and len(self.bad) > 1:
                     raise DataError(f"{len(self.bad)} unreadable files, more than --max-bad {self.max_bad:.0%}; the last: {reason}")
-        for (kind, _), items in groups.items():
+        for (kind, own, _), items in groups.items():
             arrays = [arrays for _, arrays, _ in items]
-            found = [encode_side(kind, a) for a in arrays] if kind in ("fast", "array") else self.model.encode(kind, arrays, [seconds for *_, seconds in items])
+            if own:
+                found = [MediaFeatures(kind, encode_own(own, a, self.model.device)) for a in arrays]
+            elif kind in ("fast", "array", "points"):
+                found = [encode_side(kind, a) for a in arrays]
+            else:
+                found = self.model.encode(kind, arrays, [seconds for *_, seconds in items])
             for (part, *_), features in zip(items, found):
                 features.features = features.features.half()
                 self.store[part] = features

@@ -238,6 +238,9 @@ class GatedFusion(nn.Module):
         return F.silu(self.linear(torch.cat(rows, -1)))
 
 
-def over_frames(x: Tensor, frames: int) -> Tensor:
-    """Tokens (B, U, Q, D) of a modality without the video's frames (audio clips, 3D): their mean over U, the same at each frame (B, frames, Q, D)."""
+def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
+    """Tokens (B, U, Q, D) of a modality in steps of its own (stretches of sound, 3D) -> (B, frames, Q, D): their mean over U at each frame, as released;
+    aligned: at each frame the mean of the steps of its time."""
+    if aligned:
+        return F.adaptive_avg_pool1d(x.flatten(2).mT, frames).mT.unflatten(2, x.shape[2:])
     return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)

@@ -1,4 +1,4 @@
-"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1 and PAVE add).
+"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1, PAVE and CREMA add).
 
 Crab+ (2603.04128) trains all its tasks through text: media and an instruction go in, out come reasoning in prose and
 then the label in a tag. A dataset is a row of TASKS (papers/crab.md 2.5, 6.1), which training, evaluation and infer.py
@@ -31,7 +31,7 @@ class InterfaceError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Part:
     """One piece of a prompt: text, or a medium to be decoded."""
-    kind: str                                          # "text", "video", "audio", "image"; of a side channel also "view", "fast", "array"
+    kind: str                                          # "text", "video", "audio", "image"; of a side channel also "view", "flow", "fast", "array", "points"
     text: str = ""
     path: str = ""
     frames: int = 10                                   # of a video
@@ -56,7 +56,7 @@ class Answer:
     text: str = ""
     error: str | None = None
     owners: list = field(default_factory=list, compare=False)      # for each point, the index of its box
-    choices: tuple = field(default=(), compare=False)              # golds: the options of the row (avqa_thu), or all right texts (scanqa, sqa3d)
+    choices: tuple = field(default=(), compare=False)              # golds: the options of the row (avqa_thu, nextqa), or all right texts (scanqa, sqa3d)
 
     def objects(self) -> list:
         """[(box, its points), ...]; without `owners` the points are dealt out evenly, in order."""
@@ -72,7 +72,7 @@ IMAGE, SOUND = ("image", ("image_path", "visual_path"), ""), ("audio", ("audio_p
 
 @dataclass(frozen=True)
 class Task:
-    """One dataset: a folder of AV-UIE v2, or a source of v1 or of PAVE (2503.19794)."""
+    """One dataset: a folder of AV-UIE v2, or a source of v1, of PAVE (2503.19794) or of CREMA (2402.05889)."""
     name: str
     family: str                                        # one of the paper's seven tasks
     ask: str                                           # the instruction, with the placeholders of `slots`
@@ -89,7 +89,7 @@ class Task:
     options: tuple = ()                                # the only answers there are, in canonical form
     types: tuple = ()                                  # fields that name the type of a question, scored apart too
     splits: tuple = ("train", "test")
-    v2: bool = True                                    # a folder of AV-UIE v2; else of v1 or PAVE alone
+    v2: bool = True                                    # a folder of AV-UIE v2; else of v1, PAVE or CREMA alone
 
 
 TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")
@@ -112,7 +112,7 @@ TASKS = {task.name: task for task in (
     Task("mafw", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("dfew", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
     Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,),
-         types=("type",), sets=("substring_released",)),
+         types=("type",), sets=("substring_released", "part_of_gold")),
     Task("avqa_thu", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
          slots=(QUESTION, ("choices", ("multi_choice",))), types=("question_relation", "question_type")),
     Task("ave", "localisation", "Which event is both seen and heard, and when?", "label_content",
@@ -146,6 +146,8 @@ TASKS = {task.name: task for task in (
     Task("sqa3d", "qa", "Answer in a few words: {situation} {question}", "answer", ("texts", "answers"), parser="text",
          metric="exact_match", sets=("refined", "substring_of_gold"), media=(VIDEO,),
          slots=(("situation", ("situation",)), QUESTION), types=("type",), v2=False),
+    Task("nextqa", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
+         media=(VIDEO,), slots=(QUESTION, ("choices", ("multi_choice",))), types=("type",), v2=False),
 )}
 
 

@@ -10,8 +10,8 @@ Beside the main number stand others that papers report: each sample's own, and t
 by class for emotions, CIDEr for captions). A prediction that does not parse is scored 0 and counted, never dropped, and
 the end of a span is exclusive. Released scorers differ: AVE's takes unparsed clips for ten right background seconds and
 ends inclusive (segment_accuracy_released), MUSIC-AVQA's leaves out answers outside of its vocabulary and looks for the
-answer as a substring (substring_released); PAVE's and CREMA's take parts of 3D answers (refined, substring_of_gold).
-AVVP's agrees.
+answer as a substring (substring_released), CREMA's for the answer in gold (part_of_gold); PAVE's and CREMA's take parts of
+3D answers (refined, substring_of_gold). AVVP's agrees.
 """
 import math
 import re
@@ -219,6 +219,14 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict:
             "counted_released": len(counted) / len(golds)}
 
 
+def part_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict:
+    """What CREMA calls accuracy on MUSIC-AVQA: right too if the answer is part of the gold ("guitar" of "acoustic guitar", "a" of "piano").
+
+    No answer reads "unanswerable". Compared in canonical form, where CREMA writes 1 to 10 in words and gold's underscores as blanks.
+    """
+    return {"part_of_gold": fmean((said(p) or "unanswerable") in said(g) for p, g in zip(predictions, golds))}
+
+
 def refined(predictions: list[Answer], golds: list[Answer]) -> dict:
     """PAVE's (LEO's) lenient EM, as released: right too where, without blanks, a gold is part of the answer or the answer part of a gold.
 
@@ -234,7 +242,7 @@ def substring_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict:
     The answer: its first line in lower case, without commas; where the gold is one word, its last word; 1 to 10 in words.
     """
     def answer(p: Answer, g: Answer) -> str:
-        line = p.text.replace(",", "").strip().split("\n")[0].lower()
+        line = p.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
         word = line.split(" ")[-1] if " " not in g.text else line
         return WORDS[int(word)] if re.fullmatch("[1-9]|10", word) else word
     return {"substring_of_gold": fmean(answer(p, g) in g.text for p, g in zip(predictions, golds))}
@@ -265,7 +273,7 @@ def cider(predictions: list[Answer], golds: list[Answer]) -> dict:
 
 # --- a task --------------------------------------------------------------------------------------------------------
 METRICS = {f.__name__: f for f in (accuracy, segments, event_f, av_event_f, first_box, all_boxes, exists_box, rouge_l, exact_match)}
-SETS = {f.__name__: f for f in (by_class, substring_released, refined, substring_of_gold, cider)}
+SETS = {f.__name__: f for f in (by_class, substring_released, part_of_gold, refined, substring_of_gold, cider)}
 
 
 def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: list[str] | None = None, whole: bool = True) -> dict:

@@ -96,6 +96,11 @@ class AVLanguageModel(nn.Module):
         """Tokens of a medium in the prompt."""
         raise NotImplementedError
 
+    def place(self, media: MediaFeatures) -> list[int]:
+        """What stands in the prompt for a medium: token ids, with as many placeholders as it has tokens."""
+        before, placeholder, after = self.marks[media.kind]
+        return [*before, *[placeholder] * self.count(media), *after]
+
     def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
         """The tokens (count, D) of each medium; numbers: whether it is the first (0), second ... of its kind in its prompt."""
         raise NotImplementedError
@@ -122,8 +127,7 @@ class AVLanguageModel(nn.Module):
                 if part.kind == "text":
                     ids += self.encode_text(part.text)
                 else:
-                    before, placeholder, after = self.marks[part.kind]
-                    ids += [*before, *[placeholder] * self.count(next(queue)), *after]
+                    ids += self.place(next(queue))
             ids += self.encode_text(self.template[1])
             answer = self.encode_text(targets[i]) + [end] if targets else []
             rows.append(ids + answer)
@@ -144,7 +148,10 @@ class AVLanguageModel(nn.Module):
         places = torch.isin(batch["ids"], torch.tensor([placeholder for _, placeholder, _ in self.marks.values()], device=batch["ids"].device))
         x = self.llm.get_input_embeddings()(batch["ids"].masked_fill(places, 0))                 # (B, L, D); a placeholder needs no row of its own
         if batch["media"]:
-            x = x.masked_scatter(places[..., None], torch.cat(self.tokens(batch["media"], batch["numbers"])).to(x.dtype))
+            names = [(id(m.features), n, *sorted((name, id(side.features)) for name, side in m.sides.items())) for m, n in zip(batch["media"], batch["numbers"])]
+            media = dict(zip(names, zip(batch["media"], batch["numbers"])))                      # rows that share a medium share its tokens
+            tokens = dict(zip(media, self.tokens(*map(list, zip(*media.values())))))
+            x = x.masked_scatter(places[..., None], torch.cat([tokens[name] for name in names]).to(x.dtype))
         return x
 
     def losses(self, batch: dict) -> Tensor:

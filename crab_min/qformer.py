@@ -51,9 +51,7 @@ class QFormerConnector(nn.Module):
         self.norm = nn.LayerNorm(c.width_in)
         self.query = nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden))
         self.qformer = blip2_qformer(c, cross_every=1)
-        widths = [c.hidden] + [c.width_out] * c.mlp_depth
-        steps = [step for pair in zip(widths, widths[1:]) for step in (nn.Linear(*pair), nn.GELU())]
-        self.mlp = nn.Sequential(*steps[:-1])                                           # no GELU after the last
+        self.mlp = make_mlp(c)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.mlp(self.read(features, mask))
@@ -69,6 +67,13 @@ def blip2_qformer(c: "QFormerConfig | MultimodalConfig", cross_every: int) -> Bl
         attn_implementation=ATTENTION, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
         intermediate_size=c.intermediate, encoder_hidden_size=c.width_in, cross_attention_frequency=cross_every,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+
+
+def make_mlp(c: "QFormerConfig | MultimodalConfig") -> nn.Sequential:
+    """Linears with a GELU between them, from a query to the width of the LM."""
+    widths = [c.hidden] + [c.width_out] * c.mlp_depth
+    steps = [step for pair in zip(widths, widths[1:]) for step in (nn.Linear(*pair), nn.GELU())]
+    return nn.Sequential(*steps[:-1])                                                   # no GELU after the last
 
 
 def read_steps(qformer: Blip2QFormerModel, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -92,6 +97,7 @@ class MultimodalConfig:
     intermediate: int = 3072
     cross_every: int = 2                               # cross-attention in every second layer
     rank: int = 64
+    mlp_depth: int = 1                                 # linears from a query to the LM (the tiny base has two)
 
 
 class ModalLinear(nn.Module):
@@ -120,16 +126,17 @@ class Modality(nn.Module):
         super().__init__()
         self.width, self.query = width, nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden))
         self.input = nn.Identity() if width == c.width_in else nn.Linear(width, c.width_in)
-        self.norm, self.out = nn.LayerNorm(c.width_in), nn.Linear(c.hidden, c.width_out)
+        self.norm, self.out = nn.LayerNorm(c.width_in), make_mlp(c)
 
 
 class MultimodalQFormer(nn.Module):
     """One frozen Q-Former for all modalities (CREMA, Fig. 1): (name, features (B, T, S, width)) -> tokens (B, T, Q, D)."""
 
-    def __init__(self, config: MultimodalConfig):
+    def __init__(self, config: MultimodalConfig, qformer: Blip2QFormerModel | None = None):
+        """qformer: the one to be shared (its linears are wrapped); None: a random one of the sizes of `config`."""
         super().__init__()
         self.config, self.parts = config, nn.ModuleDict()
-        self.qformer = blip2_qformer(config, config.cross_every).requires_grad_(False)
+        self.qformer = (qformer or blip2_qformer(config, config.cross_every)).requires_grad_(False)
         for layer in self.qformer.encoder.layer:
             attention = layer.attention.attention                                       # of the queries among themselves
             attention.query, attention.value = ModalLinear(attention.query), ModalLinear(attention.value)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import Sample, one_sense, pick_tasks, read_samples, examined_data, with_sides
+from crab_min.crema import CremaConfig, CremaModel, EarlyExit
 from crab_min.evaluate import answer, cell, constants, options, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import write_whole
@@ -30,7 +31,7 @@ from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import AdapterConfig, AVLanguageModel, half_products
 from crab_min.side_world import CHANNELS, build_side_world
-from crab_min.viz import draw_scores, draw_sheet
+from crab_min.viz import draw_scores, draw_sheet, draw_subsets
 from crab_min.world_tasks import WorldConfig, build_world
 
 
@@ -39,7 +40,7 @@ class RunError(ValueError):
 
 
 @dataclass
-class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
+class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     """Everything a training run can be told; every field is a flag of train.py."""
     data: str = field(default="", metadata={"help": "AV-UIE v2 folder (AVUIE_2), or a .jsonl file of your own; without it the built-in world is built and used"})
     tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
@@ -50,7 +51,7 @@ class TrainConfig(BackboneConfig, AdapterConfig, WorldConfig):
     start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
     side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a "
                                             ".jsonl have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
-    frames: int = field(default=0, metadata={"help": "with --side: frames of a video (0: as the task has it; PAVE: 32)"})
+    frames: int = field(default=0, metadata={"help": "with --side or --modalities: frames of a video (0: as the task has it; PAVE: 32, CREMA: 4)"})
     patch_size: int = field(default=512, metadata={"help": "width of a patch"})
     patch_layers: int = field(default=2, metadata={"help": "blocks of a patch"})
     patch_rope: bool = field(default=False, metadata={"help": "rotary positions in a patch, in time, row and column"})
@@ -127,7 +128,7 @@ def lock(folder: Path):
     return file
 
 
-def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch.optim.Optimizer) -> None:
+def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch.optim.Optimizer, exits: EarlyExit | None = None) -> None:
     """state/step_N/: trained weights, optimizer moments, random state; appears whole, then replaces the older ones."""
     temporary, final = folder / "state" / f".step_{step}", folder / "state" / f"step_{step}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -135,18 +136,22 @@ def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch
     model.save_trained(temporary)
     moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
     save_file({**moments, "rng": torch.get_rng_state()}, temporary / "optimizer.safetensors")
+    if exits:
+        write_whole(temporary / "exits.json", json.dumps(exits.state()))
     temporary.rename(final)
     for old in (folder / "state").iterdir():
         if old != final:
             shutil.rmtree(old)
 
 
-def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Optimizer) -> int:
+def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Optimizer, exits: EarlyExit | None = None) -> int:
     """Restore the newest state into model and optimizer; the step it was saved after (0: there is none)."""
     states = sorted((folder / "state").glob("step_*"), key=lambda p: int(p.name[5:]))
     if not states:
         return 0
     model.restore_trained(states[-1])
+    if exits:
+        exits.restore(json.loads((states[-1] / "exits.json").read_text()))
     tensors = load_file(states[-1] / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("rng"))
     state: dict = {}
@@ -178,24 +183,26 @@ def run(config: TrainConfig, preset: str) -> dict:
     model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or str(build_side_world(config.things, config.world_clips, config.world_test, config.seed, world_channels(config)) if config.side else
-                              build_world(config, config.seed))
+    root = config.data or str(built_in(config, config.seed))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
     test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
-    if config.side:
+    asked = test
+    if config.side or config.modalities:
         train, test = (with_sides(rows, side_names(config), config.frames) for rows in (train, test))
     features = Features(model, config.cache_features, config.max_bad)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
 
     model.add_adapter(config)
-    add_patches(model, features, train, config)
+    add_sides(model, features, train, config)
     if config.start:
         model.restore_trained(Path(config.start))
     model.train_beside(config.train)
+    if isinstance(model, CremaModel):
+        model.learn(modalities(config))
     if config.checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -220,10 +227,11 @@ def run(config: TrainConfig, preset: str) -> dict:
     for task, r in results.items():
         if all(chances := [1 / len(options(s)) if options(s) else 0 for s in test if s.task.name == task]):
             r["chance"] = sum(chances) / len(chances)
+    subsets = score_subsets(model, features, asked, limits, config) if isinstance(model, CremaModel) and test else {}
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
-    metrics = {"tasks": results, "base": base, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    metrics = {"tasks": results, "base": base, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad), **subsets}
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
     held.close()
@@ -231,34 +239,77 @@ def run(config: TrainConfig, preset: str) -> dict:
         draw_scores(folder / "scores.png", results)
         draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
         print(table(results))
+        if subsets:
+            draw_subsets(folder / "modalities.png", subsets["subsets"])
+            print(subset_table(subsets["subsets"], modalities(config)))
     print(f"loss a token: {loss['first']:.3f} in the first tenth of the steps, {loss['last']:.3f} in the last")
     print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
 
 
 def side_names(config: TrainConfig) -> list[str]:
-    """The side channels of --side; none for "none"."""
-    return [name.strip() for name in config.side.split(",") if name.strip() not in ("", "none")]
+    """The side channels of --side, or the modalities of --modalities but rgb; none for "none". Raises RunError."""
+    return modalities(config)[1:] if config.modalities else [name.strip() for name in config.side.split(",") if name.strip() not in ("", "none")]
+
+
+def modalities(config: TrainConfig) -> list[str]:
+    """The names of --modalities. Raises RunError."""
+    names = [name.strip() for name in config.modalities.split(",")]
+    if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
+        raise RunError(f"--modalities {config.modalities}: name rgb, the video, first, and each other modality once")
+    if config.backbone != "crema" or config.side:
+        raise RunError(f"--modalities {config.modalities}: of --backbone crema alone (got {config.backbone}), and without --side ({config.side or 'none'}); for patches give --side")
+    return names
 
 
 def world_channels(config: TrainConfig) -> list[str]:
     """Which questions of the built-in world a run is about: those for its side channels, or --about where it has none. Raises RunError."""
-    names = config.about.split(",") if config.about else side_names(config)
+    names = config.about.split(",") if config.about else side_names(config) or ["audio"]
     if not names or set(names) - set(CHANNELS):
-        raise RunError(f"--side {','.join(names) or config.side}: the built-in world has the side channels {', '.join(CHANNELS)}; for others give --data")
+        raise RunError(f"{'--modalities' if config.modalities else '--side'} {','.join(names) or config.side}: the built-in world has the side channels "
+                       f"{', '.join(CHANNELS)}; for others give --data")
     return names
 
 
-def add_patches(model: AVLanguageModel, features: Features, train: list[Sample], config: TrainConfig) -> None:
-    """A new patch for each side channel of the training rows; its width is that of the channel's features. Raises RunError."""
+def built_in(config: TrainConfig, seed: int) -> Path:
+    """The built-in world of a run: for side channels the questions about them."""
+    if config.side or config.modalities:
+        return build_side_world(config.things, config.world_clips, config.world_test, seed, world_channels(config), together=bool(config.modalities))
+    return build_world(config, seed)
+
+
+def add_sides(model: AVLanguageModel, features: Features, train: list[Sample], config: TrainConfig) -> None:
+    """A new patch, or modality, for each side channel of the training rows; its width is that of the channel's features. Raises RunError."""
     for name in side_names(config):
         sample = next((s for s in train if any(p.side == name for p in s.parts)), None)
         if sample is None:
-            raise RunError(f"--side {name}: no training row has it")
-        found = dict(zip([p.side for p in sample.media], features([sample])[0]))
-        (video, out), hidden = model.patch_widths, config.patch_size
-        model.patches.add(name, PatchConfig(video, found[name].features.shape[-1], out, hidden, layers=config.patch_layers, shared_kv=config.shared_kv, rope=config.patch_rope))
+            raise RunError(f"{'--modalities' if config.modalities else '--side'} {name}: no training row has it; rows of a .jsonl name files under \"sides\"")
+        width = dict(zip([p.side for p in sample.media], features([sample])[0]))[name].features.shape[-1]
+        if isinstance(model, CremaModel):
+            model.add_side(name, width, config)
+        else:
+            video, out = model.patch_widths
+            model.patches.add(name, PatchConfig(video, width, out, config.patch_size, layers=config.patch_layers, shared_kv=config.shared_kv, rope=config.patch_rope))
     model.patches.to(model.device)
+
+
+def score_subsets(model: CremaModel, features: Features, test: list[Sample], limits: dict, config: TrainConfig) -> dict:
+    """{"subsets": {"rgb": {kind of question: accuracy}, "rgb+audio": ..., all of them}, "missing": {modality: test clips without it}}."""
+    names, found = modalities(config), {}
+    every = [["rgb"], *(["rgb", name] for name in names[1:]), names]
+    for some in every[:1] if len(names) == 1 else every[:2] if len(names) == 2 else every:
+        rows = with_sides(test, [n for n in some if n != "rgb"], config.frames)
+        scores = score_all(rows, answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options"))
+        found["+".join(some)] = {kind or task: t["metric"] for task, r in scores.items() for kind, t in (r.get("types") or {"": r}).items()}
+    missing = {name: sum(all(p.side != name for p in s.media) for s in with_sides(test, names[1:], config.frames)) for name in names[1:]} if names[1:] else {}
+    return {"subsets": found, "missing": missing}
+
+
+def subset_table(subsets: dict, names: list[str]) -> str:
+    """The lines for score_subsets: a row a set of modalities, a column a kind of question."""
+    kinds, wide = sorted({kind for row in subsets.values() for kind in row}), max(map(len, subsets)) + 2
+    lines = [f"{'modalities':<{wide}}" + "".join(f"{kind:>{max(9, len(kind) + 2)}}" for kind in kinds)]
+    return "\n".join(lines + [f"{some:<{wide}}" + "".join(f"{row[kind]:>{max(9, len(kind) + 2)}.3f}" for kind in kinds) for some, row in subsets.items()])
 
 
 def finished(config: TrainConfig, preset: str) -> dict | None:
@@ -295,16 +346,17 @@ def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
 
 def name_of(parameter: str) -> str:
     """The part of the model a parameter belongs to, for the list of what is trained."""
-    return next((part for part in ("patches", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
+    return next((part for part in ("patches", "fusion", "multimodal", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
-    """The steps themselves, from the last saved state on; a line of log.csv each."""
-    beside = {id(p) for module in [*model.beside().values(), model.patches] for p in module.parameters()}
-    adapter = [p for p in model.parameters() if p.requires_grad and id(p) not in beside]
-    others = [p for p in model.parameters() if p.requires_grad and id(p) in beside]
+    """The steps themselves, from the last saved state on; a line of log.csv each. Modality-sequential: a step for each live modality of every batch."""
+    adapter = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)
-    done = load_state(folder, model, optimizer)
+    exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
+    epoch = -(-len(train) // config.batch_size)
+    done = load_state(folder, model, optimizer, exits)
     file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
     model.train()
@@ -314,25 +366,37 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
             continue
         start = time.time()
         batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
-        with half_products(config.half):
-            loss, tokens = model(batch)
-        (loss / tokens).backward()
-        norm = torch.nn.utils.clip_grad_norm_(adapter + others, config.clip)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        live = exits.live if exits else [""]
+        for name in live:
+            if exits:
+                model.learn([name])
+            with half_products(config.half):
+                loss, tokens = model(batch)
+            (loss / tokens).backward()
+            if exits:
+                exits.note(name, model.gradient_norm(name))
+            norm = torch.nn.utils.clip_grad_norm_(adapter + others, config.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not live:                                                          # every modality has had enough
+            break
+        if exits:
+            exits.end_step((step + 1) % epoch == 0)
         value = loss.item() / tokens
-        log.writerow([step + 1, f"{value:.6f}", tokens, f"{optimizer.param_groups[0]['lr']:.6g}", f"{norm.item():.4f}", f"{time.time() - start:.3f}"])
-        bar.set_postfix(loss=f"{value:.3f}", tokens=tokens)
+        log.writerow([step + 1, f"{value:.6f}", tokens, f"{optimizer.param_groups[0]['lr']:.6g}", f"{norm.item():.4f}", f"{time.time() - start:.3f}", "+".join(live)])
+        bar.set_postfix(loss=f"{value:.3f}", tokens=tokens, **({"live": "+".join(live)} if exits else {}))
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            save_state(folder, step + 1, model, optimizer)
+            save_state(folder, step + 1, model, optimizer, exits)
+    if exits:
+        write_whole(folder / "exits.json", json.dumps(exits.state(), indent=1))
     file.close()
 
 
 def open_log(path: Path, done: int):
     """(file, writer) of log.csv for the next step: what an interrupted run wrote after its last state is dropped."""
-    header = ["step", "loss", "tokens", "lr", "grad_norm", "seconds"]
+    header = ["step", "loss", "tokens", "lr", "grad_norm", "seconds", "live"]
     kept = list(csv.reader(path.read_text().splitlines()))[1:done + 1] if path.exists() and done else []
     write_whole(path, "\n".join(",".join(row) for row in [header, *kept]) + "\n")
     file = open(path, "a", buffering=1)

@@ -47,6 +47,7 @@ class Object:
     size: int = 0
     seen: list[Span] = field(default_factory=list)     # empty: off-screen
     heard: list[Span] = field(default_factory=list)    # empty: silent
+    trembles: int = 0                                  # 1 or -1: from side to side, to the right or to the left at every quarter of a second
 
     def seen_at(self, t: float) -> bool:
         return any(s <= t < e for s, e in self.seen)
@@ -157,6 +158,7 @@ class Renderer:
         else:                                                                # things sway, each in its own time
             sway = math.sin(turn * .5 + o.size)
             angle, y = 18 * round(sway), y - 3 * abs(sway)
+            x += 6 * o.trembles * math.sin(2 * turn)                         # at whole and half seconds it is where it would be at rest
         return round(x), round(y), round(size), round(angle / 6) * 6 % 360
 
     def sprite(self, thing: int, size: int, angle: int, cache: dict) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""AV-UIE v1 and PAVE's sources as released: a copy made of the built-in world's media, every source with rows to keep and rows to leave out."""
+"""AV-UIE v1 and the sources of PAVE and CREMA as released: a copy made of the built-in world's media, every source with rows to keep and rows to leave out."""
 import csv
 import json
 import shutil
@@ -10,6 +10,7 @@ from PIL import Image
 import train
 from crab_min.annotations import V1, DataError, mask_objects, read_mask, read_rows
 from crab_min.data import check, load_media, pick_tasks, read_samples
+from crab_min.evaluate import options
 from crab_min.interface import TASKS, parse
 from crab_min.media import write_video
 
@@ -17,6 +18,9 @@ CLIP = {"uid": "x_1", "vid": "x", "s_min": 0, "s_sec": 0, "a_obj": "dog", "label
 TURNS = [{"question": "who is there?", "answer": "a man with a cup"}, {"question": " does he speak?", "answer": "no"}, {"question": "where is he?", "answer": "in a kitchen"}]
 ASKED = {"scene_id": "scene0000_00", "question_id": "train-scene0000-0", "question": "What is beside the bed?", "answers": ["A brown chair", "chair"]}
 PLACED = {"scene_id": "scene0000_00", "situation": "I face the door.", "question": "Can I leave?", "question_id": 220602000000, "answers": ["yes"]}
+CHOICE = {"video": "12", "qid": "CW_3", "question": "why did he run", **{f"a{i}": f"to {do}" for i, do in enumerate(("play", "eat", "hide", "rest", "win"))}, "num_option": 5, "answer": 2}
+MUSIC = {"video_id": "00000093", "question_id": 1, "type": '["Audio","Counting"]', "question_content": "Is the <Object> louder than the <FL> one?",
+         "templ_values": '["flute", "first"]', "anser": "acoustic_guitar"}
 BOX, COLOURS = (56, 28, 112, 84), ((128, 0, 0), (0, 64, 0))
 
 
@@ -96,6 +100,11 @@ def v1(tmp_path_factory, small_world):
         write_json(root / f"sqa3d/SQA_{other}.json", [PLACED if split == "train" else {**PLACED, "answers": [{"answer": "yes", "answer_id": 1}]}])
     for name in ("scanqa", "sqa3d"):
         copy(video, root / name / "videos/scene0000_00.mp4")
+    for split in ("train", "val"):
+        write_json(root / f"nextqa/nextqa_{split}.json", [CHOICE])
+    copy(video, root / "nextqa/videos/12.mp4")
+    for name in ("nextqa/videos_depth/12", "sqa3d/videos_norm/scene0000_00", "sqa3d/voxelized_features_sam_nonzero_preprocess/scene0000_00.pt"):
+        (root / name).mkdir(parents=True)
     (root / "avsd/videos").mkdir()
     write_video(root / "avsd/videos/ABC.mp4", np.zeros((25, 64, 64, 3), np.uint8), np.sin(np.arange(16000) / 5).astype(np.float32) / 2)
     return root
@@ -104,7 +113,7 @@ def v1(tmp_path_factory, small_world):
 def test_every_source_is_read_with_what_it_leaves_out(v1):
     counts = {split: {task: len(read_rows(v1, task, split)) for task in V1 if split in TASKS[task].splits and (split, task) != ("test", "lvis")} for split in ("train", "test")}
     assert counts["train"] == dict.fromkeys(V1, 1) | {"ms3": 4, "avsd": 3}     # of MS3 every frame with an object, of AVSD every turn
-    assert counts["test"] == {"avqa": 1, "ave": 1, "avvp": 1, "s4": 5, "ms3": 5, "avss": 10, "arig": 1, "ref_avs": 20, "audiocaps": 1, "avsd": 1, "scanqa": 1, "sqa3d": 1}
+    assert counts["test"] == {"avqa": 1, "ave": 1, "avvp": 1, "s4": 5, "ms3": 5, "avss": 10, "arig": 1, "ref_avs": 20, "audiocaps": 1, "avsd": 1, "scanqa": 1, "sqa3d": 1, "nextqa": 1}
 
 
 def test_rows_of_v1_become_samples_whose_media_load_and_whose_targets_parse_to_their_gold(v1):
@@ -149,7 +158,29 @@ def test_a_question_about_a_scene_has_its_situation_its_type_and_all_its_answers
         assert [p.kind for p in (*asked.media, *placed.media)] == ["video", "video"]
         assert (asked.target, placed.target) == (("A brown chair", "yes") if split == "train" else ("", "")) and placed.row["type"] == "can"
     kinds = {" What's there?": "what", "is it red?": "is", "How many?": "how", "Which is near?": "which", "Am I near?": "other"}
-    assert {q: next(V1["sqa3d"].convert(v1 / "sqa3d", {**PLACED, "question": q}, False))["type"] for q in kinds} == kinds
+    assert {q: next(V1["sqa3d"][0].convert(v1 / "sqa3d", {**PLACED, "question": q}, False))["type"] for q in kinds} == kinds
+
+
+def test_a_multiple_choice_has_its_options_its_answer_as_a_text_and_its_type(v1):
+    for split in ("train", "test"):
+        sample, = read_samples(v1, ["nextqa"], split)
+        assert sample.parts[-1].text == "\nQuestion: why did he run Options: to play; to eat; to hide; to rest; to win"
+        assert (sample.gold.choice, sample.target) == ("to hide", "<answer> to hide</answer>" if split == "train" else "")
+        assert options(sample)[2] == "<answer> to hide</answer>" and sample.row["type"] == "CW"
+
+
+def test_rows_name_the_side_channels_that_are_there(v1):
+    asked, placed, choice = (s.row for s in read_samples(v1, ["scanqa", "sqa3d", "nextqa"], "test"))
+    assert choice["sides"] == {"depth": str(v1 / "nextqa/videos_depth/12")} and "sides" not in asked
+    assert placed["sides"] == {"normals": str(v1 / "sqa3d/videos_norm/scene0000_00"), "points": str(v1 / "sqa3d/voxelized_features_sam_nonzero_preprocess/scene0000_00.pt")}
+
+
+def test_music_avqa_is_read_from_its_own_files_where_those_of_v1_are_not(tmp_path):
+    write_json(tmp_path / "music-avqa/avqa-train.json", [MUSIC])
+    sample, = read_samples(tmp_path, ["avqa"], "train")
+    assert sample.parts[-1].text == "\nQuestion: Is the flute louder than the first one?" and sample.row["type"] == "Audio Counting"
+    assert sample.gold.choice == "acoustic guitar" and sample.target == "<answer> acoustic guitar</answer>"
+    assert [(p.kind, p.path) for p in sample.media] == [(kind, str(tmp_path / "music-avqa/videos/00000093.mp4")) for kind in ("video", "audio")]
 
 
 def test_a_run_on_v1_and_its_check(v1, tmp_path):
@@ -174,8 +205,11 @@ def test_objects_of_a_mask_by_columns_by_colour_and_whole(v1):
     ("scanqa", [{**ASKED, "answers": []}], "row 0: .*scanqa: field 'answers' must be a list of texts"),
     ("sqa3d", [{**PLACED, "answers": "yes"}], "sqa3d: field 'answers' must be a list of texts.* got 'yes'"),
     ("sqa3d", [{**PLACED, "answers": [{"text": "yes"}]}], "objects with a text under"),
+    ("nextqa", [{**CHOICE, "num_option": 6}], "row 0: KeyError: 'a5'; a row of nextqa"),
+    ("nextqa", [{**CHOICE, "answer": 5}], "nextqa: field 'answer', 'multi_choice' must be the index of the right option"),
+    ("avqa", [MUSIC, {**MUSIC, "templ_values": '["flute"]'}], "row 1: IndexError.*a row of avqa"),
 ])
 def test_a_row_that_is_not_as_released_is_named(tmp_path, task, rows, message):
-    write_json(tmp_path / V1[task].folder / V1[task].files[0], rows)
+    write_json(tmp_path / V1[task][-1].folder / V1[task][-1].files[0], rows)
     with pytest.raises(DataError, match=message):
         read_samples(tmp_path, [task], "train")

@@ -110,7 +110,14 @@ def test_the_released_avqa_scorer_takes_parts_of_words_and_leaves_out_strange_an
     """Of four: "no" in "piano" is right there, "two" is right, "guitar" is nobody's gold and is not counted, one does not parse."""
     golds = [Answer(choice=c) for c in ("no", "two", "two", "piano")]
     result = score(TASKS["avqa"], [Answer(choice=c) for c in ("piano", "two", "guitar")] + [ERROR], golds)
-    assert result["metric"] == .25 and result["all"] == {"substring_released": 1, "counted_released": .5}
+    assert result["metric"] == .25 and result["all"] == {"substring_released": 1, "counted_released": .5, "part_of_gold": .25}
+
+
+def test_cremas_avqa_score_takes_an_answer_that_is_part_of_the_gold():
+    """Right there: "guitar", "2" (right anyway) and "no" of "piano"; not "acoustic guitar" for "guitar", and not an answer that is not read."""
+    golds = [Answer(choice=c) for c in ("acoustic guitar", "two", "piano", "guitar", "yes")]
+    result = score(TASKS["avqa"], [Answer(choice=c) for c in ("guitar", "2", "no", "acoustic guitar")] + [ERROR], golds)
+    assert result["metric"] == 1 / 5 and result["all"]["part_of_gold"] == 3 / 5
 
 
 def test_cider_by_hand():
@@ -143,9 +150,9 @@ def test_a_scene_answer_is_right_if_any_gold_is_equal_and_refined_if_one_is_part
 def test_a_situated_answer_as_pave_and_as_crema_counts_it():
     """Strict, refined, substring of the gold, by answer:
     "It is two" and another line, for "two": 0, 1 (itistwoorthree holds it), 1 (the last word of its first line); "2" for "two": 1, 1, 1; "a" for "table": 0, 1, 1;
-    "brown, chair" for "brown chair": 1, 1, 1; "chair brown" for "brown chair": 0, 0, 0 (two words are no part of it); "tables" for "table": 0, 1, 0;
+    "brown, chair" for "brown chair": 1, 1, 1; "chair brown" for "brown chair": 0, 0, 0 (two words are no part of it); "tables", a blank and another line, for "table": 0, 1, 0;
     not read, for "yes": 0, 1, 1. Sums 2, 6, 5 of 7."""
-    said = ["It is two\nor three", "2", "a", "brown, chair", "chair brown", "tables"]
+    said = ["It is two\nor three", "2", "a", "brown, chair", "chair brown", "tables \nof wood"]
     golds = [answers(text) for text in ("two", "two", "table", "brown chair", "brown chair", "table", "yes")]
     result = score(TASKS["sqa3d"], [Answer(text=t) for t in said] + [Answer(text="", error="no text")], golds)
     assert result["metric"] == pytest.approx(2 / 7)
