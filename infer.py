@@ -17,6 +17,7 @@ import torch
 from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
+from crab_min.crema import CremaModel
 from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, with_sides, without
 from crab_min.features import Features
 from crab_min.evaluate import answer, cell, score_all, write_predictions
@@ -43,20 +44,25 @@ def load_run(given) -> tuple[AVLanguageModel, dict, Path]:
     model = load_model(BackboneConfig(**{f.name: config["train"][f.name] for f in fields(BackboneConfig) if f.name in config["train"]}))
     model.load_trained(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if given.skip:
+        known = ["rgb", *model.side_names] if isinstance(model, CremaModel) else []
+        if unknown := [name for name in given.skip if name not in known]:
+            raise RunError(f"--skip {unknown[0]}: the model has no such modality, but {', '.join(known) or 'none, as it is no run of CREMA'}")
+        model.skipped = set(given.skip)
     return model.eval(), config, folder
 
 
 def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: dict) -> list[Sample]:
-    """The samples as the run of a patch (PAVE) wants them: with the side channels of --side, else those that it was trained with; others as they are."""
+    """The samples as a run with patches (PAVE) or modalities (CREMA) wants them: with the side channels of --side, else those that it was trained with."""
     for file in given.patch or []:
         model.patches.load(file, *model.patch_widths)
-    trained = [n for n in config["train"].get("side", "").split(",") if n]
+    trained = side_names_of(config)
     wanted = [side.split("=", 1) for side in given.side or trained]
     if not wanted:
         return samples
     names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
-    if unknown := [n for n in names if n not in model.patches]:
-        raise RunError(f"--side {unknown[0]}: the model has no such patch, but {', '.join(model.patches) or 'none'}; load one with --patch FILE")
+    if unknown := [n for n in names if n not in model.side_names]:
+        raise RunError(f"--side {unknown[0]}: the model has no such patch or modality, but {', '.join(model.side_names) or 'none'}; a patch is loaded with --patch FILE")
     if files:
         def place(s: Sample, name: str) -> str | None:
             return files.get(name) or next((p.path for p in s.media if p.kind == ("audio" if name == "audio" else "video")), None)
@@ -64,12 +70,17 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
     return with_sides(samples, names, config["train"].get("frames", 0))
 
 
+def side_names_of(config: dict) -> list[str]:
+    """The side channels that a run was trained with."""
+    return [n for n in (config["train"].get("modalities") or config["train"].get("side", "")).split(",") if n not in ("", "rgb")]
+
+
 def built_in(config: dict, world: WorldConfig, seed: int) -> Path:
-    """The built-in world, or for the run of a patch the questions about its side channels."""
-    side, train = config["train"].get("side", ""), config["train"]
-    channels = [n for n in (train.get("about") or side).split(",") if n in CHANNELS]
+    """The built-in world, or for a run with side channels the questions about them."""
+    train = config["train"]
+    channels = [n for n in (train["about"].split(",") if train.get("about") else side_names_of(config)) if n in CHANNELS]
     if channels:
-        return build_side_world(world.things, train["world_clips"], train["world_test"], seed, channels).with_name("test.jsonl")
+        return build_side_world(world.things, train["world_clips"], train["world_test"], seed, channels, together=bool(train.get("modalities"))).with_name("test.jsonl")
     return build_world(world, seed)
 
 
@@ -111,9 +122,11 @@ def ask(given) -> None:
         began = time.time()
         if not given.json:
             print(f"model: {folder}\nprompt: {' '.join(''.join(p.text if p.kind == 'text' else f'<{p.side or p.kind} {Path(p.path).name}>' for p in sample.parts).split())}\nanswer: ", end="", flush=True)
-        streamer = None if given.json else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = None if given.json or given.beams > 1 else TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         limit = given.limit or config["limits"].get(task.name, DEFAULT_LIMIT)
-        text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer)[0]
+        text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer, given.beams)[0]
+        if not given.json and given.beams > 1:
+            print(text)
         parsed, seconds = parse(task, text), round(time.time() - began, 2)
         if given.routes:
             with record_routes(model) as routes, torch.no_grad():
@@ -146,14 +159,14 @@ def evaluate(given) -> None:
     limits = {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in sorted({s.task.name for s in samples})}
     decoding = {"run": str(folder), "data": str(root), "split": given.split, "without": given.without, "prompts": bool(given.prompts), "limits": limits,
                 "batch_size": given.batch_size, "sides": sorted({p.side for s in samples for p in s.media if p.side}),
-                "decoding": "likeliest option" if by_option else "greedy"}
+                "decoding": "likeliest option" if by_option else "greedy" if given.beams == 1 else f"{given.beams} beams", "skip": sorted(given.skip)}
     partial = out / "answers.partial.jsonl"
     features.prepare(samples, strict=not given.allow_missing)
     if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:
         partial.unlink(missing_ok=True)                                       # of other settings
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "decoding.json", json.dumps(decoding, indent=1))
-    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing, by_option=by_option)
+    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing, by_option=by_option, beams=given.beams)
     readable = {s.id for s in features.readable(samples)}                     # the others: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
@@ -193,7 +206,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--second-video", help="the second video of a2v")
     parser.add_argument("--options", help="the options of a multiple-choice question (avqa_thu), comma-separated")
     parser.add_argument("--run", help="run folder of train.py (default: the newest finished one, else the shipped adapter)")
-    parser.add_argument("--side", action="append", help="PAVE: a side channel to use, NAME or NAME=FILE (several times; none: switch the patches off); default: the run's")
+    parser.add_argument("--side", action="append", help="PAVE, CREMA: a side channel to use, NAME or NAME=FILE (several times; none: the video alone); default: the run's")
+    parser.add_argument("--skip", action="append", default=[], help="CREMA: a modality that is read without its adapter, as in its zero-shot runs (several times)")
+    parser.add_argument("--beams", type=int, default=1, help="beams of the search for an answer (CREMA: 5)")
     parser.add_argument("--patch", action="append", help="PAVE: a patch file to load beside the run's (patches/NAME.safetensors)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a clip and nothing else")
     parser.add_argument("--picture", help="where the picture goes (default: answers/CLIP_TASK.png)")

@@ -34,6 +34,9 @@ def llava_onevision(hidden: int, intermediate: int, layers: int, heads: int, kv_
                             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}}
 
 
+VIT_G = {"model_type": "blip_2_vision_model"}           # transformers' defaults are BLIP-2's ViT-g, and its Q-Former
+FLAN_T5_XL = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+              "tie_word_embeddings": False}
 LLAVA = {"0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True), "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False)}
 QWEN_OMNI = {"3b": qwen_omni(2048, 11008, 36, 16, 2, 151936), "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064)}
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]                # text before and after a prompt
@@ -46,7 +49,7 @@ CRAB = {"r": 8, "alpha": 16, "dropout": .05, "train": "adapter+connectors", "lr"
 PAVE = {"backbone": "llava", "adapter": "lora", "r": 64, "alpha": 16, "dropout": .05, "train": "adapter", "side": "audio", "frames": 32, "tasks": "avqa", "lr": 2e-5,
         "connector_lr": 2e-5, "clip": .1, "batch_size": 16, "epochs": 2, "target": "label", "mix": 1.0, "cache_features": False, "checkpointing": True}
 CREMA = {"backbone": "crema", "weights": "Salesforce/blip2-flan-t5-xl", "adapter": "none", "train": "adapter", "modalities": "rgb,audio", "frames": 4, "tasks": "avqa",
-         "lr": 2e-4, "connector_lr": 2e-4, "batch_size": 24, "epochs": 20, "target": "label", "mix": 1.0, "answers": "options", "cache_features": False}
+         "lr": 2e-4, "connector_lr": 2e-4, "batch_size": 24, "epochs": 20, "target": "label", "mix": 1.0, "answers": "options", "cache_features": False, "checkpointing": True}
 PRESETS = {
     "crab_plus-tiny": ("Crab+'s recipe on the shipped tiny base: I-LoRA, text answers, the built-in world (or --data)", {"r": 16, "alpha": 32}),
     "crab-tiny": ("Crab's recipe on the shipped tiny base: a connector a sense (--stage visual, audio), then all tasks (--stage unified)",
@@ -55,8 +58,8 @@ PRESETS = {
         "adapter": "lora", "r": 16, "alpha": 32, "dropout": 0, "train": "adapter", "side": "audio", "patch_size": 128, "answers": "options", "arms": True, "world_clips": 600,
         "world_test": 200, "steps": 400, "connector_lr": 5e-3}),
     "crema-tiny": ("CREMA's recipe on the shipped tiny base: modalities (--modalities) through its visual Q-Former, one after another", CREMA | {
-        "weights": "", "modalities": "rgb,audio,flow,depth,thermal", "join": "add", "modality_rank": 16, "world_clips": 300, "world_test": 60, "frames": 5,
-        "batch_size": 16, "steps": 150, "lr": 5e-3, "connector_lr": 5e-3, "cache_features": True}),
+        "weights": "", "checkpointing": False, "modalities": "rgb,audio,flow,depth,thermal", "join": "add", "modality_rank": 16, "world_clips": 450, "world_test": 60, "frames": 5,
+        "batch_size": 16, "steps": 450, "modality_dropout": .3, "lr": 5e-3, "connector_lr": 5e-3, "cache_features": True}),
     "crema-xl": ("CREMA on BLIP-2 with Flan-T5-XL: one Q-Former for all modalities", CREMA),
     "pave-0.5b": ("PAVE on LLaVA-OneVision-0.5B: a patch for a side channel, and LoRA on its LM", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"}),
     "pave-7b": ("PAVE on LLaVA-OneVision-7B", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-7b-ov-hf"}),

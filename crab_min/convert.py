@@ -244,6 +244,29 @@ def patch_of(state: dict[str, Tensor]) -> Patch:
     return patch
 
 
+NAMES = {"norm": "normals", "pc": "points"}            # CREMA's names of modalities where ours differ
+
+
+def named(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """The weights of a MultimodalQFormer with other names for its modalities."""
+    return {re.sub(r"(\.(?:parts|[AB])\.)(\w+)(?=\.)", lambda at: at[1] + names.get(at[2], at[2]), key): weight for key, weight in state.items()}
+
+
+def modalities_of(state: dict[str, Tensor], names: list[str]) -> dict:
+    """What crema.CremaModel wants to know of released weights, whose fusion has the columns of `names` without rgb in this order. Raises ConvertError."""
+    lacks = missing_modalities(state, names)
+    there = sorted({key.split(".")[2] for key in state if key.startswith("multimodal.parts.")} - lacks.keys())
+    if lacks or names[:1] != ["rgb"]:
+        raise ConvertError(f"--side {','.join(names)}: {'; '.join(f'{name} lacks ' + ', '.join(parts) for name, parts in lacks.items()) or 'name rgb first'}; whole in these files: "
+                           f"{', '.join(there) or 'none'} (training in sequence saves the last trained alone). Give the other files too, or name those that are whole")
+    width, found = state["multimodal.parts.rgb.out.0.weight"].shape[0], state.get("fusion.linear.weight")
+    if len(names) > 1 and (found is None or found.shape[1] != width * (len(names) - 1)):
+        raise ConvertError(f"--side {','.join(names)}: {'no fusion weights' if found is None else f'a fusion of {found.shape[1] // width} modalities'} in these files; "
+                           f"{len(names) - 1} beside rgb want a fusion, with columns in their order")
+    widths = {name: state.get(f"multimodal.parts.{name}.input.weight", state[f"multimodal.parts.{name}.norm.weight"]).shape[-1] for name in names}
+    return {"widths": widths, "fused": names[1:], "join": "concat", "aligned": False, "rank": next(weight.shape[0] for key, weight in state.items() if ".A." in key)}
+
+
 def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, preset: str, sides: list[str]) -> str:
     """Write a run folder from released files; what was done, in a line. Raises ConvertError."""
     if out.exists() and any(out.iterdir()):
@@ -263,9 +286,16 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
         start = f"patches.{number}."
         patches[sides[number]] = patch_of({name.removeprefix(start): modules.pop(name) for name in list(modules) if name.startswith(start)})
     config = replace(TrainConfig(**{**PRESETS[preset][1], "stage": ""}), encoder_adapters=encoder_adapters)
+    config = replace(config, side=",".join(patches))
+    if paper == "crema":
+        modules = named(modules, NAMES)
+        about = modalities_of(modules, sides)
+        modules = {key: weight for key, weight in modules.items() if not (at := re.search(r"\.(?:parts|[AB])\.(\w+)\.", key)) or at[1] in sides}
+        config = replace(config, modalities=",".join(sides), join=about["join"], modality_rank=about["rank"])
+        out.mkdir(parents=True, exist_ok=True)
+        save_file(modules, out / "modalities.safetensors", {"format": "pt", "crema": json.dumps(about)})
     out.mkdir(parents=True, exist_ok=True)
     patches.save(out / "patches")
-    config = replace(config, side=",".join(patches))
     if adapter:
         if paper == "pave":
             config = replace(config, r=next(weight.shape[0] for name, weight in adapter.items() if "lora_A" in name))
@@ -276,7 +306,7 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
         save_file({name: weight.contiguous() for name, weight in adapter.items()}, out / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     else:
         config = replace(config, adapter="none")
-    if modules:
+    if modules and paper != "crema":
         save_file(modules, out / "modules.safetensors")
     write_whole(out / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": 0, "limits": {}, "converted": [str(f) for f in files]}, indent=1))
     write_whole(out / "metrics.json", json.dumps({"tasks": {}, "seconds": 0, "steps": 0}))
@@ -289,14 +319,14 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
 def from_run(paper: str, run: Path, file: Path) -> str:
     """Write a released-style file from a run folder; what was done, in a line. Raises ConvertError."""
     state: dict[str, Tensor] = {}
-    for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors"):
+    for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors", run / "modalities.safetensors"):
         state |= load_file(part) if part.exists() else {}
     sides = json.loads((run / "config.json").read_text())["train"]["side"].split(",") if (run / "patches").is_dir() else []
     for number, side in enumerate(sides):                                       # in the order in which they were named
         state |= {f"patches.{number}.{name}": weight for name, weight in load_file(run / "patches" / f"{side}.safetensors").items()}
     if not state:
-        raise ConvertError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors; give a finished run of train.py")
-    state = revert(state, paper)
+        raise ConvertError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors nor modalities.safetensors; give a finished run of train.py")
+    state = revert(named(state, {ours: theirs for theirs, ours in NAMES.items()}) if paper == "crema" else state, paper)
     temporary = file.with_name(f".{file.name}")
     torch.save(state, temporary)
     temporary.rename(file)
@@ -305,13 +335,14 @@ def from_run(paper: str, run: Path, file: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="-m crab_min.convert", description="Released checkpoints to run folders, and back.", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus", "pave"], help="whose names")
+    parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus", "pave", "crema"], help="whose names")
     parser.add_argument("files", nargs="+", help="released files (.bin, .pt, .safetensors); with --back a run folder")
     parser.add_argument("--out", default="", help="the run folder to write (default: runs/PAPER-released)")
     parser.add_argument("--back", help="the file to write, by the released names")
     parser.add_argument("--encoder-adapters", action="store_true", help="keep Crab+'s adapters in the encoders")
-    parser.add_argument("--side", default="audio", help="pave: the names of its patches' side channels, comma-separated")
-    parser.add_argument("--preset", default="", choices=["", *PRESETS], help="whose backbone the run names (default: crab-7b, crab_plus-7b or pave-7b)")
+    parser.add_argument("--side", default="", help="comma-separated; pave: the names of its patches' side channels (default: audio); crema: its modalities in the order of "
+                                                   "its fusion (default: rgb,audio)")
+    parser.add_argument("--preset", default="", choices=["", *PRESETS], help="whose backbone the run names (default: the paper's large one)")
     parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
     given = parser.parse_args(arguments)
 
@@ -319,8 +350,9 @@ def main(arguments: list[str]) -> int:
         if given.back:
             print(from_run(given.paper, Path(given.files[0]), Path(given.back)))
         else:
-            preset = given.preset or {"crab_plus": "crab_plus-7b", "pave": "pave-7b"}.get(given.paper, "crab-7b")
-            print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset, given.side.split(",")))
+            preset = given.preset or {"crab_plus": "crab_plus-7b", "pave": "pave-7b", "crema": "crema-xl"}.get(given.paper, "crab-7b")
+            sides = given.side or {"crema": "rgb,audio"}.get(given.paper, "audio")
+            print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset, sides.split(",")))
     return one_line(run, given.debug)
 
 

@@ -14,7 +14,7 @@ the last step's alone counts); steps of sound are aligned with the frames (there
 Shapes: T frames, S encoder tokens, W their width, Q queries, D width of the LM.
 """
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tokenizers
@@ -59,6 +59,9 @@ class CremaModel(AVLanguageModel):
         self.frame_size, self.patches, self.fusion = vision.size, Patches(), None
         self.join, self.aligned, self.skipped = "concat", True, set()          # skipped: modalities without their adapters (zero-shot)
         self.dropout = 0.                              # of whole modalities, in training
+        self.learned: set[str] = set()                 # the modalities that are trained now, and what the others have read of this batch
+        self.held: dict[str, tuple[list[Tensor], Tensor]] = {}
+        self.kept: set[str] = set()                    # weights of the frozen Q-Former that came with a converted run, and go on into the next
         self.missing: dict[str, int] = {}              # side modality -> clips that had none
 
     @property
@@ -97,13 +100,19 @@ class CremaModel(AVLanguageModel):
 
     def read(self, name: str, features: list[Tensor], masks: list[Tensor | None] = ()) -> Tensor:
         """The tokens (sum of T, Q, D) of several clips' features (T, S, W) of one modality."""
+        before, tokens = self.held.get(name, ([], None))
+        if self.training and len(before) == len(features) and all(a is b for a, b in zip(before, features)):
+            return tokens
         longest = max(x.shape[1] for x in features)
         x = torch.cat([F.pad(x.to(self.device).float(), (0, 0, 0, longest - x.shape[1])) for x in features])                                  # (sum of T, S, W)
         mask = None
         if len({x.shape[1] for x in features}) > 1 or any(m is not None for m in masks):
             real = [torch.ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in zip(features, masks or [None] * len(features))]
             mask = torch.cat([F.pad(m.to(self.device), (0, longest - m.shape[1])) for m in real])[None]
-        return self.multimodal(name, x[None], mask, adapted=name not in self.skipped)[0]
+        tokens = self.multimodal(name, x[None], mask, adapted=name not in self.skipped)[0]
+        if self.training and name not in self.learned:
+            self.held[name] = features, tokens.detach()
+        return tokens
 
     def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
         """The other modalities of each clip as one stream (sum of T, Q, D). What a clip lacks is zero, and counted."""
@@ -112,7 +121,6 @@ class CremaModel(AVLanguageModel):
         for name in self.fusion.names:
             have = [i for i, found in enumerate(sides) if name in found]
             self.missing[name] = self.missing.get(name, 0) + len(sides) - len(have)
-            have = [i for i in have if not self.training or torch.rand(()) >= self.dropout]
             found = dict.fromkeys(range(len(sides)))
             if have:
                 media = [sides[i][name] for i in have]
@@ -121,12 +129,12 @@ class CremaModel(AVLanguageModel):
             present[name] = torch.cat([torch.full((n,), x is not None, device=self.device) for x, n in zip(found.values(), lengths)])
         return self.fusion(tokens, present)
 
-    # --- an LM with an encoder has its answers apart
     def collate(self, prompts: list[list], media: list[list[MediaFeatures]], targets: list[str] | None = None) -> dict:
-        if not self.llm.config.is_encoder_decoder:
-            return super().collate(prompts, media, targets)
-        batch = super().collate(prompts, media)
-        if targets:
+        apart = self.llm.config.is_encoder_decoder                            # an LM with an encoder has its answers apart
+        batch = super().collate(prompts, media, None if apart else targets)
+        if self.training and self.dropout:
+            batch["media"] = [replace(m, sides={name: side for name, side in m.sides.items() if torch.rand(()) >= self.dropout}) for m in batch["media"]]
+        if apart and targets:
             rows = [torch.tensor(self.encode_text(text) + [self.ends[1]], device=self.device) for text in targets]
             batch["labels"] = pad_sequence(rows, batch_first=True, padding_value=-100)
         return batch
@@ -138,22 +146,23 @@ class CremaModel(AVLanguageModel):
         return F.cross_entropy(logits.mT.float(), batch["labels"], ignore_index=-100, reduction="none")
 
     # --- modalities
-    def add_side(self, name: str, width: int, config: CremaConfig) -> None:
-        """A new side modality, which starts as rgb stands (queries, norm and projection), and a column of the fusion of its own; nothing of the others is touched.
+    def configure(self, config: CremaConfig) -> None:
+        """Take the settings of a run; rgb gets a new adapter of their rank."""
+        self.join, self.dropout, self.multimodal.config.rank = config.join, config.modality_dropout, config.modality_rank
+        for pair in self.multimodal.pairs().values():
+            pair.add("rgb", config.modality_rank)
+
+    def add_side(self, name: str, width: int) -> None:
+        """A new side modality, which starts as rgb stands (queries, norm and projection), and columns of the fusion of its own; nothing of the others is touched.
 
         Raises ModelError.
         """
-        self.multimodal.config.rank = config.modality_rank
         self.multimodal.add(name, width)
-        self.start(name)
-        self.widen([*self.side_names, name])
-        self.join, self.dropout = config.join, config.modality_dropout
-
-    def start(self, name: str) -> None:
         rgb, new = self.multimodal.of("rgb"), self.multimodal.of(name)
         for part in ("norm", "out"):
             getattr(new, part).load_state_dict(getattr(rgb, part).state_dict())
         new.query.data.copy_(rgb.query)
+        self.widen([*self.side_names, name])
 
     def widen(self, names: list[str]) -> None:
         """The fusion for the side modalities `names`, with the columns of those that it had; new ones start at zero, where they change nothing."""
@@ -184,7 +193,9 @@ class CremaModel(AVLanguageModel):
     def learn(self, names: list[str]) -> None:
         """Train these modalities and the fusion, and no other."""
         self.multimodal.requires_grad_(False)
+        self.learned = set(names)
         for name in names:
+            self.held.pop(name, None)
             for parameter in self.own(name):
                 parameter.requires_grad_(True)
 
@@ -199,7 +210,8 @@ class CremaModel(AVLanguageModel):
         super().save_trained(folder)
         about = {"widths": {name: part.width for name, part in self.multimodal.parts.items()}, "fused": self.side_names, "join": self.join,
                  "aligned": self.aligned, "rank": self.multimodal.config.rank}
-        save_file({name: value.contiguous() for name, value in self.own_state().items()}, folder / "modalities.safetensors", {"format": "pt", "crema": json.dumps(about)})
+        state = self.own_state() | {name: value for name, value in self.state_dict().items() if name in self.kept}
+        save_file({name: value.contiguous() for name, value in state.items()}, folder / "modalities.safetensors", {"format": "pt", "crema": json.dumps(about)})
 
     def own_state(self) -> dict[str, Tensor]:
         state = {f"multimodal.{key}": p.data for name in self.multimodal.parts for key, p in self.multimodal.own(name).items()}
@@ -220,16 +232,19 @@ class CremaModel(AVLanguageModel):
             state = load_file(file)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ModelError(f"{file}: not the modalities of a run ({type(error).__name__}: {error}); give a run of train.py crema-..., or convert a released one") from None
-        self.multimodal.config.rank, self.join, self.aligned = about["rank"], about["join"], about["aligned"]
-        for name in [n for n in self.multimodal.parts if n not in about["widths"] or state[f"multimodal.parts.{n}.query"].shape != self.multimodal.parts[n].query.shape]:
-            self.multimodal.remove(name)
-        for name, width in about["widths"].items():
-            if name not in self.multimodal.parts:
+        self.join, self.aligned = about["join"], about["aligned"]
+        if ({name: part.width for name, part in self.multimodal.parts.items()}, self.multimodal.config.rank) != (about["widths"], about["rank"]):
+            self.multimodal.config.rank = about["rank"]
+            for name in list(self.multimodal.parts):
+                self.multimodal.remove(name)
+            for name, width in about["widths"].items():
                 self.multimodal.add(name, width)
-        if about["fused"]:
+        if about["fused"] != self.side_names:
             self.widen(about["fused"])
-        check_fit(state, self.own_state(), file)
+        self.kept = {key for key in state if key.startswith("multimodal.qformer.") and ".A." not in key and ".B." not in key}       # of a converted run
+        check_fit({key: value for key, value in state.items() if key not in self.kept}, self.own_state(), file)
         self.load_state_dict(state, strict=False)
+        self.held.clear()
 
 
 FIRST_EXIT = 5                                         # the epoch, counted from 0, at whose end the first exit may be
@@ -269,10 +284,10 @@ class EarlyExit:
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------------
-def from_base(base: ComposedModel, rank: int = 64) -> CremaModel:
+def from_base(base: ComposedModel) -> CremaModel:
     """On a composed model (the tiny base): its visual connector is the Q-Former that all modalities share, and where each starts."""
     c, connector = base.visual_qformer.config, base.visual_qformer
-    sizes = MultimodalConfig(c.width_out, c.width_in, c.queries, c.hidden, c.layers, c.heads, c.intermediate, cross_every=1, rank=rank, mlp_depth=c.mlp_depth)
+    sizes = MultimodalConfig(c.width_out, c.width_in, c.queries, c.hidden, c.layers, c.heads, c.intermediate, cross_every=1, mlp_depth=c.mlp_depth)
     multimodal = MultimodalQFormer(sizes, connector.qformer)
     multimodal.add("rgb", c.width_in)
     rgb = multimodal.of("rgb")
@@ -282,11 +297,11 @@ def from_base(base: ComposedModel, rank: int = 64) -> CremaModel:
     return CremaModel(base.llm, base.tokenizer, base.ends, base.template, "<video>", base.vision, base.audio, multimodal, "", base.time, base.number)
 
 
-def from_blip2(blip: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, audio: AudioEncoder | None, rank: int = 64) -> CremaModel:
+def from_blip2(blip: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, audio: AudioEncoder | None) -> CremaModel:
     """On BLIP-2 of transformers, whose LM may be Flan-T5 or another with or without an encoder."""
     q, vision = blip.config.qformer_config, VisionEncoder(blip.vision_model, layer=-1)
     multimodal = MultimodalQFormer(MultimodalConfig(blip.language_projection.out_features, vision.width, blip.config.num_query_tokens, q.hidden_size, q.num_hidden_layers,
-                                                    q.num_attention_heads, q.intermediate_size, q.cross_attention_frequency, rank), blip.qformer.float())
+                                                    q.num_attention_heads, q.intermediate_size, q.cross_attention_frequency), blip.qformer.float())
     multimodal.add("rgb", vision.width)
     rgb = multimodal.of("rgb")
     rgb.query.data.copy_(blip.query_tokens)
@@ -321,8 +336,10 @@ def tiny_random() -> CremaModel:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = Blip2Config(vision_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "image_size": 56, "patch_size": 14},
                          qformer_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "encoder_hidden_size": 32, "vocab_size": 8},
-                         text_config={"model_type": "t5", "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)},
+                         text_config={"model_type": "t5", "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer), "decoder_start_token_id": 0},
                          num_query_tokens=4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return from_blip2(Blip2ForConditionalGeneration(config), tokenizer, AudioEncoder(TINY_MODEL["audio"]), rank=8)
+        blip = Blip2ForConditionalGeneration(config)
+        nn.init.normal_(blip.query_tokens, std=.02)                           # transformers begins with zeros
+        return from_blip2(blip, tokenizer, AudioEncoder(TINY_MODEL["audio"]))

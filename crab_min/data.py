@@ -214,8 +214,8 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list
         places = {"audio": sounds and sounds[0].path, "fast": video, "flow": video, **dict.fromkeys(ENCODERS, video)} | (s.row.get("sides") or {})
         sides = [side_part(name, str(places[name]), seen, sounds) for name in names if places.get(name)]
         if names and (not sides or len(seen) != 1 or len(sounds) > 1):
-            raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; --side "
-                            f"{','.join(names)} wants one video with at least one of them (rows of a .jsonl name their files under \"sides\")")
+            raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; "
+                            f"{','.join(names)} want one video with at least one of them (rows of a .jsonl name their files under \"sides\")")
         parts = []
         for i, p in enumerate(s.parts):
             if p.side or p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":

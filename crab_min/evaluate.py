@@ -1,6 +1,6 @@
 """Answers for a split, their scores, and the files and the table that show them; shared by the end of training and `infer.py --eval`.
 
-Decoding is greedy, with a limit of tokens for each task (the longest target of its training rows and a margin, kept in config.json).
+Decoding is greedy, unless beams are asked for, with a limit of tokens for each task (the longest target of its training rows and a margin, kept in config.json).
 Nothing is skipped: an answer that does not parse counts as wrong and lowers `parsed`.
 """
 import json
@@ -35,7 +35,7 @@ def plan_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
 
 
 def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
-           partial: Path | None = None, strict: bool = True, by_option: bool = False) -> list[str]:
+           partial: Path | None = None, strict: bool = True, by_option: bool = False, beams: int = 1) -> list[str]:
     """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`.
 
     by_option: of a sample that has options, the likeliest one (`choose`), and nothing is generated.
@@ -50,7 +50,7 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
             if by_option and batch and all(options(s) for s in batch):
                 said = choose(model, batch, media)
             else:
-                said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128)) if batch else []
+                said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128), beams=beams) if batch else []
             new = {s.id: "" for s in whole} | {s.id: text for s, text in zip(batch, said)}
             texts |= new
             if partial:

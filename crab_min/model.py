@@ -80,6 +80,11 @@ class AVLanguageModel(nn.Module):
         self.loaded: set[str] = set()                  # parts beside the adapter that came from a run folder, and go on into the next
 
     @property
+    def side_names(self) -> list[str]:
+        """The side channels that it can read."""
+        return list(self.patches)
+
+    @property
     def device(self) -> torch.device:
         return self.llm.get_input_embeddings().weight.device
 
@@ -164,10 +169,10 @@ class AVLanguageModel(nn.Module):
         return self.losses(batch).sum(), int((batch["labels"] != -100).sum())
 
     @torch.no_grad()
-    def generate(self, batch: dict, limit: int, streamer=None) -> list[str]:
-        """Greedy answers, at most `limit` tokens each."""
+    def generate(self, batch: dict, limit: int, streamer=None, beams: int = 1) -> list[str]:
+        """Answers of at most `limit` tokens each: greedy, or the best that a search with several beams finds."""
         beside = self.beside_embeddings(batch)
-        out = self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **beside, max_new_tokens=limit, do_sample=False,
+        out = self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **beside, max_new_tokens=limit, do_sample=False, num_beams=beams,
                                 streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends[1])
         out = out[:, batch["ids"].shape[1]:] if "input_ids" in beside else out
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)

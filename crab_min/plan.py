@@ -6,6 +6,7 @@ same code that will train; the difference is a layer. All sizes are for one GPU;
 activations, and so is what the CUDA libraries take for themselves (about a gigabyte).
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,19 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (AutoConfig, AutoModelForCausalLM, CLIPVisionModel, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2_5OmniThinkerConfig,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2_5OmniThinkerConfig,
                           Qwen2_5OmniThinkerForConditionalGeneration)
 
 from crab_min.beats import Beats, BeatsConfig
 from crab_min.composed import load_tokenizer
-from crab_min.config import CLIP_LARGE, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL
+from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
 from crab_min.data import pick_tasks
-from crab_min.encoders import ATTENTION
-from crab_min.fusion import Patch, PatchConfig
+from crab_min.encoders import ATTENTION, FAMILIES
+from crab_min.fusion import GatedFusion, Patch, PatchConfig
 from crab_min.interface import TASKS, Task, audio_windows
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.qformer import QFormerConfig, QFormerConnector
-from crab_min.trainer import ALIGN, TrainConfig, side_names
+from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
+from crab_min.trainer import ALIGN, TrainConfig, modalities, side_names
 
 GPUS = (16, 24, 48, 80)                                # GB
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8                 # bytes a weight: 4 bits, an 8-bit scale for 64 of them, a float for 256 scales (QLoRA, 2305.14314)
@@ -52,6 +53,8 @@ def sizes_of(preset: str) -> Sizes:
         return Sizes(native=QWEN_OMNI[preset.removeprefix("crab_plus-")])
     if preset.startswith("pave-") and preset.removeprefix("pave-") in LLAVA:
         return Sizes(native=LLAVA[preset.removeprefix("pave-")], llava=True)
+    if preset == "crema-xl":
+        return Sizes(vision=VIT_G, audio={}, llm=FLAN_T5_XL)
     if preset == "crab-7b":
         return Sizes(vision=CLIP_LARGE, audio={}, llm=LLAMA_2_7B, visual_qformer={}, audio_qformer={})
     tiny = {k: TINY_MODEL[k] for k in ("vision", "audio", "llm", "visual_qformer", "audio_qformer")}
@@ -63,6 +66,9 @@ def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
     if sizes.native is None:
         config = AutoConfig.for_model(**sizes.llm)
         config.num_hidden_layers = layers or config.num_hidden_layers
+        if config.is_encoder_decoder:
+            config.num_decoder_layers = config.num_hidden_layers
+            return AutoModelForSeq2SeqLM.from_config(config)
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION if config.hidden_size < 1024 else "sdpa")
     config = LlavaOnevisionConfig(**sizes.native) if sizes.llava else Qwen2_5OmniThinkerConfig(**sizes.native)
     if layers:
@@ -75,8 +81,25 @@ def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
     return (LlavaOnevisionForConditionalGeneration if sizes.llava else Qwen2_5OmniThinkerForConditionalGeneration)(config)
 
 
-def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig] = {}) -> dict[str, tuple[int, int]]:
-    """{part: (trained, frozen)} parameters of the whole model."""
+def make_vision(sizes: Sizes) -> nn.Module:
+    config = AutoConfig.for_model(**sizes.vision)
+    return FAMILIES[config.model_type].model(config)
+
+
+def make_modalities(sizes: Sizes, config: TrainConfig, width: int) -> nn.ModuleDict:
+    """CREMA's trained parts for an LM `width` wide: a MultimodalQFormer with the modalities of a run, and their fusion."""
+    vision, audio = AutoConfig.for_model(**sizes.vision).hidden_size, BeatsConfig.from_dict(sizes.audio).encoder_embed_dim
+    c, q = MultimodalConfig(width, vision, rank=config.modality_rank), sizes.visual_qformer
+    if q:                                              # the tiny base's own
+        c = replace(c, **{k: q[k] for k in ("queries", "hidden", "layers", "heads", "intermediate")}, cross_every=1, mlp_depth=2)
+    qformer, names = MultimodalQFormer(c), modalities(config)
+    for name in names:
+        qformer.add(name, audio if name == "audio" else 96 if name == "points" and q else vision)
+    return nn.ModuleDict({"qformer": qformer, **({"fusion": GatedFusion(names[1:], width)} if names[1:] else {})})
+
+
+def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig] = {}, crema: TrainConfig | None = None) -> dict[str, tuple[int, int]]:
+    """{part: (trained, frozen)} parameters of the whole model; crema: the run, where it is one with modalities."""
     with torch.device("meta"):
         lm = make_lm(sizes)
         lm.requires_grad_(False)
@@ -88,8 +111,15 @@ def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: 
             parts = {"vision encoder": base.model.vision_tower, "projector": base.model.multi_modal_projector, "language model": base.model.language_model, "head": base.lm_head}
         elif sizes.native is not None:
             parts = {"vision encoder": base.model.visual, "audio encoder": base.model.audio_tower, "language model": base.model.language_model, "head": base.lm_head}
+        elif crema:
+            encoders = {"vision encoder": make_vision(sizes), "audio encoder": Beats(BeatsConfig.from_dict(sizes.audio))}
+            for part in encoders.values():
+                part.requires_grad_(False)
+            made = make_modalities(sizes, crema, base.config.hidden_size)
+            own = {f"modality {name}": nn.ParameterList(made["qformer"].own(name).values()) for name in modalities(crema)}
+            parts = encoders | own | {"shared Q-Former": made["qformer"], **({"fusion": made["fusion"]} if "fusion" in made else {}), **parts}
         else:
-            clip, beats = CLIPVisionModel(AutoConfig.for_model(**sizes.vision)), Beats(BeatsConfig.from_dict(sizes.audio))
+            clip, beats = make_vision(sizes), Beats(BeatsConfig.from_dict(sizes.audio))
             width = base.config.hidden_size
             connectors = {"visual connector": QFormerConnector(QFormerConfig(clip.config.hidden_size, width, **sizes.visual_qformer)),
                           "audio connector": QFormerConnector(QFormerConfig(beats.config.encoder_embed_dim, width, **sizes.audio_qformer))}
@@ -111,22 +141,34 @@ def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: 
     return counted
 
 
-def kept_bytes(lm: nn.Module, batch: int, length: int, answer: int, half: bool) -> int:
-    """Bytes that the LM's forward keeps for its backward on `batch` prompts of `length` tokens, of which `answer` are learned; parameters not counted."""
-    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    decoder = getattr(base.model, "language_model", base.model)
-    own, kept = {p.untyped_storage()._cdata for p in lm.parameters()}, {}
+@contextmanager
+def storages(module: nn.Module, half: bool):
+    """A dict that fills with what a forward of `module` keeps for its backward: {name of a storage: (its bytes, itself)}; parameters are not counted."""
+    own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = (storage.nbytes(), storage)                  # the storage is kept so that no later one takes its name
         return tensor
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        yield kept
+
+
+def kept_bytes(lm: nn.Module, batch: int, length: int, answer: int, half: bool) -> int:
+    """Bytes that the LM's forward keeps for its backward on `batch` prompts of `length` tokens, of which `answer` are learned; parameters not counted."""
+    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    if base.config.is_encoder_decoder:
+        x, mask = torch.zeros(batch, length, base.config.hidden_size, dtype=base.dtype, requires_grad=True), torch.ones(batch, length, dtype=torch.long)
+        with storages(lm, half) as kept:
+            loss = base(inputs_embeds=x, attention_mask=mask, labels=torch.zeros(batch, answer, dtype=torch.long)).loss
+        return sum(size for size, _ in kept.values()) if loss is not None else 0
+    decoder = getattr(base.model, "language_model", base.model)
     x = torch.zeros(batch, length, decoder.config.hidden_size, dtype=base.dtype, requires_grad=True)
     eager = decoder.config._attn_implementation == "eager"
     mask = torch.zeros(batch, 1, length, length, dtype=base.dtype if eager else torch.bool)
     mask = {"full_attention": mask, "sliding_attention": mask} if decoder is not base.model else mask
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+    with storages(lm, half) as kept:
         hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
         loss = F.cross_entropy(base.lm_head(hidden[:, -answer - 1:])[:, :-1].flatten(0, 1).float(), torch.zeros(batch * answer, dtype=torch.long))
     return sum(size for size, _ in kept.values()) if loss is not None else 0
@@ -162,6 +204,19 @@ def activations(sizes: Sizes, adapter: AdapterConfig, batch: int, length: int, a
     return rest + layer + text.num_hidden_layers * batch * length * text.hidden_size * (2 if half else 4)
 
 
+def modality_bytes(sizes: Sizes, config: TrainConfig, half: bool) -> int:
+    """Bytes of activations of CREMA's Q-Former in a training step: of one modality in sequential training, else of all; the fusion is left out."""
+    with torch.device("meta"):
+        width, vision = make_config(sizes).hidden_size, AutoConfig.for_model(**sizes.vision)
+        qformer = make_modalities(sizes, replace(config, modalities="rgb"), width)["qformer"]
+    with FakeTensorMode():
+        pretend(qformer)
+        x = torch.zeros(1, config.batch_size * config.frames, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
+        with storages(qformer, half) as kept:
+            tokens = qformer("rgb", x)
+    return sum(size for size, _ in kept.values()) * (1 if config.sequential else len(modalities(config))) if tokens is not None else 0
+
+
 def make_config(sizes: Sizes):
     """The transformers config of the LM."""
     if sizes.native is None:
@@ -178,6 +233,8 @@ def patch_sizes(sizes: Sizes, config: TrainConfig) -> tuple[dict[str, PatchConfi
     if sizes.llava:
         vision = LlavaOnevisionConfig(**sizes.native).vision_config
         width, grid = vision.hidden_size, math.ceil(vision.image_size // vision.patch_size / 2) ** 2
+    elif config.modalities:
+        return {}, (config.frames, 0)
     elif sizes.native is None:
         connector = QFormerConfig(1, 1, **sizes.visual_qformer)
         width, grid = connector.hidden, connector.queries
@@ -218,7 +275,11 @@ def media_tokens(sizes: Sizes, task: Task, config: TrainConfig) -> int:
     """Tokens of the media of one prompt."""
     total = 0
     for kind, *_ in task.media:
-        if config.side and kind == "audio":            # a side channel has none
+        if (config.side or config.modalities) and kind == "audio":            # a side channel has none
+            continue
+        if config.modalities:
+            queries, prefix = (sizes.visual_qformer or {"queries": 32})["queries"], 0 if sizes.visual_qformer else 4        # "Frame 1: "
+            total += (config.frames or task.frames) * (queries + prefix) * (2 if config.join == "concat" and side_names(config) else 1)
             continue
         if sizes.llava:
             grid = math.isqrt(patch_sizes(sizes, config)[1][1])
@@ -248,22 +309,33 @@ def plan(config: TrainConfig, preset: str) -> dict:
     train = config.train
     if config.stage in ALIGN:
         adapter, train = replace(adapter, adapter="none"), ALIGN[config.stage][1]
-    parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0])
+    parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0], config if config.modalities else None)
     lengths = {name: media_tokens(sizes, task, config) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2
-               and (config.tasks == "all" or name in pick_tasks(config.tasks)) and not (config.side and name in ("a2v", "v2a"))}
+               and (config.tasks == "all" or name in pick_tasks(config.tasks)) and not ((config.side or config.modalities) and name in ("a2v", "v2a"))}
     trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
-    half = sizes.native is not None or preset.endswith("7b")
-    text = make_config(sizes)
-    linears = text.num_hidden_layers * (text.hidden_size * (text.num_attention_heads + 2 * text.num_key_value_heads) * (text.hidden_size // text.num_attention_heads)
-                                        + text.hidden_size ** 2 + 3 * text.hidden_size * text.intermediate_size)
+    half = sizes.native is not None or preset.endswith(("7b", "xl"))
+    with torch.device("meta"):
+        lm = make_lm(sizes)
+    decoder = lm if lm.config.is_encoder_decoder else getattr(lm.model, "language_model", lm.model)
+    linears = sum(m.weight.numel() for name, m in decoder.named_modules() if isinstance(m, nn.Linear) and name != "lm_head")
     weights = frozen * (2 if half else 4)
     learned = {"adapter and trained weights": 4 * trained, "gradients": 4 * trained, "optimizer (AdamW)": 8 * trained,
                "activations": activations(sizes, adapter, config.batch_size, max(lengths.values()), ANSWER, config.checkpointing, half)}
+    if config.modalities:
+        learned["activations"] += modality_bytes(sizes, config, half)
     memory = {"bfloat16" if half else "float32": {"frozen weights": weights, **learned}}
     if half:
         memory["4-bit LM"] = {"frozen weights": round(weights - linears * (2 - NF4)), **learned}
     return {"preset": preset, "parts": {name: {"trained": t, "frozen": f} for name, (t, f) in parts.items()}, "trained": trained, "frozen": frozen,
-            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "whole": whole_qformers(sizes, config) if config.modalities else 0, "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+
+
+def whole_qformers(sizes: Sizes, config: TrainConfig) -> int:
+    """Parameters of a Q-Former a modality, trained whole (with its queries, norm and projection, without adapters and fusion): what CREMA compares itself with."""
+    with torch.device("meta"):
+        qformer = make_modalities(sizes, config, make_config(sizes).hidden_size)["qformer"]
+    return sum(p.numel() for name, p in qformer.named_parameters() if ".A." not in name and ".B." not in name and ".parts." not in f".{name}") * len(
+        modalities(config)) + sum(p.numel() for p in qformer.parts.parameters())
 
 
 def report(found: dict) -> str:
@@ -276,6 +348,8 @@ def report(found: dict) -> str:
     for name, (count, spent) in found["patches"].items():
         share = "" if name == "base" else f", {count / base[0]:.2%} and {spent / base[1]:.2%} of the base"
         lines.append(f"{'the frozen base' if name == 'base' else f'patch for {name}'}: {count:,} parameters, {spent / 1e12:.3f} TFLOPs for the longest sample{share}")
+    if found["whole"]:
+        lines.append(f"a Q-Former a modality, trained whole, would be {found['whole']:,} parameters; trained here: {found['trained']:,}, {1 - found['trained'] / found['whole']:.1%} fewer")
     lines += ["", f"memory in GB, {found['batch_size']} samples of {max(found['tokens'].values())} tokens a step, gradient checkpointing {'on' if found['checkpointing'] else 'off'}:"]
     names = list(found["memory"])
     lines.append(f"  {'':<30}" + "".join(f"{name:>12}" for name in names))

@@ -7,9 +7,9 @@ the picture at whole and half seconds (the times of five and of ten frames), so 
     fast      during one the light flashes for 0.12 s, between two of the frames: only a stream of 25 frames a second has it
     view      during one a star appears, in front of a second camera
     flow      one thing trembles, and is where it would be at rest whenever a frame is taken: optical flow, as pictures
-    depth     one is near: inverse depth, as grey pictures
+    depth     one is near: inverse depth, as pictures
     normals   one is turned aside: which way each surface faces, as pictures
-    thermal   one is hot: temperature, as grey pictures
+    thermal   one is hot: temperature, as pictures
     touch     one is rough: what a sensor of touch sees
     points    one floats high: 64 points in space
 
@@ -25,6 +25,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ VERSION = 5
 STRETCHES = 4
 ASK = {"audio": "Which thing is seen when the {sound} is heard?", "fast": "Which thing is seen when the light flashes?",
        "depth": "Which thing is near?", "view": "Which thing is seen when the star is there?", "flow": "Which thing trembles?",
-       "normals": "Which thing is turned aside?", "thermal": "Which thing is hot?", "touch": "Which thing is rough?", "points": "Which thing floats high?"}
+       "normals": "Which thing is turned aside?", "thermal": "Which thing glows?", "touch": "Which thing is rough?", "points": "Which thing floats high?"}
 CHANNELS = tuple(ASK)
 FILE = {"audio": ".mp4", "fast": ".mp4", "view": "_view.mp4", "points": "_points.npz"}           # else NAME_CHANNEL.npy
 MAP = 32                                               # pixels of a map's side
@@ -96,8 +97,13 @@ def write_show(folder: str, seed: int, root: str, which: tuple[str, int]) -> Non
     write_video(f"{root}/{scene.name}_view.mp4", np.stack([np.asarray(star if start <= t < end else picture) for t in np.arange(2 * SECONDS) / 2]), None, 2, RATE)
 
 
+def coloured(name: str, x: np.ndarray) -> np.ndarray:
+    """A map x (H, W) of 0 to 1 in the colours of matplotlib's `name` (H, W, 3) uint8, as cameras of heat and depth show it."""
+    return colormaps[name](x, bytes=True)[..., :3]
+
+
 def maps(renderer: Renderer, scene: Scene, marked: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Of each second, at its half: flow, normals (10, 32, 32, 3), depth, thermal, touch (10, 32, 32), points (10, 64, 3), all uint8 and exact."""
+    """Of each second, at its half: flow, depth, normals, thermal (10, 32, 32, 3), touch (10, 32, 32), points (10, 64, 3), all uint8 and exact."""
     found: dict[str, list] = {name: [] for name in ("flow", "normals", "depth", "thermal", "touch", "points")}
     rows, columns = np.mgrid[:MAP, :MAP]
     metres, warm = rng.uniform(3, 5, STRETCHES), rng.uniform(-3, 3, STRETCHES)
@@ -110,9 +116,9 @@ def maps(renderer: Renderer, scene: Scene, marked: dict[str, int], rng: np.rando
         facing = np.where(there[..., None], (-.8, 0, .6) if here["normals"] else (0, 0, 1), (0, .8, .6))
         found["normals"].append((127.5 * (facing + 1)).astype(np.uint8))
         depth = np.where(there, 1 if here["depth"] else metres[i], 10 - 5 * rows / MAP)
-        found["depth"].append((255 / depth).astype(np.uint8))                 # nearer is more, as depth models give it
-        degrees = np.where(there, 60 if here["thermal"] else 20 + warm[i], 20 + rng.uniform(-1, 1, (MAP, MAP)))
-        found["thermal"].append((255 * degrees / 80).astype(np.uint8))
+        found["depth"].append(coloured("turbo", 1 / depth))                   # nearer is more, as depth models give it
+        degrees = np.where(there, 70 if here["thermal"] else 20 + warm[i], 20)
+        found["thermal"].append(coloured("hot", (degrees - 15) / 60))
         ridges = np.sin((columns * np.cos(rng.uniform(0, 3)) + rows) * 1.6) if here["touch"] else rng.uniform(-.2, .2)
         found["touch"].append((127 + 90 * ridges + rng.uniform(-9, 9, (MAP, MAP))).astype(np.uint8))
         low, high = (170, 230) if here["points"] else (10, 90)

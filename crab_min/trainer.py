@@ -280,13 +280,15 @@ def built_in(config: TrainConfig, seed: int) -> Path:
 
 def add_sides(model: AVLanguageModel, features: Features, train: list[Sample], config: TrainConfig) -> None:
     """A new patch, or modality, for each side channel of the training rows; its width is that of the channel's features. Raises RunError."""
+    if isinstance(model, CremaModel):
+        model.configure(config)
     for name in side_names(config):
         sample = next((s for s in train if any(p.side == name for p in s.parts)), None)
         if sample is None:
             raise RunError(f"{'--modalities' if config.modalities else '--side'} {name}: no training row has it; rows of a .jsonl name files under \"sides\"")
         width = dict(zip([p.side for p in sample.media], features([sample])[0]))[name].features.shape[-1]
         if isinstance(model, CremaModel):
-            model.add_side(name, width, config)
+            model.add_side(name, width)
         else:
             video, out = model.patch_widths
             model.patches.add(name, PatchConfig(video, width, out, config.patch_size, layers=config.patch_layers, shared_kv=config.shared_kv, rope=config.patch_rope))

@@ -195,7 +195,7 @@ def test_arrays_of_the_wrong_shape_and_missing_side_channels_are_named(shows, tm
     (tmp_path / "broken.pt").write_bytes(b"PK")
     with pytest.raises(MediaError, match="broken.pt: not one array"):
         read_array(str(tmp_path / "broken.pt"))
-    with pytest.raises(DataError, match="own/train/0.*--side view wants one video"):
+    with pytest.raises(DataError, match="own/train/0.*; view want one video"):
         with_sides(read_samples(shows / "audio" / "train.jsonl", [], "train"), ["view"])
     model, samples = load_base(), samples_of(shows, "depth")[:2]
     model.patches.add("depth", PatchConfig(model.patch_widths[0], 5, model.patch_widths[1], 32))
