@@ -18,15 +18,14 @@ from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.crema import CremaModel
-from crab_min.data import DataError, Sample, drawn_media, pick_tasks, read_samples, with_sides, without
+from crab_min.data import DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_sides, without
 from crab_min.features import Features
 from crab_min.evaluate import answer, cell, score_all, write_predictions
-from crab_min.flags import Parser, one_line, write_whole
+from crab_min.flags import Parser, RunError, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.routes import record_routes
 from crab_min.side_world import CHANNELS, build_side_world
-from crab_min.trainer import RunError
 from crab_min.viz import draw_answer, draw_routes, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -57,8 +56,8 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
     for file in given.patch or []:
         model.patches.load(file, *model.patch_widths)
     trained = side_names_of(config)
-    wanted = [side.split("=", 1) for side in given.side or trained]
-    if not wanted:
+    wanted, crema = [side.split("=", 1) for side in given.side or trained], bool(config["train"].get("modalities"))
+    if not wanted and not crema:
         return samples
     names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
     if unknown := [n for n in names if n not in model.side_names]:
@@ -67,7 +66,7 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
         def place(s: Sample, name: str) -> str | None:
             return files.get(name) or next((p.path for p in s.media if p.kind == ("audio" if name == "audio" else "video")), None)
         samples = [replace(s, row={**s.row, "sides": {name: place(s, name) for name in names}}) for s in samples]
-    return with_sides(samples, names, config["train"].get("frames", 0))
+    return with_sides(samples, names, config["train"].get("frames", 0), needed=not crema)
 
 
 def side_names_of(config: dict) -> list[str]:
@@ -180,7 +179,7 @@ def evaluate(given) -> None:
         if pairs:
             draw_sheet(out / "sheets" / f"{task}.png", [cell(s, t) for s, t in random.Random(0).sample(pairs, min(9, len(pairs)))])
     partial.unlink()
-    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "missing": len(samples) - len(readable), "unreadable": list(features.bad.values())}, indent=1))
+    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"

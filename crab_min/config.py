@@ -57,9 +57,9 @@ PRESETS = {
     "pave-tiny": ("PAVE's recipe on the shipped tiny base: a patch for a side channel (--side audio, fast, depth, view) and LoRA, beside LoRA alone", {
         "adapter": "lora", "r": 16, "alpha": 32, "dropout": 0, "train": "adapter", "side": "audio", "patch_size": 128, "answers": "options", "arms": True, "world_clips": 600,
         "world_test": 200, "steps": 400, "connector_lr": 5e-3}),
-    "crema-tiny": ("CREMA's recipe on the shipped tiny base: modalities (--modalities) through its visual Q-Former, one after another", CREMA | {
+    "crema-tiny": ("CREMA's recipe on the shipped tiny base: modalities (--modalities) through its visual Q-Former", CREMA | {
         "weights": "", "checkpointing": False, "modalities": "rgb,audio,flow,depth,thermal", "join": "add", "modality_rank": 16, "world_clips": 450, "world_test": 60, "frames": 5,
-        "batch_size": 16, "steps": 450, "modality_dropout": .3, "lr": 5e-3, "connector_lr": 5e-3, "cache_features": True}),
+        "batch_size": 16, "sequential": False, "steps": 900, "modality_dropout": .3, "lr": 5e-3, "connector_lr": 5e-3, "cache_features": True}),
     "crema-xl": ("CREMA on BLIP-2 with Flan-T5-XL: one Q-Former for all modalities", CREMA),
     "pave-0.5b": ("PAVE on LLaVA-OneVision-0.5B: a patch for a side channel, and LoRA on its LM", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"}),
     "pave-7b": ("PAVE on LLaVA-OneVision-7B", PAVE | {"weights": "llava-hf/llava-onevision-qwen2-7b-ov-hf"}),

@@ -5,7 +5,7 @@
 
 Z_t: the Q tokens of frame t; Zbar_t: those of all other modalities as one (fusion.GatedFusion); P_t: the words "Frame t: ". A modality is a
 side channel of the video: what an encoder made of a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything
-that encoders.register names. A clip without a modality has zero tokens in its place, and is counted.
+that encoders.register names. A clip without a modality has zero tokens in its place (data.lacking counts them).
 
 `learn` and `EarlyExit` are modality-sequential training (section 3.3): for each batch a step a modality, on its own parts and the fusion, until
 the norm g of its gradient grows beyond tau times the mean of the epochs before. Differs from the released code: g is the mean over an epoch (there
@@ -59,10 +59,9 @@ class CremaModel(AVLanguageModel):
         self.frame_size, self.patches, self.fusion = vision.size, Patches(), None
         self.join, self.aligned, self.skipped = "concat", True, set()          # skipped: modalities without their adapters (zero-shot)
         self.dropout = 0.                              # of whole modalities, in training
-        self.learned: set[str] = set()                 # the modalities that are trained now, and what the others have read of this batch
-        self.held: dict[str, tuple[list[Tensor], Tensor]] = {}
+        self.learned: set[str] = set()                 # the modalities that are trained now
+        self.held: dict[str, tuple[list[Tensor], Tensor]] = {}                 # what the others have read of this batch, for its next pass
         self.kept: set[str] = set()                    # weights of the frozen Q-Former that came with a converted run, and go on into the next
-        self.missing: dict[str, int] = {}              # side modality -> clips that had none
 
     @property
     def side_names(self) -> list[str]:
@@ -115,12 +114,11 @@ class CremaModel(AVLanguageModel):
         return tokens
 
     def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
-        """The other modalities of each clip as one stream (sum of T, Q, D). What a clip lacks is zero, and counted."""
+        """The other modalities of each clip as one stream (sum of T, Q, D). What a clip lacks is zero."""
         q, d = self.multimodal.config.queries, self.multimodal.config.width_out
         tokens, present = {}, {}                                                                 # (sum of T, Q, D), (sum of T,) of each modality
         for name in self.fusion.names:
             have = [i for i, found in enumerate(sides) if name in found]
-            self.missing[name] = self.missing.get(name, 0) + len(sides) - len(have)
             found = dict.fromkeys(range(len(sides)))
             if have:
                 media = [sides[i][name] for i in have]

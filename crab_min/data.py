@@ -200,12 +200,12 @@ FAST, FAST_RATE = 16, 25                               # a dense stream: pixels 
 MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt writes before a sound
 
 
-def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list[Sample]:
+def with_sides(samples: list[Sample], names: list[str], frames: int = 0, needed: bool = True) -> list[Sample]:
     """The form of PAVE and CREMA: the prompt has no sound; side channels follow the video (or image) that they belong to.
 
     names: keys of the row's "sides" {name: file}; or, where it has no such file, "audio", the sample's sound; "fast", all the frames of the
     video; "flow", its optical flow; what an encoder is registered for, its frames. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
-    sample without any of them.
+    sample of two videos or sounds and, where they are `needed`, for one without any of them.
     """
     changed = []
     for s in samples:
@@ -213,7 +213,7 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list
         video = seen and seen[0].kind == "video" and seen[0].path
         places = {"audio": sounds and sounds[0].path, "fast": video, "flow": video, **dict.fromkeys(ENCODERS, video)} | (s.row.get("sides") or {})
         sides = [side_part(name, str(places[name]), seen, sounds) for name in names if places.get(name)]
-        if names and (not sides or len(seen) != 1 or len(sounds) > 1):
+        if names and (needed and not sides or len(seen) != 1 or len(sounds) > 1):
             raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; "
                             f"{','.join(names)} want one video with at least one of them (rows of a .jsonl name their files under \"sides\")")
         parts = []
@@ -223,6 +223,11 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0) -> list
             parts += [p, *sides] if p.kind in ("video", "image") else [p]
         changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view", "flow", "array") else p for p in parts]))
     return changed
+
+
+def lacking(samples: list[Sample], names: list[str]) -> dict[str, int]:
+    """How many of the samples have no such side channel, by name."""
+    return {name: sum(all(p.side != name for p in s.media) for s in samples) for name in names}
 
 
 def side_part(name: str, path: str, seen: list[Part], sounds: list[Part]) -> Part:

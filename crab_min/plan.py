@@ -28,7 +28,8 @@ from crab_min.fusion import GatedFusion, Patch, PatchConfig
 from crab_min.interface import TASKS, Task, audio_windows
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
-from crab_min.trainer import ALIGN, TrainConfig, modalities, side_names
+from crab_min.sides import modalities, side_names
+from crab_min.trainer import ALIGN, TrainConfig
 
 GPUS = (16, 24, 48, 80)                                # GB
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8                 # bytes a weight: 4 bits, an 8-bit scale for 64 of them, a float for 256 scales (QLoRA, 2305.14314)

@@ -21,22 +21,17 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, one_sense, pick_tasks, read_samples, examined_data, with_sides
+from crab_min.data import Sample, examined_data, one_sense, pick_tasks, read_samples, with_sides
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
 from crab_min.evaluate import answer, cell, constants, options, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
-from crab_min.flags import write_whole
-from crab_min.fusion import PatchConfig
+from crab_min.flags import RunError, write_whole
 from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import AdapterConfig, AVLanguageModel, half_products
-from crab_min.side_world import CHANNELS, build_side_world
+from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.viz import draw_scores, draw_sheet, draw_subsets
-from crab_min.world_tasks import WorldConfig, build_world
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used: which one, why, what to do."""
+from crab_min.world_tasks import WorldConfig
 
 
 @dataclass
@@ -191,7 +186,7 @@ def run(config: TrainConfig, preset: str) -> dict:
         train = one_sense(train, ALIGN[config.stage][0])
     asked = test
     if config.side or config.modalities:
-        train, test = (with_sides(rows, side_names(config), config.frames) for rows in (train, test))
+        train, test = (with_sides(rows, side_names(config), config.frames, needed=not config.modalities) for rows in (train, test))
     features = Features(model, config.cache_features, config.max_bad)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
@@ -241,77 +236,10 @@ def run(config: TrainConfig, preset: str) -> dict:
         print(table(results))
         if subsets:
             draw_subsets(folder / "modalities.png", subsets["subsets"])
-            print(subset_table(subsets["subsets"], modalities(config)))
+            print(subset_table(subsets["subsets"]))
     print(f"loss a token: {loss['first']:.3f} in the first tenth of the steps, {loss['last']:.3f} in the last")
     print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
-
-
-def side_names(config: TrainConfig) -> list[str]:
-    """The side channels of --side, or the modalities of --modalities but rgb; none for "none". Raises RunError."""
-    return modalities(config)[1:] if config.modalities else [name.strip() for name in config.side.split(",") if name.strip() not in ("", "none")]
-
-
-def modalities(config: TrainConfig) -> list[str]:
-    """The names of --modalities. Raises RunError."""
-    names = [name.strip() for name in config.modalities.split(",")]
-    if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
-        raise RunError(f"--modalities {config.modalities}: name rgb, the video, first, and each other modality once")
-    if config.backbone != "crema" or config.side:
-        raise RunError(f"--modalities {config.modalities}: of --backbone crema alone (got {config.backbone}), and without --side ({config.side or 'none'}); for patches give --side")
-    return names
-
-
-def world_channels(config: TrainConfig) -> list[str]:
-    """Which questions of the built-in world a run is about: those for its side channels, or --about where it has none. Raises RunError."""
-    names = config.about.split(",") if config.about else side_names(config) or ["audio"]
-    if not names or set(names) - set(CHANNELS):
-        raise RunError(f"{'--modalities' if config.modalities else '--side'} {','.join(names) or config.side}: the built-in world has the side channels "
-                       f"{', '.join(CHANNELS)}; for others give --data")
-    return names
-
-
-def built_in(config: TrainConfig, seed: int) -> Path:
-    """The built-in world of a run: for side channels the questions about them."""
-    if config.side or config.modalities:
-        return build_side_world(config.things, config.world_clips, config.world_test, seed, world_channels(config), together=bool(config.modalities))
-    return build_world(config, seed)
-
-
-def add_sides(model: AVLanguageModel, features: Features, train: list[Sample], config: TrainConfig) -> None:
-    """A new patch, or modality, for each side channel of the training rows; its width is that of the channel's features. Raises RunError."""
-    if isinstance(model, CremaModel):
-        model.configure(config)
-    for name in side_names(config):
-        sample = next((s for s in train if any(p.side == name for p in s.parts)), None)
-        if sample is None:
-            raise RunError(f"{'--modalities' if config.modalities else '--side'} {name}: no training row has it; rows of a .jsonl name files under \"sides\"")
-        width = dict(zip([p.side for p in sample.media], features([sample])[0]))[name].features.shape[-1]
-        if isinstance(model, CremaModel):
-            model.add_side(name, width)
-        else:
-            video, out = model.patch_widths
-            model.patches.add(name, PatchConfig(video, width, out, config.patch_size, layers=config.patch_layers, shared_kv=config.shared_kv, rope=config.patch_rope))
-    model.patches.to(model.device)
-
-
-def score_subsets(model: CremaModel, features: Features, test: list[Sample], limits: dict, config: TrainConfig) -> dict:
-    """{"subsets": {"rgb": {kind of question: accuracy}, "rgb+audio": ..., all of them}, "missing": {modality: test clips without it}}."""
-    names, found = modalities(config), {}
-    every = [["rgb"], *(["rgb", name] for name in names[1:]), names]
-    for some in every[:1] if len(names) == 1 else every[:2] if len(names) == 2 else every:
-        rows = with_sides(test, [n for n in some if n != "rgb"], config.frames)
-        scores = score_all(rows, answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options"))
-        found["+".join(some)] = {kind or task: t["metric"] for task, r in scores.items() for kind, t in (r.get("types") or {"": r}).items()}
-    missing = {name: sum(all(p.side != name for p in s.media) for s in with_sides(test, names[1:], config.frames)) for name in names[1:]} if names[1:] else {}
-    return {"subsets": found, "missing": missing}
-
-
-def subset_table(subsets: dict, names: list[str]) -> str:
-    """The lines for score_subsets: a row a set of modalities, a column a kind of question."""
-    kinds, wide = sorted({kind for row in subsets.values() for kind in row}), max(map(len, subsets)) + 2
-    lines = [f"{'modalities':<{wide}}" + "".join(f"{kind:>{max(9, len(kind) + 2)}}" for kind in kinds)]
-    return "\n".join(lines + [f"{some:<{wide}}" + "".join(f"{row[kind]:>{max(9, len(kind) + 2)}.3f}" for kind in kinds) for some, row in subsets.items()])
 
 
 def finished(config: TrainConfig, preset: str) -> dict | None:

@@ -17,7 +17,8 @@ from crab_min.data import one_sense, read_samples
 from crab_min.evaluate import plan_batches
 from crab_min.model import AVLanguageModel
 from crab_min.interface import TASKS
-from crab_min.trainer import RunError, lock
+from crab_min.flags import RunError
+from crab_min.trainer import lock
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "6", "--batch-size", "4", "--save-every", "2", "--r", "4", "--alpha", "8"]
