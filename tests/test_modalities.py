@@ -27,7 +27,7 @@ from crab_min.world import Renderer
 
 NAMES = ["audio", "flow", "depth", "normals", "thermal", "touch", "points"]
 CONFIG = CremaConfig(modality_rank=4)
-SMALL = ["crema-tiny", "--world-clips", "8", "--world-test", "2", "--batch-size", "4", "--save-every", "2", "--modality-rank", "4"]
+SMALL = ["crema-tiny", "--sequential", "--world-clips", "8", "--world-test", "2", "--batch-size", "4", "--save-every", "2", "--modality-rank", "4"]
 
 
 @pytest.fixture(scope="module")
