@@ -115,7 +115,7 @@ def test_a_step_of_every_adapter_side_channel_and_backbone(shows, adapter, side,
         grown(model.patches[side])
     if not side and adapter == "none":
         return
-    if backbone == "native" and side in ("audio", "view"):                   # it hears by itself, and has no features of a second view
+    if backbone == "native" and side in ("audio", "depth", "view"):                   # it hears by itself, and has no features of a second view
         with pytest.raises(ModelError, match=f"patch {side}: this model's encoder gives no features"):
             model(batch)
         return
@@ -189,17 +189,17 @@ def test_arrays_of_the_wrong_shape_and_missing_side_channels_are_named(shows, tm
     for name, array in (("flat", np.zeros(7)), ("nan", np.full((4, 2), np.nan)), ("deep", np.zeros((2, 2, 2, 2, 2)))):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(MediaError, match=f"{name}.npy: an array of shape"):
-            read_array(str(tmp_path / f"{name}.npy"))
+            read_array(str(tmp_path / f"{name}.npy"), 10, 32)
     torch.save({"x": torch.zeros(5, 3, dtype=torch.bfloat16)}, tmp_path / "x.pt")
-    assert read_array(str(tmp_path / "x.pt")).shape == (5, 1, 3)
+    assert read_array(str(tmp_path / "x.pt"), 10, 32).shape == (5, 1, 3)
     (tmp_path / "broken.pt").write_bytes(b"PK")
     with pytest.raises(MediaError, match="broken.pt: not one array"):
-        read_array(str(tmp_path / "broken.pt"))
+        read_array(str(tmp_path / "broken.pt"), 10, 32)
     with pytest.raises(DataError, match="own/train/0.*; view want one video"):
         with_sides(read_samples(shows / "audio" / "train.jsonl", [], "train"), ["view"])
     model, samples = load_base(), samples_of(shows, "depth")[:2]
     model.patches.add("depth", PatchConfig(model.patch_widths[0], 5, model.patch_widths[1], 32))
-    with pytest.raises(ModelError, match="patch depth: reads side tokens 5 wide, got .1."):
+    with pytest.raises(ModelError, match="patch depth: reads side tokens 5 wide, got .128."):
         model.losses(batch_of(model, samples))
 
 
