@@ -53,10 +53,12 @@ def load_run(given) -> tuple[AVLanguageModel, dict, Path]:
 
 def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: dict) -> list[Sample]:
     """The samples as a run with patches (PAVE) or modalities (CREMA) wants them: with the side channels of --side, else those that it was trained with."""
+    crema = isinstance(model, CremaModel)
+    if given.patch and crema:
+        raise RunError(f"--patch {given.patch[0]}: a run of CREMA takes no patches; name one of another backbone with --run")
     for file in given.patch or []:
         model.patches.load(file, *model.patch_widths)
-    trained = side_names_of(config)
-    wanted, crema = [side.split("=", 1) for side in given.side or trained], bool(config["train"].get("modalities"))
+    wanted = [side.split("=", 1) for side in given.side or side_names_of(config)]
     if not wanted and not crema:
         return samples
     names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
@@ -179,7 +181,8 @@ def evaluate(given) -> None:
         if pairs:
             draw_sheet(out / "sheets" / f"{task}.png", [cell(s, t) for s, t in random.Random(0).sample(pairs, min(9, len(pairs)))])
     partial.unlink()
-    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}, indent=1))
+    counts = {"missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}
+    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, **counts}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"

@@ -77,12 +77,8 @@ class ComposedModel(AVLanguageModel):
             chosen = [i for i, m in enumerate(media) if m.kind in kinds]
             if not chosen:
                 continue
-            lengths, longest = [len(media[i].features) for i in chosen], max(media[i].features.shape[1] for i in chosen)
-            x = torch.cat([F.pad(media[i].features.to(self.device).float(), (0, 0, 0, longest - media[i].features.shape[1])) for i in chosen])
-            mask = None                                                                          # x: (sum of T, S, W)
-            if "audio" in kinds:
-                mask = torch.cat([F.pad(media[i].mask.to(self.device), (0, longest - media[i].mask.shape[1])) for i in chosen])[None]
-            read = connector.read(x[None], mask)[0]                                              # (sum of T, Q, hidden)
+            lengths = [len(media[i].features) for i in chosen]
+            read = connector.read(*padded([media[i].features for i in chosen], [media[i].mask for i in chosen], self.device))[0]             # (sum of T, Q, hidden)
             y = connector.mlp(read)                                                              # (sum of T, Q, D)
             y = coded(y, lengths, [numbers[i] for i in chosen], self.time, self.number)
             added = self.patches(list(read.split(lengths)), [media[i].sides for i in chosen])
@@ -108,6 +104,19 @@ class ComposedModel(AVLanguageModel):
             state.pop("llm.lm_head.weight")
         save_file(state, folder / "model.safetensors")
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def padded(features: list[Tensor], masks: list[Tensor | None], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Features (T, S, W) of several media as one (1, sum of T, longest S, W), and which are real (1, sum of T, longest S), or None where all are.
+
+    masks (T, S): which features of a medium are real, None = all.
+    """
+    longest = max(x.shape[1] for x in features)
+    x = torch.cat([F.pad(each.to(device).float(), (0, 0, 0, longest - each.shape[1])) for each in features])[None]
+    if all(mask is None for mask in masks) and all(each.shape[1] == longest for each in features):
+        return x, None
+    real = [torch.ones(each.shape[:2], dtype=torch.bool) if mask is None else mask for each, mask in zip(features, masks)]
+    return x, torch.cat([F.pad(mask.to(device), (0, longest - mask.shape[1])) for mask in real])[None]
 
 
 def coded(y: Tensor, lengths: list[int], numbers: list[int], time: nn.Embedding | None, number: nn.Embedding | None) -> Tensor:

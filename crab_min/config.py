@@ -34,9 +34,9 @@ def llava_onevision(hidden: int, intermediate: int, layers: int, heads: int, kv_
                             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}}
 
 
-VIT_G = {"model_type": "blip_2_vision_model"}           # transformers' defaults are BLIP-2's ViT-g, and its Q-Former
-FLAN_T5_XL = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
-              "tie_word_embeddings": False}
+VIT_G = {"model_type": "blip_2_vision_model"}           # transformers' defaults are BLIP-2's
+FLAN_T5_XL = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu",
+              "decoder_start_token_id": 0, "tie_word_embeddings": False}
 LLAVA = {"0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True), "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False)}
 QWEN_OMNI = {"3b": qwen_omni(2048, 11008, 36, 16, 2, 151936), "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064)}
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]                # text before and after a prompt

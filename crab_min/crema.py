@@ -7,7 +7,7 @@ Z_t: the Q tokens of frame t; Zbar_t: those of all other modalities as one (fusi
 side channel of the video: what an encoder made of a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything
 that encoders.register names. A clip without a modality has zero tokens in its place (data.lacking counts them).
 
-`learn` and `EarlyExit` are modality-sequential training (section 3.3): for each batch a step a modality, on its own parts and the fusion, until
+`learn` and `EarlyExit` are CREMA's modality-sequential training: for each batch a step a modality, on its own parts and the fusion, until
 the norm g of its gradient grows beyond tau times the mean of the epochs before. Differs from the released code: g is the mean over an epoch (there
 the last step's alone counts); steps of sound are aligned with the frames (there their mean stands at each; `aligned=False`).
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.composed import ComposedModel, coded, load_base
+from crab_min.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.fusion import GatedFusion, Patches, over_frames
@@ -49,11 +49,10 @@ class CremaConfig:
 class CremaModel(AVLanguageModel):
     """A vision and an audio encoder, one Q-Former for all modalities, and an LM, all frozen; "rgb" is there from the beginning."""
 
-    def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, ends: tuple, template: list[str], placeholder: str, vision: VisionEncoder,
-                 audio: AudioEncoder | None, multimodal: MultimodalQFormer, prefix: str = "Frame {}: ", time: nn.Embedding | None = None,
-                 number: nn.Embedding | None = None):
+    def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, ends: tuple, template: list[str], vision: VisionEncoder, audio: AudioEncoder | None,
+                 multimodal: MultimodalQFormer, prefix: str = "Frame {}: ", time: nn.Embedding | None = None, number: nn.Embedding | None = None):
         """prefix: the words before a frame. time, number: codes that a base was trained with (composed.coded)."""
-        place = tokenizer.convert_tokens_to_ids(placeholder)
+        place = tokenizer.convert_tokens_to_ids(PLACEHOLDERS["video"])
         super().__init__(llm, tokenizer, {"video": ([], place, []), "image": ([], place, [])}, ends, template)
         self.vision, self.audio, self.multimodal, self.prefix, self.time, self.number = vision, audio, multimodal, prefix, time, number
         self.frame_size, self.patches, self.fusion = vision.size, Patches(), None
@@ -90,25 +89,20 @@ class CremaModel(AVLanguageModel):
     def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
         """Tokens (count, D) of each video: its own and, where there is a fusion, those of its other modalities."""
         lengths = [len(m.features) for m in media]
-        streams = [self.read("rgb", [m.features for m in media])]                                # (sum of T, Q, D) each
+        streams = [self.read("rgb", media)]                                # (sum of T, Q, D) each
         if self.fusion:
             more = self.fuse([m.sides for m in media], lengths)
             streams = [streams[0] + more] if self.join == "add" else [*streams, more]
         streams = [coded(x, lengths, numbers, self.time, self.number).split(lengths) for x in streams]
         return [torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*streams)]
 
-    def read(self, name: str, features: list[Tensor], masks: list[Tensor | None] = ()) -> Tensor:
-        """The tokens (sum of T, Q, D) of several clips' features (T, S, W) of one modality."""
+    def read(self, name: str, media: list[MediaFeatures]) -> Tensor:
+        """The tokens (sum of T, Q, D) of several clips' features (T, S, W) of one modality; in training from what is held, where it is not learned."""
+        features = [m.features for m in media]
         before, tokens = self.held.get(name, ([], None))
         if self.training and len(before) == len(features) and all(a is b for a, b in zip(before, features)):
             return tokens
-        longest = max(x.shape[1] for x in features)
-        x = torch.cat([F.pad(x.to(self.device).float(), (0, 0, 0, longest - x.shape[1])) for x in features])                                  # (sum of T, S, W)
-        mask = None
-        if len({x.shape[1] for x in features}) > 1 or any(m is not None for m in masks):
-            real = [torch.ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in zip(features, masks or [None] * len(features))]
-            mask = torch.cat([F.pad(m.to(self.device), (0, longest - m.shape[1])) for m in real])[None]
-        tokens = self.multimodal(name, x[None], mask, adapted=name not in self.skipped)[0]
+        tokens = self.multimodal(name, *padded(features, [m.mask for m in media], self.device), adapted=name not in self.skipped)[0]
         if self.training and name not in self.learned:
             self.held[name] = features, tokens.detach()
         return tokens
@@ -122,7 +116,7 @@ class CremaModel(AVLanguageModel):
             found = dict.fromkeys(range(len(sides)))
             if have:
                 media = [sides[i][name] for i in have]
-                found |= zip(have, self.read(name, [m.features for m in media], [m.mask for m in media]).split([len(m.features) for m in media]))
+                found |= zip(have, self.read(name, media).split([len(m.features) for m in media]))
             tokens[name] = torch.cat([torch.zeros(n, q, d, device=self.device) if x is None else over_frames(x[None], n, self.aligned)[0] for x, n in zip(found.values(), lengths)])
             present[name] = torch.cat([torch.full((n,), x is not None, device=self.device) for x, n in zip(found.values(), lengths)])
         return self.fusion(tokens, present)
@@ -249,7 +243,7 @@ FIRST_EXIT = 5                                         # the epoch, counted from
 
 
 class EarlyExit:
-    """When a modality has had enough (CREMA, section 3.3): at the end of epoch e >= 5, if g_e > tau * mean(g_0 .. g_(e-1))."""
+    """When a modality has had enough (CREMA's modality-adaptive early exit): at the end of epoch e >= 5, if g_e > tau * mean(g_0 .. g_(e-1))."""
 
     def __init__(self, names: list[str], temperature: float):
         self.temperature, self.norms = temperature, {name: [] for name in names}                 # the means of the epochs
@@ -292,7 +286,7 @@ def from_base(base: ComposedModel) -> CremaModel:
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
     rgb.out.load_state_dict(connector.mlp.state_dict())
-    return CremaModel(base.llm, base.tokenizer, base.ends, base.template, "<video>", base.vision, base.audio, multimodal, "", base.time, base.number)
+    return CremaModel(base.llm, base.tokenizer, base.ends, base.template, base.vision, base.audio, multimodal, "", base.time, base.number)
 
 
 def from_blip2(blip: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, audio: AudioEncoder | None) -> CremaModel:
@@ -305,9 +299,9 @@ def from_blip2(blip: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokeniz
     rgb.query.data.copy_(blip.query_tokens)
     rgb.norm.load_state_dict(blip.vision_model.post_layernorm.state_dict())
     rgb.out[0].load_state_dict(blip.language_projection.state_dict())
-    llm, text = blip.language_model, tokenizer
-    begin = [] if llm.config.is_encoder_decoder else [text.bos_token_id]
-    return CremaModel(llm, text, (begin, text.eos_token_id), ["", text.eos_token if llm.config.is_encoder_decoder else "\n"], "<video>", vision, audio, multimodal)
+    llm, apart = blip.language_model, blip.language_model.config.is_encoder_decoder            # of T5 a prompt ends with its end token, as of BLIP-2
+    begin, after = ([], tokenizer.eos_token) if apart else ([tokenizer.bos_token_id], "\n")
+    return CremaModel(llm, tokenizer, (begin, tokenizer.eos_token_id), ["", after], vision, audio, multimodal)
 
 
 def load_crema(weights: str, base: str = "", audio: str = "", dtype: torch.dtype = torch.bfloat16) -> CremaModel:
@@ -321,7 +315,7 @@ def load_crema(weights: str, base: str = "", audio: str = "", dtype: torch.dtype
         tokenizer = AutoTokenizer.from_pretrained(weights)
     except (OSError, ValueError) as error:
         raise missing_weights("BLIP-2", weights, error) from error
-    tokenizer.add_tokens(["<video>"], special_tokens=True)                    # its embedding is never looked up
+    tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)                    # its embedding is never looked up
     return from_blip2(blip, tokenizer, AudioEncoder(audio) if audio else None).requires_grad_(False).eval()
 
 
@@ -330,7 +324,7 @@ def tiny_random() -> CremaModel:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={token: i for i, token in enumerate(["<pad>", "</s>", *alphabet])}, merges=[]))
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", additional_special_tokens=["<video>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", additional_special_tokens=[PLACEHOLDERS["video"]])
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = Blip2Config(vision_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "image_size": 56, "patch_size": 14},
                          qformer_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "encoder_hidden_size": 32, "vocab_size": 8},

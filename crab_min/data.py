@@ -203,15 +203,15 @@ MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt write
 def with_sides(samples: list[Sample], names: list[str], frames: int = 0, needed: bool = True) -> list[Sample]:
     """The form of PAVE and CREMA: the prompt has no sound; side channels follow the video (or image) that they belong to.
 
-    names: keys of the row's "sides" {name: file}; or, where it has no such file, "audio", the sample's sound; "fast", all the frames of the
-    video; "flow", its optical flow; what an encoder is registered for, its frames. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
+    names: keys of the row's "sides" {name: file}; where it has no "sides", "audio", the sample's sound, and "fast", all the frames of the video;
+    always "flow", its optical flow, and what an encoder is registered for, its frames. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
     sample of two videos or sounds and, where they are `needed`, for one without any of them.
     """
     changed = []
     for s in samples:
         sounds, seen = [p for p in s.media if p.kind == "audio"], [p for p in s.media if p.kind in ("video", "image")]
         video = seen and seen[0].kind == "video" and seen[0].path
-        places = {"audio": sounds and sounds[0].path, "fast": video, "flow": video, **dict.fromkeys(ENCODERS, video)} | (s.row.get("sides") or {})
+        places = {"flow": video, **dict.fromkeys(ENCODERS, video)} | (s.row.get("sides") or {"audio": sounds and sounds[0].path, "fast": video})
         sides = [side_part(name, str(places[name]), seen, sounds) for name in names if places.get(name)]
         if names and (needed and not sides or len(seen) != 1 or len(sounds) > 1):
             raise DataError(f"{s.id}: {len(seen)} videos or images, {len(sounds)} sounds and the side channels {', '.join(n for n in places if places[n]) or 'none'}; "

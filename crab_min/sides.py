@@ -63,15 +63,19 @@ def add_sides(model: AVLanguageModel, features: Features, train: list[Sample], c
     model.patches.to(model.device)
 
 
-def score_subsets(model: CremaModel, features: Features, test: list[Sample], limits: dict, config) -> dict:
-    """{"subsets": {"rgb": {kind of question: accuracy}, "rgb+audio": ..., all of them}, "missing": {modality: test clips without it}}."""
+def score_subsets(model: CremaModel, features: Features, test: list[Sample], texts: list[str], limits: dict, config) -> dict:
+    """{"subsets": {"rgb": {kind of question: accuracy}, "rgb+audio": ..., all of them}, "missing": {modality: test clips without it}}.
+
+    test: with all modalities; texts: what was answered with them.
+    """
     names, found = modalities(config), {}
     every = [["rgb"], *(["rgb", name] for name in names[1:]), names]
     for some in dict.fromkeys(map(tuple, every)):
         rows = with_sides(test, some[1:], config.frames, needed=False)
-        scores = score_all(rows, answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options"))
+        said = texts if list(some) == names else answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options")
+        scores = score_all(rows, said)
         found["+".join(some)] = {kind or task: t["metric"] for task, r in scores.items() for kind, t in (r.get("types") or {"": r}).items()}
-    return {"subsets": found, "missing": lacking(rows, names[1:])}
+    return {"subsets": found, "missing": lacking(test, names[1:])}
 
 
 def subset_table(subsets: dict) -> str:

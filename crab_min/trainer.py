@@ -184,7 +184,6 @@ def run(config: TrainConfig, preset: str) -> dict:
     test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
-    asked = test
     if config.side or config.modalities:
         train, test = (with_sides(rows, side_names(config), config.frames, needed=not config.modalities) for rows in (train, test))
     features = Features(model, config.cache_features, config.max_bad)
@@ -214,7 +213,18 @@ def run(config: TrainConfig, preset: str) -> dict:
         write_whole(folder / "base.json", json.dumps(score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))))
     loop(config, model, features, train, steps, folder)
     model.save_trained(folder)
-    texts = answer(model, features, test, limits, desc="trained model", by_option=by_option)
+    metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    held.close()
+    print(f"loss a token: {metrics['loss']['first']:.3f} in the first tenth of the steps, {metrics['loss']['last']:.3f} in the last")
+    print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
+    return metrics
+
+
+def examine(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], test: list[Sample], limits: dict, folder: Path) -> dict:
+    """What a trained model makes of the test rows: predictions, pictures and tables, and the numbers of metrics.json, beside those of base.json and log.csv."""
+    texts = answer(model, features, test, limits, desc="trained model", by_option=config.answers == "options")
     write_predictions(folder / "predictions", test, texts)
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
     results = {task: {"name": next(s.task.metric for s in test if s.task.name == task), **r, "base": base[task]["metric"], "blind": blind[task]}
@@ -222,14 +232,10 @@ def run(config: TrainConfig, preset: str) -> dict:
     for task, r in results.items():
         if all(chances := [1 / len(options(s)) if options(s) else 0 for s in test if s.task.name == task]):
             r["chance"] = sum(chances) / len(chances)
-    subsets = score_subsets(model, features, asked, limits, config) if isinstance(model, CremaModel) and test else {}
+    subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
-    metrics = {"tasks": results, "base": base, "loss": loss, "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad), **subsets}
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
-    shutil.rmtree(folder / "state", ignore_errors=True)
-    held.close()
     if test:
         draw_scores(folder / "scores.png", results)
         draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
@@ -237,9 +243,7 @@ def run(config: TrainConfig, preset: str) -> dict:
         if subsets:
             draw_subsets(folder / "modalities.png", subsets["subsets"])
             print(subset_table(subsets["subsets"]))
-    print(f"loss a token: {loss['first']:.3f} in the first tenth of the steps, {loss['last']:.3f} in the last")
-    print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
-    return metrics
+    return {"tasks": results, "base": base, "loss": loss, **subsets}
 
 
 def finished(config: TrainConfig, preset: str) -> dict | None:

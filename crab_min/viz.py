@@ -117,11 +117,16 @@ def draw_scores(path: Path, results: dict) -> None:
 
 
 def draw_subsets(path: Path, subsets: dict[str, dict[str, float]]) -> None:
-    """A map of accuracies: a row a set of modalities, a column a kind of question, as trainer.score_subsets gives them."""
-    kinds = sorted({kind for row in subsets.values() for kind in row})
-    figure = Figure(figsize=(2.6 + .9 * len(kinds), 1.2 + .42 * len(subsets)), layout="constrained")
+    """The picture of sides.score_subsets."""
+    figure = Figure(figsize=(2.6 + .9 * len(next(iter(subsets.values()))), 1.2 + .42 * len(subsets)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    draw_grid(figure.subplots(), subsets)
+    save(figure, path)
+
+
+def draw_grid(axes, subsets: dict[str, dict[str, float]]) -> None:
+    """A map of accuracies: a row a set of modalities, a column a kind of question."""
+    kinds = sorted({kind for row in subsets.values() for kind in row})
     axes.imshow([[row[kind] for kind in kinds] for row in subsets.values()], cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(subsets.values()):
         for j, kind in enumerate(kinds):
@@ -129,7 +134,6 @@ def draw_subsets(path: Path, subsets: dict[str, dict[str, float]]) -> None:
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_yticks(range(len(subsets)), subsets)
     axes.set_title("accuracy by kind of question", fontsize=9, loc="left")
-    save(figure, path)
 
 
 def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:

@@ -161,7 +161,7 @@ def test_arms_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
     assert infer.main(["--run", "runs/pave-tiny-audio", "--eval", "--side", "none"]) == 0
     assert json.loads(Path("runs/pave-tiny-audio/eval_test/decoding.json").read_text())["sides"] == []
     assert train.main([*RUN, "--side", "smell"]) == 2 and "--side smell: the built-in world has the side channels audio, fast" in capsys.readouterr().err
-    assert infer.main(["--run", "runs/pave-tiny-audio", "--side", "depth"]) == 2 and "has no such patch, but audio" in capsys.readouterr().err
+    assert infer.main(["--run", "runs/pave-tiny-audio", "--side", "depth"]) == 2 and "has no such patch or modality, but audio" in capsys.readouterr().err
 
 
 def test_two_side_channels_in_one_run_each_sample_through_its_own(shows, tmp_path):

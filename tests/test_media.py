@@ -305,7 +305,7 @@ def broken(tmp_path_factory, clip) -> Path:
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("missing.mp4", "no such file"), ("folder.mp4", "is a folder"), ("text.mp4", "not a video or sound file"),
+    ("missing.mp4", "no such file"), ("folder.mp4", "a folder without pictures"), ("text.mp4", "not a video or sound file"),
     ("text.txt", "a picture or a text"), ("words.srt", "neither video nor audio"), ("empty.wav", "0 bytes"),
     ("zero.wav", "no samples"), ("image.jpg", "use read_image"), ("nohead.mp4", "cut short"), ("cut.mp4", "truncated"),
     ("cut.mkv", "truncated"), ("cut.wav", "truncated"), ("cut.mp3", "truncated"), ("hole.mp4", "damaged")])
@@ -323,7 +323,7 @@ def test_sound_has_no_frames(broken):
         read_video(broken / "f.wav")
 
 
-@pytest.mark.parametrize("name, reason", [("missing.png", "no such file"), ("folder.mp4", "is a folder"), ("empty.wav", "0 bytes"),
+@pytest.mark.parametrize("name, reason", [("missing.png", "no such file"), ("folder.mp4", "a folder without pictures"), ("empty.wav", "0 bytes"),
                                           ("text.txt", "not a readable image"), ("cut.png", "not a readable image")])
 def test_an_image_that_cannot_be_read_is_an_error(broken, name, reason):
     with pytest.raises(MediaError, match=reason):

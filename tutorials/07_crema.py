@@ -1,4 +1,4 @@
-"""Tutorial 7: CREMA, any modality through one Q-Former. Read beside arXiv 2402.05889, section 3, and crab_min/crema.py.
+"""Tutorial 7: CREMA, any modality through one Q-Former. Read beside arXiv 2402.05889 and crab_min/crema.py.
 
     python tutorials/07_crema.py                    (about four minutes on a CPU; builds a small world the first time)
 
@@ -21,7 +21,7 @@ from crab_min.data import load_media, read_samples, with_sides
 from crab_min.evaluate import choose
 from crab_min.features import Features, Mixer
 from crab_min.side_world import build_side_world
-from crab_min.viz import draw_frames, save
+from crab_min.viz import draw_frames, draw_grid, save
 
 SIDES, FRAMES, BATCHES, BATCH = ["flow", "depth"], 5, 240, 16
 CONFIG = CremaConfig(join="add", modality_rank=16, modality_dropout=.3)
@@ -51,7 +51,8 @@ features.prepare(train + test)
 own = {name: sum(p.numel() for p in model.multimodal.own(name).values()) for name in ["rgb", *SIDES]}
 print("parameters of its own:", own, "fusion:", sum(p.numel() for p in model.fusion.parameters()), "shared and frozen Q-Former:", sum(
     p.numel() for p in model.multimodal.qformer.parameters()) - sum(p.numel() for pair in model.multimodal.pairs().values() for side in (pair.A, pair.B) for p in side.parameters()))
-print("tokens of the LM with", {join: len(model.place(model.collate([test[0].parts], features(test[:1]))["media"][0])) for join in ("add",)}, "(all modalities together)")
+media = model.collate([test[0].parts], features(test[:1]))["media"][0]
+print("tokens that the LM reads for a video:", model.count(media), "added to the video's (--join add), or with --join concat", 2 * model.count(media), "however many modalities")
 
 
 # 3. The same batches, learned jointly (a step a batch) and in sequence (a step a modality, each on its own parts and the fusion).
@@ -109,12 +110,7 @@ for axes, part in zip(top.subplots(len(shown.media), 1), shown.media):
     draw_frames(axes, arrays, 10)
     axes.set_title(f"{part.side or 'rgb: ' + shown.parts[-1].text.strip() + ' ' + shown.gold.choice}", fontsize=9, loc="left")
 left, right = bottom.subplots(1, 2)
-left.imshow([list(row.values()) for row in table.values()], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-for i, row in enumerate(table.values()):
-    for j, value in enumerate(row.values()):
-        left.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > .6 else "black")
-left.set_xticks(range(len(SIDES)), [f"questions about {name}" for name in next(iter(table.values()))])
-left.set_yticks(range(len(table)), table)
+draw_grid(left, table)
 for name, norms in exits.norms.items():
     line, = right.plot(norms, marker=".", label=name)
     limits = [1.4 * sum(norms[:e]) / e for e in range(5, len(norms))]
