@@ -323,7 +323,7 @@ def test_sound_has_no_frames(broken):
         read_video(broken / "f.wav")
 
 
-@pytest.mark.parametrize("name, reason", [("missing.png", "no such file"), ("folder.mp4", "a folder without pictures"), ("empty.wav", "0 bytes"),
+@pytest.mark.parametrize("name, reason", [("missing.png", "no such file"), ("folder.mp4", "is a folder"), ("empty.wav", "0 bytes"),
                                           ("text.txt", "not a readable image"), ("cut.png", "not a readable image")])
 def test_an_image_that_cannot_be_read_is_an_error(broken, name, reason):
     with pytest.raises(MediaError, match=reason):
