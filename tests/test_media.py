@@ -305,7 +305,7 @@ def broken(tmp_path_factory, clip) -> Path:
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("missing.mp4", "no such file"), ("folder.mp4", "a folder without pictures"), ("text.mp4", "not a video or sound file"),
+    ("missing.mp4", "no such file"), ("folder.mp4", "a folder"), ("text.mp4", "not a video or sound file"),
     ("text.txt", "a picture or a text"), ("words.srt", "neither video nor audio"), ("empty.wav", "0 bytes"),
     ("zero.wav", "no samples"), ("image.jpg", "use read_image"), ("nohead.mp4", "cut short"), ("cut.mp4", "truncated"),
     ("cut.mkv", "truncated"), ("cut.wav", "truncated"), ("cut.mp3", "truncated"), ("hole.mp4", "damaged")])
