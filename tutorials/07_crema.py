@@ -115,7 +115,8 @@ for name, norms in exits.norms.items():
     line, = right.plot(norms, marker=".", label=name)
     limits = [1.4 * sum(norms[:e]) / e for e in range(5, len(norms))]
     right.plot(range(5, len(norms)), limits, linestyle=":", color=line.get_color())
-right.set(xlabel="epoch", title="mean gradient norm of each adapter; dotted: it exits above this")
+right.set(xlabel="epoch")
+right.set_title("mean gradient norm of each adapter; dotted: it exits above this", fontsize=9, loc="left")
 right.legend()
 save(figure, Path("answers/tutorial_07.png"))
 print("picture: answers/tutorial_07.png")
