@@ -9,22 +9,26 @@ import random
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.crema import CremaModel
-from crab_min.data import DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_sides, without
+from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_sides, without
 from crab_min.features import Features
-from crab_min.evaluate import answer, cell, score_all, write_predictions
+from crab_min.evaluate import answer, cell, draw_masks, mask_table, score_all, score_masks, second_stage, write_predictions
 from crab_min.flags import Parser, RunError, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
-from crab_min.model import ASSETS, AVLanguageModel
+from crab_min.model import ASSETS, AVLanguageModel, ModelError
 from crab_min.routes import record_routes
+from crab_min.segment import Sam2
 from crab_min.side_world import CHANNELS, build_side_world
 from crab_min.viz import draw_answer, draw_routes, draw_sheet
 from crab_min.world_tasks import WorldConfig, build_world
@@ -85,6 +89,16 @@ def built_in(config: dict, world: WorldConfig, seed: int) -> Path:
     return build_world(world, seed)
 
 
+def mask_maker(given, model: AVLanguageModel):
+    """How answers become masks, (features, samples, texts) -> masks: by --masks, or the model's decoder, or None. Raises RunError, ModelError."""
+    if given.masks == "decoder" and not model.masks:
+        raise RunError("--masks decoder: the model has no mask decoder; train one with `python train.py crab-tiny --stage masks`, or use --masks sam2 or box")
+    if given.masks in ("sam2", "box"):
+        second = Sam2(given.sam2) if given.masks == "sam2" else None
+        return lambda features, samples, texts: second_stage(samples, texts, second)
+    return partial(draw_masks, model) if model.masks else None
+
+
 def row_of(given, task, clip: str | None) -> dict:
     """An annotation row from the command line; the prompt builder says what is missing."""
     sounds = given.audio or ([clip] if clip else [])
@@ -117,8 +131,12 @@ def ask(given) -> None:
             print(f"no clip given: {example.id} of the built-in world, {example.media[0].path}")
     samples = [c if isinstance(c, Sample) else Sample("", task, build_prompt(task, row_of(given, task, c), "", given.prompts), "", Answer(), {}) for c in clips]
     samples = choose_sides(samples, given, model, config)
-    features = Features(model, keep=True)
+    features, lost = Features(model, keep=True), ""
     features.prepare(samples)
+    try:
+        make_masks = mask_maker(given, model)
+    except ModelError as error:                                               # no SAM2 here: the box still says where
+        make_masks, lost = None, str(error)
     for sample in samples:
         began = time.time()
         if not given.json:
@@ -128,7 +146,8 @@ def ask(given) -> None:
         text = model.generate(model.collate([sample.parts], features([sample])), limit, streamer, given.beams)[0]
         if not given.json and given.beams > 1:
             print(text)
-        parsed, seconds = parse(task, text), round(time.time() - began, 2)
+        mask = make_masks(features, [sample], [text])[0] if make_masks else None
+        parsed, seconds = replace(parse(task, text), mask=mask), round(time.time() - began, 2)
         if given.routes:
             with record_routes(model) as routes, torch.no_grad():
                 model(model.collate([sample.parts], features([sample]), [text]))
@@ -136,13 +155,20 @@ def ask(given) -> None:
         picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
         question = sample.parts[-1].text.strip()
         draw_answer(picture, drawn_media(sample), question, parsed, text)
+        if mask is not None:
+            file = picture.with_name(f"{picture.stem}_mask.png")
+            Image.fromarray((mask > .5).astype(np.uint8) * 255 if mask.dtype.kind != "i" else mask.astype(np.uint8)).save(file)
         if given.json:
-            print(json.dumps({"clip": sample.media[0].path, "task": task.name, "question": question, "text": text, "parsed": as_json(parsed),
+            print(json.dumps({"clip": sample.media[0].path, **({"mask": str(file)} if mask is not None else {"no_mask": lost} if lost else {}), "task": task.name, "question": question, "text": text, "parsed": as_json(parsed),
                               "error": parsed.error, "seconds": seconds, "picture": str(picture)}, ensure_ascii=False))
         else:
             print(f"parsed: {parsed.error and 'no: ' + parsed.error or json.dumps(as_json(parsed))}")
             if gold is not None:
                 print(f"gold:   {write(task, gold)}")
+            if mask is not None:
+                print(f"mask:   {file}, {(mask > .5).mean():.1%} of the picture")
+            elif lost or make_masks and task.name in MASKED:
+                print(f"mask:   none, {lost or 'the answer has no mask tokens, or does not parse'}")
             print(f"{seconds} s; picture: {picture}")
 
 
@@ -153,21 +179,23 @@ def evaluate(given) -> None:
     root = given.data or built_in(config, WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
     samples = choose_sides(samples, given, model, config)
+    make_masks = mask_maker(given, model)
+    samples = with_masks(samples, tokens=given.masks not in ("sam2", "box")) if make_masks else samples
     samples = without(samples, given.without) if given.without else samples               # also of a sound that is a side channel
     by_option = config["train"].get("answers") == "options"
     features = Features(model, config["train"].get("cache_features", True), max_bad=1.0)
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
     limits = {t: given.limit or config["limits"].get(t, DEFAULT_LIMIT) for t in sorted({s.task.name for s in samples})}
     decoding = {"run": str(folder), "data": str(root), "split": given.split, "without": given.without, "prompts": bool(given.prompts), "limits": limits,
-                "batch_size": given.batch_size, "sides": sorted({p.side for s in samples for p in s.media if p.side}),
+                "batch_size": given.batch_size, "masks": given.masks, "sides": sorted({p.side for s in samples for p in s.media if p.side}),
                 "decoding": "likeliest option" if by_option else "greedy" if given.beams == 1 else f"{given.beams} beams", "skip": sorted(given.skip)}
-    partial = out / "answers.partial.jsonl"
+    unfinished = out / "answers.partial.jsonl"
     features.prepare(samples, strict=not given.allow_missing)
     if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:
-        partial.unlink(missing_ok=True)                                       # of other settings
+        unfinished.unlink(missing_ok=True)                                    # of other settings
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "decoding.json", json.dumps(decoding, indent=1))
-    said = answer(model, features, samples, limits, given.batch_size, partial=partial, strict=not given.allow_missing, by_option=by_option, beams=given.beams)
+    said = answer(model, features, samples, limits, given.batch_size, partial=unfinished, strict=not given.allow_missing, by_option=by_option, beams=given.beams)
     readable = {s.id for s in features.readable(samples)}                     # the others: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
@@ -176,13 +204,15 @@ def evaluate(given) -> None:
         if pairs:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
     write_predictions(out / "predictions", samples, said)
+    masks = make_masks(features, samples, said) if make_masks else [None] * len(samples)
+    segmented = score_masks(samples, masks) if make_masks else {}
     for task in results:
-        pairs = [(s, t) for s, t in zip(samples, said) if s.task.name == task and s.id in readable]
-        if pairs:
-            draw_sheet(out / "sheets" / f"{task}.png", [cell(s, t) for s, t in random.Random(0).sample(pairs, min(9, len(pairs)))])
-    partial.unlink()
+        found = [each for each in zip(samples, said, masks) if each[0].task.name == task and each[0].id in readable]
+        if found:
+            draw_sheet(out / "sheets" / f"{task}.png", [cell(*each) for each in random.Random(0).sample(found, min(9, len(found)))])
+    unfinished.unlink()
     counts = {"missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}
-    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, **counts}, indent=1))
+    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "masks": segmented, **counts}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"
@@ -191,6 +221,8 @@ def evaluate(given) -> None:
             print("  " + "  ".join(f"{name} {value:.3f}" for name, value in r["all"].items()))
         for kind, t in r.get("types", {}).items():
             print(f"  {kind:<25} {t['metric']:>6.3f}  (best constant answer {t['blind']:.3f}) {t['n']:>5}")
+    if segmented:
+        print(mask_table(segmented))
     with_target = [(s.target.strip(), t.strip()) for s, t in zip(samples, said) if s.target]
     if with_target:
         print(f"target text returned exactly: {sum(a == b for a, b in with_target)} of {len(with_target)} rows")
@@ -211,6 +243,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--side", action="append", help="PAVE, CREMA: a side channel to use, NAME or NAME=FILE (several times; none: the video alone); default: the run's")
     parser.add_argument("--skip", action="append", default=[], help="CREMA: a modality that is read without its adapter, as in its zero-shot runs (several times)")
     parser.add_argument("--beams", type=int, default=1, help="beams of the search for an answer (CREMA: 5)")
+    parser.add_argument("--masks", default="", choices=["", "decoder", "sam2", "box"], help="how a mask is made: by the run's decoder (default where it has one), of the box and points by SAM2, or the box itself")
+    parser.add_argument("--sam2", default=Sam2.DEFAULT, help="with --masks sam2: path or hub id of a SAM2 checkpoint")
     parser.add_argument("--patch", action="append", help="PAVE: a patch file to load beside the run's (patches/NAME.safetensors)")
     parser.add_argument("--json", action="store_true", help="print one JSON line a clip and nothing else")
     parser.add_argument("--picture", help="where the picture goes (default: answers/CLIP_TASK.png)")

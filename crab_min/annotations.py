@@ -24,6 +24,9 @@ from PIL import Image
 from crab_min.interface import GRID, TASKS, answer_tag, box_text, gold, mask_box, points_text
 
 
+CLASSES = 71                                           # of AVSS, with the background
+
+
 class DataError(ValueError):
     """An annotation file or row that cannot be used: which one, what is wrong, what to do."""
 
@@ -88,8 +91,16 @@ def read_mask(path: Path) -> np.ndarray:
 def mask_path(frame: Path, task: str, row: dict) -> Path:
     """Where the mask of a frame is, as released: labels_rgb beside frames, or Ref-AVS's gt_mask."""
     if task == "ref_avs":
-        return frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}" / f"0000{row['frame_idx']}.png"
+        return frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}" / f"0000{row.get('frame_idx', row.get('idx'))}.png"
     return Path(str(frame.with_suffix(".png")).replace("/frames/", "/labels_rgb/"))
+
+
+def mask_classes(mask: np.ndarray) -> np.ndarray:
+    """The classes (H, W) int64 of an AVSS mask (H, W, 3), whose colour number k has bit i of k as bit 7 - i // 3 of channel i % 3 (PASCAL VOC's palette); -1: no class."""
+    k = np.zeros(mask.shape[:2], np.int64)
+    for i in range(24):
+        k |= (mask[..., i % 3].astype(np.int64) >> (7 - i // 3) & 1) << i
+    return np.where(k < CLASSES, k, -1)
 
 
 def mask_objects(mask: np.ndarray, task: str) -> list[np.ndarray]:

@@ -8,10 +8,11 @@ from crab_min.encoders import DepthEncoder, register
 from crab_min.llava import load_llava
 from crab_min.model import AVLanguageModel, ModelError
 from crab_min.native import load_native
+from crab_min.segment import SegmentConfig
 
 
 @dataclass
-class BackboneConfig:
+class BackboneConfig(SegmentConfig):
     """The frozen model. Weights are named by local path or hub id."""
     backbone: str = field(default="composed", metadata={"help": "composed (CLIP + BEATs + Q-Formers + LM), native (Qwen2.5-Omni), llava (LLaVA-OneVision) or crema (one "
                                                                "Q-Former for all modalities: BLIP-2, or without --weights the base)",
@@ -27,6 +28,15 @@ class BackboneConfig:
 
 def load_model(config: BackboneConfig) -> AVLanguageModel:
     """The model of a run, frozen and in evaluation mode. Raises ModelError, EncoderError."""
+    model = load_frozen(config)
+    if config.masks:
+        if not isinstance(model, ComposedModel):
+            raise ModelError(f"--masks decoder: the decoder reads the layers of a vision encoder beside a causal LM (--backbone composed), got --backbone {config.backbone}")
+        model.add_masks(config)
+    return model
+
+
+def load_frozen(config: BackboneConfig) -> AVLanguageModel:
     if config.backbone == "crema":
         model = load_crema(config.weights, config.base, config.audio)
         if config.depth:

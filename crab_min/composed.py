@@ -6,6 +6,7 @@ the first or second video, image or sound of the prompt (`numbers`). They help a
 
 Shapes: T frames or sound segments, S encoder tokens each, W encoder width, Q queries, D width of the LM.
 """
+import itertools
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
 from crab_min.fusion import Patches
-from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, ModelError, missing_weights
+from crab_min.interface import MASK_TOKENS
+from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, ModelError, cross_entropy, missing_weights
 from crab_min.qformer import QFormerConfig, QFormerConnector
+from crab_min.segment import MaskBranch, SegmentConfig, loss_of_masks
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
@@ -64,8 +67,9 @@ class ComposedModel(AVLanguageModel):
                 x, mask = self.audio([torch.as_tensor(s) for s in segments])                     # (1, T, S, W), (1, T, S)
                 features.append(MediaFeatures(kind, x[0], mask[0]))
             return features
-        x = self.vision(torch.stack([torch.as_tensor(m) for m in media]))                        # (M, T, S, W)
-        return [MediaFeatures(kind, f) for f in x]
+        scales = self.mask_layers if kind == "image" else []
+        x, *scales = self.vision.hidden(torch.stack([torch.as_tensor(m) for m in media]), [self.vision.layer, *scales])      # (M, T, S, W) each
+        return [MediaFeatures(kind, f, scales=[scale[i, 0] for scale in scales]) for i, f in enumerate(x)]
 
     def count(self, media: MediaFeatures) -> int:
         return len(media.features) * (self.audio_qformer if media.kind == "audio" else self.visual_qformer).config.queries
@@ -85,6 +89,56 @@ class ComposedModel(AVLanguageModel):
             for i, part, more in zip(chosen, y.split(lengths), added):
                 tokens[i] = (part + more).flatten(0, 1)                                          # (T * Q, D)
         return tokens
+
+    # --- masks (Crab)
+    @property
+    def mask_layers(self) -> list[int]:
+        """The hidden states of the vision encoder that the mask decoder reads: 14 and 22 of CLIP-L's 24, and the like of another depth."""
+        depth = self.vision.model.config.num_hidden_layers
+        return [round(depth * 14 / 24), round(depth * 22 / 24)] if self.masks else []
+
+    def add_masks(self, config: SegmentConfig) -> None:
+        """Six mask tokens behind the words of the LM, and a new decoder of the masks they stand for. Before an adapter is put on the LM."""
+        self.tokenizer.add_tokens(list(MASK_TOKENS))
+        first = self.tokenizer.convert_tokens_to_ids(MASK_TOKENS[0])
+        self.masks = MaskBranch(config.sizes(self.vision.width, self.llm.config.hidden_size, self.frame_size), self.llm, first).requires_grad_(False)
+        self.mask_weights = config.mask_bce, config.mask_dice
+
+    def read_answers(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """(the cross-entropy of each answer token (B, places), 0 where there is none; the states (B, places + 1, D) there and one place before)."""
+        keep = int((batch["labels"] != -100).sum(1).max()) + 1
+        out = self.llm(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], logits_to_keep=keep, output_hidden_states=True)
+        return cross_entropy(out.logits, batch["labels"]), out.hidden_states[-1][:, -keep:]
+
+    def mask_logits(self, batch: dict, states: Tensor, classes: list[bool]) -> dict[int, Tensor]:
+        """{row: logits (1 or 71, size, size)} of the rows whose answer has all mask tokens; each is of the last image of its row."""
+        rows, states = self.masks.find(batch["ids"][:, -states.shape[1]:], states)
+        images = iter(batch["media"])
+        scales = [[m.scales for m in itertools.islice(images, n) if m.scales][-1:] for n in batch["counts"]]
+        found = {}
+        for wanted in (False, True):
+            some = [(i, state, *scales[i]) for i, state in zip(rows, states) if classes[i] == wanted and scales[i]]
+            if some:
+                at, state, layers = zip(*some)
+                features = [torch.stack(layer).to(self.device).float() for layer in zip(*layers)]                    # (n, S, W) each
+                found |= zip(at, self.masks.decoder(torch.stack(state), features, wanted))
+        return found
+
+    def forward(self, batch: dict) -> tuple[Tensor, int]:
+        """As without masks, but where the batch has gold masks their loss is added to the mean cross-entropy (L_txt + L_mask)."""
+        gold = {i: mask for i, mask in enumerate(batch.get("masks", [])) if mask is not None}
+        if not gold:
+            return super().forward(batch)
+        losses, states = self.read_answers(batch)
+        tokens = int((batch["labels"] != -100).sum())
+        found = self.mask_logits(batch, states, [mask is not None and mask.dtype == torch.long for mask in batch["masks"]])
+        return losses.sum() + tokens * loss_of_masks(found, gold, *self.mask_weights), tokens
+
+    @torch.no_grad()
+    def masks_of(self, batch: dict, classes: list[bool]) -> list[Tensor | None]:
+        """The mask (1 or 71, size, size) of each answer of a batch that was collated with what the model said, in [0, 1]; None without mask tokens."""
+        found = self.mask_logits(batch, self.read_answers(batch)[1], classes)
+        return [(found[i].softmax(0) if classes[i] else found[i].sigmoid()) if i in found else None for i in range(len(batch["ids"]))]
 
     def beside(self) -> dict[str, nn.Module]:
         named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, **super().beside()}

@@ -34,7 +34,7 @@ class ConvertError(ValueError):
     """A checkpoint that cannot be read or does not have the expected names: which, what was expected, what to do."""
 
 
-PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "m": r"(\w+)", "x": r"(\w+(?:\.\w+)*)"}  # what a {place} stands for
+PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "m": r"(\w+)", "layer_number": r"(\d+)", "x": r"(\w+(?:\.\w+)*)"}  # what a {place} stands for
 
 
 def under(released: str, ours: str, table: list) -> list:
@@ -77,6 +77,25 @@ def wrapped(linear: str) -> list:
             *(row for row in BERT if not row[0].startswith(theirs))]
 
 
+def attention(theirs: str, ours: str) -> list:
+    return [(f"{theirs}.{old}_proj.{{x}}", f"{ours}.{new}.{{x}}") for old, new in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out"))]
+
+
+def two_way() -> list:
+    """The layers of the mask decoder's two two-way transformers."""
+    theirs, ours = "transformer.{n}.layers.{layer_number}.", "two_way.{n}.layers.{layer_number}."
+    layer = [*attention("self_attn", "self_attention"), *attention("cross_attn_token_to_image", "to_image"), *attention("cross_attn_image_to_token", "to_queries"),
+             *((f"norm{k + 1}.{{x}}", f"norms.{k}.{{x}}") for k in range(4)), ("mlp.lin1.{x}", "mlp.0.{x}"), ("mlp.lin2.{x}", "mlp.2.{x}")]
+    return [*under(theirs, ours, layer), *attention("transformer.{n}.final_attn_token_to_image", "two_way.{n}.final"), ("transformer.{n}.norm_final_attn.{x}", "two_way.{n}.norm.{x}")]
+
+
+MASKS = [("text_hidden_fcs.0.{x}", "prompt.{x}"), ("image_feature_neck.{x}", "neck.{x}"), ("no_mask_embed.weight", "no_mask"),
+         ("pe_layer.positional_encoding_gaussian_matrix", "places.0.matrix"), *under("mask_decoder.", "", [
+             ("pe1.positional_encoding_gaussian_matrix", "places.1.matrix"), ("avs_query_tokens.weight", "queries"), ("level_embed.weight", "level"), *two_way(),
+             *under("query_generator.layers.{n}.", "generator.{n}.", [*attention("self_attn", "self_attention"), *attention("cross_attn", "cross_attention"), ("ffn.{x}", "mlp.{x}"),
+                                                                      *((f"norm{k + 1}.{{x}}", f"norms.{k}.{{x}}") for k in range(3))]),
+             *((f"{old}.layers.{k}.{{x}}", f"{new}.{2 * k}.{{x}}") for old, new in (("hyper_mlp_out", "mix"), ("hyper_mlp", "mlp")) for k in range(3)),
+             ("output_upscaling.{x}", "upscale.{x}"), ("upsample_2x.{x}", "finer.{x}"), ("ms3_s4_classfier.{x}", "binary.{x}"), ("avss_classifier.{x}", "classes.{x}")])]
 PAIRS = [(f"encoder.layer.{{n}}.attention.self.{part}.w_{which.lower()}_{{m}}.weight", f"encoder.layer.{{n}}.attention.attention.{part}.{which}.{{m}}.weight")
          for part in ("query", "value") for which in "AB"]
 FROZEN = [(f"{part}.{{x}}", None) for part in ("visual_encoder", "audio_encoder", "t5_model", "Qformer.cls")]
@@ -86,6 +105,7 @@ TABLES = {
     "ilora": ilora(),
     "patch": PATCH,
     "qformer": [*qformer("visual"), *qformer("audio")],
+    "masks": MASKS,
     "crab-pretrain": PRETRAIN,                         # of the aligning stages, before PEFT wrapped the model
     "crab": [*under(PEFT, "", PRETRAIN), *ilora(PEFT + "model.{layer}."), *PRETRAIN],
     "pave": [*under(PEFT + "model.temporal_aggregator.", "patches.0.", PATCH), *under(PEFT + "model.temporal_aggregator2.", "patches.1.", PATCH),
@@ -142,10 +162,26 @@ def convert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
     Raises ConvertError: no such table, names that the table does not know, two that would become one, a head missing.
     """
     found: dict[str, dict] = {}                        # our name -> {released name: (head, weight)}
+    state = apart(state)
     for name, (ours, stands) in rename(state, rows_of(table), table).items():
         if ours is not None:
             found.setdefault(ours, {})[name] = (int(stands.get("k", -1)), state[name])
     return {ours: join(ours, released) for ours, released in found.items()}
+
+
+def apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch's packed projections (in_proj_weight, in_proj_bias) of a query, a key and a value as one each; all else as it is."""
+    return {name.replace("in_proj_", f"{part}_proj.") if part else name: one for name, weight in state.items() for part, one in
+            (zip("qkv", (w.contiguous() for w in weight.chunk(3))) if "in_proj_" in name else [("", weight)])}
+
+
+def packed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse, where torch packs them: in the query generator of the mask decoder."""
+    found: dict = {}
+    for name, weight in state.items():
+        place = re.fullmatch(r"(.*query_generator\..*attn\.)[qkv]_proj\.(\w+)", name)
+        found.setdefault(place.expand(r"\1in_proj_\2") if place else name, []).append(weight)
+    return {name: torch.cat(weights) if len(weights) > 1 else weights[0] for name, weights in found.items()}
 
 
 def join(ours: str, released: dict[str, tuple[int, Tensor]]) -> Tensor:
@@ -170,7 +206,7 @@ def revert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
             continue
         for k, B in enumerate(state[name].chunk(heads, dim=1)):
             found[released.format(k=k)] = B.contiguous()
-    return found
+    return packed(found)
 
 
 def from_blip2(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:

@@ -28,10 +28,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from crab_min.annotations import DataError, annotation_file, mask_objects, mask_path, read_mask, read_rows
+from crab_min.annotations import DataError, annotation_file, mask_classes, mask_objects, mask_path, read_mask, read_rows
 from crab_min.encoders import ENCODERS
 from crab_min.flags import Parser, one_line, write_whole
-from crab_min.interface import GRID, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
+from crab_min.interface import GRID, MASK_TOKENS, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_flow, read_image, read_video
 
 
@@ -44,6 +44,7 @@ class Sample:
     target: str                                        # what the model should write ("" where a test row has no text)
     gold: Answer
     row: dict
+    mask: str = ""                                     # file of the mask that the answer stands for, where the model answers with masks
 
     @property
     def media(self) -> list[Part]:
@@ -194,6 +195,44 @@ def one_sense(samples: list[Sample], kind: str) -> list[Sample]:
         parts[0] = replace(parts[0], text=parts[0].text.lstrip("\n"))
         changed.append(replace(s, parts=parts, target=s.row.get({"video": "seen", "audio": "heard"}[kind], s.target)))
     return changed
+
+
+MASKED = ("s4", "ms3", "ref_avs", "avss")               # tasks that have masks
+
+
+def with_masks(samples: list[Sample], tokens: bool = True) -> list[Sample]:
+    """The form of Crab: an answer that names an object ends in mask tokens (unless not `tokens`), and has a mask where its file is there. Other samples stay as they are."""
+    changed = []
+    for s in samples:
+        if s.task.name in MASKED:
+            file = mask_path(Path(next(p.path for p in s.media if p.kind == "image")), s.task.name, s.row)
+            named = bool(s.gold.boxes) if not s.target else bool(parse(s.task, s.target).boxes)
+            s = replace(s, mask=str(file) if named and file.exists() else "", target=f"{s.target} {''.join(MASK_TOKENS)}" if named and s.target and tokens else s.target)
+        changed.append(s)
+    return changed
+
+
+def swapped(samples: list[Sample]) -> list[Sample]:
+    """Of the samples whose row says so (the world's s4), the same pictures with the sound of a thing that is seen there and was silent: now it is meant."""
+    changed = []
+    for s in samples:
+        if sound := s.row.get("swapped"):
+            meant = {**s.row["silent"], s.row["a_obj"]: s.gold.boxes[0]}
+            row = {**s.row, "a_obj": sound["event"], "silent": {label: box for label, box in meant.items() if label != sound["event"]}}
+            path = next(p.path for p in s.media if p.kind == "audio").removesuffix(s.row["audio_path"]) + sound["audio_path"]
+            parts = [replace(p, path=path, index=sound["frame_idx"]) if p.kind == "audio" else p for p in s.parts]
+            changed.append(replace(s, parts=parts, row=row, gold=replace(s.gold, boxes=[tuple(meant[sound["event"]])])))
+    return changed
+
+
+def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
+    """The mask of a sample (H, W), or (size, size): bool, or of AVSS the classes int64, -1 where the colour is no class; None where it has none. Raises DataError."""
+    if not sample.mask:
+        return None
+    mask = read_mask(Path(sample.mask))
+    mask = mask_classes(mask) if sample.task.name == "avss" else mask.max(-1) > 0
+    h, w = mask.shape
+    return mask[(np.arange(size) * h // size)[:, None], np.arange(size) * w // size] if size else mask
 
 
 FAST, FAST_RATE = 16, 25                               # a dense stream: pixels of its square frames, frames a second

@@ -5,18 +5,26 @@ Nothing is skipped: an answer that does not parse counts as wrong and lowers `pa
 """
 import json
 import re
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab_min.data import Sample, drawn_media
+from crab_min.annotations import CLASSES
+from crab_min.composed import ComposedModel
+from crab_min.data import MASKED, Sample, drawn_media, gold_mask
 from crab_min.features import Features
 from crab_min.flags import write_whole
-from crab_min.interface import Answer, parse, write
+from crab_min.interface import GRID, Answer, parse, write
+from crab_min.mask_metrics import by_class, hard, null_s, soft
 from crab_min.metrics import best_constant, score
+from crab_min.media import read_image
 from crab_min.model import AVLanguageModel
+from crab_min.segment import Sam2, box_mask
 
 
 def token_limits(model: AVLanguageModel, samples: list[Sample], margin: int = 8) -> dict[str, int]:
@@ -80,6 +88,84 @@ def choose(model: AVLanguageModel, samples: list[Sample], media: list) -> list[s
     return [best[i][1] for i in range(len(samples))]
 
 
+@torch.no_grad()
+def draw_masks(model: ComposedModel, features: Features, samples: list[Sample], texts: list[str], batch_size: int = 50) -> list[np.ndarray | None]:
+    """The mask (size, size) that each text stands for: scores in [0, 1], of avss classes; None for a text without all mask tokens, and for other tasks.
+
+    The states of the mask tokens depend on the media, the prompt and the text alone, so the texts are read once more, and masks need not be kept with them.
+    """
+    training, masks, texts = model.training, {}, dict(zip((s.id for s in samples), texts))
+    model.eval()
+    plan = [batch for batch in plan_batches(samples, batch_size) if batch[0].task.name in MASKED]
+    for batch, media in features.batches(plan):
+        found = model.masks_of(model.collate([s.parts for s in batch], media, [texts[s.id] for s in batch]), [s.task.name == "avss" for s in batch])
+        masks |= {s.id: m if m is None else (m.argmax(0) if len(m) > 1 else m[0].half()).cpu().numpy() for s, m in zip(batch, found)}
+    model.train(training)
+    return [masks.get(s.id) for s in samples]
+
+
+def second_stage(samples: list[Sample], texts: list[str], sam2: Sam2 | None) -> list[np.ndarray | None]:
+    """The mask (H, W) that SAM2 makes of the boxes and points of each text, at the image's own size, or without it the boxes themselves, filled, on the
+    grid; empty where an object is denied; None for a text that does not parse, and for other tasks."""
+    masks: list = []
+    for s, text in zip(tqdm(samples, desc="SAM2" if sam2 else "boxes", unit="image", disable=len(samples) < 32), texts):
+        parsed, image = parse(s.task, text), next((p.path for p in s.media if p.kind == "image"), None)
+        if s.task.name not in MASKED or parsed.error:
+            masks.append(None)
+        else:
+            masks.append(sam2.mask(read_image(image, None), parsed) if sam2 else box_mask(parsed, GRID, GRID))
+    return masks
+
+
+def score_masks(samples: list[Sample], masks: list[np.ndarray | None]) -> dict[str, dict]:
+    """{task: numbers of its masks} on 224 x 224 pixels; no mask counts as an empty one.
+
+    miou, f: Crab's, on scores; hard_miou, hard_f: Crab+'s, on masks; of avss by class; all over the samples that have something to find.
+    coverage: the share of these with a mask. null_s, null_s_background, null_n: of those without (Ref-AVS's null split).
+    """
+    result = {}
+    for task in dict.fromkeys(s.task.name for s in samples if s.task.name in MASKED):
+        pairs = [(s, m) for s, m in zip(samples, masks) if s.task.name == task]
+        gold = np.stack([np.zeros((GRID, GRID), bool) if (g := gold_mask(s, GRID)) is None else g for s, _ in pairs])
+        said = np.stack([np.zeros((GRID, GRID)) if m is None else resized(m, GRID, GRID) for _, m in pairs])
+        there = gold.any((1, 2))
+        entry = {"coverage": float(np.mean([m is not None for (_, m), g in zip(pairs, there) if g])) if there.any() else 0., "n": int(there.sum())}
+        if task == "avss":
+            entry |= by_class(said[there].astype(int), gold[there].astype(int), CLASSES)
+        elif there.any():
+            entry |= soft(said[there], gold[there]) | {f"hard_{name}": value for name, value in hard(said[there] > .5, gold[there]).items()}
+        if not there.all():
+            none = said[~there] > .5
+            entry |= {"null_s": null_s(none), "null_s_background": null_s(none, of_background=True), "null_n": len(none)}
+        result[task] = entry
+    return result
+
+
+def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scores (h, w) at another size, bilinear; classes and true or false by the nearest."""
+    x = torch.from_numpy(mask)[None, None].float()
+    return F.interpolate(x, (height, width), **({} if mask.dtype.kind in "ib" else {"mode": "bilinear"}))[0, 0].numpy()
+
+
+def picked(samples: list[Sample], masks: list[np.ndarray | None]) -> dict[str, float]:
+    """Of samples with two things in the picture, one of them silent (the world's s4): how often the mask has more pixels in the box of the one that is meant."""
+    right = []
+    for s, mask in zip(samples, masks):
+        if len(s.row.get("silent") or ()) == 1:
+            inside = [0 if mask is None else (resized(mask, GRID, GRID) > .5)[y1:y2, x1:x2].sum() for x1, y1, x2, y2 in (s.gold.boxes[0], *s.row["silent"].values())]
+            right.append(inside[0] > inside[1])
+    return {"picked": sum(right) / len(right), "n": len(right)} if right else {}
+
+
+def mask_table(results: dict[str, dict]) -> str:
+    """The lines about masks that a run ends with."""
+    lines = [f"{'masks of':<9} {'mIoU':>6} {'F':>6} {'hard mIoU':>10} {'hard F':>7} {'coverage':>9} {'n':>5}   null: S of all, of the background, n"]
+    for task, r in results.items():
+        null = f"   {r['null_s']:.3f} {r['null_s_background']:.3f} {r['null_n']}" if "null_s" in r else ""
+        lines.append(f"{task:<9} {r.get('miou', 0):>6.3f} {r.get('f', 0):>6.3f} {r.get('hard_miou', 0):>10.3f} {r.get('hard_f', 0):>7.3f} {r['coverage']:>9.2f} {r['n']:>5}{null}")
+    return "\n".join(lines)
+
+
 def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
     """The answers {id: text} of the batches of `plan` that the file has whole, a line each; a cut last line is dropped from it."""
     wanted, kept, texts = {tuple(s.id for s in batch) for batch in plan}, [], {}
@@ -95,11 +181,11 @@ def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
     return texts
 
 
-def cell(sample: Sample, text: str) -> tuple:
+def cell(sample: Sample, text: str, mask: np.ndarray | None = None) -> tuple:
     """A cell of viz.draw_sheet."""
-    parsed = parse(sample.task, text)
+    parsed = replace(parse(sample.task, text), mask=mask)
     value = score(sample.task, [parsed], [sample.gold], whole=False)["metric"]
-    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, sample.gold,
+    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, replace(sample.gold, mask=gold_mask(sample)),
             sample.target or write(sample.task, sample.gold), value)
 
 

@@ -80,7 +80,7 @@ class Features:
             else:
                 found = self.model.encode(kind, arrays, [seconds for *_, seconds in items])
             for (part, *_), features in zip(items, found):
-                features.features = features.features.half()
+                features.features, features.scales = features.features.half(), [scale.half() for scale in features.scales]
                 self.store[part] = features
 
     def batches(self, plan: Iterable[list[Sample]], strict: bool = True, workers: int = WORKERS) -> Iterator[tuple[list[Sample], list[list[MediaFeatures]]]]:

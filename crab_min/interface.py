@@ -7,6 +7,7 @@ share.
 Output grammar, after free prose, with whole seconds (end exclusive) and integers on a 224 x 224 grid:
     <answer>yes</answer>   <event>label, (0 3)(7 10)</event>   <audio_event>...   <visual_event>...
     [x1,y1,x2,y2] a box, [x,y] a point; where there are several objects, each box is followed by its points
+    <mask_0> ... <mask_5> a mask, where the model has a decoder for it (segment.py)
 `parse` also takes what models really write: odd spaces and case, no closing tag, repeated tags, <range>0,3</range>.
 
 Differs from the released code: the instructions are ours; every medium follows a marker (the released a2v prompt does
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 GRID = 224                                             # boxes and points are integers 0 .. GRID
+MASK_TOKENS = tuple(f"<mask_{k}>" for k in range(6))
 
 
 class InterfaceError(ValueError):
@@ -55,6 +57,7 @@ class Answer:
     points: list = field(default_factory=list)         # (x, y)
     text: str = ""
     error: str | None = None
+    mask: np.ndarray | None = field(default=None, compare=False)   # (H, W) scores in [0, 1], or of avss classes, where the model makes masks
     owners: list = field(default_factory=list, compare=False)      # for each point, the index of its box
     choices: tuple = field(default=(), compare=False)              # golds: the options of the row (avqa_thu, nextqa), or all right texts (scanqa, sqa3d)
 

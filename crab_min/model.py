@@ -59,6 +59,7 @@ class MediaFeatures:
     features: Tensor
     mask: Tensor | None = None                         # which of the features are real
     seconds: float = 0                                 # length of the video or sound
+    scales: list = field(default_factory=list)         # of an image, where masks are made: the layers of its encoder that the mask decoder reads (segment.py)
     sides: dict = field(default_factory=dict)          # of a video or image in a batch: its side channels by name (fusion.py)
 
 
@@ -73,10 +74,11 @@ class AVLanguageModel(nn.Module):
     frame_size: int
     patches: nn.ModuleDict                             # side channel -> patch (PAVE); a clip without that channel is left as it is
     patch_widths: tuple[int, int]                      # of a video's tokens before the projector, and in the LM
+    masks: nn.Module | None                            # segment.MaskBranch, of a composed model that answers with masks
 
     def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, marks: dict, ends: tuple[list[int], int], template: list[str]):
         super().__init__()
-        self.llm, self.tokenizer, self.marks, self.ends, self.template = llm, tokenizer, marks, ends, template
+        self.llm, self.tokenizer, self.marks, self.ends, self.template, self.masks = llm, tokenizer, marks, ends, template, None
         self.loaded: set[str] = set()                  # parts beside the adapter that came from a run folder, and go on into the next
 
     @property
@@ -142,7 +144,7 @@ class AVLanguageModel(nn.Module):
         return {"ids": torch.tensor([[self.tokenizer.pad_token_id] * p + row for p, row in zip(pad, rows)], device=self.device),
                 "attention": torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pad, rows)], device=self.device),
                 "labels": torch.tensor([[-100] * p + row for p, row in zip(pad, labels)], device=self.device),
-                "media": [m for sample in media for m in sample],
+                "media": [m for sample in media for m in sample], "counts": [len(sample) for sample in media],
                 "numbers": [[n.kind for n in sample[:i]].count(m.kind) for sample in media for i, m in enumerate(sample)]}
 
     def encode_text(self, text: str) -> list[int]:
@@ -162,7 +164,7 @@ class AVLanguageModel(nn.Module):
     def losses(self, batch: dict) -> Tensor:
         """(B, places) the cross-entropy of each answer token, 0 where there is none."""
         keep = int((batch["labels"] != -100).sum(1).max()) + 1                                   # left padding: answers end the rows
-        return F.cross_entropy(self.logits(batch, keep)[:, :-1].mT.float(), batch["labels"][:, -keep + 1:], ignore_index=-100, reduction="none")
+        return cross_entropy(self.logits(batch, keep), batch["labels"])
 
     def forward(self, batch: dict) -> tuple[Tensor, int]:
         """(sum of the cross-entropy over the answer tokens of the batch, their number)."""
@@ -186,7 +188,8 @@ class AVLanguageModel(nn.Module):
 
     def beside(self) -> dict[str, nn.Module]:
         """What can be trained beside the adapter, by its name in modules.safetensors."""
-        return {"words": self.llm.get_input_embeddings()}
+        words = self.llm.get_input_embeddings()
+        return {"words": words.words, "masks": self.masks} if self.masks else {"words": words}
 
     def train_beside(self, parts: str) -> None:
         """Train more than the adapter: parts of `beside`, joined by +; "connectors" are all but the words (the embeddings, as Crab's segmentation stage)."""
@@ -235,6 +238,11 @@ class AVLanguageModel(nn.Module):
                 check_fit(state, self.beside()[name].state_dict(), f"{file}, {name}")
                 self.beside()[name].load_state_dict(state)
                 self.loaded.add(name)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, n - 1) of the last n - 1 labels (B, L) under the logits (B, n, V) before each, 0 where there is none."""
+    return F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1 - logits.shape[1]:], ignore_index=-100, reduction="none")
 
 
 def beside_videos(parts: list, media: list[MediaFeatures]) -> tuple[list, list[MediaFeatures]]:

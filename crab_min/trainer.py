@@ -16,19 +16,20 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import Sample, examined_data, one_sense, pick_tasks, read_samples, with_sides
+from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, swapped, with_masks, with_sides
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
-from crab_min.evaluate import answer, cell, constants, options, score_all, table, token_limits, write_predictions
+from crab_min.evaluate import answer, cell, constants, draw_masks, mask_table, options, picked, score_all, score_masks, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import RunError, write_whole
 from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
-from crab_min.model import AdapterConfig, AVLanguageModel, half_products
+from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.viz import draw_scores, draw_sheet, draw_subsets
 from crab_min.world_tasks import WorldConfig
@@ -41,9 +42,9 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     tasks: str = field(default="all", metadata={"help": "comma-separated task names, or all"})
     target: str = field(default="reasoning", metadata={"help": "what is learned: evidence then label, or the label alone", "choices": ["reasoning", "label"]})
     prompts: str = field(default="", metadata={"help": "JSON file of instructions by task name, instead of ours"})
-    stage: str = field(default="", metadata={"help": "of Crab: visual or audio (align that connector on captions, LM frozen), unified (all tasks)",
-                                             "choices": ["", "visual", "audio", "unified"]})
-    start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before)"})
+    stage: str = field(default="", metadata={"help": "of Crab: visual or audio (align that connector on captions, LM frozen), unified (all tasks), masks (a mask decoder)",
+                                             "choices": ["", "visual", "audio", "unified", "masks"]})
+    start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before; masks on the shipped base: the shipped adapter)"})
     side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a "
                                             ".jsonl have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
     frames: int = field(default=0, metadata={"help": "with --side or --modalities: frames of a video (0: as the task has it; PAVE: 32, CREMA: 4)"})
@@ -55,7 +56,7 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     about: str = field(default="", metadata={"help": "PAVE, --side none: which channels the questions of the built-in world are about"})
     arms: bool = field(default=False, metadata={"help": "PAVE: a run without the side channel first, and a table of both and the frozen base"})
     train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained beside patches: the adapter, the connectors (Q-Formers), the word embeddings",
-                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words"]})
+                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words", "masks", "adapter+masks", "adapter+connectors+masks"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
@@ -82,7 +83,11 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
     """The config with what its stage decides: an aligning stage trains one connector on captions; each starts from the run of the one before. Raises RunError."""
     if not config.stage:
         return config
-    before = {"audio": "visual", "unified": "audio"}.get(config.stage)
+    if config.stage == "masks":
+        config = replace(config, masks="decoder", tasks=",".join(MASKED) if config.tasks == "all" else config.tasks)
+        if not (config.base or config.llm or config.start):
+            return replace(config, start=str(ASSETS / "crab_plus-tiny"))
+    before = {"audio": "visual", "unified": "audio", "masks": "unified"}.get(config.stage)
     start = config.start or (f"runs/{preset}-{before}" if before else "")
     if before and not (Path(start) / "metrics.json").exists():
         raise RunError(f"--stage {config.stage} starts from a finished run of --stage {before}, and {start} is none; run --stage {before} first, or name one with --start")
@@ -184,6 +189,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
     if config.stage in ALIGN:
         train = one_sense(train, ALIGN[config.stage][0])
+    if config.masks:
+        train, test = with_masks(train), with_masks(test)
     if config.side or config.modalities:
         train, test = (with_sides(rows, side_names(config), config.frames, needed=not config.modalities) for rows in (train, test))
     features = Features(model, config.cache_features, config.max_bad)
@@ -194,6 +201,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     add_sides(model, features, train, config)
     if config.start:
         model.restore_trained(Path(config.start))
+    if "adapter" not in config.train.split("+"):                              # it comes from another run and stays
+        model.llm.requires_grad_(False)
     model.train_beside(config.train)
     if isinstance(model, CremaModel):
         model.learn(modalities(config))
@@ -233,17 +242,30 @@ def examine(config: TrainConfig, model: AVLanguageModel, features: Features, tra
         if all(chances := [1 / len(options(s)) if options(s) else 0 for s in test if s.task.name == task]):
             r["chance"] = sum(chances) / len(chances)
     subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
+    masks = draw_masks(model, features, test, texts) if config.masks else [None] * len(test)
+    segmented = examine_masks(model, features, test, masks, limits) if config.masks else {}
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
     if test:
         draw_scores(folder / "scores.png", results)
-        draw_sheet(folder / "answers.png", sheet(test, texts, config.seed))
+        draw_sheet(folder / "answers.png", sheet(test, texts, masks, config.seed))
         print(table(results))
+        if config.masks:
+            print(mask_table(segmented["masks"]))
+            print("\n".join(f"{name}: {r['picked']:.3f} of {r['n']}" for name, r in segmented["picked"].items()))
         if subsets:
             draw_subsets(folder / "modalities.png", subsets["subsets"])
             print(subset_table(subsets["subsets"]))
-    return {"tasks": results, "base": base, "loss": loss, **subsets}
+    return {"tasks": results, "base": base, "loss": loss, **subsets, **segmented}
+
+
+def examine_masks(model: AVLanguageModel, features: Features, test: list[Sample], masks: list, limits: dict) -> dict:
+    """The numbers of masks, and how often the thing that sounds was picked, with its own sound and with that of another thing in the picture."""
+    chosen, other = {"picked the sounding one of two": picked(test, masks)}, swapped(test)
+    texts = answer(model, features, other, limits, desc="with another's sound") if other else []
+    chosen["followed the other's sound"] = picked(other, draw_masks(model, features, other, texts)) if other else {}
+    return {"masks": score_masks(test, masks), "picked": {name: r for name, r in chosen.items() if r}}
 
 
 def finished(config: TrainConfig, preset: str) -> dict | None:
@@ -268,19 +290,24 @@ def run_arms(config: TrainConfig, preset: str) -> None:
             print(f"{kind or task:<18}{r.get('chance', r['blind']):>8.3f}{base['metric']:>8.3f}{before['metric']:>15.3f}{t['metric']:>16.3f}{t['n']:>6}")
 
 
-def sheet(samples: list[Sample], texts: list[str], seed: int) -> list[tuple]:
+def sheet(samples: list[Sample], texts: list[str], masks: list, seed: int) -> list[tuple]:
     """The cells of draw_sheet: of every second task the best and the worst of a handful of its answers."""
     rng, cells = random.Random(seed), []
     for task in list(dict.fromkeys(s.task.name for s in samples))[::2]:
-        few = rng.sample([(s, t) for s, t in zip(samples, texts) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
-        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t) for s, t in few), reverse=True)
-        cells += [cell(s, text) for *_, s, text in (scored[0], scored[-1])[:len(scored)]]
+        few = rng.sample([(s, t, m) for s, t, m in zip(samples, texts, masks) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
+        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t, m) for s, t, m in few), key=lambda one: one[:2], reverse=True)
+        cells += [cell(s, text, mask) for *_, s, text, mask in (scored[0], scored[-1])[:len(scored)]]
     return cells
+
+
+def mask_tensor(mask: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
+    """A gold mask as a loss wants it: (1, H, W), 0. or 1., or classes."""
+    return None if mask is None else torch.from_numpy(mask)[None].to(device, torch.float32 if mask.dtype == bool else torch.long)
 
 
 def name_of(parameter: str) -> str:
     """The part of the model a parameter belongs to, for the list of what is trained."""
-    return next((part for part in ("patches", "fusion", "multimodal", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
+    return next((part for part in ("masks", "patches", "fusion", "multimodal", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
@@ -300,6 +327,8 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
             continue
         start = time.time()
         batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
+        if config.masks:
+            batch["masks"] = [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)
         live = exits.live if exits else [""]

@@ -47,8 +47,11 @@ def draw_events(axes, answer: Answer, seconds: float) -> None:
 
 
 def draw_image(axes, image: np.ndarray, answer: Answer, gold: Answer) -> None:
-    """One image (H, W, 3) with the boxes and points of an answer, and dashed the right boxes."""
-    axes.imshow(image, extent=(0, GRID, GRID, 0))
+    """One image (H, W, 3) with the mask, boxes and points of an answer, and dashed the right boxes; beside it, where there is one, the right mask."""
+    axes.imshow(tinted(image, answer.mask), extent=(0, GRID, GRID, 0))
+    if gold.mask is not None:
+        axes.imshow(tinted(image, gold.mask), extent=(GRID + 6, 2 * GRID + 6, GRID, 0))
+        axes.set(xlim=(0, 2 * GRID + 6), ylim=(GRID, 0))
     for x1, y1, x2, y2 in gold.boxes:
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.8, linestyle="--", edgecolor="#3ddc4b"))
     for i, (box, points) in enumerate(answer.objects()):
@@ -57,6 +60,17 @@ def draw_image(axes, image: np.ndarray, answer: Answer, gold: Answer) -> None:
         if points:
             axes.scatter(*zip(*points), s=60, color=COLOURS[i % len(COLOURS)], edgecolors="white", zorder=3)
     axes.set(xticks=[], yticks=[])
+
+
+def tinted(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """An image (H, W, 3) with a mask (h, w) over it, a colour a class; scores count from a half."""
+    if mask is None:
+        return image
+    h, w = image.shape[:2]
+    classes = mask if mask.dtype.kind == "i" else (mask > .5).astype(int)
+    classes = classes[(np.arange(h) * mask.shape[0] // h)[:, None], np.arange(w) * mask.shape[1] // w]
+    colours = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
+    return np.where(classes[..., None] > 0, image // 2 + colours[classes % len(COLOURS)] // 2, image).astype(np.uint8)
 
 
 def draw_medium(axes, kind: str, arrays, seconds: float, answer: Answer, gold: Answer = Answer()) -> None:

@@ -28,7 +28,7 @@ from crab_min.things import RATE, SECONDS, SIZE
 from crab_min.world import FPS, VERSION, Renderer, Scene
 
 EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
-ROWS = 1                                               # a change of rows alone needs a new number here, and no new base
+ROWS = 2                                               # a change of rows alone needs a new number here, and no new base
 TRAIN_ONLY = ("mer24", "unav", "avcap")
 
 
@@ -154,6 +154,9 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             name = listing([o.label for o in objects])
             who = sentence(*(sounds(o, o in objects) for o in s.seen if o.seen_at(2 * index + 1)))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
+            if s.split == "test" and s.kind == "one":                        # what is seen and silent beside it, for data.choice and data.swapped
+                silent = [o for o in s.seen if o not in objects]
+                row["silent"] = {o.label: box_and_points(renderer.mask(s, o, 2 * index + 1))[0] for o in silent}
             rows[task].append({**row, "text": f"{who} " + " ".join(f"The {o.label} is at {box_text(b)} points {points_text(p)}." for o, (b, p) in zip(objects, found))})
             if task == "s4":
                 box = found[0][0]
@@ -178,6 +181,9 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             text += f" The {fit[0].label} is at {box_text(box)} points {points_text(points)}."
         rows["ref_avs"].append({"audio_path": audio, "vid": s.name, "fid": 1, "uid": f"{s.name}_1", "image_path": f"{folder}/frames/{index}.jpg", "idx": index,
                                 "description": expression, "text": text})
+    for row in rows["s4"]:                                                   # another clip's sound, of one of the things that are silent here
+        label = next(iter(row.get("silent", ())), None)
+        row |= next(({"swapped": {"audio_path": other["audio_path"], "frame_idx": other["frame_idx"], "event": label}} for other in rows["s4"] if other["a_obj"] == label), {})
     return rows
 
 

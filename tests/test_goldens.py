@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from crab_min.beats import fbank, load_beats
-from crab_min.convert import adapter_sizes, convert
+from crab_min.convert import adapter_sizes, convert, revert
 from crab_min.fusion import GatedFusion, Patch, PatchConfig, over_frames
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.interface import TASKS, gold, parse
 from crab_min.mask_metrics import null_s, soft
 from crab_min.metrics import av_f_scores, event_counts, score, segment_counts
+from crab_min.segment import MaskConfig, MaskDecoder, mask_loss
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
 
 HERE = Path(__file__).parent / "goldens"
@@ -40,7 +41,7 @@ def close(ours: torch.Tensor, golden: torch.Tensor, tolerance: float) -> None:
 
 
 def test_there_are_goldens():
-    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer", "pave", "crema")}
+    found = {kind: len(list(GOLDENS.glob(f"{kind}*.safetensors"))) for kind in ("ilora", "beats", "qformer", "pave", "crema", "mask_decoder")}
     assert any(found.values()), f"no golden files in {GOLDENS}"
 
 
@@ -99,6 +100,25 @@ def test_patch(golden):
     patch.load_state_dict(convert(weights, "patch"))
     with torch.no_grad():
         close(patch(tensors["video"], tensors["side"].flatten(2, 3)).flatten(1, 2), tensors["update"], 1e-4)
+
+
+@goldens("mask_decoder")
+def test_mask_decoder(golden):
+    tensors, weights, s = reader.load_golden(str(golden))
+    layers = {name.split(".")[3] for name in weights if name.startswith("mask_decoder.query_generator.layers.")}
+    decoder = MaskDecoder(MaskConfig(s["d_vision"], s["d_model"], queries=s["mask_queries"], generator=len(layers), low=s["low_res"], chained=False))
+    state = convert(weights, "masks")
+    decoder.load_state_dict(state)
+    back = revert(state, "masks")
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+    states, features = tensors["mask_token_states"], [tensors["vision_scale0"], tensors["vision_scale1"]]
+    with torch.no_grad():
+        logits = decoder(states, features)
+        n = len(tensors["avss_every8"])
+        close(logits[..., ::8, ::8], tensors["masks_every8"], 1e-4)
+        golden = tensors["avss_every8"]                                       # kept in half precision
+        close(decoder(states[:n], [f[:n] for f in features], classes=True)[..., ::8, ::8].to(golden.dtype), golden, max(1e-4, torch.finfo(golden.dtype).eps))
+        close(mask_loss(logits, tensors["gt_mask"].float()) * len(logits), tensors["mask_loss"][0], 1e-4)        # released: the sum
 
 
 @goldens("crema")

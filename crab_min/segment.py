@@ -1,0 +1,326 @@
+"""From the states of mask tokens to a mask: Crab's decoder and its losses (2503.13068, section 3.2; sizes: papers/crab.md 1.5).
+
+The LM ends an answer with <mask_0> ... <mask_5>, three for each of two layers ("scales") of the vision encoder. The states that *predict*
+these tokens are projected and averaged over the three, to one prompt a scale. Each level l, coarse then fine, then does
+
+    queries = generator(learned queries, prompt_l) + level_embed_l               what to look for
+    queries, image = two_way_l(queries, neck(features_l) + no_mask)              queries read the image and the image the queries (SAM, 2304.02643)
+    maps    = mlp(queries) . upscale(image)                                      a map a query, at twice the image's grid
+    logits  = classify(mix(maps))                                                one channel: the mask (S4, MS3, Ref-AVS), or 71: classes (AVSS)
+
+The fine level works on twice the grid, weighted by where the coarse one saw something: image * (sigmoid(mean of its logits) + 1). The mask is
+the mean of both. What differs from the released code: samples are batched; the generator's layers are chained (there each layer reads the
+learned queries anew and only the last counts; `chained=False` keeps that); the random matrices of the position code are saved with the
+weights (there each start draws new ones); losses are means over the samples (there sums).
+
+Shapes: B samples, S = 2 scales, M = 3 tokens a scale, Q queries, C width, h x w grid of the vision features, D width of the LM.
+"""
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Sam2Model, Sam2Processor
+
+from crab_min.annotations import CLASSES
+from crab_min.interface import GRID, MASK_TOKENS, Answer
+from crab_min.model import missing_weights
+
+SCALES, EACH = 2, len(MASK_TOKENS) // 2                # three tokens for each of two layers of the vision encoder
+
+
+@dataclass
+class MaskConfig:
+    """Crab's sizes; width_in is the vision encoder's, width_out the LM's."""
+    width_in: int
+    width_out: int
+    width: int = 256
+    heads: int = 8
+    queries: int = 300
+    feedforward: int = 2048
+    depth: int = 2                                     # layers of each two-way transformer
+    generator: int = 2                                 # layers of the query generator
+    chained: bool = True
+    low: int = 112                                     # pixels a side at which the two levels are averaged
+    size: int = 224                                    # pixels a side of the mask
+
+
+@dataclass
+class SegmentConfig:
+    """Whether and how a run answers with masks."""
+    masks: str = field(default="", metadata={"help": "composed: decoder (answers end in mask tokens, which a decoder makes masks of), or nothing: boxes and points as text", "choices": ["", "decoder"]})
+    mask_width: int = field(default=256, metadata={"help": "width of the mask decoder"})
+    mask_queries: int = field(default=300, metadata={"help": "queries of the mask decoder"})
+    mask_chained: bool = field(default=True, metadata={"help": "each layer of the mask decoder's query generator reads what the one before it made (released: the learned queries)"})
+    mask_bce: float = field(default=1., metadata={"help": "weight of the cross-entropy of a mask's pixels"})
+    mask_dice: float = field(default=.5, metadata={"help": "weight of the dice loss of a mask"})
+
+    def sizes(self, width_in: int, width_out: int, size: int) -> MaskConfig:
+        return MaskConfig(width_in, width_out, self.mask_width, 8, self.mask_queries, 8 * self.mask_width, chained=self.mask_chained, low=size // 2, size=size)
+
+
+class Attention(nn.Module):
+    """Multi-head attention at `inner` width; `context` gives keys, `values` what is read there."""
+
+    def __init__(self, width: int, heads: int, inner: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor, context: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for linear, y in ((self.query, x), (self.key, context), (self.value, values)))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def feedforward(width: int, inner: int, between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, inner), between, nn.Linear(inner, width))
+
+
+class GeneratorLayer(nn.Module):
+    """Queries (B, Q, C) read each other, then the prompt (B, 1, C); post-norm."""
+
+    def __init__(self, c: MaskConfig):
+        super().__init__()
+        self.self_attention, self.cross_attention = Attention(c.width, c.heads, c.width), Attention(c.width, c.heads, c.width)
+        self.mlp = feedforward(c.width, c.feedforward, nn.GELU())
+        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(3))
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        x = self.norms[0](x + self.self_attention(x, x, x))
+        x = self.norms[1](x + self.cross_attention(x, prompt, prompt))
+        return self.norms[2](x + self.mlp(x))
+
+
+class TwoWayLayer(nn.Module):
+    """Queries (B, Q, C) read each other and the image (B, hw, C), then the image the queries. The queries' code is what they were at the start."""
+
+    def __init__(self, c: MaskConfig, first: bool):
+        super().__init__()
+        self.first = first                             # the first layer's self-attention replaces the queries, where others add
+        self.self_attention = Attention(c.width, c.heads, c.width)
+        self.to_image, self.to_queries = Attention(c.width, c.heads, c.width // 2), Attention(c.width, c.heads, c.width // 2)
+        self.mlp = feedforward(c.width, c.feedforward, nn.ReLU())
+        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(4))
+
+    def forward(self, queries: Tensor, image: Tensor, code: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        if self.first:
+            x = self.norms[0](self.self_attention(queries, queries, queries))
+        else:
+            x = self.norms[0](queries + self.self_attention(queries + code, queries + code, queries))
+        x = self.norms[1](x + self.to_image(x + code, image + places, image))
+        x = self.norms[2](x + self.mlp(x))
+        return x, self.norms[3](image + self.to_queries(image + places, x + code, x))
+
+
+class TwoWay(nn.Module):
+    """SAM's two-way transformer: (queries (B, Q, C), image (B, hw, C), its places (hw, C)) -> both, read."""
+
+    def __init__(self, c: MaskConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayLayer(c, first=i == 0) for i in range(c.depth))
+        self.final, self.norm = Attention(c.width, c.heads, c.width // 2), nn.LayerNorm(c.width)
+
+    def forward(self, queries: Tensor, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        code = queries
+        for layer in self.layers:
+            queries, image = layer(queries, image, code, places)
+        return self.norm(queries + self.final(queries + code, image + places, image)), image
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, h, w)."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Places(nn.Module):
+    """A code (hw, C) for each place of a grid: sines and cosines of random projections of its row and column (random Fourier features)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("matrix", torch.randn(2, width // 2))               # saved with the weights: a code drawn anew would mean nothing to them
+
+    def forward(self, h: int, w: int) -> Tensor:
+        rows, columns = ((torch.arange(n, device=self.matrix.device) + .5) / n * 2 - 1 for n in (h, w))
+        at = torch.stack([columns.expand(h, w), rows[:, None].expand(h, w)], -1).flatten(0, 1)       # (hw, 2): x, y in -1 .. 1
+        turns = 2 * math.pi * at @ self.matrix
+        return torch.cat([turns.sin(), turns.cos()], -1)
+
+
+class MaskDecoder(nn.Module):
+    """(states of the mask tokens (B, S M, D), vision features of S layers, (B, hw, W) each) -> logits (B, 1 or 71, size, size)."""
+
+    def __init__(self, config: MaskConfig):
+        super().__init__()
+        self.config = c = config
+        self.prompt = nn.Sequential(nn.Linear(c.width_out, c.width_out), nn.ReLU(), nn.Linear(c.width_out, c.width))
+        self.neck = nn.Sequential(nn.Conv2d(c.width_in, c.width, 1, bias=False), ChannelNorm(c.width), nn.Conv2d(c.width, c.width, 3, padding=1, bias=False), ChannelNorm(c.width))
+        self.no_mask = nn.Parameter(.02 * torch.randn(1, c.width))
+        self.queries = nn.Parameter(.02 * torch.randn(c.queries, c.width))
+        self.level = nn.Parameter(.02 * torch.randn(SCALES, c.width))
+        self.generator = nn.ModuleList(GeneratorLayer(c) for _ in range(c.generator))
+        self.places = nn.ModuleList(Places(c.width) for _ in range(SCALES))
+        self.two_way = nn.ModuleList(TwoWay(c) for _ in range(SCALES))
+        self.finer = nn.Sequential(nn.ConvTranspose2d(c.width, c.width, 2, stride=2), ChannelNorm(c.width), nn.GELU())
+        small = c.width // 8
+        self.upscale = nn.Sequential(nn.ConvTranspose2d(c.width, small, 2, stride=2), ChannelNorm(small), nn.GELU())
+        self.mlp = nn.Sequential(nn.Linear(c.width, c.width), nn.ReLU(), nn.Linear(c.width, c.width), nn.ReLU(), nn.Linear(c.width, small))
+        self.mix = nn.Sequential(nn.Conv2d(c.queries, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, small, 1))
+        self.binary, self.classes = nn.Conv2d(small, 1, 1, bias=False), nn.Conv2d(small, CLASSES, 1, bias=False)
+
+    def forward(self, states: Tensor, features: list[Tensor], classes: bool = False) -> Tensor:
+        c, total, logits = self.config, 0, None
+        prompts = self.prompt(states).unflatten(1, (SCALES, EACH)).mean(2)                       # (B, S, C)
+        for level, x in enumerate(features):
+            side = math.isqrt(x.shape[1])
+            image = self.neck(x.mT.unflatten(-1, (side, side)))                                  # (B, C, h, w)
+            if level:
+                image = self.finer(image) * (logits.mean(1, keepdim=True).sigmoid() + 1)         # (B, C, 2h, 2w)
+            h, w = image.shape[-2:]
+            queries = self.generate(prompts[:, level, None]) + self.level[level]
+            queries, image = self.two_way[level](queries, (image + self.no_mask[..., None, None]).flatten(2).mT, self.places[level](h, w))
+            maps = torch.einsum("bqc,bchw->bqhw", self.mlp(queries), self.upscale(image.mT.unflatten(-1, (h, w))))
+            logits = (self.classes if classes else self.binary)(self.mix(maps))
+            total = total + F.interpolate(logits, (c.low, c.low), mode="bilinear", align_corners=False) / SCALES
+        return F.interpolate(total, (c.size, c.size), mode="bilinear", align_corners=False)
+
+    def generate(self, prompt: Tensor) -> Tensor:
+        """Queries (B, Q, C) for a prompt (B, 1, C)."""
+        start = x = self.queries.expand(len(prompt), -1, -1)
+        for layer in self.generator:
+            x = layer(x if self.config.chained else start, prompt)
+        return x
+
+
+def dice_loss(logits: Tensor, gold: Tensor) -> Tensor:
+    """1 - dice of each sample (B,); logits and gold (B, 1, H, W). The scale of 1000 and 1e-6 are the released code's."""
+    p, gold = logits.sigmoid().flatten(1) / 1000, gold.flatten(1)
+    return 1 - (2 * (p * gold).sum(1) + 1e-6) / (p.sum(1) + gold.sum(1) / 1000 + 1e-6)
+
+
+def mask_loss(logits: Tensor, gold: Tensor, bce: float = 1., dice: float = .5) -> Tensor:
+    """Mean over the samples of bce * cross-entropy (pixel mean) + dice * dice loss; logits (B, 1, H, W), gold 0 or 1."""
+    return bce * F.binary_cross_entropy_with_logits(logits, gold) + dice * dice_loss(logits, gold).mean()
+
+
+def loss_of_masks(found: dict[int, Tensor], gold: dict[int, Tensor], bce: float, dice: float) -> Tensor:
+    """The mean loss of the masks of a batch, by row: logits (1, H, W) against 0 or 1, or (71, H, W) against classes (1, H, W) long."""
+    losses = [F.cross_entropy(found[i][None].float(), mask, ignore_index=-1) if mask.dtype == torch.long else mask_loss(found[i][None].float(), mask[None], bce, dice)
+              for i, mask in gold.items() if i in found]
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+# --- beside an LM ----------------------------------------------------------------------------------------------------------
+class Words(nn.Module):
+    """An LM's embeddings, and rows of more words behind them, which can be trained alone."""
+
+    def __init__(self, words: nn.Embedding, rows: nn.Parameter, first: int):
+        super().__init__()
+        self.words, self.rows, self.first = words, rows, first
+
+    @property
+    def weight(self) -> Tensor:
+        return self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        new = ids >= self.first
+        x = self.words(ids.masked_fill(new, 0))
+        return torch.where(new[..., None], F.embedding((ids - self.first).clamp(min=0), self.rows).to(x.dtype), x)
+
+
+class Head(nn.Module):
+    """An LM's output layer, and behind it the logits of more words; those between (placeholders of media) are never said."""
+
+    def __init__(self, head: nn.Linear, rows: nn.Parameter, first: int):
+        super().__init__()
+        self.head, self.rows, self.first = head, rows, first
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        y = F.pad(y, (0, self.first - y.shape[-1]), value=torch.finfo(y.dtype).min)
+        return torch.cat([y, F.linear(x, self.rows.to(x.dtype)).to(y.dtype)], -1)
+
+
+class MaskBranch(nn.Module):
+    """What masks add to an LM: the mask tokens' rows in its embeddings and its output layer, and the decoder that reads their states."""
+
+    def __init__(self, config: MaskConfig, llm: nn.Module, first: int):
+        """first: the id of <mask_0>."""
+        super().__init__()
+        self.first, count = first, SCALES * EACH
+        words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+        scale = words.weight.float().std().item()
+        self.read, self.said = (nn.Parameter(scale * torch.randn(count, config.width_out)) for _ in range(2))
+        self.decoder = MaskDecoder(config)
+        llm.set_input_embeddings(Words(words, self.read, first))
+        llm.set_output_embeddings(Head(head, self.said, first))
+
+    def find(self, ids: Tensor, states: Tensor) -> tuple[list[int], Tensor]:
+        """(the rows of ids (B, L) that have all mask tokens in their order, the states (n, S M, D) that predict them) of the states (B, L, D)."""
+        rows, found = [], []
+        for row, (line, state) in enumerate(zip(ids, states)):
+            at = [(line == self.first + k).nonzero().flatten().tolist()[:1] for k in range(len(self.read))]
+            places = [p for each in at for p in each]
+            if len(places) == len(self.read) and places == sorted(places) and places[0] > 0:
+                rows.append(row)
+                found.append(state[torch.tensor(places, device=state.device) - 1])
+        return rows, torch.stack(found) if found else states.new_zeros(0, len(self.read), states.shape[-1])
+
+
+# --- the second stage of Crab+: boxes and points, then SAM2 ------------------------------------------------------------------
+def box_mask(answer: Answer, height: int, width: int) -> np.ndarray:
+    """The boxes of an answer, filled (H, W) bool."""
+    mask = np.zeros((height, width), bool)
+    for x1, y1, x2, y2 in answer.boxes:
+        mask[y1 * height // GRID:-(-y2 * height // GRID), x1 * width // GRID:-(-x2 * width // GRID)] = True
+    return mask
+
+
+class Sam2:
+    """An answer's boxes and points -> a mask of the image's own size, by SAM2 (2408.00714) as transformers has it.
+
+    name: path or hub id of any SAM2 checkpoint. Raises ModelError. As in Crab+ (papers/crab.md 2.6) points are all positive and one mask is
+    taken. What differs: each object has its own box and points (there the first box and the last three points), the image comes in its own size
+    (there squashed to 224 x 224), a box without points counts in all tasks, an answer without a box is an empty mask (there it is left out).
+    """
+    DEFAULT = "facebook/sam2.1-hiera-large"            # the paper's
+
+    def __init__(self, name: str = DEFAULT):
+        try:
+            self.processor, self.model = Sam2Processor.from_pretrained(name), Sam2Model.from_pretrained(name).eval()
+        except (OSError, ValueError, SafetensorError) as error:
+            raise missing_weights("SAM2", name, error) from error
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    @torch.no_grad()
+    def masks(self, image: np.ndarray, objects: list[tuple]) -> np.ndarray:
+        """A mask (n, H, W) bool for each of the objects (box, points), on the 224 x 224 grid, of an image (H, W, 3); it is encoded once."""
+        h, w = image.shape[:2]
+        scale, found, embedded = np.array([w / GRID, h / GRID]), np.zeros((len(objects), h, w), bool), None
+        for count in sorted({len(points) for _, points in objects}):                             # together where nothing needs padding
+            which = [i for i, (_, points) in enumerate(objects) if len(points) == count]
+            boxes = [(np.reshape(objects[i][0], (2, 2)) * scale).flatten().tolist() for i in which]
+            points = [(np.array(objects[i][1]) * scale).tolist() for i in which]
+            said = {"input_points": [points], "input_labels": [[[1] * count for _ in which]]} if count else {}
+            x = self.processor(images=image, input_boxes=[boxes], **said, return_tensors="pt").to(self.model.device)
+            embedded = self.model.get_image_embeddings(x["pixel_values"]) if embedded is None else embedded
+            out = self.model(image_embeddings=embedded, **{name: x[name] for name in ("input_boxes", *said)}, multimask_output=False)
+            found[which] = self.processor.post_process_masks(out.pred_masks, x["original_sizes"])[0][:, 0].cpu().numpy()
+        return found
+
+    def mask(self, image: np.ndarray, answer: Answer) -> np.ndarray:
+        """The mask (H, W) bool of all objects of an answer; empty where it has none."""
+        return self.masks(image, answer.objects()).any(0)
