@@ -116,8 +116,9 @@ def test_mask_decoder(golden):
         logits = decoder(states, features)
         n = len(tensors["avss_every8"])
         close(logits[..., ::8, ::8], tensors["masks_every8"], 1e-4)
-        golden = tensors["avss_every8"]                                       # kept in half precision
-        close(decoder(states[:n], [f[:n] for f in features], classes=True)[..., ::8, ::8].to(golden.dtype), golden, max(1e-4, torch.finfo(golden.dtype).eps))
+        classes = tensors["avss_every8"]
+        rounded = torch.finfo(torch.half).eps / 2 if torch.equal(classes, classes.half().float()) else 0       # as the file in tests/goldens is
+        close(decoder(states[:n], [f[:n] for f in features], classes=True)[..., ::8, ::8], classes, 1e-4 + rounded)
         close(mask_loss(logits, tensors["gt_mask"].float()) * len(logits), tensors["mask_loss"][0], 1e-4)        # released: the sum
 
 
