@@ -219,8 +219,8 @@ def swapped(samples: list[Sample]) -> list[Sample]:
         if sound := s.row.get("swapped"):
             meant = {**s.row["silent"], s.row["a_obj"]: s.gold.boxes[0]}
             row = {**s.row, "a_obj": sound["event"], "silent": {label: box for label, box in meant.items() if label != sound["event"]}}
-            path = next(p.path for p in s.media if p.kind == "audio").removesuffix(s.row["audio_path"]) + sound["audio_path"]
-            parts = [replace(p, path=path, index=sound["frame_idx"]) if p.kind == "audio" else p for p in s.parts]
+            name = Path(sound["audio_path"]).name
+            parts = [replace(p, path=str(Path(p.path).with_name(name)), index=sound["frame_idx"]) if p.kind == "audio" else p for p in s.parts]
             changed.append(replace(s, parts=parts, row=row, gold=replace(s.gold, boxes=[tuple(meant[sound["event"]])])))
     return changed
 

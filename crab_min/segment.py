@@ -82,7 +82,7 @@ def feedforward(width: int, inner: int, between: nn.Module) -> nn.Sequential:
 
 
 class GeneratorLayer(nn.Module):
-    """Queries (B, Q, C) read each other, then the prompt (B, 1, C); post-norm."""
+    """Queries (B, Q, C) read each other, then the prompt (B, 1, C); post-norm. Of one prompt all take the same: the weight of a single key is 1."""
 
     def __init__(self, c: MaskConfig):
         super().__init__()
@@ -313,7 +313,7 @@ class Sam2:
         for count in sorted({len(points) for _, points in objects}):                             # together where nothing needs padding
             which = [i for i, (_, points) in enumerate(objects) if len(points) == count]
             boxes = [(np.reshape(objects[i][0], (2, 2)) * scale).flatten().tolist() for i in which]
-            points = [(np.array(objects[i][1]) * scale).tolist() for i in which]
+            points = [(np.reshape(objects[i][1], (-1, 2)) * scale).tolist() for i in which]
             said = {"input_points": [points], "input_labels": [[[1] * count for _ in which]]} if count else {}
             x = self.processor(images=image, input_boxes=[boxes], **said, return_tensors="pt").to(self.model.device)
             embedded = self.model.get_image_embeddings(x["pixel_values"]) if embedded is None else embedded
