@@ -9,7 +9,7 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # worker processes are forked after the tokenizer was used
 
 from crab_min.base import BaseConfig, train_base
-from crab_min.config import PRESETS
+from crab_min.config import PRESETS, STAGES
 from crab_min.flags import Parser, add_flags, from_flags, one_line
 from crab_min.plan import plan, report
 from crab_min.trainer import TrainConfig, run, run_arms
@@ -27,6 +27,9 @@ def main(arguments: list[str]) -> int:
     description, defaults = PRESETS[preset]
     add_flags(parser, BaseConfig if preset == "tiny-base" else TrainConfig, defaults)
     given = parser.parse_args(arguments)
+    if stage := STAGES.get((preset, getattr(given, "stage", ""))):
+        parser.set_defaults(**stage)
+        given = parser.parse_args(arguments)
     if given.list:
         print("\n".join(f"{name:<16} {text}" for name, (text, _) in PRESETS.items()))
         return 0

@@ -102,7 +102,7 @@ class ComposedModel(AVLanguageModel):
         self.tokenizer.add_tokens(list(MASK_TOKENS))
         first = self.tokenizer.convert_tokens_to_ids(MASK_TOKENS[0])
         self.masks = MaskBranch(config.sizes(self.vision.width, self.llm.config.hidden_size, self.frame_size), self.llm, first).requires_grad_(False)
-        self.mask_weights = config.mask_bce, config.mask_dice
+        self.mask_weights, self.held = (config.mask_bce, config.mask_dice), {}
 
     def read_answers(self, batch: dict) -> tuple[Tensor, Tensor]:
         """(the cross-entropy of each answer token (B, places), 0 where there is none; the states (B, places + 1, D) there and one place before)."""
@@ -110,18 +110,17 @@ class ComposedModel(AVLanguageModel):
         out = self.llm(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], logits_to_keep=keep, output_hidden_states=True)
         return cross_entropy(out.logits, batch["labels"]), out.hidden_states[-1][:, -keep:]
 
-    def mask_logits(self, batch: dict, states: Tensor, classes: list[bool]) -> dict[int, Tensor]:
-        """{row: logits (1 or 71, size, size)} of the rows whose answer has all mask tokens; each is of the last image of its row."""
-        rows, states = self.masks.find(batch["ids"][:, -states.shape[1]:], states)
+    def mask_logits(self, batch: dict, states: dict[int, Tensor], classes: list[bool]) -> dict[int, Tensor]:
+        """{row: logits (1 or 71, size, size)} for {row: states of its mask tokens (S M, D)}; each is of the last image of its row."""
         images = iter(batch["media"])
         scales = [[m.scales for m in itertools.islice(images, n) if m.scales][-1:] for n in batch["counts"]]
         found = {}
         for wanted in (False, True):
-            some = [(i, state, *scales[i]) for i, state in zip(rows, states) if classes[i] == wanted and scales[i]]
+            some = [(i, state, *scales[i]) for i, state in states.items() if classes[i] == wanted and scales[i]]
             if some:
                 at, state, layers = zip(*some)
-                features = [torch.stack(layer).to(self.device).float() for layer in zip(*layers)]                    # (n, S, W) each
-                found |= zip(at, self.masks.decoder(torch.stack(state), features, wanted))
+                features = [torch.stack([x.to(self.device).float() for x in layer]) for layer in zip(*layers)]        # (n, S, W) each
+                found |= zip(at, self.masks(torch.stack(state), features, wanted))
         return found
 
     def forward(self, batch: dict) -> tuple[Tensor, int]:
@@ -129,15 +128,27 @@ class ComposedModel(AVLanguageModel):
         gold = {i: mask for i, mask in enumerate(batch.get("masks", [])) if mask is not None}
         if not gold:
             return super().forward(batch)
-        losses, states = self.read_answers(batch)
-        tokens = int((batch["labels"] != -100).sum())
-        found = self.mask_logits(batch, states, [mask is not None and mask.dtype == torch.long for mask in batch["masks"]])
-        return losses.sum() + tokens * loss_of_masks(found, gold, *self.mask_weights), tokens
+        classes = [mask is not None and mask.dtype == torch.long for mask in batch["masks"]]
+        if self.held:                                                         # of the text only the mask tokens can still be learned
+            states = {i: self.held[key] for i, key in enumerate(batch["keys"]) if key in self.held}
+            losses = F.cross_entropy(self.llm.get_output_embeddings()(torch.stack([*states.values()])).mT, self.masks.ids.expand(len(states), -1), reduction="none")
+            tokens = losses.numel()
+        else:
+            losses, states = self.read_answers(batch)
+            states, tokens = self.masks.find(batch["ids"][:, -states.shape[1]:], states), int((batch["labels"] != -100).sum())
+        return losses.sum() + tokens * loss_of_masks(self.mask_logits(batch, states, classes), gold, *self.mask_weights), tokens
+
+    @torch.no_grad()
+    def hold(self, batch: dict, keys: list) -> None:
+        """Keep what the LM, which is frozen and does not learn to read the mask tokens, makes of each answer: training the decoder then needs no LM."""
+        states = self.read_answers(batch)[1]
+        self.held |= {keys[i]: state.clone() for i, state in self.masks.find(batch["ids"][:, -states.shape[1]:], states).items()}
 
     @torch.no_grad()
     def masks_of(self, batch: dict, classes: list[bool]) -> list[Tensor | None]:
         """The mask (1 or 71, size, size) of each answer of a batch that was collated with what the model said, in [0, 1]; None without mask tokens."""
-        found = self.mask_logits(batch, self.read_answers(batch)[1], classes)
+        states = self.read_answers(batch)[1]
+        found = self.mask_logits(batch, self.masks.find(batch["ids"][:, -states.shape[1]:], states), classes)
         return [(found[i].softmax(0) if classes[i] else found[i].sigmoid()) if i in found else None for i in range(len(batch["ids"]))]
 
     def beside(self) -> dict[str, nn.Module]:

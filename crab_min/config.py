@@ -69,3 +69,10 @@ PRESETS = {
         "vision": "openai/clip-vit-large-patch14", "audio": "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt", "llm": "meta-llama/Llama-2-7b-chat-hf"}),
     "tiny-base": ("trains the tiny base itself from nothing on the built-in world", {}),
 }
+
+# (preset, stage): values that differ from the preset's
+STAGES = {
+    ("crab-tiny", "masks"): {"train": "decoder", "mask_width": 64, "mask_heads": 4, "mask_queries": 16, "mask_bce": 2., "mask_dice": 2., "connector_lr": 1e-3, "warmup": .05, "steps": 1400, "half": False,
+                             "world_clips": 2400},
+    ("crab-7b", "masks"): {"train": "masks", "epochs": 30},
+}

@@ -201,13 +201,18 @@ MASKED = ("s4", "ms3", "ref_avs", "avss")               # tasks that have masks
 
 
 def with_masks(samples: list[Sample], tokens: bool = True) -> list[Sample]:
-    """The form of Crab: an answer that names an object ends in mask tokens (unless not `tokens`), and has a mask where its file is there. Other samples stay as they are."""
+    """The form of Crab: an answer with a box ends in mask tokens (unless not `tokens`), and has a mask where its file is there. Other samples stay as they are.
+
+    One set of tokens stands for all that is meant, as one mask of MS3 does.
+    """
     changed = []
     for s in samples:
         if s.task.name in MASKED:
             file = mask_path(Path(next(p.path for p in s.media if p.kind == "image")), s.task.name, s.row)
             named = bool(s.gold.boxes) if not s.target else bool(parse(s.task, s.target).boxes)
-            s = replace(s, mask=str(file) if named and file.exists() else "", target=f"{s.target} {''.join(MASK_TOKENS)}" if named and s.target and tokens else s.target)
+            s = replace(s, mask=str(file) if named and file.exists() else "")
+            if named and s.target and tokens:
+                s = replace(s, target=s.target + "".join(MASK_TOKENS))
         changed.append(s)
     return changed
 

@@ -87,6 +87,11 @@ class AVLanguageModel(nn.Module):
         return list(self.patches)
 
     @property
+    def stops(self) -> list[int]:
+        """Token ids after which an answer ends: the end token, and the last mask token."""
+        return [self.ends[1], self.masks.first + len(self.masks.read) - 1] if self.masks else [self.ends[1]]
+
+    @property
     def device(self) -> torch.device:
         return self.llm.get_input_embeddings().weight.device
 
@@ -136,7 +141,8 @@ class AVLanguageModel(nn.Module):
                 else:
                     ids += self.place(next(queue))
             ids += self.encode_text(self.template[1])
-            answer = self.encode_text(targets[i]) + [end] if targets else []
+            answer = self.encode_text(targets[i]) if targets else []
+            answer += [end] * (bool(targets) and answer[-1:] != self.stops[1:])
             rows.append(ids + answer)
             labels.append([-100] * len(ids) + answer)
         longest = max(map(len, rows))
@@ -175,7 +181,7 @@ class AVLanguageModel(nn.Module):
         """Answers of at most `limit` tokens each: greedy, or the best that a search with several beams finds."""
         beside = self.beside_embeddings(batch)
         out = self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **beside, max_new_tokens=limit, do_sample=False, num_beams=beams,
-                                streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends[1])
+                                streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.stops)
         out = out[:, batch["ids"].shape[1]:] if "input_ids" in beside else out
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
@@ -196,6 +202,9 @@ class AVLanguageModel(nn.Module):
         for name, module in self.beside().items():
             if ("words" if name == "words" else "connectors") in parts.split("+") or name in parts.split("+"):
                 module.requires_grad_(True)
+        if "decoder" in parts.split("+"):                                      # masks without what is read, so that no gradient passes the LM
+            self.masks.requires_grad_(True)
+            self.masks.read.requires_grad_(False)
 
     # --- files
     def save_trained(self, folder: Path) -> None:

@@ -43,7 +43,7 @@ def built_in(config, seed: int) -> Path:
     """The built-in world of a run: for side channels the questions about them."""
     if config.side or config.modalities:
         return build_side_world(config.things, config.world_clips, config.world_test, seed, world_channels(config), together=bool(config.modalities))
-    return build_world(config, seed)
+    return build_world(config, seed, still=config.stage == "masks")
 
 
 def add_sides(model: AVLanguageModel, features: Features, train: list[Sample], config) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, swapped, with_masks, with_sides
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
-from crab_min.evaluate import answer, cell, constants, draw_masks, mask_table, options, picked, score_all, score_masks, table, token_limits, write_predictions
+from crab_min.evaluate import answer, cell, constants, draw_masks, mask_table, options, picked, plan_batches, score_all, score_masks, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import RunError, write_whole
 from crab_min.interface import TASKS, load_prompts, parse
@@ -55,8 +55,9 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     answers: str = field(default="text", metadata={"help": "how the run is examined: by what it writes, or of a question with options by the likeliest one", "choices": ["text", "options"]})
     about: str = field(default="", metadata={"help": "PAVE, --side none: which channels the questions of the built-in world are about"})
     arms: bool = field(default=False, metadata={"help": "PAVE: a run without the side channel first, and a table of both and the frozen base"})
-    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained beside patches: the adapter, the connectors (Q-Formers), the word embeddings",
-                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words", "masks", "adapter+masks", "adapter+connectors+masks"]})
+    train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained beside patches: the adapter, the connectors (Q-Formers), the word embeddings; masks: the mask "
+                                                                             "decoder and the mask tokens; decoder: the same but for how the tokens are read, at half the time a step",
+                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words", "decoder", "masks", "adapter+masks", "adapter+connectors+masks"]})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
@@ -300,6 +301,16 @@ def sheet(samples: list[Sample], texts: list[str], masks: list, seed: int) -> li
     return cells
 
 
+def hold_answers(model: AVLanguageModel, features: Features, train: list[Sample]) -> None:
+    """Let a frozen LM read all answers once, where only the mask decoder learns."""
+    model.eval()
+    with tqdm(total=len(train), desc="reading answers", unit="row") as bar:
+        for samples, media in features.batches(plan_batches(train, 50), strict=False):
+            model.hold(model.collate([s.parts for s in samples], media, [s.target for s in samples]), [s.id for s in samples])
+            bar.update(len(samples))
+    model.masks.calibrate(torch.stack([*model.held.values()]))
+
+
 def mask_tensor(mask: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
     """A gold mask as a loss wants it: (1, H, W), 0. or 1., or classes."""
     return None if mask is None else torch.from_numpy(mask)[None].to(device, torch.float32 if mask.dtype == bool else torch.long)
@@ -307,6 +318,7 @@ def mask_tensor(mask: np.ndarray | None, device: torch.device) -> torch.Tensor |
 
 def name_of(parameter: str) -> str:
     """The part of the model a parameter belongs to, for the list of what is trained."""
+    parameter = parameter.replace(".rows", ".masks")                        # of the mask tokens, in the LM's words
     return next((part for part in ("masks", "patches", "fusion", "multimodal", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
@@ -317,6 +329,8 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)
     exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
     epoch = -(-len(train) // config.batch_size)
+    if config.train == "decoder" and config.cache_features:
+        hold_answers(model, features, train)
     done = load_state(folder, model, optimizer, exits)
     file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
@@ -328,6 +342,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
         start = time.time()
         batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
         if config.masks:
+            batch["keys"] = [s.id for s in samples]
             batch["masks"] = [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)

@@ -206,28 +206,30 @@ def finish(task: str, split: str, row: dict) -> dict:
 
 
 # --- the folder ------------------------------------------------------------------------------------------------------------
-def write_clip(folder: str, seed: int, root: str, scene_id: tuple) -> None:
-    """Render and encode one clip; runs in a worker process."""
+def write_clip(folder: str, seed: int, root: str, still: bool, scene_id: tuple) -> None:
+    """Render and encode one clip, of a `still` world its sound alone; runs in a worker process."""
     global RENDERER
     if RENDERER is None or RENDERER[0] != folder:
         RENDERER = folder, Renderer(folder or None)
     renderer = RENDERER[1]
     scene = renderer.scene(*scene_id, seed)
     wave, base = renderer.wave(scene), Path(root, "ave")
-    write_video(str(base / "video" / f"{scene.name}.mp4"), renderer.frames(scene, np.arange(SECONDS * FPS) / FPS), wave, FPS, RATE)
+    if not still:
+        write_video(str(base / "video" / f"{scene.name}.mp4"), renderer.frames(scene, np.arange(SECONDS * FPS) / FPS), wave, FPS, RATE)
     write_audio(str(base / "audio" / f"{scene.name}.mp3"), wave, RATE)
 
 
 RENDERER = None                                        # one a worker process: (folder, Renderer)
 
 
-def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world") -> Path:
+def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world", still: bool = False) -> Path:
     """The world's folder in the AV-UIE v2 layout, made where it is not there yet (about a minute on two cores).
 
+    still: only the folders whose rows show one frame, without videos, which are most of the work.
     Cached by version, seed, sizes and things; it appears whole or not at all. Raises WorldError for unusable things.
     """
     renderer = Renderer(config.things or None)
-    name = f"v{VERSION}.{ROWS}-seed{seed}-{config.world_clips}-{config.world_test}"
+    name = f"v{VERSION}.{ROWS}-seed{seed}-{config.world_clips}-{config.world_test}{'-still' * still}"
     if config.things:
         digest = hashlib.sha256(b"".join(t.sprite.tobytes() + t.wave.tobytes() + t.label.encode() for t in renderer.things)).hexdigest()
         name += f"-{Path(config.things).resolve().name}-{digest[:8]}"
@@ -238,21 +240,21 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
     shutil.rmtree(root.parent, ignore_errors=True)
     for sub in ("video", "audio"):
         (root / "ave" / sub).mkdir(parents=True)
-    share = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
+    share = {"one": 1 / 4, "many": 5 / 12, **({} if still else {"action": 1 / 6, "face": 1 / 6})}
     sizes = {"train": {k: max(8, round(config.world_clips * v)) for k, v in share.items()}, "test": {k: math.ceil(config.world_test * (1.5 if k == "many" else 1)) for k in share}}
     try:
         for split, counts in sizes.items():
             rng = random.Random(f"{seed}/{split}")
             scenes = {kind: [renderer.scene(split, kind, i, seed) for i in range(n)] for kind, n in counts.items()}
-            rows = {**clip_rows(renderer, scenes, rng, counts["one"] * (2 if split == "train" else 1)), **match_rows(scenes["one"], rng, counts["one"]),
-                    **image_rows(renderer, scenes, rng, root)}
+            rows = {} if still else {**clip_rows(renderer, scenes, rng, counts["one"] * (2 if split == "train" else 1)), **match_rows(scenes["one"], rng, counts["one"])}
+            rows |= image_rows(renderer, scenes, rng, root)
             for task, items in rows.items():
                 if split == "train" or task not in TRAIN_ONLY:
                     (root / task).mkdir(exist_ok=True)
                     (root / task / f"{split}.json").write_text(json.dumps([finish(task, split, row) for row in items], indent=1))
         jobs = [(split, kind, i) for split, counts in sizes.items() for kind, n in counts.items() for i in range(n)]
         with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-            work = pool.map(partial(write_clip, config.things, seed, str(root)), jobs, chunksize=8)
+            work = pool.map(partial(write_clip, config.things, seed, str(root), still), jobs, chunksize=8)
             list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
         if not final.parent.exists():
             root.parent.rename(final.parent)
