@@ -86,6 +86,8 @@ def built_in(config: dict, world: WorldConfig, seed: int) -> Path:
     channels = [n for n in (train["about"].split(",") if train.get("about") else side_names_of(config)) if n in CHANNELS]
     if channels:
         return build_side_world(world.things, train["world_clips"], train["world_test"], seed, channels, together=bool(train.get("modalities"))).with_name("test.jsonl")
+    if train.get("stage") == "masks":
+        return build_world(WorldConfig(world.things, train["world_clips"], train["world_test"]), seed, still=True)
     return build_world(world, seed)
 
 
@@ -124,6 +126,7 @@ def ask(given) -> None:
     clips, gold = given.clip or [None], None
     model, config, folder = load_run(given)
     if not given.clip and not given.image:
+        task = TASKS["s4"] if not given.task and model.masks else task
         root = built_in(config, WorldConfig(given.things), given.seed)
         example = read_samples(root, [task.name], "test" if "test" in task.splits else "train", limit=1 + given.index)[-1]
         clips, gold, task = [example], example.gold, example.task

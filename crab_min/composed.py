@@ -129,20 +129,30 @@ class ComposedModel(AVLanguageModel):
         if not gold:
             return super().forward(batch)
         classes = [mask is not None and mask.dtype == torch.long for mask in batch["masks"]]
-        if self.held:                                                         # of the text only the mask tokens can still be learned
-            states = {i: self.held[key] for i, key in enumerate(batch["keys"]) if key in self.held}
-            losses = F.cross_entropy(self.llm.get_output_embeddings()(torch.stack([*states.values()])).mT, self.masks.ids.expand(len(states), -1), reduction="none")
-            tokens = losses.numel()
+        if self.held:                                                         # of the text only where mask tokens stand can still be learned
+            kept = [self.held[key] for key in batch["keys"]]
+            states = {i: state for i, (state, *_) in enumerate(kept) if state is not None}
+            before, said = (torch.cat(parts) for parts in list(zip(*kept))[1:])
+            losses, tokens = F.cross_entropy(self.llm.get_output_embeddings()(before).float(), said, reduction="none"), len(said)
         else:
             losses, states = self.read_answers(batch)
             states, tokens = self.masks.find(batch["ids"][:, -states.shape[1]:], states), int((batch["labels"] != -100).sum())
         return losses.sum() + tokens * loss_of_masks(self.mask_logits(batch, states, classes), gold, *self.mask_weights), tokens
 
     @torch.no_grad()
-    def hold(self, batch: dict, keys: list) -> None:
-        """Keep what the LM, which is frozen and does not learn to read the mask tokens, makes of each answer: training the decoder then needs no LM."""
+    def hold(self, batch: dict, keys: list, others: int = 16) -> None:
+        """Keep what the LM, which is frozen and does not learn to read the mask tokens, makes of each answer: training the decoder then needs no LM.
+
+        held: key -> (states that predict its mask tokens or None, states before these and `others` of its tokens, those tokens).
+        """
         states = self.read_answers(batch)[1]
-        self.held |= {keys[i]: state.clone() for i, state in self.masks.find(batch["ids"][:, -states.shape[1]:], states).items()}
+        labels, found = batch["labels"][:, -states.shape[1]:], self.masks.find(batch["ids"][:, -states.shape[1]:], states)
+        for i, key in enumerate(keys):
+            at = (labels[i] != -100).nonzero().flatten()
+            new = torch.isin(labels[i][at], self.masks.ids)
+            text = at[~new]
+            at = torch.cat([text[torch.linspace(0, len(text) - 1, min(others, len(text)), device=at.device).long()], at[new]])
+            self.held[key] = found.get(i), states[i][at - 1].clone(), labels[i][at]
 
     @torch.no_grad()
     def masks_of(self, batch: dict, classes: list[bool]) -> list[Tensor | None]:

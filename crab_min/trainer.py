@@ -308,7 +308,7 @@ def hold_answers(model: AVLanguageModel, features: Features, train: list[Sample]
         for samples, media in features.batches(plan_batches(train, 50), strict=False):
             model.hold(model.collate([s.parts for s in samples], media, [s.target for s in samples]), [s.id for s in samples])
             bar.update(len(samples))
-    model.masks.calibrate(torch.stack([*model.held.values()]))
+    model.masks.calibrate(torch.stack([state for state, *_ in model.held.values() if state is not None]))
 
 
 def mask_tensor(mask: np.ndarray | None, device: torch.device) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """The mask decoder, the mask tokens of an LM, and masks from answer to score."""
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (Sam2Config, Sam2HieraDetConfig, Sam2ImageProcessor, Sam2MaskDecoderConfig, Sam2Model, Sam2Processor, Sam2PromptEncoderConfig,
                           Sam2VisionConfig)
 
+import infer
+import train
 from crab_min.annotations import mask_classes
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
 from crab_min.evaluate import score_masks, second_stage
 from crab_min.interface import MASK_TOKENS, TASKS, Part, parse
-from crab_min.model import AdapterConfig, ModelError
+from crab_min.model import ASSETS, AdapterConfig, ModelError
 from crab_min.segment import MaskConfig, MaskDecoder, Sam2, box_mask, dice_loss, loss_of_masks, mask_loss
 from crab_min.world_tasks import WorldConfig, build_world
 
@@ -259,3 +262,32 @@ def test_box_as_a_mask():
     answer = parse(TASKS["s4"], "[56,0,112,224] [0,0,1,1]")
     mask = box_mask(answer, 8, 8)
     assert mask[:, 2:4].all() and mask.sum() == 16 + 1
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------------
+def test_stage_from_command_to_mask(small_world, tmp_path, monkeypatch, capsys):
+    """Training, its files, the run's masks again by infer.py, and a mask drawn for one picture; boxes as masks; SAM2 that is not there."""
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["crab-tiny", "--stage", "masks", "--data", str(small_world), "--tasks", "s4,ref_avs", "--steps", "2", "--mask-width", "32", "--mask-queries", "4", "--out", "run"]) == 0
+    metrics = json.loads(Path("run/metrics.json").read_text())
+    assert set(metrics["masks"]) == {"s4", "ref_avs"} and metrics["masks"]["s4"]["n"] > 0 and 0 <= metrics["masks"]["s4"]["miou"] <= 1
+    saved = load_file("run/modules.safetensors")
+    assert {name for name in saved if name.startswith("masks.decoder.places")} == {"masks.decoder.places.0.matrix", "masks.decoder.places.1.matrix"}
+    assert all(torch.equal(saved[name], old) for name, old in load_file(ASSETS / "crab_plus-tiny" / "modules.safetensors").items() if name in saved)      # words stay
+    eval_command = ["--eval", "--run", "run", "--data", str(small_world), "--tasks", "s4,ref_avs"]
+    for extra in ([], ["--masks", "box", "--out", "boxes"]):
+        assert infer.main([*eval_command, *extra]) == 0
+    again = json.loads(Path("run/eval_test/metrics.json").read_text())["masks"]
+    assert again["s4"]["miou"] == pytest.approx(metrics["masks"]["s4"]["miou"], abs=1e-3)
+    assert json.loads(Path("boxes/metrics.json").read_text())["masks"]["s4"]["coverage"] > .5
+    s = read_samples(small_world, ["s4"], "test")[0]
+    image, sound = (next(p.path for p in s.media if p.kind == kind) for kind in ("image", "audio"))
+    ask = ["--task", "s4", "--image", image, "--audio", sound, "--json", "--run", "run", "--picture", "p.png"]
+    capsys.readouterr()
+    assert infer.main([*ask, "--masks", "box"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"] or Image.open(said["mask"]).size == (224, 224)
+    assert infer.main([*ask, "--masks", "sam2", "--sam2", str(tmp_path / "none")]) == 0
+    assert "SAM2" in json.loads(capsys.readouterr().out)["no_mask"] and Path("p.png").exists()
+    assert infer.main(["--eval", "--data", str(small_world), "--masks", "decoder", "--run", str(ASSETS / "crab_plus-tiny")]) == 2
+    assert "--stage masks" in capsys.readouterr().err
