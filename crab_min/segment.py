@@ -11,7 +11,11 @@ these tokens are projected and averaged over the three, to one prompt a scale. E
 The fine level works on twice the grid, weighted by where the coarse one saw something: image * (sigmoid(mean of its logits) + 1). The mask is
 the mean of both. What differs from the released code: samples are batched; the generator's layers are chained (there each layer reads the
 learned queries anew and only the last counts; `chained=False` keeps that); the random matrices of the position code are saved with the
-weights (there each start draws new ones); losses are means over the samples (there sums).
+weights (there each start draws new ones); losses are means over the samples (there sums). Two things help a small decoder that learns from
+nothing: weights that begin larger (`sharpen`) and states that are centred and scaled (`calibrate`); without them it drew every object for a
+thousand steps, whatever was asked.
+
+At the end of the file Crab+'s other way (2603.04128): boxes and points as text, of which SAM2 makes masks.
 
 Shapes: B samples, S = 2 scales, M = 3 tokens a scale, Q queries, C width, h x w grid of the vision features, D width of the LM.
 """
@@ -230,7 +234,7 @@ def loss_of_masks(found: dict[int, Tensor], gold: dict[int, Tensor], bce: float,
     """The mean loss of the masks of a batch, by row: logits (1, H, W) against 0 or 1, or (71, H, W) against classes (1, H, W) long."""
     losses = [F.cross_entropy(found[i][None].float(), mask, ignore_index=-1) if mask.dtype == torch.long else mask_loss(found[i][None].float(), mask[None], bce, dice)
               for i, mask in gold.items() if i in found]
-    return torch.stack(losses).mean() if losses else torch.zeros(())
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=next(iter(gold.values())).device)
 
 
 # --- beside an LM ----------------------------------------------------------------------------------------------------------
