@@ -97,7 +97,9 @@ def draw_masks(model: ComposedModel, features: Features, samples: list[Sample], 
     training, masks, texts = model.training, {}, dict(zip((s.id for s in samples), texts))
     model.eval()
     plan = [batch for batch in plan_batches(samples, batch_size) if batch[0].task.name in MASKED]
-    for batch, media in features.batches(plan):
+    for batch, media in features.batches(plan, strict=False):                 # an unreadable image has no mask, and no answer either
+        if not batch:
+            continue
         found = model.masks_of(model.collate([s.parts for s in batch], media, [texts[s.id] for s in batch]), [s.task.name == "avss" for s in batch])
         masks |= {s.id: m if m is None else (m.argmax(0) if len(m) > 1 else m[0].half()).cpu().numpy() for s, m in zip(batch, found)}
     model.train(training)

@@ -154,7 +154,7 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             name = listing([o.label for o in objects])
             who = sentence(*(sounds(o, o in objects) for o in s.seen if o.seen_at(2 * index + 1)))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
-            if s.split == "test" and s.kind == "one":                        # what is seen and silent beside it, for data.choice and data.swapped
+            if s.split == "test" and s.kind == "one":                        # what is seen and silent beside it, for evaluate.picked and data.swapped
                 silent = [o for o in s.seen if o not in objects]
                 row["silent"] = {o.label: box_and_points(renderer.mask(s, o, 2 * index + 1))[0] for o in silent}
             rows[task].append({**row, "text": f"{who} " + " ".join(f"The {o.label} is at {box_text(b)} points {points_text(p)}." for o, (b, p) in zip(objects, found))})
