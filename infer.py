@@ -23,7 +23,7 @@ from crab_min.backbones import BackboneConfig, load_model
 from crab_min.crema import CremaModel
 from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_sides, without
 from crab_min.features import Features
-from crab_min.evaluate import answer, cell, draw_masks, mask_table, score_all, score_masks, second_stage, write_predictions
+from crab_min.evaluate import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions
 from crab_min.flags import Parser, RunError, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel, ModelError
@@ -179,7 +179,8 @@ def evaluate(given) -> None:
     """Answers and scores for a split of --data (default: the built-in world)."""
     model, config, folder = load_run(given)
     tasks = pick_tasks(given.task or given.tasks)
-    root = given.data or built_in(config, WorldConfig(**{k: config["train"][k] for k in ("things", "world_clips", "world_test")}), config["train"]["seed"])
+    world = WorldConfig(given.things or config["train"]["things"], config["train"]["world_clips"], config["train"]["world_test"])
+    root = given.data or built_in(config, world, config["train"]["seed"])
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
     samples = choose_sides(samples, given, model, config)
     make_masks = mask_maker(given, model)
@@ -208,14 +209,14 @@ def evaluate(given) -> None:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
     write_predictions(out / "predictions", samples, said)
     masks = make_masks(features, samples, said) if make_masks else [None] * len(samples)
-    segmented = score_masks(samples, masks) if make_masks else {}
+    segmented = examine_masks(model, features, samples, masks, limits, make_masks) if make_masks else {}
     for task in results:
         found = [each for each in zip(samples, said, masks) if each[0].task.name == task and each[0].id in readable]
         if found:
             draw_sheet(out / "sheets" / f"{task}.png", [cell(*each) for each in random.Random(0).sample(found, min(9, len(found)))])
     unfinished.unlink()
     counts = {"missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}
-    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, "masks": segmented, **counts}, indent=1))
+    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, **segmented, **counts}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"
@@ -255,7 +256,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=0, help="answer tokens at most (default: what the run says for the task)")
     parser.add_argument("--prompts", help="JSON file of instructions by task name, instead of ours")
     parser.add_argument("--index", type=int, default=0, help="without a clip: which test sample of the built-in world")
-    parser.add_argument("--things", default="", help="without a clip: the things of the world, as for train.py")
+    parser.add_argument("--things", default="", help="without a clip, and with --eval: the things of the world, as for train.py (default with --eval: those of the run)")
     parser.add_argument("--seed", type=int, default=0, help="without a clip: the seed of the world")
     parser.add_argument("--eval", action="store_true", help="answer and score a whole split")
     parser.add_argument("--data", help="with --eval: AV-UIE v2 folder or .jsonl file (default: the world the run was trained on)")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from crab_min.annotations import CLASSES
 from crab_min.composed import ComposedModel
-from crab_min.data import MASKED, Sample, drawn_media, gold_mask
+from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
 from crab_min.features import Features
 from crab_min.flags import write_whole
 from crab_min.interface import GRID, Answer, parse, write
@@ -156,16 +156,27 @@ def picked(samples: list[Sample], masks: list[np.ndarray | None]) -> dict[str, f
         if len(s.row.get("silent") or ()) == 1:
             inside = [0 if mask is None else (resized(mask, GRID, GRID) > .5)[y1:y2, x1:x2].sum() for x1, y1, x2, y2 in (s.gold.boxes[0], *s.row["silent"].values())]
             right.append(inside[0] > inside[1])
-    return {"picked": sum(right) / len(right), "n": len(right)} if right else {}
+    return {"picked": float(np.mean(right)), "n": len(right)} if right else {}
+
+
+def examine_masks(model: AVLanguageModel, features: Features, test: list[Sample], masks: list, limits: dict, make_masks) -> dict[str, dict]:
+    """{"masks": the numbers of masks, "picked": how often the thing that sounds was picked, with its own sound and with that of another thing in the picture}.
+
+    make_masks: (features, samples, texts) -> masks, as the given ones were made.
+    """
+    chosen, other = {"picked the sounding one of two": picked(test, masks)}, swapped(test)
+    texts = answer(model, features, other, limits, desc="with another's sound") if other else []
+    chosen["followed the other's sound"] = picked(other, make_masks(features, other, texts)) if other else {}
+    return {"masks": score_masks(test, masks), "picked": {name: r for name, r in chosen.items() if r}}
 
 
 def mask_table(results: dict[str, dict]) -> str:
-    """The lines about masks that a run ends with."""
+    """The lines about masks that a run ends with, of what `examine_masks` found."""
     lines = [f"{'masks of':<9} {'mIoU':>6} {'F':>6} {'hard mIoU':>10} {'hard F':>7} {'coverage':>9} {'n':>5}   null: S of all, of the background, n"]
-    for task, r in results.items():
+    for task, r in results["masks"].items():
         null = f"   {r['null_s']:.3f} {r['null_s_background']:.3f} {r['null_n']}" if "null_s" in r else ""
         lines.append(f"{task:<9} {r.get('miou', 0):>6.3f} {r.get('f', 0):>6.3f} {r.get('hard_miou', 0):>10.3f} {r.get('hard_f', 0):>7.3f} {r['coverage']:>9.2f} {r['n']:>5}{null}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{name}: {r['picked']:.3f} of {r['n']}" for name, r in results["picked"].items()])
 
 
 def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ The fine level works on twice the grid, weighted by where the coarse one saw som
 the mean of both. What differs from the released code: samples are batched; the generator's layers are chained (there each layer reads the
 learned queries anew and only the last counts; `chained=False` keeps that); the random matrices of the position code are saved with the
 weights (there each start draws new ones); losses are means over the samples (there sums). Two things help a small decoder that learns from
-nothing: weights that begin larger (`sharpen`) and states that are centred and scaled (`calibrate`); without them it drew every object for a
+nothing: how its weights begin (`sharpen`) and states that are centred and scaled (`calibrate`); without them it drew every object for a
 thousand steps, whatever was asked.
 
 At the end of the file Crab+'s other way (2603.04128): boxes and points as text, of which SAM2 makes masks.
@@ -184,9 +184,11 @@ class MaskDecoder(nn.Module):
 
     @torch.no_grad()
     def sharpen(self) -> None:
-        """Begin with attention that differs from place to place and a prompt that is felt. As torch initialises them, attention is all but uniform, and training stays
-        for hundreds of steps where every object is drawn, whatever the prompt."""
+        """Begin with attention that differs from place to place, a prompt that is felt and a code of places in which near ones are alike. As torch and SAM initialise them,
+        training stays for hundreds of steps where every object is drawn, whatever the prompt, and goes on drawing two of them where one is meant."""
         self.prompt[2].weight *= 4
+        for places in self.places:
+            places.matrix *= .4
         for module in self.modules():
             if isinstance(module, Attention):
                 module.query.weight *= 3

@@ -14,6 +14,7 @@ import random
 import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, swapped, with_masks, with_sides
+from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_sides
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
-from crab_min.evaluate import answer, cell, constants, draw_masks, mask_table, options, picked, plan_batches, score_all, score_masks, table, token_limits, write_predictions
+from crab_min.evaluate import answer, cell, constants, draw_masks, examine_masks, mask_table, options, plan_batches, score_all, table, token_limits, write_predictions
 from crab_min.features import Features, Mixer
 from crab_min.flags import RunError, write_whole
 from crab_min.interface import TASKS, load_prompts, parse
@@ -57,7 +58,9 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     arms: bool = field(default=False, metadata={"help": "PAVE: a run without the side channel first, and a table of both and the frozen base"})
     train: str = field(default="adapter+connectors+words", metadata={"help": "what is trained beside patches: the adapter, the connectors (Q-Formers), the word embeddings; masks: the mask "
                                                                              "decoder and the mask tokens; decoder: the same but for how the tokens are read, at half the time a step",
-                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words", "decoder", "masks", "adapter+masks", "adapter+connectors+masks"]})
+                                                                     "choices": ["adapter", "adapter+words", "adapter+connectors", "adapter+connectors+words", "decoder", "adapter+decoder",
+                                                                                 "adapter+connectors+decoder", "masks", "adapter+masks", "adapter+connectors+masks"]})
+    text_steps: int = field(default=0, metadata={"help": "with decoder: of the steps, how many learn the text of the answers first; then the adapter and the connectors stay as they are"})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples a step"})
@@ -85,6 +88,8 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
     if not config.stage:
         return config
     if config.stage == "masks":
+        if config.text_steps and not ("decoder" in config.train and config.cache_features):
+            raise RunError("--text-steps wants --train decoder, adapter+decoder or adapter+connectors+decoder, and --cache-features: what the LM makes of the answers is kept then")
         config = replace(config, masks="decoder", tasks=",".join(MASKED) if config.tasks == "all" else config.tasks)
         if not (config.base or config.llm or config.start):
             return replace(config, start=str(ASSETS / "crab_plus-tiny"))
@@ -211,6 +216,8 @@ def run(config: TrainConfig, preset: str) -> dict:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     steps = config.steps or round(config.epochs * len(train) / config.batch_size) or auto_steps(len(train), config)
+    if config.text_steps >= steps:
+        raise RunError(f"--text-steps {config.text_steps}: of {steps} steps none is left for the masks; give more --steps, or fewer --text-steps")
     limits, by_option = token_limits(model, train), config.answers == "options"
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
@@ -244,7 +251,7 @@ def examine(config: TrainConfig, model: AVLanguageModel, features: Features, tra
             r["chance"] = sum(chances) / len(chances)
     subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
     masks = draw_masks(model, features, test, texts) if config.masks else [None] * len(test)
-    segmented = examine_masks(model, features, test, masks, limits) if config.masks else {}
+    segmented = examine_masks(model, features, test, masks, limits, partial(draw_masks, model)) if config.masks else {}
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
@@ -253,20 +260,11 @@ def examine(config: TrainConfig, model: AVLanguageModel, features: Features, tra
         draw_sheet(folder / "answers.png", sheet(test, texts, masks, config.seed))
         print(table(results))
         if config.masks:
-            print(mask_table(segmented["masks"]))
-            print("\n".join(f"{name}: {r['picked']:.3f} of {r['n']}" for name, r in segmented["picked"].items()))
+            print(mask_table(segmented))
         if subsets:
             draw_subsets(folder / "modalities.png", subsets["subsets"])
             print(subset_table(subsets["subsets"]))
     return {"tasks": results, "base": base, "loss": loss, **subsets, **segmented}
-
-
-def examine_masks(model: AVLanguageModel, features: Features, test: list[Sample], masks: list, limits: dict) -> dict:
-    """The numbers of masks, and how often the thing that sounds was picked, with its own sound and with that of another thing in the picture."""
-    chosen, other = {"picked the sounding one of two": picked(test, masks)}, swapped(test)
-    texts = answer(model, features, other, limits, desc="with another's sound") if other else []
-    chosen["followed the other's sound"] = picked(other, draw_masks(model, features, other, texts)) if other else {}
-    return {"masks": score_masks(test, masks), "picked": {name: r for name, r in chosen.items() if r}}
 
 
 def finished(config: TrainConfig, preset: str) -> dict | None:
@@ -302,12 +300,13 @@ def sheet(samples: list[Sample], texts: list[str], masks: list, seed: int) -> li
 
 
 def hold_answers(model: AVLanguageModel, features: Features, train: list[Sample]) -> None:
-    """Let a frozen LM read all answers once, where only the mask decoder learns."""
+    """Let the LM read all answers once, where from now on only the mask decoder learns."""
     model.eval()
     with tqdm(total=len(train), desc="reading answers", unit="row") as bar:
         for samples, media in features.batches(plan_batches(train, 50), strict=False):
             model.hold(model.collate([s.parts for s in samples], media, [s.target for s in samples]), [s.id for s in samples])
             bar.update(len(samples))
+    model.train()
     model.masks.calibrate(torch.stack([state for state, *_ in model.held.values() if state is not None]))
 
 
@@ -329,8 +328,6 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)
     exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
     epoch = -(-len(train) // config.batch_size)
-    if config.train == "decoder" and config.cache_features:
-        hold_answers(model, features, train)
     done = load_state(folder, model, optimizer, exits)
     file, log = open_log(folder / "log.csv", done)
     batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
@@ -339,13 +336,16 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     for step, (samples, media) in enumerate(bar, done):
         if not samples:                                                       # all of them unreadable
             continue
-        start = time.time()
+        start, text_only = time.time(), step < config.text_steps
+        if not text_only and "decoder" in config.train and config.cache_features and not model.held:
+            hold_answers(model, features, train)
         batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
-        if config.masks:
+        if config.masks and not text_only:
             batch["keys"] = [s.id for s in samples]
             batch["masks"] = [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup)
+            group["lr"] = group["peak"] * (learning_rate(step, config.text_steps, config.warmup) if text_only else
+                                           learning_rate(step - config.text_steps, steps - config.text_steps, config.warmup))
         live = exits.live if exits else [""]
         for name in live:
             if exits:

@@ -28,7 +28,7 @@ from crab_min.things import RATE, SECONDS, SIZE
 from crab_min.world import FPS, VERSION, Renderer, Scene
 
 EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
-ROWS = 2                                               # a change of rows alone needs a new number here, and no new base
+ROWS = 3                                               # a change of rows alone needs a new number here, and no new base
 TRAIN_ONLY = ("mer24", "unav", "avcap")
 
 
@@ -131,9 +131,18 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> dict[str,
     return rows
 
 
-def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Random, root: Path) -> dict[str, list]:
-    """Rows of the folders that show one frame, with the frame and its mask written below `root`."""
-    rows = defaultdict(list)
+def located(s: Scene, objects: list, masks: list, t: float) -> str:
+    """What is seen at second t and which of it, the objects, is heard, then where these are: a mask each, or none."""
+    where = [f"The {o.label} is at {box_text(box)} points {points_text(points)}." for o, (box, points) in zip(objects, map(box_and_points, masks))]
+    return " ".join([sentence(*(sounds(o, o in objects) for o in s.seen if o.seen_at(t))), *where])
+
+
+def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.Random, root: Path, still: bool = False) -> dict[str, list]:
+    """Rows of the folders that show one frame, with the frame and its mask written below `root`.
+
+    still: s4 has the pictures of two things for training a second time, where the other of them sounds.
+    """
+    rows, pairs = defaultdict(list), []
 
     def write(task, folder, picture, mask, scene, t):
         for path, array in ((f"{folder}/{picture}", renderer.frames(scene, [t])[0]), (f"{folder}/{mask}", mask_image)):
@@ -150,16 +159,12 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             masks = [renderer.mask(s, o, 2 * index + 1) for o in objects]
             mask_image = np.maximum.reduce(masks)
             write(task, folder, f"frames/{index}.jpg", f"labels_rgb/{index}.png", s, 2 * index + 1)
-            found = [box_and_points(m) for m in masks]
             name = listing([o.label for o in objects])
-            who = sentence(*(sounds(o, o in objects) for o in s.seen if o.seen_at(2 * index + 1)))
             row = {"audio_path": audio, "vid": s.name, "uid": f"{s.name}_{index}", "a_obj": name, "frame_idx": index, "image_path": f"{folder}/frames/{index}.jpg"}
-            if s.split == "test" and s.kind == "one":                        # what is seen and silent beside it, for evaluate.picked and data.swapped
-                silent = [o for o in s.seen if o not in objects]
-                row["silent"] = {o.label: box_and_points(renderer.mask(s, o, 2 * index + 1))[0] for o in silent}
-            rows[task].append({**row, "text": f"{who} " + " ".join(f"The {o.label} is at {box_text(b)} points {points_text(p)}." for o, (b, p) in zip(objects, found))})
+            rows[task].append({**row, "text": located(s, objects, masks, 2 * index + 1)})
             if task == "s4":
-                box = found[0][0]
+                pairs.append((s, rows[task][-1]))
+                who, box = located(s, objects, [], 2 * index + 1), box_and_points(masks[0])[0]
                 rows["arig"].append({"audio_path": audio, "a_obj": name, "image_path": f"../s4/{folder}/frames/{index}.jpg", "top_left": list(box[:2]),
                                      "bottom_right": list(box[2:]), "frame_idx": index, "text": f"{who} The {name} is at {box_text(box)}."})
         if s.index % 2:
@@ -181,9 +186,26 @@ def image_rows(renderer: Renderer, scenes: dict[str, list[Scene]], rng: random.R
             text += f" The {fit[0].label} is at {box_text(box)} points {points_text(points)}."
         rows["ref_avs"].append({"audio_path": audio, "vid": s.name, "fid": 1, "uid": f"{s.name}_1", "image_path": f"{folder}/frames/{index}.jpg", "idx": index,
                                 "description": expression, "text": text})
-    for row in rows["s4"]:                                                   # another clip's sound, of one of the things that are silent here
-        label = next(iter(row.get("silent", ())), None)
-        row |= next(({"swapped": {"audio_path": other["audio_path"], "frame_idx": other["frame_idx"], "event": label}} for other in rows["s4"] if other["a_obj"] == label), {})
+    for s, row in pairs if still or pairs and pairs[0][0].split == "test" else []:
+        t = 2 * row["frame_idx"] + 1
+        shown = [o for o in s.seen if o.seen_at(t)]
+        silent = [o for o in shown if o.label != row["a_obj"]]
+        if s.split == "test":                                                # for evaluate.picked and data.swapped
+            row["silent"] = {o.label: box_and_points(renderer.mask(s, o, t))[0] for o in silent}
+        for o in silent[:1]:                                                 # another clip's sound, in which of these things only this one is heard
+            fitting = [{"audio_path": other["audio_path"], "frame_idx": i} for clip, other in pairs for i in [other["frame_idx"]] if other["a_obj"] == o.label
+                       and not {x.label for x in shown if x is not o} & {x.label for x in clip.objects if x.heard_at(2 * i) or x.heard_at(2 * i + 1)}]
+            if not fitting:
+                continue
+            sound = rng.choice(fitting)
+            i = sound["frame_idx"]
+            if s.split == "test":
+                row["swapped"] = {**sound, "event": o.label}
+            else:
+                folder, mask_image = f"AVS/v1s/{s.name}_swapped", renderer.mask(s, o, t)
+                write("s4", folder, f"frames/{i}.jpg", f"labels_rgb/{i}.png", s, t)
+                rows["s4"].append({**row, **sound, "a_obj": o.label, "uid": f"{s.name}_swapped_{i}", "image_path": f"{folder}/frames/{i}.jpg",
+                                   "text": located(s, [o], [mask_image], t)})
     return rows
 
 
@@ -247,7 +269,7 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
             rng = random.Random(f"{seed}/{split}")
             scenes = {kind: [renderer.scene(split, kind, i, seed) for i in range(n)] for kind, n in counts.items()}
             rows = {} if still else {**clip_rows(renderer, scenes, rng, counts["one"] * (2 if split == "train" else 1)), **match_rows(scenes["one"], rng, counts["one"])}
-            rows |= image_rows(renderer, scenes, rng, root)
+            rows |= image_rows(renderer, scenes, rng, root, still)
             for task, items in rows.items():
                 if split == "train" or task not in TRAIN_ONLY:
                     (root / task).mkdir(exist_ok=True)
