@@ -140,7 +140,7 @@ def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     model.save_trained(temporary)
-    moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    moments = {f"{i}.{key}": torch.as_tensor(value).contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
     save_file({**moments, "rng": torch.get_rng_state()}, temporary / "optimizer.safetensors")
     if exits:
         write_whole(temporary / "exits.json", json.dumps(exits.state()))
@@ -350,7 +350,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
         for name in live:
             if exits:
                 model.learn([name])
-            with half_products(config.half):
+            with half_products(config.half and (text_only or "decoder" not in config.train)):        # the decoder's many small products gain nothing
                 loss, tokens = model(batch)
             (loss / tokens).backward()
             if exits:
