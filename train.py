@@ -7,10 +7,13 @@ import os
 import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # worker processes are forked after the tokenizer was used
+if os.environ.get("RANK", "0") != "0":                                        # of several processes (torchrun) one shows how far they are
+    os.environ["TQDM_DISABLE"] = "1"
 
 from crab_min.base import BaseConfig, train_base
 from crab_min.config import PRESETS, STAGES
 from crab_min.flags import Parser, add_flags, from_flags, one_line
+from crab_min.parallel import leave
 from crab_min.plan import plan, report
 from crab_min.trainer import TrainConfig, run, run_arms
 
@@ -38,7 +41,10 @@ def main(arguments: list[str]) -> int:
     if given.plan:
         return one_line(lambda: print(report(plan(from_flags(TrainConfig, given), preset))), given.debug)
     config = from_flags(TrainConfig, given)
-    return one_line(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
+    try:
+        return one_line(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -128,16 +128,16 @@ class ComposedModel(AVLanguageModel):
         gold = {i: mask for i, mask in enumerate(batch.get("masks", [])) if mask is not None}
         if not gold:
             return super().forward(batch)
-        classes = [mask is not None and mask.dtype == torch.long for mask in batch["masks"]]
+        classes, tokens = [mask is not None and mask.dtype == torch.long for mask in batch["masks"]], int((batch["labels"] != -100).sum())
         if self.held:                                                         # of the text only where mask tokens stand can still be learned
             kept = [self.held[key] for key in batch["keys"]]
             states = {i: state for i, (state, *_) in enumerate(kept) if state is not None}
             before, said = (torch.cat(parts) for parts in list(zip(*kept))[1:])
-            losses, tokens = F.cross_entropy(self.llm.get_output_embeddings()(before).float(), said, reduction="none"), len(said)
+            loss = F.cross_entropy(self.llm.get_output_embeddings()(before).float(), said)
         else:
             losses, states = self.read_answers(batch)
-            states, tokens = self.masks.find(batch["ids"][:, -states.shape[1]:], states), int((batch["labels"] != -100).sum())
-        return losses.sum() + tokens * loss_of_masks(self.mask_logits(batch, states, classes), gold, *self.mask_weights), tokens
+            loss, states = losses.sum() / tokens, self.masks.find(batch["ids"][:, -states.shape[1]:], states)
+        return tokens * (loss + loss_of_masks(self.mask_logits(batch, states, classes), gold, *self.mask_weights)), tokens
 
     @torch.no_grad()
     def hold(self, batch: dict, keys: list, others: int = 16) -> None:

@@ -24,6 +24,7 @@ from crab_min.mask_metrics import by_class, hard, null_s, soft
 from crab_min.metrics import best_constant, score
 from crab_min.media import read_image
 from crab_min.model import AVLanguageModel
+from crab_min.parallel import gather, is_sharded, rank, world
 from crab_min.segment import Sam2, box_mask
 
 
@@ -44,7 +45,7 @@ def plan_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
 
 def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
            partial: Path | None = None, strict: bool = True, by_option: bool = False, beams: int = 1) -> list[str]:
-    """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`.
+    """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`. Several processes share the work.
 
     by_option: of a sample that has options, the likeliest one (`choose`), and nothing is generated.
     partial: a file that keeps the answers of the batches done so far, for a run that is killed: with the same plan it goes on after them.
@@ -52,8 +53,10 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
     training, plan = model.training, plan_batches(samples, batch_size)
     texts = read_partial(partial, plan) if partial else {}
     left = [batch for batch in plan if batch[0].id not in texts]
+    if not is_sharded(model):                                                 # else all have to go through the LM equally often
+        left = left[rank()::world()]
     model.eval()
-    with tqdm(total=len(samples), initial=len(texts), desc=desc, unit="sample") as bar:
+    with tqdm(total=sum(map(len, left)), desc=desc, unit="sample") as bar:
         for whole, (batch, media) in zip(left, features.batches(left, strict)):
             if by_option and batch and all(options(s) for s in batch):
                 said = choose(model, batch, media)
@@ -66,6 +69,8 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
                     file.write(json.dumps(new) + "\n")
             bar.update(len(whole))
     model.train(training)
+    for theirs in gather(texts):
+        texts |= theirs
     return [texts[s.id] for s in samples]
 
 

@@ -4,6 +4,7 @@
 is decoded and encoded once (small models, small data), or decodes some batches ahead of the model and keeps nothing. What a batch holds is
 decided before by `Mixer`, so that nothing depends on the number of workers.
 """
+import itertools
 import os
 import random
 from collections import Counter, deque
@@ -15,9 +16,11 @@ from tqdm import tqdm
 
 from crab_min.data import BLACK, DataError, MediaSet, Sample
 from crab_min.encoders import ENCODERS, encode_own
+from crab_min.feature_cache import FeatureCache
 from crab_min.fusion import encode_side
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
+from crab_min.parallel import rank
 
 WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode
 
@@ -28,9 +31,14 @@ class Features:
     model: AVLanguageModel
     keep: bool = True                                  # in memory, once computed
     max_bad: float = .01                               # share of unreadable media above which work stops
+    folder: str = ""                                   # where features are kept on disk too (feature_cache.py)
+    workers: int = WORKERS                             # processes that decode
     store: dict = field(default_factory=dict)
     bad: dict = field(default_factory=dict)            # part -> reason
     total: int = 0                                     # media that were announced to `prepare`
+
+    def __post_init__(self):
+        self.disk = FeatureCache(self.folder, self.model) if self.folder else None
 
     def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
         """The samples whose media can be read. With `keep` all are decoded and encoded now, else it is checked that the files are there.
@@ -46,13 +54,20 @@ class Features:
         return self.readable(samples)
 
     def decode(self, parts: list[Part], strict: bool) -> None:
-        """Put the features of `parts` into the store; many are decoded by workers, with a progress bar."""
+        """Put the features of `parts` into the store, from the disk where it has them; many are decoded by workers, with a progress bar."""
+        parts = self.fetch(parts)
         groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
-        loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=WORKERS if len(parts) > 32 else 0, collate_fn=list)
-        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32) as bar:
+        loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=self.workers if len(parts) > 32 else 0, collate_fn=list)
+        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or rank() > 0) as bar:
             for group in loader:
                 self.take(group, strict)
                 bar.update(len(group))
+
+    def fetch(self, parts: list[Part]) -> list[Part]:
+        """Put into the store what the disk has; the parts that it has not."""
+        found = {part: features for part in parts if self.disk and (features := self.disk.read(part))}
+        self.store |= found
+        return [p for p in parts if p not in found]
 
     def readable(self, samples: list[Sample]) -> list[Sample]:
         return [s for s in samples if not any(p in self.bad for p in s.media)]
@@ -82,8 +97,10 @@ class Features:
             for (part, *_), features in zip(items, found):
                 features.features, features.scales = features.features.half(), [scale.half() for scale in features.scales]
                 self.store[part] = features
+                if self.disk:
+                    self.disk.write(part, features)
 
-    def batches(self, plan: Iterable[list[Sample]], strict: bool = True, workers: int = WORKERS) -> Iterator[tuple[list[Sample], list[list[MediaFeatures]]]]:
+    def batches(self, plan: Iterable[list[Sample]], strict: bool = True) -> Iterator[tuple[list[Sample], list[list[MediaFeatures]]]]:
         """The batches of `plan` in their order, each with the features of its samples' media; where not strict, without unreadable samples."""
         if self.keep:
             for samples in map(self.readable, plan):
@@ -94,10 +111,12 @@ class Features:
         def parts() -> Iterator[list[Part]]:
             for samples in plan:
                 ahead.append(samples)
-                yield list(dict.fromkeys(p for s in samples for p in s.media if p not in self.bad))
-        for loaded in DataLoader(MediaSet(self.model.frame_size), batch_sampler=parts(), num_workers=workers, collate_fn=list):
+                wanted = dict.fromkeys(p for s in samples for p in s.media if p not in self.bad)
+                yield [p for p in wanted if not (self.disk and (file := self.disk.file(p)) and file.exists())]
+        for loaded in DataLoader(MediaSet(self.model.frame_size), batch_sampler=parts(), num_workers=self.workers, collate_fn=list):
             self.take(loaded, strict)
             samples = self.readable(ahead.popleft())
+            self.decode(list(dict.fromkeys(p for s in samples for p in s.media if p not in self.store)), strict)           # from the disk
             yield samples, self.of(samples)
             self.store.clear()
 
@@ -119,10 +138,11 @@ class Mixer:
     """Which samples make up the batch of a step: a function of (seed, step) alone, so that a resumed run goes on where it was.
 
     A task is drawn with probability proportional to (rows ** alpha); within a task every row comes once before any comes twice.
+    lengths: of each sample by id; then batches are made of samples of about one length, out of as many as fill 16 batches, which come in random order.
     """
 
-    def __init__(self, samples: list[Sample], batch_size: int, seed: int, alpha: float = .5):
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, samples: list[Sample], batch_size: int, seed: int, alpha: float = .5, lengths: dict[str, int] | None = None):
+        self.batch_size, self.seed, self.lengths = batch_size, seed, lengths
         self.rows: dict[str, list[Sample]] = {}
         for sample in samples:
             self.rows.setdefault(sample.task.name, []).append(sample)
@@ -136,6 +156,17 @@ class Mixer:
 
     def __iter__(self):
         """Batches without end; skip those already done with itertools.islice."""
+        if self.lengths is None:
+            yield from self.mixed()
+            return
+        mixed = self.mixed()
+        for number in itertools.count():
+            samples = sorted(itertools.chain(*itertools.islice(mixed, 16)), key=lambda s: self.lengths[s.id])
+            batches = [samples[i:i + self.batch_size] for i in range(0, len(samples), self.batch_size)]
+            random.Random(f"{self.seed}/{number}").shuffle(batches)
+            yield from batches
+
+    def mixed(self):
         rng, drawn, orders = random.Random(self.seed), Counter(), {}
         while True:
             batch = []

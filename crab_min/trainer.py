@@ -1,12 +1,11 @@
 """The training loop: frozen base, adapter (and connectors) trained on a mixture of tasks, in the order things happen.
 
-The loss is the cross-entropy summed over the answer tokens of a batch and divided by their number; AdamW, linear warm-up, cosine
-decay, gradient clipping. A run lives in a folder (DESIGN.md, "Run folder"): killed at any moment and started again with the same
-command it goes on from its last state and ends with the same losses, because the batch of a step depends on (seed, step) alone and the
-optimizer and the random generators are part of the state.
+The loss is the cross-entropy summed over the answer tokens of a step, of all its batches on all processes, and divided by their number;
+AdamW, linear warm-up, cosine decay, gradient clipping. A run lives in a folder (checkpoints.py): killed at any moment and started again with
+the same command it goes on from its last state and ends with the same losses, because the batches of a step depend on the seed and on
+how many came before alone, and the optimizer and the random generators are part of the state.
 """
 import csv
-import fcntl
 import itertools
 import json
 import math
@@ -19,20 +18,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_sides
+from crab_min.checkpoints import choose_folder, claim, load_state, replace_whole, save_state, save_trained, states_of
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
 from crab_min.evaluate import answer, cell, constants, draw_masks, examine_masks, mask_table, options, plan_batches, score_all, table, token_limits, write_predictions
-from crab_min.features import Features, Mixer
+from crab_min.features import WORKERS, Features, Mixer
 from crab_min.flags import RunError, write_whole
 from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
+from crab_min.parallel import add_gradients, from_first, join, rank, same_everywhere, shard, total, world
+from crab_min.run_log import RunLog, asked_to_stop
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
-from crab_min.viz import draw_scores, draw_sheet, draw_subsets
+from crab_min.viz import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.world_tasks import WorldConfig
 
 
@@ -63,7 +64,9 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     text_steps: int = field(default=0, metadata={"help": "with decoder: of the steps, how many learn the text of the answers first; then the adapter and the connectors stay as they are"})
     steps: int = field(default=0, metadata={"help": "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with --things or --data)"})
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
-    batch_size: int = field(default=16, metadata={"help": "samples a step"})
+    batch_size: int = field(default=16, metadata={"help": "samples that a process takes at once; a step has this times --accumulate times the number of processes"})
+    accumulate: int = field(default=1, metadata={"help": "batches of a process a step: more samples a step than memory holds"})
+    group: bool = field(default=False, metadata={"help": "batches of samples of about one length: less padding, at the price of less mixed batches"})
     lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
     connector_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of connectors and word embeddings"})
     warmup: float = field(default=.03, metadata={"help": "share of the steps in which the learning rate rises"})
@@ -71,9 +74,15 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     mix: float = field(default=.5, metadata={"help": "a task is drawn with probability ~ rows ** mix (0: all alike, 1: by rows)"})
     seed: int = field(default=0, metadata={"help": "seed of the world, the order and the initial adapter"})
     save_every: int = field(default=100, metadata={"help": "steps between two saved states"})
+    keep: int = field(default=1, metadata={"help": "how many of the newest states stay"})
+    eval_every: int = field(default=0, metadata={"help": "steps between two examinations on --eval-rows rows that are kept out of training; the best stays in RUN/best (0: none)"})
+    eval_rows: int = field(default=64, metadata={"help": "with --eval-every: how many rows"})
+    fsdp: bool = field(default=False, metadata={"help": "with torchrun: each GPU keeps its share of the frozen LM (FSDP2), for an LM that one alone does not hold"})
     half: bool = field(default=True, metadata={"help": "matrix products in bfloat16 where the machine has instructions for them; weights stay in float32"})
     checkpointing: bool = field(default=False, metadata={"help": "gradient checkpointing: less memory, a forward more"})
     cache_features: bool = field(default=True, metadata={"help": "keep the features of the frozen encoders in memory"})
+    workers: int = field(default=WORKERS, metadata={"help": "processes that decode media"})
+    feature_cache: str = field(default="", metadata={"help": "folder that keeps them on disk, for later runs and other processes"})
     max_bad: float = field(default=.01, metadata={"help": "share of unreadable training files above which the run stops"})
     test_rows: int = field(default=0, metadata={"help": "rows a task to test on (0: all)"})
     out: str = field(default="", metadata={"help": "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)"})
@@ -85,6 +94,8 @@ ALIGN = {"visual": ("video", "visual_qformer"), "audio": ("audio", "audio_qforme
 
 def staged(config: TrainConfig, preset: str) -> TrainConfig:
     """The config with what its stage decides: an aligning stage trains one connector on captions; each starts from the run of the one before. Raises RunError."""
+    if config.sequential and config.modalities and config.accumulate > 1:
+        raise RunError(f"--accumulate {config.accumulate}: with --sequential a batch is passed once for each modality; give --accumulate 1, or --no-sequential")
     if not config.stage:
         return config
     if config.stage == "masks":
@@ -102,72 +113,6 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
     return replace(config, start=start, tasks="avcap", train=ALIGN[config.stage][1], adapter="none")
 
 
-# --- the run folder --------------------------------------------------------------------------------------------------------
-def choose_folder(config: TrainConfig, preset: str) -> Path:
-    """The folder of this run, checked but not touched: a new one, or an interrupted run of the same command. Raises RunError."""
-    wanted = asdict(config)
-    for number in itertools.count(1):
-        folder = Path(config.out or f"runs/{preset}" + (f"-{number}" if number > 1 else ""))
-        if not folder.exists() or not any(folder.iterdir()):
-            return folder
-        try:
-            found = json.loads((folder / "config.json").read_text())["train"]
-        except (OSError, ValueError, KeyError):
-            raise RunError(f"{folder}: exists and is not a run of train.py; choose another --out or remove it") from None
-        differs = [k for k in wanted if found.get(k) != wanted[k]]
-        if not (folder / "metrics.json").exists() and not differs:
-            return folder
-        if config.out and differs and not (folder / "metrics.json").exists():
-            raise RunError(f"{folder}: an interrupted run with another --{differs[0].replace('_', '-')} ({found.get(differs[0])!r}, now {wanted[differs[0]]!r}); "
-                           "use its value to continue it, or another --out")
-        if config.out:
-            raise RunError(f"{folder}: this run is finished and will not be overwritten; choose another --out or remove it")
-
-
-def lock(folder: Path):
-    """Hold the folder until the process ends. Raises RunError where another process holds it."""
-    file = open(folder / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RunError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
-    return file
-
-
-def save_state(folder: Path, step: int, model: AVLanguageModel, optimizer: torch.optim.Optimizer, exits: EarlyExit | None = None) -> None:
-    """state/step_N/: trained weights, optimizer moments, random state; appears whole, then replaces the older ones."""
-    temporary, final = folder / "state" / f".step_{step}", folder / "state" / f"step_{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_trained(temporary)
-    moments = {f"{i}.{key}": torch.as_tensor(value).contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
-    save_file({**moments, "rng": torch.get_rng_state()}, temporary / "optimizer.safetensors")
-    if exits:
-        write_whole(temporary / "exits.json", json.dumps(exits.state()))
-    temporary.rename(final)
-    for old in (folder / "state").iterdir():
-        if old != final:
-            shutil.rmtree(old)
-
-
-def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Optimizer, exits: EarlyExit | None = None) -> int:
-    """Restore the newest state into model and optimizer; the step it was saved after (0: there is none)."""
-    states = sorted((folder / "state").glob("step_*"), key=lambda p: int(p.name[5:]))
-    if not states:
-        return 0
-    model.restore_trained(states[-1])
-    if exits:
-        exits.restore(json.loads((states[-1] / "exits.json").read_text()))
-    tensors = load_file(states[-1] / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    state: dict = {}
-    for name, value in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(states[-1].name[5:])
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------------
 def learning_rate(step: int, steps: int, warmup: float) -> float:
     """The factor on the peak learning rate: linear warm-up, then cosine to zero."""
@@ -182,14 +127,14 @@ def auto_steps(rows: int, config: TrainConfig) -> int:
 
 def run(config: TrainConfig, preset: str) -> dict:
     """One training run from annotations to metrics.json, which is returned. Raises the named errors of what it reads."""
-    began, config = time.time(), staged(config, preset)
-    folder = choose_folder(config, f"{preset}-{config.stage}" if config.stage else preset)
+    began, config, device = time.time(), staged(config, preset), join()
+    folder = from_first(lambda: choose_folder(asdict(config), config.out, f"{preset}-{config.stage}" if config.stage else preset))
     tasks, prompts = pick_tasks(config.tasks), load_prompts(config.prompts) if config.prompts else None
     torch.manual_seed(config.seed)
-    model = load_model(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config).to(device)
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or str(built_in(config, config.seed))
+    root = config.data or from_first(lambda: str(built_in(config, config.seed)))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
     test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
@@ -199,9 +144,11 @@ def run(config: TrainConfig, preset: str) -> dict:
         train, test = with_masks(train), with_masks(test)
     if config.side or config.modalities:
         train, test = (with_sides(rows, side_names(config), config.frames, needed=not config.modalities) for rows in (train, test))
-    features = Features(model, config.cache_features, config.max_bad)
+    features = Features(model, config.cache_features, config.max_bad, config.feature_cache, config.workers)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
+    held_out = random.Random(config.seed).sample(train, min(config.eval_rows, len(train) // 2)) if config.eval_every else []
+    train = [s for s in train if s not in held_out] if held_out else train
 
     model.add_adapter(config)
     add_sides(model, features, train, config)
@@ -215,33 +162,64 @@ def run(config: TrainConfig, preset: str) -> dict:
     if config.checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    steps = config.steps or round(config.epochs * len(train) / config.batch_size) or auto_steps(len(train), config)
+    if config.fsdp:
+        shard(model.llm)
+    steps = config.steps or round(config.epochs * len(train) / (config.batch_size * config.accumulate * world())) or auto_steps(len(train), config)
     if config.text_steps >= steps:
         raise RunError(f"--text-steps {config.text_steps}: of {steps} steps none is left for the masks; give more --steps, or fewer --text-steps")
     limits, by_option = token_limits(model, train), config.answers == "options"
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
-    write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits}, indent=1))
-    print(f"{folder}: {len(train)} training rows and {len(test)} test rows of {len({s.task.name for s in train})} tasks, {steps} steps of {config.batch_size}")
-    print(f"trained: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters, in "
-          + ", ".join(sorted({name_of(n) for n in trained})))
+    size = 12 * sum(p.numel() for p in trained.values())                      # bytes of a state: weights and two moments
+    held = claim(folder, (config.keep + 3) * size) if rank() == 0 else None
+    if rank() == 0:
+        write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits, "processes": processes_of(folder)}, indent=1))
+        print(f"{folder}: {len(train)} training rows and {len(test)} test rows of {len({s.task.name for s in train})} tasks, {steps} steps of "
+              + " x ".join(str(n) for n in (config.batch_size, config.accumulate, world()) if n > 1 or n == config.batch_size))
+        print(f"trained: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters, in "
+              + ", ".join(sorted({name_of(n) for n in trained})))
 
-    if not (folder / "base.json").exists():
-        write_whole(folder / "base.json", json.dumps(score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))))
-    loop(config, model, features, train, steps, folder)
-    model.save_trained(folder)
-    metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
-    shutil.rmtree(folder / "state", ignore_errors=True)
-    held.close()
-    print(f"loss a token: {metrics['loss']['first']:.3f} in the first tenth of the steps, {metrics['loss']['last']:.3f} in the last")
-    print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
+    if not from_first(lambda: (folder / "base.json").exists()):
+        base = score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))
+        if rank() == 0:
+            write_whole(folder / "base.json", json.dumps(base))
+    before = time.time() - began
+    try:
+        loop(config, model, features, train, held_out, limits, steps, folder)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size (and raise --accumulate as much: the step stays the same), or give --checkpointing "
+                       "or --max-tokens; `--plan` says what the parts need. The same command goes on from the last state") from error
+    finally:
+        if rank() == 0:
+            draw_curves(folder / "curves.png", folder / "log.csv")
+    if rank() == 0:
+        save_trained(folder, model)
+    metrics = examine(config, model, features, train, test, limits, folder) | {"before": round(before, 1), "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    if rank() == 0:
+        write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        held.close()
+        print(f"loss a token: {metrics['loss']['first']:.3f} in the first tenth of the steps, {metrics['loss']['last']:.3f} in the last")
+        print(f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: python infer.py CLIP.mp4 --ask \"...\" --run {folder}")
     return metrics
+
+
+def processes_of(folder: Path) -> list[list[int]]:
+    """[[step, processes from then on], ...] of a run: with another number of processes it goes on with the next batches, but with other dropout and other sums."""
+    try:
+        before = json.loads((folder / "config.json").read_text())["processes"]
+    except (OSError, ValueError, KeyError):
+        before = []
+    step = max((int(s.name[5:]) for s in states_of(folder)), default=0)
+    return before if before and before[-1][1] == world() else [*(b for b in before if b[0] < step), [step, world()]]
 
 
 def examine(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], test: list[Sample], limits: dict, folder: Path) -> dict:
     """What a trained model makes of the test rows: predictions, pictures and tables, and the numbers of metrics.json, beside those of base.json and log.csv."""
     texts = answer(model, features, test, limits, desc="trained model", by_option=config.answers == "options")
+    subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
+    masks = draw_masks(model, features, test, texts) if config.masks else [None] * len(test)
+    segmented = examine_masks(model, features, test, masks, limits, partial(draw_masks, model)) if config.masks else {}
+    if rank():
+        return {}
     write_predictions(folder / "predictions", test, texts)
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
     results = {task: {"name": next(s.task.metric for s in test if s.task.name == task), **r, "base": base[task]["metric"], "blind": blind[task]}
@@ -249,9 +227,6 @@ def examine(config: TrainConfig, model: AVLanguageModel, features: Features, tra
     for task, r in results.items():
         if all(chances := [1 / len(options(s)) if options(s) else 0 for s in test if s.task.name == task]):
             r["chance"] = sum(chances) / len(chances)
-    subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
-    masks = draw_masks(model, features, test, texts) if config.masks else [None] * len(test)
-    segmented = examine_masks(model, features, test, masks, limits, partial(draw_masks, model)) if config.masks else {}
     losses = [float(row["loss"]) for row in csv.DictReader(open(folder / "log.csv"))]
     tenth = max(1, len(losses) // 10)
     loss = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
@@ -321,61 +296,113 @@ def name_of(parameter: str) -> str:
     return next((part for part in ("masks", "patches", "fusion", "multimodal", "ilora_A", "ilora_B", "ilora_router", "lora_A", "lora_B", "embed_tokens") if part in parameter), parameter.split(".")[0])
 
 
-def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], steps: int, folder: Path) -> None:
-    """The steps themselves, from the last saved state on; a line of log.csv each. Modality-sequential: a step for each live modality of every batch."""
-    adapter = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
-    others = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
-    optimizer = torch.optim.AdamW([{"params": g, "peak": lr} for g, lr in ((adapter, config.lr), (others, config.connector_lr)) if g], weight_decay=0)
+def prompt_lengths(model: AVLanguageModel, train: list[Sample]) -> dict[str, int]:
+    """About how long each sample is, by id, to sort by: its words in tokens, and 32 for an image, a frame or a second of sound."""
+    return {s.id: len(model.encode_text("".join(p.text for p in s.parts) + s.target)) + sum(32 * (1 if p.kind == "image" else p.frames) for p in s.media) for s in train}
+
+
+def examine_between(model: AVLanguageModel, features: Features, held_out: list[Sample], limits: dict, config: TrainConfig) -> float:
+    """The mean of the tasks' metrics on the rows that are kept out of training."""
+    scores = score_all(held_out, answer(model, features, held_out, limits, desc="held-out rows", by_option=config.answers == "options"))
+    return sum(r["metric"] for r in scores.values()) / len(scores)
+
+
+def keep_best(folder: Path, model: AVLanguageModel, progress: dict) -> None:
+    """RUN/best: a run folder of its own, with the weights that were best so far on held-out rows."""
+    def write(new: Path) -> None:
+        model.save_trained(new)
+        write_whole(new / "config.json", (folder / "config.json").read_text())
+        write_whole(new / "progress.json", json.dumps(progress))
+    if rank() == 0:
+        replace_whole(folder / "best", write)
+
+
+def optimizer_of(model: AVLanguageModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW on what is trained, the adapter and the rest each with its own peak learning rate."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = ([p for n, p in trained if "lora_" in n], config.lr), ([p for n, p in trained if "lora_" not in n], config.connector_lr)
+    return torch.optim.AdamW([{"params": group, "peak": lr} for group, lr in groups if group], weight_decay=0)
+
+
+def counts(batches: list[dict]) -> tuple[int, int, int]:
+    """(answer tokens, samples, tokens with padding) of batches."""
+    return sum(int((b["labels"] != -100).sum()) for b in batches), sum(len(b["ids"]) for b in batches), sum(b["ids"].numel() for b in batches)
+
+
+def batch_of(model: AVLanguageModel, config: TrainConfig, samples: list[Sample], media: list, masks: bool) -> dict:
+    """Samples as the model wants them, with gold masks where these are learned."""
+    batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
+    if masks:
+        batch |= {"keys": [s.id for s in samples], "masks": [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]}
+    return batch
+
+
+def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], held_out: list[Sample], limits: dict, steps: int, folder: Path) -> None:
+    """The steps themselves, from the last saved state on; a line of log.csv each. Modality-sequential: a pass for each live modality of every step."""
+    optimizer = optimizer_of(model, config)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
-    epoch = -(-len(train) // config.batch_size)
-    done = load_state(folder, model, optimizer, exits)
-    file, log = open_log(folder / "log.csv", done)
-    batches = itertools.islice(Mixer(train, config.batch_size, config.seed, config.mix), done, steps)
+    if rank():
+        torch.manual_seed(config.seed + rank())                               # other dropout on every process
+    progress = {"step": 0, "batches": 0, "best": None} | load_state(folder, model, optimizer)
+    if exits and "exits" in progress:
+        exits.restore(progress["exits"])
+    same_everywhere(trained)
+    done, window = progress["step"], config.accumulate * world()
+    lengths = prompt_lengths(model, train) if config.group else None
+    order = Mixer(train, config.batch_size, config.seed, config.mix, lengths)
+    first = progress["batches"] + rank()                                      # of all batches a process takes each world()th
+    batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, world()), strict=False)
+    epoch, size = -(-len(train) // (config.batch_size * window)), sum(p.numel() for p in model.llm.parameters() if not p.requires_grad)
     model.train()
-    bar = tqdm(features.batches(batches, strict=False), desc="training", unit="step", initial=done, total=steps)
-    for step, (samples, media) in enumerate(bar, done):
-        if not samples:                                                       # all of them unreadable
-            continue
-        start, text_only = time.time(), step < config.text_steps
-        if not text_only and "decoder" in config.train and config.cache_features and not model.held:
-            hold_answers(model, features, train)
-        batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
-        if config.masks and not text_only:
-            batch["keys"] = [s.id for s in samples]
-            batch["masks"] = [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (learning_rate(step, config.text_steps, config.warmup) if text_only else
-                                           learning_rate(step - config.text_steps, steps - config.text_steps, config.warmup))
-        live = exits.live if exits else [""]
-        for name in live:
+    with RunLog(folder, done) as log, asked_to_stop() as stop, tqdm(desc="training", unit="step", initial=done, total=steps) as bar:
+        for step in range(done, steps):
+            began, text_only = time.time(), step < config.text_steps
+            if not text_only and "decoder" in config.train and config.cache_features and not model.held:
+                hold_answers(model, features, train)
+            read = [b for b in itertools.islice(batches, config.accumulate) if b[0]]             # without those of which nothing was readable
+            waited = time.time() - began
+            micro = [batch_of(model, config, samples, media, bool(config.masks) and not text_only) for samples, media in read]
+            tokens, rows, places, stopped = total(*counts(micro), bool(stop))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (learning_rate(step, config.text_steps, config.warmup) if text_only else
+                                               learning_rate(step - config.text_steps, steps - config.text_steps, config.warmup))
+            live, value, norm = exits.live if exits else [""], 0., torch.zeros(())
+            for name in live if tokens else []:
+                if exits:
+                    model.learn([name])
+                losses = 0.
+                for batch in micro:
+                    with half_products(config.half and (text_only or "decoder" not in config.train)):        # the decoder's many small products gain nothing
+                        loss, _ = model(batch)
+                    (loss / tokens).backward()
+                    losses += loss.item() / tokens
+                add_gradients(trained)
+                if exits:
+                    exits.note(name, model.gradient_norm(name))
+                norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                value, = total(losses)
+            if not live:                                                      # every modality has had enough
+                break
             if exits:
-                model.learn([name])
-            with half_products(config.half and (text_only or "decoder" not in config.train)):        # the decoder's many small products gain nothing
-                loss, tokens = model(batch)
-            (loss / tokens).backward()
-            if exits:
-                exits.note(name, model.gradient_norm(name))
-            norm = torch.nn.utils.clip_grad_norm_(adapter + others, config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not live:                                                          # every modality has had enough
-            break
-        if exits:
-            exits.end_step((step + 1) % epoch == 0)
-        value = loss.item() / tokens
-        log.writerow([step + 1, f"{value:.6f}", tokens, f"{optimizer.param_groups[0]['lr']:.6g}", f"{norm.item():.4f}", f"{time.time() - start:.3f}", "+".join(live)])
-        bar.set_postfix(loss=f"{value:.3f}", tokens=tokens, **({"live": "+".join(live)} if exits else {}))
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            save_state(folder, step + 1, model, optimizer, exits)
-    if exits:
+                exits.end_step((step + 1) % epoch == 0)
+                progress["exits"] = exits.state()
+            progress |= {"step": step + 1, "batches": progress["batches"] + window}
+            metric = None
+            if held_out and (step + 1) % config.eval_every == 0:
+                metric = examine_between(model, features, held_out, limits, config)
+                if progress["best"] is None or metric > progress["best"]:
+                    progress["best"] = metric
+                    keep_best(folder, model, progress)
+            log.add(step=step + 1, loss=f"{value:.6f}", tokens=tokens, lr=f"{optimizer.param_groups[0]['lr']:.6g}", grad_norm=f"{norm.item():.4f}", seconds=f"{time.time() - began:.3f}",
+                    wait=f"{waited:.3f}", rows=rows, places=places, live="+".join(live), metric="" if metric is None else f"{metric:.4f}")
+            bar.set_postfix_str(log.said(size), refresh=False)
+            bar.update()
+            if (step + 1) % config.save_every == 0 or step + 1 == steps or stopped:
+                save_state(folder, progress, model, optimizer, config.keep)
+            if stopped and step + 1 < steps:
+                raise KeyboardInterrupt
+    if exits and rank() == 0:
         write_whole(folder / "exits.json", json.dumps(exits.state(), indent=1))
-    file.close()
-
-
-def open_log(path: Path, done: int):
-    """(file, writer) of log.csv for the next step: what an interrupted run wrote after its last state is dropped."""
-    header = ["step", "loss", "tokens", "lr", "grad_norm", "seconds", "live"]
-    kept = list(csv.reader(path.read_text().splitlines()))[1:done + 1] if path.exists() and done else []
-    write_whole(path, "\n".join(",".join(row) for row in [header, *kept]) + "\n")
-    file = open(path, "a", buffering=1)
-    return file, csv.writer(file, lineterminator="\n")

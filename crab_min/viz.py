@@ -2,6 +2,7 @@
 
 Boxes and points are on the 224 x 224 grid, times in seconds. matplotlib draws without a display.
 """
+import csv
 import textwrap
 from pathlib import Path
 
@@ -127,6 +128,36 @@ def draw_scores(path: Path, results: dict) -> None:
     axes.set(ylim=(0, 1), ylabel="score on test clips")
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(.5, 1.12), frameon=False)
     axes.grid(axis="y", alpha=.3)
+    save(figure, path)
+
+
+def draw_curves(path: Path, log: Path) -> None:
+    """How a run went, from its log.csv: loss and its running mean, held-out metric, learning rate, norm of the gradient, speed and waiting."""
+    rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
+    if len(rows) < 2:
+        return
+    column = {name: np.array([float(row[name] or "nan") for row in rows]) for name in ("step", "loss", "lr", "grad_norm", "seconds", "wait", "places", "metric")}
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, metric), (rate, speed) = figure.subplots(2, 2, sharex=True)
+    step, width = column["step"], max(1, len(rows) // 50)
+    mean = np.convolve(column["loss"], np.ones(width) / width, "valid")
+    loss.plot(step, column["loss"], color="#b8bcc4", lw=.8)
+    loss.plot(step[width - 1:], mean, color="#00798c")
+    loss.set(ylabel="loss a token", yscale="log" if column["loss"].min() > 0 else "linear")
+    there = ~np.isnan(column["metric"])
+    if there.any():
+        metric.plot(step[there], column["metric"][there], "o-", color="#00798c")
+        metric.set(ylabel="mean metric, held-out rows", ylim=(0, 1))
+    else:
+        metric.plot(step, column["grad_norm"], color="#b8bcc4", lw=.8)
+        metric.set(ylabel="norm of the gradient")
+    rate.plot(step, column["lr"], color="#d1495b")
+    rate.set(xlabel="step", ylabel="learning rate")
+    speed.plot(step, column["places"] / column["seconds"], color="#00798c", lw=.8)
+    speed.set(xlabel="step", ylabel="tokens a second, with padding", title=f"{column['wait'].sum() / column['seconds'].sum():.0%} of the time went with waiting for data")
+    for axes in (loss, metric, rate, speed):
+        axes.grid(alpha=.3)
     save(figure, path)
 
 

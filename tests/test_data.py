@@ -99,23 +99,58 @@ def test_unreadable_training_files_are_listed_skipped_and_stop_above_the_share(s
         Features(tiny_model, max_bad=.01).prepare(samples, strict=False)
 
 
+def test_features_on_disk_are_those_of_the_clip_and_the_encoder(small_world, tiny_model, tmp_path, monkeypatch):
+    """A second run decodes nothing, in memory or by batch; a clip that changes under its name is decoded again; half a file is made anew."""
+    samples = read_samples(small_world, ["ave", "s4"], "test")[:4]
+    first = Features(tiny_model, folder=str(tmp_path / "cache"))
+    first.prepare(samples)
+    monkeypatch.setattr(data, "load_media", lambda *_: pytest.fail("decoded again"))
+    for again in (Features(tiny_model, folder=str(tmp_path / "cache")), Features(tiny_model, keep=False, folder=str(tmp_path / "cache"), workers=0)):
+        for _, media in again.batches([samples]):
+            for mine, kept in zip(itertools.chain(*media), itertools.chain(*first(samples)), strict=True):
+                assert torch.equal(mine.features, kept.features) and mine.kind == kept.kind and mine.seconds == kept.seconds
+    monkeypatch.undo()
+    part, other = (s.media[0] for s in samples[:2])
+    clip = tmp_path / "clip.mp4"
+    shutil.copy(part.path, clip)
+    mine = replace(part, path=str(clip))
+    assert first.disk.file(mine) == first.disk.file(part)
+    shutil.copy(other.path, clip)
+    assert first.disk.file(mine) == first.disk.file(other) != first.disk.file(part)
+    file = first.disk.file(part)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert first.disk.read(part) is None and first.fetch([part, other]) == [part]
+
+
+def test_batches_of_about_one_length(small_world):
+    samples = read_samples(small_world, ["ave", "s4"], "train")
+    lengths = {s.id: len(s.target) for s in samples}
+
+    def spread(batches):
+        return sum(max(lengths[s.id] for s in b) - min(lengths[s.id] for s in b) for b in batches)
+    mixed, grouped = (list(itertools.islice(Mixer(samples, 4, 0, lengths=kind), 32)) for kind in (None, lengths))
+    assert spread(grouped) < .5 * spread(mixed) and {len(b) for b in grouped} == {4}
+    assert sorted(s.id for b in mixed for s in b) == sorted(s.id for b in grouped for s in b)
+    assert [[s.id for s in b] for b in itertools.islice(Mixer(samples, 4, 0, lengths=lengths), 20, 24)] == [[s.id for s in b] for b in grouped[20:24]]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_decoded_ahead_are_those_that_are_kept(small_world, tiny_model, workers):
     """The same batches in the same order with any number of workers; nothing is kept; an unreadable file is left out and counted."""
     plan = list(itertools.islice(Mixer(read_samples(small_world, ["ave", "a2v", "s4"], "train"), 4, seed=0), 5))
-    kept, ahead = Features(tiny_model), Features(tiny_model, keep=False, max_bad=.5)
+    kept, ahead = Features(tiny_model), Features(tiny_model, keep=False, max_bad=.5, workers=workers)
     kept.prepare([s for batch in plan for s in batch])
     ahead.prepare([s for batch in plan for s in batch])
-    for (samples, media), (others, kept_media) in zip(ahead.batches(plan, workers=workers), kept.batches(plan), strict=True):
+    for (samples, media), (others, kept_media) in zip(ahead.batches(plan), kept.batches(plan), strict=True):
         assert [s.id for s in samples] == [s.id for s in others]
         for mine, other in zip([m for sample in media for m in sample], [m for sample in kept_media for m in sample], strict=True):
             torch.testing.assert_close(mine.features, other.features, atol=2e-3, rtol=2e-3)
     assert not ahead.store
     lost = replace(plan[1][0], parts=[replace(p, path=__file__) if p.kind != "text" else p for p in plan[1][0].parts])
-    found = list(ahead.batches([[lost, plan[1][1]], [plan[0][0]]], strict=False, workers=workers))
+    found = list(ahead.batches([[lost, plan[1][1]], [plan[0][0]]], strict=False))
     assert [[s.id for s in samples] for samples, _ in found] == [[plan[1][1].id], [plan[0][0].id]] and __file__ in next(iter(ahead.bad)).path
     with pytest.raises(DataError, match="test_data.py"):
-        list(Features(tiny_model, keep=False).batches([[lost]], workers=workers))
+        list(Features(tiny_model, keep=False, workers=workers).batches([[lost]]))
 
 
 def own_file(path, world, count: int, tag: bool) -> list[dict]:

@@ -296,9 +296,9 @@ def test_a_killed_sequential_run_goes_on_as_if_it_had_not_stopped(shows, tmp_pat
     from crab_min import trainer
     saved = trainer.save_state
 
-    def killed(folder, step, *rest):
-        saved(folder, step, *rest)
-        if step == 2:
+    def killed(folder, progress, *rest):
+        saved(folder, progress, *rest)
+        if progress["step"] == 2:
             raise KeyboardInterrupt
     monkeypatch.setattr(trainer, "save_state", killed)
     assert train.main([*flags, "--out", "cut"]) == 130

@@ -18,7 +18,7 @@ from crab_min.evaluate import plan_batches
 from crab_min.model import AVLanguageModel
 from crab_min.interface import TASKS
 from crab_min.flags import RunError
-from crab_min.trainer import lock
+from crab_min.checkpoints import claim
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "6", "--batch-size", "4", "--save-every", "2", "--r", "4", "--alpha", "8"]
@@ -54,10 +54,18 @@ def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
 
 
 def test_a_run_in_use_is_locked(tmp_path):
-    held = lock(tmp_path)
+    held = claim(tmp_path, 0)
     with pytest.raises(RunError, match="in use"):
-        lock(tmp_path)
+        claim(tmp_path, 0)
     held.close()
+
+
+def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp_path):
+    with pytest.raises(RunError, match="MB are free"):
+        claim(tmp_path, 10 ** 18)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        claim(tmp_path / "file" / "run", 0)
 
 
 def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_path):
