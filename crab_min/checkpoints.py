@@ -89,7 +89,7 @@ def save_state(folder: Path, progress: dict, model: AVLanguageModel, optimizer: 
     dice = gather({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
     if rank():
         return
-    moments = {f"{i}.{key}": torch.as_tensor(value).contiguous() for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+    moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
 
     def write(temporary: Path) -> None:
         model.save_trained(temporary)

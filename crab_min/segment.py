@@ -181,7 +181,6 @@ class MaskDecoder(nn.Module):
         self.mix = nn.Sequential(nn.Conv2d(c.queries, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, small, 1))
         self.binary, self.classes = nn.Conv2d(small, 1, 1, bias=False), nn.Conv2d(small, CLASSES, 1, bias=False)
         self.sharpen()
-        self.to(memory_format=torch.channels_last)                                               # a fifth less time on a CPU
 
     @torch.no_grad()
     def sharpen(self) -> None:

@@ -199,7 +199,8 @@ def test_a_sixth_modality_that_a_user_registers_trains_saves_and_leaves_the_rest
     five = samples_of(shows, ["audio", "flow", "depth", "thermal"])[:2]
     without = model.losses(batch_of(model, features, five))
     model.add_side("sonar", 12)
-    assert torch.equal(model.losses(batch_of(model, features, samples)), without) and not torch.equal(with_sonar, without)
+    torch.testing.assert_close(model.losses(batch_of(model, features, samples)), without, atol=1e-5, rtol=1e-5)      # another batch may be summed in another order
+    assert not torch.allclose(with_sonar, without, atol=1e-4)
 
 
 def test_an_encoder_that_cannot_be_used_is_named(sonar, shows):

@@ -81,7 +81,7 @@ for step in range(4):
     loss, tokens = model(model.collate([parts], [media], ["The dog."]))
     (loss / tokens).backward()
     add_gradients(trained)
-    heard = model.audio_qformer.queries.grad is not None
+    heard = model.audio_qformer.query.grad is not None
     assert heard == (step < 3), step
     optimizer.step()
     optimizer.zero_grad()
