@@ -93,7 +93,8 @@ ALIGN = {"visual": ("video", "visual_qformer"), "audio": ("audio", "audio_qforme
 
 
 def staged(config: TrainConfig, preset: str) -> TrainConfig:
-    """The config with what its stage decides: an aligning stage trains one connector on captions; each starts from the run of the one before. Raises RunError."""
+    """The config with what its stage decides: an aligning stage trains one connector on captions; each starts from the run of the one before. Raises RunError for
+    settings that exclude each other."""
     if config.sequential and config.modalities and config.accumulate > 1:
         raise RunError(f"--accumulate {config.accumulate}: with --sequential a batch is passed once for each modality; give --accumulate 1, or --no-sequential")
     if not config.stage:
@@ -122,7 +123,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 def auto_steps(rows: int, config: TrainConfig) -> int:
     """Three passes, within what a laptop does in ten minutes; more for pictures and sounds that the tiny base has never met."""
-    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / config.batch_size)))
+    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / (config.batch_size * config.accumulate * world()))))
 
 
 def run(config: TrainConfig, preset: str) -> dict:
@@ -148,7 +149,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
     held_out = random.Random(config.seed).sample(train, min(config.eval_rows, len(train) // 2)) if config.eval_every else []
-    train = [s for s in train if s not in held_out] if held_out else train
+    apart = {s.id for s in held_out}
+    train = [s for s in train if s.id not in apart]
 
     model.add_adapter(config)
     add_sides(model, features, train, config)
@@ -185,8 +187,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size (and raise --accumulate as much: the step stays the same), or give --checkpointing "
-                       "or --max-tokens; `--plan` says what the parts need. The same command goes on from the last state") from error
+        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, the step stays the same, or give --checkpointing; "
+                       "`--plan` says what the parts need") from error
     finally:
         if rank() == 0:
             draw_curves(folder / "curves.png", folder / "log.csv")
