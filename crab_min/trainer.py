@@ -97,11 +97,11 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
     settings that exclude each other."""
     if config.sequential and config.modalities and config.accumulate > 1:
         raise RunError(f"--accumulate {config.accumulate}: with --sequential a batch is passed once for each modality; give --accumulate 1, or --no-sequential")
+    if config.text_steps and not (config.stage == "masks" and "decoder" in config.train and config.cache_features):
+        raise RunError("--text-steps wants --stage masks, --train with decoder and --cache-features: what the LM makes of the answers is kept then")
     if not config.stage:
         return config
     if config.stage == "masks":
-        if config.text_steps and not ("decoder" in config.train and config.cache_features):
-            raise RunError("--text-steps wants --train decoder, adapter+decoder or adapter+connectors+decoder, and --cache-features: what the LM makes of the answers is kept then")
         config = replace(config, masks="decoder", tasks=",".join(MASKED) if config.tasks == "all" else config.tasks)
         if not (config.base or config.llm or config.start):
             return replace(config, start=str(ASSETS / "crab_plus-tiny"))
