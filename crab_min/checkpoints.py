@@ -48,7 +48,7 @@ def claim(folder: Path, needed: int):
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                       # not flock, which the worker processes would hold on to after a kill
     except OSError:
         raise RunError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
     if (free := shutil.disk_usage(folder).free) < needed:

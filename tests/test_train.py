@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,16 @@ def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
     assert "finished" in capsys.readouterr().err and (finished / "metrics.json").read_text() == before
 
 
-def test_a_run_in_use_is_locked(tmp_path):
+def test_a_run_in_use_is_locked_for_other_processes_and_not_by_workers_that_outlive_it(tmp_path):
+    other = f"from pathlib import Path; from crab_min.checkpoints import claim; claim(Path({str(tmp_path)!r}), 0)"
     held = claim(tmp_path, 0)
-    with pytest.raises(RunError, match="in use"):
-        claim(tmp_path, 0)
+    worker = torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    again = partial(subprocess.run, [sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
+    assert "in use" in again().stderr
     held.close()
+    assert again().returncode == 0
+    worker.kill()
 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp_path):
