@@ -21,7 +21,7 @@ from transformers import TextStreamer
 
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.crema import CremaModel
-from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_sides, without
+from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_frames, with_sides, without
 from crab_min.features import Features
 from crab_min.evaluate import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions
 from crab_min.flags import Parser, RunError, one_line, write_whole
@@ -64,7 +64,7 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
         model.patches.load(file, *model.patch_widths)
     wanted = [side.split("=", 1) for side in given.side or side_names_of(config)]
     if not wanted and not crema:
-        return samples
+        return with_frames(samples, config["train"].get("frames", 0))
     names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
     if unknown := [n for n in names if n not in model.side_names]:
         raise RunError(f"--side {unknown[0]}: the model has no such patch or modality, but {', '.join(model.side_names) or 'none'}; a patch is loaded with --patch FILE")
@@ -72,7 +72,7 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
         def place(s: Sample, name: str) -> str | None:
             return files.get(name) or next((p.path for p in s.media if p.kind == ("audio" if name == "audio" else "video")), None)
         samples = [replace(s, row={**s.row, "sides": {name: place(s, name) for name in names}}) for s in samples]
-    return with_sides(samples, names, config["train"].get("frames", 0), needed=not crema)
+    return with_frames(with_sides(samples, names, needed=not crema), config["train"].get("frames", 0))
 
 
 def side_names_of(config: dict) -> list[str]:

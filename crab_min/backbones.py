@@ -1,12 +1,16 @@
 """Which model a run is about: the flags that choose a backbone and its weights, and the function that loads it."""
+import re
 from dataclasses import dataclass, field
+
+import torch
+from torch import nn
 
 from crab_min.composed import ASSETS, ComposedModel, ModelConfig, load_base, load_tokenizer
 from crab_min.config import LLAMA_CHAT
 from crab_min.crema import load_crema
 from crab_min.encoders import DepthEncoder, register
 from crab_min.llava import load_llava
-from crab_min.model import AVLanguageModel, ModelError
+from crab_min.model import LLM_LINEARS, AVLanguageModel, ModelError
 from crab_min.native import load_native
 from crab_min.segment import SegmentConfig
 
@@ -23,6 +27,7 @@ class BackboneConfig(SegmentConfig):
     llm: str = field(default="", metadata={"help": "composed, instead of a base: a causal LM for chat in Llama 2's format"})
     weights: str = field(default="", metadata={"help": "native: Qwen2.5-Omni; llava: LLaVA-OneVision; crema: BLIP-2; any preset: tiny-random, small random weights of the same classes, to try a command"})
     depth: str = field(default="", metadata={"help": "crema: a depth model of transformers, by path or hub id, that makes the modality depth of clips without depth files"})
+    quantize: str = field(default="", metadata={"help": "4bit: the linears of the frozen LM in NF4 (QLoRA), a quarter of the memory; wants the package bitsandbytes", "choices": ["", "4bit"]})
     separate: bool = field(default=True, metadata={"help": "native: text between two videos or two sounds of a prompt (the released Crab+ runs them together)"})
 
 
@@ -33,7 +38,22 @@ def load_model(config: BackboneConfig) -> AVLanguageModel:
         if not isinstance(model, ComposedModel):
             raise ModelError(f"--masks decoder: the decoder reads the layers of a vision encoder beside a causal LM (--backbone composed), got --backbone {config.backbone}")
         model.add_masks(config)
+    if config.quantize:
+        quantize(model.llm)
     return model
+
+
+def quantize(llm: nn.Module) -> None:
+    """4 bits a weight (NF4 with quantized scales, QLoRA 2305.14314, section 3) for the linears of the LM's layers, from when they move to their device. Raises ModelError."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(f"--quantize 4bit: bitsandbytes cannot be used ({str(error).splitlines()[0]}); pip install bitsandbytes, or leave --quantize out") from error
+    for name, linear in list(llm.named_modules()):
+        if isinstance(linear, nn.Linear) and re.fullmatch(LLM_LINEARS + r"|(encoder|decoder)\.block\..+", name):                # of a T5 the latter
+            small = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
+            small.weight, small.bias = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=small), linear.bias
+            llm.set_submodule(name, small)
 
 
 def load_frozen(config: BackboneConfig) -> AVLanguageModel:

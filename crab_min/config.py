@@ -73,6 +73,6 @@ PRESETS = {
 # (preset, stage): values that differ from the preset's
 STAGES = {
     ("crab-tiny", "masks"): {"train": "adapter+connectors+decoder", "text_steps": 250, "mask_width": 64, "mask_heads": 4, "mask_queries": 16, "mask_bce": 2., "mask_dice": 2.,
-                             "connector_lr": 1e-3, "warmup": .05, "steps": 1550, "world_clips": 1800},
+                             "connector_lr": 1e-3, "beta2": .98, "warmup": .05, "steps": 1400, "world_clips": 1800},
     ("crab-7b", "masks"): {"train": "masks", "epochs": 30},
 }

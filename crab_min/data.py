@@ -155,6 +155,8 @@ def make_sample(task: Task, row: dict, root: Path, split: str, index: int, targe
     text = row.get(task.target, "") if split == "train" else ""
     if split == "train" and not isinstance(text, str):
         raise InterfaceError(f"field {task.target!r} must be text, got {text!r}")
+    if split == "train" and not text:                                         # no reasoned text: the label alone
+        text = write(task, answer)
     if target == "label":
         parsed = parse(task, text)
         text = text if parsed.error or not text else write(task, parsed)
@@ -244,12 +246,12 @@ FAST, FAST_RATE = 16, 25                               # a dense stream: pixels 
 MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt writes before a sound
 
 
-def with_sides(samples: list[Sample], names: list[str], frames: int = 0, needed: bool = True) -> list[Sample]:
+def with_sides(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
     """The form of PAVE and CREMA: the prompt has no sound; side channels follow the video (or image) that they belong to.
 
     names: keys of the row's "sides" {name: file}; where it has no "sides", "audio", the sample's sound, and "fast", all the frames of the video;
-    always "flow", its optical flow, and what an encoder is registered for, its frames. No names: sound is left out alone. frames: of each video (0: as its task has it). Raises DataError for a
-    sample of two videos or sounds and, where they are `needed`, for one without any of them.
+    always "flow", its optical flow, and what an encoder is registered for, its frames. No names: sound is left out alone. Raises DataError
+    for a sample of two videos or sounds and, where they are `needed`, for one without any of them.
     """
     changed = []
     for s in samples:
@@ -265,8 +267,13 @@ def with_sides(samples: list[Sample], names: list[str], frames: int = 0, needed:
             if p.side or p.kind == "audio" or p.kind == "text" and MARKER.fullmatch(p.text) and i + 1 < len(s.parts) and s.parts[i + 1].kind == "audio":
                 continue
             parts += [p, *sides] if p.kind in ("video", "image") else [p]
-        changed.append(replace(s, parts=[replace(p, frames=frames) if frames and p.kind in ("video", "view", "flow", "array") else p for p in parts]))
+        changed.append(replace(s, parts=parts))
     return changed
+
+
+def with_frames(samples: list[Sample], frames: int) -> list[Sample]:
+    """Of each video, and of what is seen beside it, this many frames (0: as its task has it)."""
+    return [replace(s, parts=[replace(p, frames=frames) if p.kind in ("video", "view", "flow", "array") else p for p in s.parts]) for s in samples] if frames else samples
 
 
 def lacking(samples: list[Sample], names: list[str]) -> dict[str, int]:

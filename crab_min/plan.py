@@ -22,12 +22,14 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqL
 from crab_min.beats import Beats, BeatsConfig
 from crab_min.composed import load_tokenizer
 from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
-from crab_min.data import pick_tasks
+from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
 from crab_min.fusion import GatedFusion, Patch, PatchConfig
 from crab_min.interface import TASKS, Task, audio_windows
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
+from crab_min.run_log import PEAK
+from crab_min.segment import EACH, SCALES, MaskDecoder
 from crab_min.sides import modalities, side_names
 from crab_min.trainer import ALIGN, TrainConfig
 
@@ -218,6 +220,25 @@ def modality_bytes(sizes: Sizes, config: TrainConfig, half: bool) -> int:
     return sum(size for size, _ in kept.values()) * (1 if config.sequential else len(modalities(config))) if tokens is not None else 0
 
 
+def make_decoder(sizes: Sizes, config: TrainConfig) -> MaskDecoder:
+    """Crab's mask decoder beside these models."""
+    vision = AutoConfig.for_model(**sizes.vision)
+    return MaskDecoder(config.sizes(vision.hidden_size, make_config(sizes).hidden_size, vision.image_size))
+
+
+def decoder_bytes(sizes: Sizes, config: TrainConfig) -> int:
+    """Bytes of activations of the mask decoder in a training step, each sample with a mask."""
+    vision = AutoConfig.for_model(**sizes.vision)
+    with torch.device("meta"):
+        decoder = make_decoder(sizes, config)
+    with FakeTensorMode():
+        pretend(decoder)
+        features = [torch.zeros(config.batch_size, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size) for _ in range(SCALES)]
+        with storages(decoder, False) as kept:
+            logits = decoder(torch.zeros(config.batch_size, SCALES * EACH, make_config(sizes).hidden_size), features)
+    return sum(size for size, _ in kept.values()) if logits is not None else 0
+
+
 def make_config(sizes: Sizes):
     """The transformers config of the LM."""
     if sizes.native is None:
@@ -301,18 +322,23 @@ def text_tokens(task: Task) -> int:
     return len(task.ask) // 4 + 20 * len(task.slots) + 8 * len(task.media) + 30
 
 
+SHARE = .3                                             # of a GPU's peak that a training run is taken to use: a guess, until train.py shows its own (MFU)
 ANSWER = 80                                            # about how many tokens a reasoned answer has
 
 
 def plan(config: TrainConfig, preset: str) -> dict:
     """Everything that `report` prints, as numbers: parameters by part, tokens by task, bytes in bfloat16 and with a 4-bit LM."""
     sizes, adapter = sizes_of(preset), AdapterConfig(**{k: getattr(config, k) for k in AdapterConfig.__dataclass_fields__})
-    train = config.train
-    if config.stage in ALIGN:
-        adapter, train = replace(adapter, adapter="none"), ALIGN[config.stage][1]
+    train, masks = ALIGN.get(config.stage, ("", config.train))[1], bool(config.masks) or config.stage == "masks"
+    tasks = ",".join(MASKED) if config.stage == "masks" and config.tasks == "all" else config.tasks
+    if "adapter" not in train.split("+"):                                      # it stays as the stage before has left it
+        adapter = replace(adapter, adapter="none")
     parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0], config if config.modalities else None)
+    if masks:
+        with torch.device("meta"):
+            parts["mask decoder and tokens"] = (sum(p.numel() for p in make_decoder(sizes, config).parameters()) + 2 * SCALES * EACH * make_config(sizes).hidden_size, 0)
     lengths = {name: media_tokens(sizes, task, config) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2
-               and (config.tasks == "all" or name in pick_tasks(config.tasks)) and not ((config.side or config.modalities) and name in ("a2v", "v2a"))}
+               and (tasks == "all" or name in pick_tasks(tasks)) and not ((config.side or config.modalities) and name in ("a2v", "v2a"))}
     trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
     half = sizes.native is not None or preset.endswith(("7b", "xl"))
     with torch.device("meta"):
@@ -324,11 +350,14 @@ def plan(config: TrainConfig, preset: str) -> dict:
                "activations": activations(sizes, adapter, config.batch_size, max(lengths.values()), ANSWER, config.checkpointing, half)}
     if config.modalities:
         learned["activations"] += modality_bytes(sizes, config, half)
+    if masks:
+        learned["activations"] += decoder_bytes(sizes, config)
     memory = {"bfloat16" if half else "float32": {"frozen weights": weights, **learned}}
     if half:
         memory["4-bit LM"] = {"frozen weights": round(weights - linears * (2 - NF4)), **learned}
     return {"preset": preset, "parts": {name: {"trained": t, "frozen": f} for name, (t, f) in parts.items()}, "trained": trained, "frozen": frozen,
-            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "whole": whole_qformers(sizes, config) if config.modalities else 0, "tokens": lengths, "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "whole": whole_qformers(sizes, config) if config.modalities else 0, "tokens": lengths,
+            "operations": (6 if config.checkpointing else 4) * linears * sum(lengths.values()) / len(lengths), "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
 
 
 def whole_qformers(sizes: Sizes, config: TrainConfig) -> int:
@@ -345,6 +374,8 @@ def report(found: dict) -> str:
     lines += [f"{name:<36}{n['trained']:>16,}{n['frozen']:>16,}" for name, n in found["parts"].items()]
     lines += [f"{'all':<36}{found['trained']:>16,}{found['frozen']:>16,}", "", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
     lines += ["  " + "  ".join(f"{task} {n}" for task, n in list(found["tokens"].items())[i:i + 7]) for i in range(0, len(found["tokens"]), 7)]
+    lines.append(f"time: {found['operations'] / 1e12:.1f} TFLOPs a sample of the mean length in the LM, without encoders and decoding; 100,000 samples at {SHARE:.0%} of a GPU's peak: "
+                 + ", ".join(f"{name} {found['operations'] * 1e5 / SHARE / PEAK[name] / 3600:.1f} h" for name in ("3090", "4090", "A100", "H100")))
     base = found["patches"].get("base")
     for name, (count, spent) in found["patches"].items():
         share = "" if name == "base" else f", {count / base[0]:.2%} and {spent / base[1]:.2%} of the base"

@@ -3,6 +3,7 @@
 places: tokens of a step with padding, what the LM computes on; tokens: those of the answers, which are learned.
 """
 import csv
+import re
 import resource
 import signal
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from crab_min.flags import write_whole
 from crab_min.parallel import rank, world
@@ -44,13 +46,18 @@ class RunLog:
 
     def said(self, size: int) -> str:
         """Loss, samples and places a second, memory, and the share of the time that went with waiting for data, of the last steps; where the GPU's peak is
-        known MFU: the share of it that an LM of `size` frozen weights uses (4 operations a weight and place: forward, and backward without its weights' gradients)."""
+        known MFU: the share of it that an LM with `size` weights to multiply uses (4 operations a weight and place: forward, and backward without its weights' gradients)."""
         seconds, wait, rows, places = (sum(each[name] for each in self.last) for name in ("seconds", "wait", "rows", "places"))
         words = [f"loss {self.last[-1]['loss']:.3f}", f"{rows / seconds:.1f} samples/s", f"{places / seconds:,.0f} places/s", f"{memory() / 1e9:.1f} GB", f"waiting {wait / seconds:.0%}"]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         if peak := next((peak for name, peak in PEAK.items() if name in gpu), 0):
             words.append(f"MFU {4 * size * places / seconds / peak / world():.0%}")
         return ", ".join(words)
+
+
+def multiplied(llm: nn.Module) -> int:
+    """The frozen weights of an LM that each of its places is multiplied with: those of its linears, without encoders and adapters."""
+    return sum(m.in_features * m.out_features for name, m in llm.named_modules() if isinstance(m, nn.Linear) and not re.search("visual|vision|audio_tower|lora_", name))
 
 
 def memory() -> int:

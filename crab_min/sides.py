@@ -71,7 +71,7 @@ def score_subsets(model: CremaModel, features: Features, test: list[Sample], tex
     names, found = modalities(config), {}
     every = [["rgb"], *(["rgb", name] for name in names[1:]), names]
     for some in dict.fromkeys(map(tuple, every)):
-        rows = with_sides(test, some[1:], config.frames, needed=False)
+        rows = with_sides(test, some[1:], needed=False)
         said = texts if list(some) == names else answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options")
         scores = score_all(rows, said)
         found["+".join(some)] = {kind or task: t["metric"] for task, r in scores.items() for kind, t in (r.get("types") or {"": r}).items()}

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from crab_min.backbones import BackboneConfig, load_model
-from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_sides
+from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_frames, with_sides
 from crab_min.checkpoints import choose_folder, claim, load_state, replace_whole, save_state, save_trained, states_of
 from crab_min.crema import CremaConfig, CremaModel, EarlyExit
 from crab_min.evaluate import answer, cell, constants, draw_masks, examine_masks, mask_table, options, plan_batches, score_all, table, token_limits, write_predictions
@@ -31,7 +31,7 @@ from crab_min.interface import TASKS, load_prompts, parse
 from crab_min.metrics import score
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
 from crab_min.parallel import add_gradients, from_first, join, rank, same_everywhere, shard, total, world
-from crab_min.run_log import RunLog, asked_to_stop
+from crab_min.run_log import RunLog, asked_to_stop, multiplied
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.viz import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.world_tasks import WorldConfig
@@ -49,7 +49,7 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     start: str = field(default="", metadata={"help": "run folder whose adapter and modules training starts from (default with --stage: the run of the stage before; masks on the shipped base: the shipped adapter)"})
     side: str = field(default="", metadata={"help": "PAVE: side channels that are patched in, comma-separated: audio, fast (25 frames a second), or a name that rows of a "
                                             ".jsonl have under \"sides\"; none: a prompt without sound, and no patch. Without --data: audio, fast, depth, view of the built-in world"})
-    frames: int = field(default=0, metadata={"help": "with --side or --modalities: frames of a video (0: as the task has it; PAVE: 32, CREMA: 4)"})
+    frames: int = field(default=0, metadata={"help": "frames of a video (0: as its task has it, mostly 10; PAVE: 32, CREMA: 4); fewer take less memory"})
     patch_size: int = field(default=512, metadata={"help": "width of a patch"})
     patch_layers: int = field(default=2, metadata={"help": "blocks of a patch"})
     patch_rope: bool = field(default=False, metadata={"help": "rotary positions in a patch, in time, row and column"})
@@ -66,10 +66,12 @@ class TrainConfig(BackboneConfig, AdapterConfig, CremaConfig, WorldConfig):
     epochs: float = field(default=0, metadata={"help": "passes over the training rows, instead of the number of steps"})
     batch_size: int = field(default=16, metadata={"help": "samples that a process takes at once; a step has this times --accumulate times the number of processes"})
     accumulate: int = field(default=1, metadata={"help": "batches of a process a step: more samples a step than memory holds"})
+    max_tokens: int = field(default=0, metadata={"help": "tokens, with padding, that a process takes at once: a batch of more is passed in parts, and the step stays the same (0: any number)"})
     group: bool = field(default=False, metadata={"help": "batches of samples of about one length: less padding, at the price of less mixed batches"})
     lr: float = field(default=4e-3, metadata={"help": "peak learning rate of the adapter"})
     connector_lr: float = field(default=5e-4, metadata={"help": "peak learning rate of connectors and word embeddings"})
     warmup: float = field(default=.03, metadata={"help": "share of the steps in which the learning rate rises"})
+    beta2: float = field(default=.999, metadata={"help": "AdamW: how long the mean of the squared gradient remembers; .98 where the gradient has spikes, as a mask decoder's"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     mix: float = field(default=.5, metadata={"help": "a task is drawn with probability ~ rows ** mix (0: all alike, 1: by rows)"})
     seed: int = field(default=0, metadata={"help": "seed of the world, the order and the initial adapter"})
@@ -97,6 +99,10 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
     settings that exclude each other."""
     if config.sequential and config.modalities and config.accumulate > 1:
         raise RunError(f"--accumulate {config.accumulate}: with --sequential a batch is passed once for each modality; give --accumulate 1, or --no-sequential")
+    if config.max_tokens and (config.fsdp or config.sequential and config.modalities):
+        raise RunError(f"--max-tokens {config.max_tokens}: not with --{'fsdp' if config.fsdp else 'sequential'}, where batches are passed as they are; lower --batch-size")
+    if config.fsdp and config.quantize:
+        raise RunError("--quantize 4bit: not with --fsdp, which spreads weights that are not quantized; give one of them")
     if config.text_steps and not (config.stage == "masks" and "decoder" in config.train and config.cache_features):
         raise RunError("--text-steps wants --stage masks, --train with decoder and --cache-features: what the LM makes of the answers is kept then")
     if not config.stage:
@@ -144,7 +150,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     if config.masks:
         train, test = with_masks(train), with_masks(test)
     if config.side or config.modalities:
-        train, test = (with_sides(rows, side_names(config), config.frames, needed=not config.modalities) for rows in (train, test))
+        train, test = (with_sides(rows, side_names(config), needed=not config.modalities) for rows in (train, test))
+    train, test = with_frames(train, config.frames), with_frames(test, config.frames)
     features = Features(model, config.cache_features, config.max_bad, config.feature_cache, config.workers)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
@@ -187,7 +194,7 @@ def run(config: TrainConfig, preset: str) -> dict:
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, the step stays the same, or give --checkpointing; "
+        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, or give --max-tokens; the step stays the same. --checkpointing, --frames and --quantize 4bit save too; "
                        "`--plan` says what the parts need") from error
     finally:
         if rank() == 0:
@@ -323,7 +330,7 @@ def optimizer_of(model: AVLanguageModel, config: TrainConfig) -> torch.optim.Opt
     """AdamW on what is trained, the adapter and the rest each with its own peak learning rate."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = ([p for n, p in trained if "lora_" in n], config.lr), ([p for n, p in trained if "lora_" not in n], config.connector_lr)
-    return torch.optim.AdamW([{"params": group, "peak": lr} for group, lr in groups if group], weight_decay=0)
+    return torch.optim.AdamW([{"params": group, "peak": lr} for group, lr in groups if group], betas=(.9, config.beta2), weight_decay=0, fused=True)
 
 
 def counts(batches: list[dict]) -> tuple[int, int, int]:
@@ -331,12 +338,15 @@ def counts(batches: list[dict]) -> tuple[int, int, int]:
     return sum(int((b["labels"] != -100).sum()) for b in batches), sum(len(b["ids"]) for b in batches), sum(b["ids"].numel() for b in batches)
 
 
-def batch_of(model: AVLanguageModel, config: TrainConfig, samples: list[Sample], media: list, masks: bool) -> dict:
-    """Samples as the model wants them, with gold masks where these are learned."""
+def batches_of(model: AVLanguageModel, config: TrainConfig, samples: list[Sample], media: list, masks: bool) -> list[dict]:
+    """Samples as the model wants them, with gold masks where these are learned; several batches where one would have more than --max-tokens."""
     batch = model.collate([s.parts for s in samples], media, [s.target for s in samples])
+    if 0 < config.max_tokens < batch["ids"].numel() and len(samples) > 1:
+        half = len(samples) // 2
+        return [part for piece in (slice(half), slice(half, None)) for part in batches_of(model, config, samples[piece], media[piece], masks)]
     if masks:
         batch |= {"keys": [s.id for s in samples], "masks": [mask_tensor(gold_mask(s, model.frame_size), model.device) for s in samples]}
-    return batch
+    return [batch]
 
 
 def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], held_out: list[Sample], limits: dict, steps: int, folder: Path) -> None:
@@ -355,7 +365,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     order = Mixer(train, config.batch_size, config.seed, config.mix, lengths)
     first = progress["batches"] + rank()                                      # of all batches a process takes each world()th
     batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, world()), strict=False)
-    epoch, size = -(-len(train) // (config.batch_size * window)), sum(p.numel() for p in model.llm.parameters() if not p.requires_grad)
+    epoch, size = -(-len(train) // (config.batch_size * window)), multiplied(model.llm)
     model.train()
     with RunLog(folder, done) as log, asked_to_stop() as stop, tqdm(desc="training", unit="step", initial=done, total=steps) as bar:
         for step in range(done, steps):
@@ -364,7 +374,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                 hold_answers(model, features, train)
             read = [b for b in itertools.islice(batches, config.accumulate) if b[0]]             # without those of which nothing was readable
             waited = time.time() - began
-            micro = [batch_of(model, config, samples, media, bool(config.masks) and not text_only) for samples, media in read]
+            micro = [batch for samples, media in read for batch in batches_of(model, config, samples, media, bool(config.masks) and not text_only)]
             tokens, rows, places, stopped = total(*counts(micro), bool(stop))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * (learning_rate(step, config.text_steps, config.warmup) if text_only else

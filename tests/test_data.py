@@ -12,7 +12,7 @@ import torch
 import infer
 import train
 from crab_min import data
-from crab_min.data import DataError, load_media, pick_tasks, read_samples
+from crab_min.data import DataError, load_media, pick_tasks, read_samples, with_frames
 from crab_min.features import Features, Mixer
 from crab_min.interface import TASKS
 
@@ -35,6 +35,20 @@ def test_label_target_is_the_tags_alone(small_world):
         long, short = (read_samples(small_world, [task], "train", target)[0] for target in ("reasoning", "label"))
         assert short.target in long.target or len(short.target) < len(long.target)
         assert short.gold == long.gold
+
+
+def test_a_training_row_without_a_text_teaches_its_label(small_world, tmp_path):
+    rows = json.loads((small_world / "ks" / "train.json").read_text())
+    (tmp_path / "ks").mkdir()
+    (tmp_path / "ks" / "train.json").write_text(json.dumps([{k: v for k, v in row.items() if k != "label"} for row in rows]))
+    bare, whole = (read_samples(root, ["ks"], "train", "label") for root in (tmp_path, small_world))
+    assert [s.target for s in bare] == [s.target for s in whole] and all(s.target for s in bare)
+
+
+def test_fewer_frames_are_those_of_videos(real_media):
+    samples = with_frames(read_samples(real_media, ["ave", "s4"], "train", limit=1), 3)
+    assert {(p.kind, p.frames) for s in samples for p in s.media if p.kind == "video"} == {("video", 3)}
+    assert with_frames(samples, 0) is samples
 
 
 @pytest.mark.parametrize("content, message", [("{", "broken JSON"), ("{}", "expected a list"), ('[{"video_path": "x.mp4"}]', "audio_path"),

@@ -15,7 +15,7 @@ import train
 from crab_min.convert import main as convert_main
 from crab_min.convert import read_checkpoint
 from crab_min.crema import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
-from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_sides
+from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_frames, with_sides
 from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register
 from crab_min.evaluate import choose, options
 from crab_min.features import Features
@@ -37,7 +37,7 @@ def shows(tmp_path_factory):
 
 
 def samples_of(shows, names, split="train"):
-    return with_sides(read_samples(shows.with_name(f"{split}.jsonl"), [], split), names, 5)
+    return with_frames(with_sides(read_samples(shows.with_name(f"{split}.jsonl"), [], split), names), 5)
 
 
 def with_modalities(model, samples, names, config=CONFIG):
@@ -466,7 +466,7 @@ def test_pictures_in_folders_and_arrays_and_points_are_read(tmp_path):
 
 def test_real_clips_have_flow_and_go_through_the_model(real_media):
     model = load_crema("")
-    samples = with_sides(read_samples(real_media, ["ave", "avqa"], "train", limit=1), ["audio", "flow"], 5)
+    samples = with_frames(with_sides(read_samples(real_media, ["ave", "avqa"], "train", limit=1), ["audio", "flow"]), 5)
     features = with_modalities(model, samples, ["audio", "flow"])
     assert {p.kind for s in samples for p in s.media} == {"video", "audio", "flow"}
     pictures = [load_media(p, 96)[0] for s in samples for p in s.media if p.side == "flow"]

@@ -1,5 +1,6 @@
 """The native backbone, on a tiny random Qwen2.5-Omni: batches give what samples give alone, and train.py and infer.py run on it."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import infer
 import train
+from crab_min.backbones import BackboneConfig, load_model
 from crab_min.interface import Part
 from crab_min.model import AdapterConfig, ModelError
 from crab_min.native import load_native
@@ -134,3 +136,22 @@ def test_weights_that_are_not_there_say_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"):
         load_native("nowhere/at-all")
+
+
+@pytest.mark.parametrize("backbone", ["native", "llava", "crema"])
+def test_a_base_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone, small_world, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    whole, small = (load_model(BackboneConfig(backbone=backbone, weights="tiny-random", quantize=quantize)).to("cpu") for quantize in ("", "4bit"))
+    batches = [model.collate([[Part("text", "What is it?")]], [[]], ["A dog."]) for model in (whole, small)]
+    one, other = (model.losses(batch) for model, batch in zip((whole, small), batches))
+    assert not torch.equal(one, other) and torch.allclose(one, other, rtol=.1)
+    small.add_adapter(AdapterConfig(adapter="none" if backbone == "crema" else "ilora"))
+    if backbone != "crema":
+        small(batches[1])[0].backward()
+        assert all(p.grad is not None for p in small.parameters() if p.requires_grad)
+
+
+def test_4_bits_without_bitsandbytes_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(ModelError, match="pip install bitsandbytes"):
+        load_model(BackboneConfig(backbone="native", weights="tiny-random", quantize="4bit"))

@@ -1,4 +1,5 @@
 """train.py and infer.py as a user meets them, at a small size: results, resume, and one-line errors."""
+import csv
 import json
 import os
 import signal
@@ -88,6 +89,36 @@ def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_p
     subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, cwd=tmp_path)
     whole, killed = ([line.split(",")[:5] for line in (tmp_path / name / "log.csv").read_text().splitlines()] for name in ("whole", "killed"))
     assert whole == killed and len(whole) == 25
+
+
+def test_ctrl_c_saves_a_state_and_a_picture_and_what_was_best_can_be_asked(small_world, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "2000", "--batch-size", "2",
+                                "--eval-every", "2", "--eval-rows", "2", "--out", str(run)], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not ((run / "log.csv").exists() and len((run / "log.csv").read_text().splitlines()) > 4) and time.time() < deadline and process.poll() is None:
+        time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors
+    steps = len((run / "log.csv").read_text().splitlines()) - 1
+    assert steps >= 4 and [state.name for state in (run / "state").iterdir()] == [f"step_{steps}"]
+    assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    metrics = [row.split(",")[9] for row in (run / "log.csv").read_text().splitlines()[1:]]
+    assert all(bool(metric) == (i % 2 == 1) for i, metric in enumerate(metrics))
+    assert f"{json.loads((run / 'best' / 'progress.json').read_text())['best']:.4f}" == max(m for m in metrics if m)
+    assert infer.main(["--eval", "--data", str(small_world), "--tasks", "ks", "--test-rows", "1", "--run", str(run / "best"), "--out", str(tmp_path / "eval")]) == 0
+
+
+def test_a_batch_passed_in_parts_makes_the_same_step(small_world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "4", "--batch-size", "6", "--dropout", "0", "--no-half"]
+    for name, more in (("whole", []), ("parts", ["--max-tokens", "500"])):
+        assert train.main([*flags, *more, "--out", name]) == 0
+    whole, parts = (list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "parts"))
+    assert [float(row["loss"]) for row in parts] == pytest.approx([float(row["loss"]) for row in whole], abs=1e-5)
+    assert [row["rows"] for row in parts] == [row["rows"] for row in whole] == ["6"] * 4
+    assert all(int(row["places"]) < int(other["places"]) for row, other in zip(parts, whole))
 
 
 def test_infer_on_a_clip_prints_one_json_line_and_draws(finished, small_world, tmp_path, monkeypatch, capsys):
