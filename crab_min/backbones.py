@@ -51,8 +51,9 @@ def quantize(llm: nn.Module) -> None:
         raise ModelError(f"--quantize 4bit: bitsandbytes cannot be used ({str(error).splitlines()[0]}); pip install bitsandbytes, or leave --quantize out") from error
     for name, linear in list(llm.named_modules()):
         if isinstance(linear, nn.Linear) and re.fullmatch(LLM_LINEARS + r"|(encoder|decoder)\.block\..+", name):                # of a T5 the latter
-            small = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
-            small.weight, small.bias = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=small), linear.bias
+            kind = {"quant_type": "nf4", "quant_storage": torch.bfloat16}      # kept as if in bfloat16, since T5 makes its inputs of the type of its weights
+            small = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.bfloat16, device="meta", **kind)
+            small.weight, small.bias = Params4bit(linear.weight.data, requires_grad=False, module=small, **kind), linear.bias
             llm.set_submodule(name, small)
 
 

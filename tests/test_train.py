@@ -118,7 +118,7 @@ def test_a_batch_passed_in_parts_makes_the_same_step(small_world, tmp_path, monk
     whole, parts = (list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "parts"))
     assert [float(row["loss"]) for row in parts] == pytest.approx([float(row["loss"]) for row in whole], abs=1e-5)
     assert [row["rows"] for row in parts] == [row["rows"] for row in whole] == ["6"] * 4
-    assert all(int(row["places"]) < int(other["places"]) for row, other in zip(parts, whole))
+    assert sum(int(row["places"]) for row in parts) < sum(int(row["places"]) for row in whole)         # less padding
 
 
 def test_infer_on_a_clip_prints_one_json_line_and_draws(finished, small_world, tmp_path, monkeypatch, capsys):
