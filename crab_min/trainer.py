@@ -121,8 +121,9 @@ def staged(config: TrainConfig, preset: str) -> TrainConfig:
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------------
-def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """The factor on the peak learning rate: linear warm-up, then cosine to zero."""
+def learning_rate(step: int, steps: int, warmup: float, text_steps: int = 0) -> float:
+    """The factor on the peak learning rate: linear warm-up, then cosine to zero; once for the steps that learn text alone, and again for the others."""
+    step, steps = (step, text_steps) if step < text_steps else (step - text_steps, steps - text_steps)
     rise = max(1, round(steps * warmup))
     return min((step + 1) / rise, .5 + .5 * math.cos(math.pi * min(1, max(0, step - rise) / max(1, steps - rise))))
 
@@ -190,7 +191,6 @@ def run(config: TrainConfig, preset: str) -> dict:
         base = score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))
         if rank() == 0:
             write_whole(folder / "base.json", json.dumps(base))
-    before = time.time() - began
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
     except torch.OutOfMemoryError as error:
@@ -201,7 +201,7 @@ def run(config: TrainConfig, preset: str) -> dict:
             draw_curves(folder / "curves.png", folder / "log.csv")
     if rank() == 0:
         save_trained(folder, model)
-    metrics = examine(config, model, features, train, test, limits, folder) | {"before": round(before, 1), "seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
+    metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
     if rank() == 0:
         write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
         shutil.rmtree(folder / "state", ignore_errors=True)
@@ -377,8 +377,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
             micro = [batch for samples, media in read for batch in batches_of(model, config, samples, media, bool(config.masks) and not text_only)]
             tokens, rows, places, stopped = total(*counts(micro), bool(stop))
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * (learning_rate(step, config.text_steps, config.warmup) if text_only else
-                                               learning_rate(step - config.text_steps, steps - config.text_steps, config.warmup))
+                group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup, config.text_steps)
             live, value, norm = exits.live if exits else [""], 0., torch.zeros(())
             for name in live if tokens else []:
                 if exits:

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import infer
+from crab_min.flags import RunError
+from crab_min.parallel import join
 
 ROOT = Path(__file__).parent.parent
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -53,6 +55,21 @@ def test_a_run_of_two_is_a_run_like_any_other(runs, small_world, tmp_path):
     metrics = json.loads((runs / "two" / "metrics.json").read_text())
     assert {task: r["n"] for task, r in metrics["tasks"].items()} == {"ks": 2, "s4": 2}
     assert infer.main(["--eval", "--data", str(small_world), "--tasks", "ks", "--run", str(runs / "sharded"), "--out", str(tmp_path)]) == 0
+
+
+def test_on_another_number_of_processes_a_run_goes_on_with_the_next_batches(runs, small_world, tmp_path):
+    run = subprocess.Popen([*TWO, str(ROOT / "train.py"), "--data", str(small_world), *FLAGS, "--save-every", "10", "--out", str(tmp_path / "run")], cwd=tmp_path, env=ENVIRONMENT, start_new_session=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 200
+    while not (tmp_path / "run" / "state" / "step_10").exists() and time.time() < deadline and run.poll() is None:
+        time.sleep(.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert start(small_world, tmp_path / "run", "--save-every", "10", processes=[sys.executable]).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == [[0, 2], [10, 1]]
+    before, after = column(runs / "one", "tokens"), column(tmp_path / "run", "tokens")
+    assert after[:10] == before[:10]
+    assert [a + b for a, b in zip(after[10::2], after[11::2])] == before[10:15]                  # a step of two batches there is two of one here
 
 
 SENSES = """
@@ -115,3 +132,15 @@ def test_a_wrong_world_is_named(small_world, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(small_world), *FLAGS, "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path,
                           env=ENVIRONMENT | {"WORLD_SIZE": "2"})
     assert done.returncode == 2 and "start them with torchrun" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_gpus_lack_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RunError, match="a machine with 1 GPUs; start one a GPU: torchrun --nproc-per-node 1"):
+        join()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(RunError, match="no NCCL.*a CUDA build of torch"):
+        join()

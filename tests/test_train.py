@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import infer
 import train
+from crab_min import trainer
 from crab_min.data import one_sense, read_samples
 from crab_min.evaluate import plan_batches
 from crab_min.model import AVLanguageModel
@@ -244,6 +245,20 @@ def test_readme_commands_run_at_a_small_size(tmp_path):
         assert len([line for line in done.stdout.splitlines() if line.split(" ")[0] == task.name]) == (1 if "test" in task.splits and task.v2 else 0)
     done = run(str(ROOT / "infer.py"), "--json", "--limit", "8", "--run", "runs/crab_plus-tiny")
     assert done.returncode == 0 and json.loads(done.stdout)["task"] == "avqa", done.stderr[-2000:]
+
+
+def test_every_recipe_of_the_readme_is_a_run_that_could_start(monkeypatch):
+    """The commands of "Train the papers": flags that exist, values that fit together."""
+    section = (ROOT / "README.md").read_text().split("## Train the papers")[1].split("\n## ")[0]
+    recipes = [line.split("#")[0].split("train.py")[1].split() for line in section.splitlines() if line.startswith(("python train.py", "torchrun"))]
+    found = []
+    monkeypatch.setattr(train, "run", lambda config, preset: found.append((preset, config)))
+    for recipe in recipes:
+        assert train.main(recipe) == 0
+    assert {preset for preset, _ in found} == {"crab_plus-7b", "crab_plus-3b", "crab-7b", "pave-7b", "pave-0.5b", "crema-xl"} and len(found) >= 12
+    for preset, config in found:
+        if config.stage in ("", "visual"):                                    # others want the run before them
+            trainer.staged(config, preset)
 
 
 def test_each_stage_of_crab_starts_from_the_one_before(small_world, tmp_path, monkeypatch, capsys):
