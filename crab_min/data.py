@@ -16,6 +16,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from crab_min.annotations import DataError, annotation_file, mask_classes, mask_objects, mask_path, read_mask, read_rows
 from crab_min.encoders import ENCODERS
-from crab_min.flags import Parser, one_line, write_whole
+from crab_min.flags import Parser, end_with_parent, one_line, write_whole
 from crab_min.interface import GRID, MASK_TOKENS, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
 from crab_min.media import MediaError, media_seconds, read_audio, read_flow, read_image, read_video
 
@@ -408,6 +409,11 @@ class MediaSet:
             return part, None, str(error)
 
 
+def decoding(groups: Iterable[list[Part]], size: int, workers: int, decode: bool = True) -> DataLoader:
+    """Groups of parts as MediaSet gives them, in their order, decoded ahead by worker processes."""
+    return DataLoader(MediaSet(size, decode), batch_sampler=groups, num_workers=workers, collate_fn=list, worker_init_fn=end_with_parent)
+
+
 # --- check -----------------------------------------------------------------------------------------------------------------
 def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dict:
     """What a copy of AV-UIE holds: by task and split its rows, its labels and the lengths of its files; and all that is wrong.
@@ -436,7 +442,7 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dic
     for part, rows in users.items():
         rows_of[part.path] += rows
     groups = [parts[i:i + 16] for i in range(0, len(parts), 16)]
-    for group in tqdm(DataLoader(MediaSet(GRID, decode), batch_sampler=groups, num_workers=workers, collate_fn=list), desc="reading media", unit_scale=16, unit="file"):
+    for group in tqdm(decoding(groups, GRID, workers, decode), desc="reading media", unit_scale=16, unit="file"):
         for part, loaded, reason in group:
             if reason is not None:
                 reasons[part.path] = reason

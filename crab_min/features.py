@@ -11,10 +11,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from crab_min.data import BLACK, DataError, MediaSet, Sample
+from crab_min.data import BLACK, DataError, Sample, decoding
 from crab_min.encoders import ENCODERS, encode_own
 from crab_min.feature_cache import FeatureCache
 from crab_min.fusion import encode_side
@@ -57,7 +56,7 @@ class Features:
         """Put the features of `parts` into the store, from the disk where it has them; many are decoded by workers, with a progress bar."""
         parts = self.fetch(parts)
         groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
-        loader = DataLoader(MediaSet(self.model.frame_size), batch_sampler=groups, num_workers=self.workers if len(parts) > 32 else 0, collate_fn=list)
+        loader = decoding(groups, self.model.frame_size, self.workers if len(parts) > 32 else 0)
         with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or rank() > 0) as bar:
             for group in loader:
                 self.take(group, strict)
@@ -113,7 +112,7 @@ class Features:
                 ahead.append(samples)
                 wanted = dict.fromkeys(p for s in samples for p in s.media if p not in self.bad)
                 yield [p for p in wanted if not (self.disk and (file := self.disk.file(p)) and file.exists())]
-        for loaded in DataLoader(MediaSet(self.model.frame_size), batch_sampler=parts(), num_workers=self.workers, collate_fn=list):
+        for loaded in decoding(parts(), self.model.frame_size, self.workers):
             self.take(loaded, strict)
             samples = self.readable(ahead.popleft())
             self.decode(list(dict.fromkeys(p for s in samples for p in s.media if p not in self.store)), strict)           # from the disk

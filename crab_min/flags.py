@@ -1,6 +1,8 @@
-"""What the commands share: flags made from dataclass fields, errors printed as one line, files that are there whole or not at all."""
+"""What the commands share: flags made from dataclass fields, errors printed as one line, files that are there whole or not at all, workers that end with them."""
 import argparse
+import ctypes
 import os
+import signal
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -54,3 +56,9 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
+
+
+def end_with_parent(*_) -> None:
+    """What a worker process begins with: it ends when the one that started it does, by whatever signal (on Linux; elsewhere it may wait for ever after a SIGKILL)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                            # PR_SET_PDEATHSIG

@@ -29,6 +29,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from crab_min.flags import end_with_parent
 from crab_min.interface import answer_tag
 from crab_min.media import FLOW_GAP, flow_pictures, write_video
 from crab_min.things import RATE, SECONDS, SIZE
@@ -141,7 +142,7 @@ def build_side_world(things: str, clips: int, test: int, seed: int, names: list[
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         try:
-            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=end_with_parent) as pool:
                 work = pool.map(partial(write_show, things, seed, str(making)), jobs, chunksize=8)
                 list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
             if not final.exists():

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crab_min.annotations import box_and_points
+from crab_min.flags import end_with_parent
 from crab_min.interface import answer_tag, box_text, event_tag, points_text
 from crab_min.media import write_audio, write_video
 from crab_min.questions import MOVES, NUMBERS, balanced, choices, hears, listing, named, placed_at, questions, sentence, sounds
@@ -275,7 +276,7 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
                     (root / task).mkdir(exist_ok=True)
                     (root / task / f"{split}.json").write_text(json.dumps([finish(task, split, row) for row in items], indent=1))
         jobs = [(split, kind, i) for split, counts in sizes.items() for kind, n in counts.items() for i in range(n)]
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=end_with_parent) as pool:
             work = pool.map(partial(write_clip, config.things, seed, str(root), still), jobs, chunksize=8)
             list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
         if not final.parent.exists():

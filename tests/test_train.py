@@ -68,6 +68,25 @@ def test_a_run_in_use_is_locked_for_other_processes_and_not_by_workers_that_outl
     worker.kill()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system offers no such end")
+def test_workers_end_with_a_killed_run(small_world):
+    script = f"""
+from crab_min.data import decoding, read_samples
+parts = [p for s in read_samples({str(small_world)!r}, ["ks"], "train") for p in s.media]
+for _ in decoding([parts[i:i + 2] for i in range(0, len(parts), 2)] * 1000, 96, 2):
+    print("ready", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.kill()
+    process.wait()
+    deadline = time.time() + 20
+    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.time() < deadline:
+        time.sleep(.1)
+    assert len(workers) >= 2 and not left
+
+
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp_path):
     with pytest.raises(RunError, match="MB are free"):
         claim(tmp_path, 10 ** 18)
