@@ -71,7 +71,7 @@ def prepared(name: str, layers: int, four_bit: bool, released: bool, checkpointi
     """Crab+'s LM of a size with random weights and I-LoRA, ready to train, and how many frozen weights a place is multiplied with."""
     torch.manual_seed(0)
     with torch.device(device):
-        llm = make_lm(sizes_of(f"crab_plus-{name}"), layers).to(torch.bfloat16).requires_grad_(False)
+        llm = make_lm(sizes_of(f"crab_plus-{name}"), layers).to(torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_(False)
     llm.model.visual = llm.model.audio_tower = None                           # encoders run without gradients, before
     size = multiplied(llm)
     if four_bit:
@@ -89,11 +89,11 @@ def step_of(lm: nn.Module, batch: int, tokens: int, device: str):
     """A function that makes one optimizer step."""
     base, trained = lm.get_base_model(), [p for p in lm.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4)
-    x = torch.randn(batch, tokens, base.config.text_config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(batch, tokens, base.config.text_config.hidden_size, device=device, dtype=lm.dtype, requires_grad=True)
     labels = torch.randint(1000, (batch * min(80, tokens),), device=device)
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             hidden = base.model(inputs_embeds=x, attention_mask=torch.ones(batch, tokens, dtype=torch.long, device=device), use_cache=False).last_hidden_state
             loss = F.cross_entropy(base.lm_head(hidden[:, -min(80, tokens):]).flatten(0, 1).float(), labels)
         loss.backward()
@@ -113,7 +113,7 @@ def lm_steps(name: str, layers: int, tokens: int, batches: list[int], repeats: i
             continue
         lm, size = prepared(name, layers, four_bit, released, checkpointing, device)
         for batch in batches:
-            head = f"{batch:>5}  {'on' if checkpointing else 'off':<14}{'4 bits' if four_bit else 'bfloat16':<10}{'as released' if released else 'ours':<13}"
+            head = f"{batch:>5}  {'on' if checkpointing else 'off':<14}{'4 bits' if four_bit else str(lm.dtype)[6:]:<10}{'as released' if released else 'ours':<13}"
             try:
                 step, times = step_of(lm, batch, tokens, device), []
                 step()
