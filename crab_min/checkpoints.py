@@ -51,7 +51,7 @@ def claim(folder: Path, needed: int):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                       # not flock, which the worker processes would hold on to after a kill
     except OSError:
         raise RunError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
-    if (free := shutil.disk_usage(folder).free) < needed:
+    if (free := shutil.disk_usage(folder).free) + sum(file.stat().st_size for file in folder.rglob("*")) < needed:             # states that are there make room for others
         raise RunError(f"{folder}: {free / 1e6:.0f} MB are free there, and the states of this run want {needed / 1e6:.0f} MB; free some, lower --keep, or choose another --out")
     return file
 

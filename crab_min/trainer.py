@@ -12,6 +12,7 @@ import math
 import random
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -196,9 +197,12 @@ def run(config: TrainConfig, preset: str) -> dict:
     except torch.OutOfMemoryError as error:
         raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, or give --max-tokens; the step stays the same. --checkpointing, --frames and --quantize 4bit save too; "
                        "`--plan` says what the parts need") from error
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror}); free some space, then the same command goes on from the last state") from error
     finally:
         if rank() == 0:
-            draw_curves(folder / "curves.png", folder / "log.csv")
+            with suppress(OSError):                                           # a full disk, which is named already
+                draw_curves(folder / "curves.png", folder / "log.csv")
     if rank() == 0:
         save_trained(folder, model)
     metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
