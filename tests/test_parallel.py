@@ -30,6 +30,11 @@ def column(run: Path, name: str) -> list[float]:
     return [float(row[name]) for row in csv.DictReader(open(run / "log.csv"))]
 
 
+def ranks_of(run: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started."""
+    return [int(line) for line in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()]
+
+
 @pytest.fixture(scope="module")
 def runs(small_world, tmp_path_factory) -> Path:
     """One process that takes two batches a step, two that take one each, and two with a sharded LM."""
@@ -58,12 +63,13 @@ def test_a_run_of_two_is_a_run_like_any_other(runs, small_world, tmp_path):
 
 
 def test_on_another_number_of_processes_a_run_goes_on_with_the_next_batches(runs, small_world, tmp_path):
-    run = subprocess.Popen([*TWO, str(ROOT / "train.py"), "--data", str(small_world), *FLAGS, "--save-every", "10", "--out", str(tmp_path / "run")], cwd=tmp_path, env=ENVIRONMENT, start_new_session=True,
+    run = subprocess.Popen([*TWO, str(ROOT / "train.py"), "--data", str(small_world), *FLAGS, "--save-every", "10", "--out", str(tmp_path / "run")], cwd=tmp_path, env=ENVIRONMENT,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 200
     while not (tmp_path / "run" / "state" / "step_10").exists() and time.time() < deadline and run.poll() is None:
         time.sleep(.01)
-    os.killpg(run.pid, signal.SIGKILL)
+    for process in [run.pid, *ranks_of(run)]:
+        os.kill(process, signal.SIGKILL)
     run.wait()
     assert start(small_world, tmp_path / "run", "--save-every", "10", processes=[sys.executable]).returncode == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == [[0, 2], [10, 1]]
@@ -121,7 +127,7 @@ def test_when_one_process_dies_the_other_ends(small_world, tmp_path):
     while not (log.exists() and len(log.read_text().splitlines()) > 3) and time.time() < deadline and run.poll() is None:
         time.sleep(.1)
     assert run.poll() is None
-    ranks = [int(line) for line in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()]
+    ranks = ranks_of(run)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     assert run.wait(timeout=60) != 0
