@@ -195,8 +195,8 @@ def run(config: TrainConfig, preset: str) -> dict:
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
     except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, or give --max-tokens; the step stays the same. --checkpointing, --frames and --quantize 4bit save too; "
-                       "`--plan` says what the parts need") from error
+        raise RunError(f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise --accumulate as much, or give --max-tokens; the step stays the same. "
+                       "--checkpointing, --frames and --quantize 4bit save too; `--plan` says what the parts need") from error
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); free some space, then the same command goes on from the last state") from error
     finally:

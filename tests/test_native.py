@@ -139,7 +139,7 @@ def test_weights_that_are_not_there_say_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize("backbone", ["native", "llava", "crema"])
-def test_a_base_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone, small_world, tmp_path):
+def test_a_base_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone):
     pytest.importorskip("bitsandbytes")
     whole, small = (load_model(BackboneConfig(backbone=backbone, weights="tiny-random", quantize=quantize)).to("cpu") for quantize in ("", "4bit"))
     batches = [model.collate([[Part("text", "What is it?")]], [[]], ["A dog."]) for model in (whole, small)]
