@@ -84,7 +84,7 @@ import torch
 from crab_min.composed import load_base
 from crab_min.interface import Part
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.parallel import add_gradients, gather, join, rank, same_everywhere
+from crab_min.parallel import add_gradients, gather, join, leave, rank, same_everywhere
 join()
 torch.manual_seed(rank())                                      # replicas that begin apart
 model = load_base(ASSETS / "base")
@@ -110,6 +110,7 @@ for step in range(4):
     optimizer.zero_grad()
 sums = gather(sum(p.double().sum().item() for p in trained))
 assert sums[0] == sums[1], sums
+leave()
 """
 
 
