@@ -14,7 +14,7 @@ from crab_min.base import BaseConfig, train_base
 from crab_min.config import PRESETS, STAGES
 from crab_min.flags import Parser, add_flags, from_flags, one_line
 from crab_min.parallel import leave
-from crab_min.plan import plan, report
+from crab_min.tools.plan import plan, report
 from crab_min.trainer import TrainConfig, run, run_arms
 
 

@@ -31,7 +31,7 @@ from transformers.utils import is_bitsandbytes_available
 from crab_min.backbones import quantize
 from crab_min.ilora import ILoraConfig, ILoraLinear
 from crab_min.model import LLM_LINEARS
-from crab_min.plan import make_lm, sizes_of
+from crab_min.tools.plan import make_lm, sizes_of
 from crab_min.run_log import PEAK, multiplied
 from crab_min.world_tasks import WorldConfig, build_world
 

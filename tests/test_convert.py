@@ -5,9 +5,9 @@ from peft import get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import infer
-from crab_min import convert as command
+from crab_min.tools import convert as command
 from crab_min.composed import load_base
-from crab_min.convert import ConvertError, adapter_sizes, convert, read_checkpoint, revert
+from crab_min.tools.convert import ConvertError, adapter_sizes, convert, read_checkpoint, revert
 from crab_min.ilora import ILoraConfig
 from crab_min.native import load_native
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerModel
 
-from crab_min.convert import ConvertError, convert, from_blip2, missing_modalities, revert
+from crab_min.tools.convert import ConvertError, convert, from_blip2, missing_modalities, revert
 from crab_min.fusion import GatedFusion, over_frames
 from crab_min.model import ModelError, check_fit
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer

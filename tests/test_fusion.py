@@ -13,8 +13,8 @@ import infer
 import train
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.composed import load_base
-from crab_min.convert import main as convert_main
-from crab_min.convert import read_checkpoint
+from crab_min.tools.convert import main as convert_main
+from crab_min.tools.convert import read_checkpoint
 from crab_min.data import DataError, read_array, read_samples, side_part, with_sides
 from crab_min.evaluate import choose, options
 from crab_min.features import Features

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from crab_min.beats import fbank, load_beats
-from crab_min.convert import adapter_sizes, convert, revert
+from crab_min.tools.convert import adapter_sizes, convert, revert
 from crab_min.fusion import GatedFusion, Patch, PatchConfig, over_frames
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.interface import TASKS, gold, parse

@@ -12,8 +12,8 @@ from torch import nn
 
 import infer
 import train
-from crab_min.convert import main as convert_main
-from crab_min.convert import read_checkpoint
+from crab_min.tools.convert import main as convert_main
+from crab_min.tools.convert import read_checkpoint
 from crab_min.crema import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
 from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_frames, with_sides
 from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register

@@ -10,7 +10,7 @@ from crab_min.config import PRESETS
 from crab_min.data import read_samples
 from crab_min.features import Features
 from crab_min.model import AdapterConfig
-from crab_min.plan import activations, count_parameters, plan, sizes_of
+from crab_min.tools.plan import activations, count_parameters, plan, sizes_of
 from crab_min.trainer import TrainConfig
 
 

@@ -1,7 +1,7 @@
 """Released checkpoints -> run folders, and back: one table of names a paper, applied strictly in both directions.
 
-    python -m crab_min.convert crab_plus finetune_weights.bin --out runs/released
-    python -m crab_min.convert crab_plus runs/released --back finetune_weights.bin
+    python -m crab_min.tools.convert crab_plus finetune_weights.bin --out runs/released
+    python -m crab_min.tools.convert crab_plus runs/released --back finetune_weights.bin
 
 A row of a table is (released name, our name) with {places} that stand for the same in both; our name None: a released weight that serves
 nothing and is dropped. A name that fits no row is an error, so what is lost is written down here and nowhere else. One thing is more than a
@@ -370,7 +370,7 @@ def from_run(paper: str, run: Path, file: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="-m crab_min.convert", description="Released checkpoints to run folders, and back.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="-m crab_min.tools.convert", description="Released checkpoints to run folders, and back.", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=["crab", "crab-pretrain", "crab_plus", "pave", "crema"], help="whose names")
     parser.add_argument("files", nargs="+", help="released files (.bin, .pt, .safetensors); with --back a run folder")
     parser.add_argument("--out", default="", help="the run folder to write (default: runs/PAPER-released)")
