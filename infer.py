@@ -29,9 +29,9 @@ from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load
 from crab_min.model import ASSETS, AVLanguageModel, ModelError
 from crab_min.routes import record_routes
 from crab_min.segment import Sam2
-from crab_min.side_world import CHANNELS, build_side_world
+from crab_min.world.side_channels import CHANNELS, build_side_world
 from crab_min.viz import draw_answer, draw_routes, draw_sheet
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on
 

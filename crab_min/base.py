@@ -20,7 +20,7 @@ from crab_min.model import ModelError
 from crab_min.reading import check_base, train_read
 from crab_min.senses import train_hear, train_see
 from crab_min.statements import corpus
-from crab_min.world import Renderer
+from crab_min.world.scenes import Renderer
 
 
 @dataclass

@@ -21,11 +21,11 @@ from crab_min.composed import SPECIALS, ComposedModel
 from crab_min.interface import Part, mask_box
 from crab_min.metrics import iou
 from crab_min.model import MediaFeatures
-from crab_min.questions import ORDERS, at, only, times
+from crab_min.world.questions import ORDERS, at, only, times
 from crab_min.senses import banks_of, draw, train_stage, worn
 from crab_min.statements import annotated, pair_statements, statements
-from crab_min.things import SECONDS
-from crab_min.world import Renderer, Scene
+from crab_min.world.scenes.things import SECONDS
+from crab_min.world.scenes import Renderer, Scene
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
 

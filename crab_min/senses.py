@@ -20,8 +20,8 @@ from crab_min.beats import fbank
 from crab_min.composed import ComposedModel
 from crab_min.interface import GRID, mask_box
 from crab_min.model import ModelError, half_products
-from crab_min.things import SECONDS, SIZE
-from crab_min.world import EMOTIONS, Renderer, Scene
+from crab_min.world.scenes.things import SECONDS, SIZE
+from crab_min.world.scenes import EMOTIONS, Renderer, Scene
 
 BINS = GRID // 10 + 1                                  # the tens of a box edge, 0 to 22
 

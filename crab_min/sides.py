@@ -11,8 +11,8 @@ from crab_min.features import Features
 from crab_min.flags import RunError
 from crab_min.fusion import PatchConfig
 from crab_min.model import AVLanguageModel
-from crab_min.side_world import CHANNELS, build_side_world
-from crab_min.world_tasks import build_world
+from crab_min.world.side_channels import CHANNELS, build_side_world
+from crab_min.world.folders import build_world
 
 
 def side_names(config) -> list[str]:

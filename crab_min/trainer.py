@@ -35,7 +35,7 @@ from crab_min.parallel import add_gradients, from_first, join, rank, same_everyw
 from crab_min.run_log import RunLog, asked_to_stop, multiplied
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.viz import draw_curves, draw_scores, draw_sheet, draw_subsets
-from crab_min.world_tasks import WorldConfig
+from crab_min.world.folders import WorldConfig
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crab_min.composed import load_base
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 torch.set_num_threads(2)
 

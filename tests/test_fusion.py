@@ -21,8 +21,8 @@ from crab_min.features import Features
 from crab_min.fusion import Patch, PatchConfig, chunks, stretch
 from crab_min.media import MediaError, read_video
 from crab_min.model import AdapterConfig, ModelError
-from crab_min.side_world import CHANNELS, STRETCHES, build_side_world, make_show
-from crab_min.world import Renderer
+from crab_min.world.side_channels import CHANNELS, STRETCHES, build_side_world, make_show
+from crab_min.world.scenes import Renderer
 
 SMALL = PatchConfig(12, 10, 16, hidden=32, layers=1)
 

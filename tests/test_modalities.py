@@ -22,8 +22,8 @@ from crab_min.features import Features
 from crab_min.interface import Part
 from crab_min.media import MediaError, flow_pictures, read_flow, read_video, write_video
 from crab_min.model import ModelError
-from crab_min.side_world import CHANNELS, build_side_world, make_show
-from crab_min.world import Renderer
+from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
+from crab_min.world.scenes import Renderer
 
 NAMES = ["audio", "flow", "depth", "normals", "thermal", "touch", "points"]
 CONFIG = CremaConfig(modality_rank=4)

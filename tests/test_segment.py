@@ -20,7 +20,7 @@ from crab_min.evaluate import score_masks, second_stage
 from crab_min.interface import MASK_TOKENS, TASKS, Part, parse
 from crab_min.model import ASSETS, AdapterConfig, ModelError
 from crab_min.segment import MaskConfig, MaskDecoder, Sam2, box_mask, dice_loss, loss_of_masks, mask_loss
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 SMALL = MaskConfig(width_in=12, width_out=20, width=32, queries=5, feedforward=40, low=16, size=32)
 

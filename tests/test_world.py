@@ -13,9 +13,9 @@ from crab_min.annotations import box_and_points, mask_objects, mask_path, read_m
 from crab_min.data import load_media, read_samples
 from crab_min.interface import TASKS, mask_box, parse
 from crab_min.media import read_video
-from crab_min.things import SECONDS, WorldError
-from crab_min.world import FPS, Renderer
-from crab_min.world_tasks import TRAIN_ONLY, WorldConfig, build_world, clip_rows, match_rows, overlap
+from crab_min.world.scenes.things import SECONDS, WorldError
+from crab_min.world.scenes import FPS, Renderer
+from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world, clip_rows, match_rows, overlap
 
 SMALL = WorldConfig(world_clips=24, world_test=4)
 

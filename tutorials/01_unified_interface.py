@@ -15,7 +15,7 @@ from crab_min.data import drawn_media, read_samples
 from crab_min.interface import TASKS, parse, write
 from crab_min.metrics import score
 from crab_min.viz import draw_answer
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 SHOWN = ["a2v", "ucf", "meld", "avqa", "ave", "avvp", "ref_avs"]
 

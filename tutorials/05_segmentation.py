@@ -22,7 +22,7 @@ from crab_min.features import Features, Mixer
 from crab_min.model import ASSETS
 from crab_min.trainer import hold_answers, mask_tensor
 from crab_min.viz import save, tinted
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 # 1. An answer with mask tokens, and the mask that it stands for.
 root = build_world(WorldConfig(world_clips=1600, world_test=30), 0, still=True)          # one frame and a sound a clip, no videos

@@ -22,7 +22,7 @@ from crab_min.evaluate import choose
 from crab_min.features import Features, Mixer
 from crab_min.fusion import PatchConfig, chunks
 from crab_min.model import AdapterConfig
-from crab_min.side_world import build_side_world
+from crab_min.world.side_channels import build_side_world
 from crab_min.viz import draw_frames, save
 
 # 1. A question that ten frames cannot answer. The side channel stands in the prompt beside its video, and has no tokens of its own.

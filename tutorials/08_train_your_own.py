@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer
 import train
 from crab_min import data
-from crab_min.world_tasks import WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--clips", type=Path, default=Path("data/mine/clips"), help="folder of clips")

@@ -5,7 +5,7 @@ Everything is computed from the symbolic scene, never from pixels. Evidence is m
 import random
 from collections import defaultdict
 
-from crab_min.world import Object, Scene
+from crab_min.world.scenes import Object, Scene
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 MOVES = {"bouncing": "goes up and down", "sliding": "goes from side to side", "circling": "goes round and round",
