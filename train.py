@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # 
 if os.environ.get("RANK", "0") != "0":                                        # of several processes (torchrun) one shows how far they are
     os.environ["TQDM_DISABLE"] = "1"
 
-from crab_min.base import BaseConfig, train_base
+from crab_min.tinybase.make import BaseConfig, train_base
 from crab_min.config import PRESETS, STAGES
 from crab_min.flags import Parser, add_flags, from_flags, one_line
 from crab_min.parallel import leave

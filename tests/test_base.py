@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 
 import train
-from crab_min import base
+from crab_min.tinybase import make as base
 from crab_min.interface import GRID, TASKS, mask_box
 from crab_min.world.questions import at
-from crab_min.statements import annotated, in_short, pair_statements, statements
+from crab_min.tinybase.captions import annotated, in_short, pair_statements, statements
 from crab_min.world.scenes.things import SECONDS
 from crab_min.world.scenes import Renderer
 

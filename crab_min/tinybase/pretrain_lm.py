@@ -22,8 +22,8 @@ from crab_min.interface import Part, mask_box
 from crab_min.metrics import iou
 from crab_min.model import MediaFeatures
 from crab_min.world.questions import ORDERS, at, only, times
-from crab_min.senses import banks_of, draw, train_stage, worn
-from crab_min.statements import annotated, pair_statements, statements
+from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
+from crab_min.tinybase.captions import annotated, pair_statements, statements
 from crab_min.world.scenes.things import SECONDS
 from crab_min.world.scenes import Renderer, Scene
 
