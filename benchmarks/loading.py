@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crab_min.media import read_audio, read_video
+from crab_min.media.read import read_audio, read_video
 
 SIZES = ((10, 640, 360), (60, 640, 360), (10, 1920, 1080), (60, 1920, 1080))         # seconds, width, height
 

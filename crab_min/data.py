@@ -33,7 +33,7 @@ from crab_min.annotations import DataError, annotation_file, mask_classes, mask_
 from crab_min.encoders import ENCODERS
 from crab_min.flags import Parser, end_with_parent, one_line, write_whole
 from crab_min.interface import GRID, MASK_TOKENS, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write
-from crab_min.media import MediaError, media_seconds, read_audio, read_flow, read_image, read_video
+from crab_min.media.read import MediaError, media_seconds, read_audio, read_flow, read_image, read_video
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from crab_min.annotations import V1, DataError, mask_objects, read_mask, read_ro
 from crab_min.data import check, load_media, pick_tasks, read_samples
 from crab_min.evaluate import options
 from crab_min.interface import TASKS, parse
-from crab_min.media import write_video
+from crab_min.media.read import write_video
 
 CLIP = {"uid": "x_1", "vid": "x", "s_min": 0, "s_sec": 0, "a_obj": "dog", "label": ""}
 TURNS = [{"question": "who is there?", "answer": "a man with a cup"}, {"question": " does he speak?", "answer": "no"}, {"question": "where is he?", "answer": "in a kitchen"}]

@@ -19,7 +19,7 @@ from crab_min.data import DataError, read_array, read_samples, side_part, with_s
 from crab_min.evaluate import choose, options
 from crab_min.features import Features
 from crab_min.fusion import Patch, PatchConfig, chunks, stretch
-from crab_min.media import MediaError, read_video
+from crab_min.media.read import MediaError, read_video
 from crab_min.model import AdapterConfig, ModelError
 from crab_min.world.side_channels import CHANNELS, STRETCHES, build_side_world, make_show
 from crab_min.world.scenes import Renderer

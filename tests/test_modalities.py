@@ -20,7 +20,7 @@ from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncode
 from crab_min.evaluate import choose, options
 from crab_min.features import Features
 from crab_min.interface import Part
-from crab_min.media import MediaError, flow_pictures, read_flow, read_video, write_video
+from crab_min.media.read import MediaError, flow_pictures, read_flow, read_video, write_video
 from crab_min.model import ModelError
 from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
 from crab_min.world.scenes import Renderer

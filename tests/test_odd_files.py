@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crab_min.media import media_seconds, read_audio, read_image, read_video
+from crab_min.media.read import media_seconds, read_audio, read_image, read_video
 
 TONE = 440                                             # Hz
 

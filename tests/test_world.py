@@ -12,7 +12,7 @@ from PIL import Image
 from crab_min.annotations import box_and_points, mask_objects, mask_path, read_mask
 from crab_min.data import load_media, read_samples
 from crab_min.interface import TASKS, mask_box, parse
-from crab_min.media import read_video
+from crab_min.media.read import read_video
 from crab_min.world.scenes.things import SECONDS, WorldError
 from crab_min.world.scenes import FPS, Renderer
 from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world, clip_rows, match_rows, overlap
@@ -182,7 +182,7 @@ def test_audio_visual_questions_need_both_senses(asked, renderer):
 
 
 def test_things_from_a_folder(tmp_path, monkeypatch):
-    from crab_min.media import write_audio
+    from crab_min.media.read import write_audio
     with pytest.raises(WorldError, match="no such folder"):
         Renderer(str(tmp_path / "nowhere"))
     for i in range(4):

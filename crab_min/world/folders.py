@@ -23,7 +23,7 @@ from tqdm import tqdm
 from crab_min.annotations import box_and_points
 from crab_min.flags import end_with_parent
 from crab_min.interface import answer_tag, box_text, event_tag, points_text
-from crab_min.media import write_audio, write_video
+from crab_min.media.read import write_audio, write_video
 from crab_min.world.questions import MOVES, NUMBERS, balanced, choices, hears, listing, named, placed_at, questions, sentence, sounds
 from crab_min.world.scenes.things import RATE, SECONDS, SIZE
 from crab_min.world.scenes import FPS, VERSION, Renderer, Scene

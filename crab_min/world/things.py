@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crab_min.media import MediaError, read_audio
+from crab_min.media.read import MediaError, read_audio
 
 SIZE, RATE, SECONDS = 96, 16000, 10                    # of a clip of the world: pixels a side, Hz, s
 
