@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from crab_min.annotations import DataError, annotation_file, mask_classes, mask_objects, mask_path, read_mask, read_rows
+from crab_min.sources.av_uie import DataError, annotation_file, mask_classes, mask_objects, mask_path, read_mask, read_rows
 from crab_min.encoders import ENCODERS
 from crab_min.flags import Parser, end_with_parent, one_line, write_whole
 from crab_min.interface import GRID, MASK_TOKENS, TASKS, Answer, InterfaceError, Part, Task, audio_windows, build_prompt, gold, mask_box, parse, text_part, write

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab_min.annotations import CLASSES
+from crab_min.sources.av_uie import CLASSES
 from crab_min.composed import ComposedModel
 from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
 from crab_min.features import Features

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import train
-from crab_min.annotations import V1, DataError, mask_objects, read_mask, read_rows
+from crab_min.sources.av_uie import V1, DataError, mask_objects, read_mask, read_rows
 from crab_min.data import check, load_media, pick_tasks, read_samples
 from crab_min.evaluate import options
 from crab_min.interface import TASKS, parse

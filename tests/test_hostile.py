@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crab_min.annotations import DataError, read_list
+from crab_min.sources.av_uie import DataError, read_list
 from crab_min.media.read import MediaError, media_seconds, read_audio, read_image, read_video, write_audio, write_video
 
 SECONDS, BYTES = 10, 1e9                               # that one file may take
