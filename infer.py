@@ -23,14 +23,14 @@ from crab_min.backbones import BackboneConfig, load_model
 from crab_min.crema import CremaModel
 from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_frames, with_sides, without
 from crab_min.features import Features
-from crab_min.evaluate import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions
+from crab_min.evaluation.answering import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions
 from crab_min.flags import Parser, RunError, one_line, write_whole
 from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write
 from crab_min.model import ASSETS, AVLanguageModel, ModelError
-from crab_min.routes import record_routes
+from crab_min.evaluation.routing import record_routes
 from crab_min.segment import Sam2
 from crab_min.world.side_channels import CHANNELS, build_side_world
-from crab_min.viz import draw_answer, draw_routes, draw_sheet
+from crab_min.evaluation.pictures import draw_answer, draw_routes, draw_sheet
 from crab_min.world.folders import WorldConfig, build_world
 
 DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on

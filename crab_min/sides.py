@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crab_min.crema import CremaModel
 from crab_min.data import Sample, lacking, with_sides
-from crab_min.evaluate import answer, score_all
+from crab_min.evaluation.answering import answer, score_all
 from crab_min.features import Features
 from crab_min.flags import RunError
 from crab_min.fusion import PatchConfig

@@ -16,7 +16,7 @@ from crab_min.composed import load_base
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
 from crab_min.data import DataError, read_array, read_samples, side_part, with_sides
-from crab_min.evaluate import choose, options
+from crab_min.evaluation.answering import choose, options
 from crab_min.features import Features
 from crab_min.fusion import Patch, PatchConfig, chunks, stretch
 from crab_min.media.read import MediaError, read_video

@@ -19,8 +19,8 @@ from crab_min.tools.convert import adapter_sizes, convert, revert
 from crab_min.fusion import GatedFusion, Patch, PatchConfig, over_frames
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.interface import TASKS, gold, parse
-from crab_min.mask_metrics import null_s, soft
-from crab_min.metrics import av_f_scores, event_counts, score, segment_counts
+from crab_min.evaluation.mask_metrics import null_s, soft
+from crab_min.evaluation.metrics import av_f_scores, event_counts, score, segment_counts
 from crab_min.segment import MaskConfig, MaskDecoder, mask_loss
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
 

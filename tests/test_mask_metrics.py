@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from crab_min.mask_metrics import by_class, hard, null_s, soft
+from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 
 GOLD = np.array([[[1, 1], [0, 0]], [[0, 0], [0, 0]]], bool)                   # two frames: the upper half, nothing
 

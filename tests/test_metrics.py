@@ -5,7 +5,7 @@ import time
 import pytest
 
 from crab_min.interface import TASKS, Answer, gold
-from crab_min.metrics import best_constant, cleaned, score
+from crab_min.evaluation.metrics import best_constant, cleaned, score
 
 ERROR = Answer(error="no tag", text="...")
 

@@ -17,7 +17,7 @@ from crab_min.tools.convert import read_checkpoint
 from crab_min.crema import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
 from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_frames, with_sides
 from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register
-from crab_min.evaluate import choose, options
+from crab_min.evaluation.answering import choose, options
 from crab_min.features import Features
 from crab_min.interface import Part
 from crab_min.media.read import MediaError, flow_pictures, read_flow, read_video, write_video

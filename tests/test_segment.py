@@ -16,7 +16,7 @@ import train
 from crab_min.sources.av_uie import mask_classes
 from crab_min.backbones import BackboneConfig, load_model
 from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
-from crab_min.evaluate import score_masks, second_stage
+from crab_min.evaluation.answering import score_masks, second_stage
 from crab_min.interface import MASK_TOKENS, TASKS, Part, parse
 from crab_min.model import ASSETS, AdapterConfig, ModelError
 from crab_min.segment import MaskConfig, MaskDecoder, Sam2, box_mask, dice_loss, loss_of_masks, mask_loss

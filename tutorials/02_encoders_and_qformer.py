@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from crab_min.composed import load_base
 from crab_min.data import load_media, read_samples
-from crab_min.viz import draw_wave, save
+from crab_min.evaluation.pictures import draw_wave, save
 from crab_min.world.folders import WorldConfig, build_world
 
 # 1. A clip: frames (T, H, W, 3), and its sound in stretches that go with the frames.

@@ -19,7 +19,7 @@ import torch
 
 from crab_min.composed import SPECIALS, ComposedModel
 from crab_min.interface import Part, mask_box
-from crab_min.metrics import iou
+from crab_min.evaluation.metrics import iou
 from crab_min.model import MediaFeatures
 from crab_min.world.questions import ORDERS, at, only, times
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn

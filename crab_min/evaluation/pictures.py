@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from crab_min.interface import GRID, Answer
-from crab_min.routes import KINDS, Routes
+from crab_min.evaluation.routing import KINDS, Routes
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
 RATE = 16000

@@ -20,8 +20,8 @@ from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
 from crab_min.features import Features
 from crab_min.flags import write_whole
 from crab_min.interface import GRID, Answer, parse, write
-from crab_min.mask_metrics import by_class, hard, null_s, soft
-from crab_min.metrics import best_constant, score
+from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
+from crab_min.evaluation.metrics import best_constant, score
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
 from crab_min.parallel import gather, is_sharded, rank, world
