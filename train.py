@@ -13,7 +13,7 @@ if os.environ.get("RANK", "0") != "0":                                        # 
 from crab_min.tinybase.make import BaseConfig, train_base
 from crab_min.config import PRESETS, STAGES
 from crab_min.flags import Parser, add_flags, from_flags, one_line
-from crab_min.parallel import leave
+from crab_min.runs.processes import leave
 from crab_min.tools.plan import plan, report
 from crab_min.trainer import TrainConfig, run, run_arms
 

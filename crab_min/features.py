@@ -19,7 +19,7 @@ from crab_min.feature_cache import FeatureCache
 from crab_min.fusion import encode_side
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
-from crab_min.parallel import rank
+from crab_min.runs.processes import rank
 
 WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode
 

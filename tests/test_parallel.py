@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import infer
 from crab_min.flags import RunError
-from crab_min.parallel import join
+from crab_min.runs.processes import join
 
 ROOT = Path(__file__).parent.parent
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -84,7 +84,7 @@ import torch
 from crab_min.composed import load_base
 from crab_min.interface import Part
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.parallel import add_gradients, gather, join, leave, rank, same_everywhere
+from crab_min.runs.processes import add_gradients, gather, join, leave, rank, same_everywhere
 join()
 torch.manual_seed(rank())                                      # replicas that begin apart
 model = load_base(ASSETS / "base")

@@ -24,7 +24,7 @@ from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
-from crab_min.parallel import gather, is_sharded, rank, world
+from crab_min.runs.processes import gather, is_sharded, rank, world
 from crab_min.segment import Sam2, box_mask
 
 

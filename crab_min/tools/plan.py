@@ -28,7 +28,7 @@ from crab_min.fusion import GatedFusion, Patch, PatchConfig
 from crab_min.interface import TASKS, Task, audio_windows
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
-from crab_min.run_log import PEAK
+from crab_min.runs.log import PEAK
 from crab_min.segment import EACH, SCALES, MaskDecoder
 from crab_min.sides import modalities, side_names
 from crab_min.trainer import ALIGN, TrainConfig

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from crab_min.flags import RunError, write_whole
 from crab_min.model import AVLanguageModel
-from crab_min.parallel import gather, rank
+from crab_min.runs.processes import gather, rank
 
 
 def choose_folder(wanted: dict, out: str, name: str) -> Path:

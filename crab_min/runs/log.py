@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from crab_min.flags import write_whole
-from crab_min.parallel import rank, world
+from crab_min.runs.processes import rank, world
 
 HEADER = ["step", "loss", "tokens", "lr", "grad_norm", "seconds", "wait", "rows", "places", "metric", "live"]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}         # bfloat16 operations a second, dense
