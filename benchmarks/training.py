@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers.utils import is_bitsandbytes_available
 
-from crab_min.backbones import quantize
+from crab_min.backbones.load import quantize
 from crab_min.ilora import ILoraConfig, ILoraLinear
 from crab_min.model import LLM_LINEARS
 from crab_min.tools.plan import make_lm, sizes_of

@@ -14,7 +14,7 @@ from transformers import (Sam2Config, Sam2HieraDetConfig, Sam2ImageProcessor, Sa
 import infer
 import train
 from crab_min.sources.av_uie import mask_classes
-from crab_min.backbones import BackboneConfig, load_model
+from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
 from crab_min.evaluation.answering import score_masks, second_stage
 from crab_min.interface import MASK_TOKENS, TASKS, Part, parse

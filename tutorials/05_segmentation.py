@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from crab_min.backbones import BackboneConfig, load_model
+from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import gold_mask, load_media, read_samples, with_masks
 from crab_min.evaluation.answering import answer, draw_masks, score_masks, second_stage, token_limits
 from crab_min.features import Features, Mixer

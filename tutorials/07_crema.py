@@ -1,4 +1,4 @@
-"""Tutorial 7: CREMA, any modality through one Q-Former. Read beside arXiv 2402.05889 and crab_min/crema.py.
+"""Tutorial 7: CREMA, any modality through one Q-Former. Read beside arXiv 2402.05889 and crab_min/backbones/blip2.py.
 
     python tutorials/07_crema.py                    (about four minutes on a CPU; builds a small world the first time)
 
@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from crab_min.crema import CremaConfig, EarlyExit, load_crema
+from crab_min.backbones.load.blip2 import CremaConfig, EarlyExit, load_crema
 from crab_min.data import load_media, read_samples, with_frames, with_sides
 from crab_min.evaluation.answering import choose
 from crab_min.features import Features, Mixer

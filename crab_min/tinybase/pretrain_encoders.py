@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from crab_min.beats import fbank
-from crab_min.composed import ComposedModel
+from crab_min.backbones.load.composed import ComposedModel
 from crab_min.interface import GRID, mask_box
 from crab_min.model import ModelError, half_products
 from crab_min.world.scenes.things import SECONDS, SIZE

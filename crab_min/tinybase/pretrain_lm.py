@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from crab_min.composed import SPECIALS, ComposedModel
+from crab_min.backbones.load.composed import SPECIALS, ComposedModel
 from crab_min.interface import Part, mask_box
 from crab_min.evaluation.metrics import iou
 from crab_min.model import MediaFeatures
