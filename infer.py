@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import TextStreamer
 
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.backbones.load.blip2 import CremaModel
+from crab_min.backbones.blip2 import CremaModel
 from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_frames, with_sides, without
 from crab_min.features import Features
 from crab_min.evaluation.answering import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions

@@ -4,7 +4,7 @@
 """
 from pathlib import Path
 
-from crab_min.backbones.load.blip2 import CremaModel
+from crab_min.backbones.blip2 import CremaModel
 from crab_min.data import Sample, lacking, with_sides
 from crab_min.evaluation.answering import answer, score_all
 from crab_min.features import Features

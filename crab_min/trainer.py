@@ -24,7 +24,7 @@ from tqdm import tqdm
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_frames, with_sides
 from crab_min.runs.folder import choose_folder, claim, load_state, replace_whole, save_state, save_trained, states_of
-from crab_min.backbones.load.blip2 import CremaConfig, CremaModel, EarlyExit
+from crab_min.backbones.blip2 import CremaConfig, CremaModel, EarlyExit
 from crab_min.evaluation.answering import answer, cell, constants, draw_masks, examine_masks, mask_table, options, plan_batches, score_all, table, token_limits, write_predictions
 from crab_min.features import WORKERS, Features, Mixer
 from crab_min.flags import RunError, write_whole

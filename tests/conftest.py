@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.world.folders import WorldConfig, build_world
 
 torch.set_num_threads(2)

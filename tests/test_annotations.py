@@ -9,7 +9,8 @@ from PIL import Image
 
 import train
 from crab_min.sources.av_uie import V1, DataError, mask_objects, read_mask, read_rows
-from crab_min.data import check, load_media, pick_tasks, read_samples
+from crab_min.tools.check import check
+from crab_min.data import load_media, pick_tasks, read_samples
 from crab_min.evaluation.answering import options
 from crab_min.interface import TASKS, parse
 from crab_min.media.read import write_video

@@ -6,10 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infer
 from crab_min.tools import convert as command
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.tools.convert import ConvertError, adapter_sizes, convert, read_checkpoint, revert
 from crab_min.ilora import ILoraConfig
-from crab_min.backbones.load.omni import load_native
+from crab_min.backbones.omni import load_native
 
 
 def llama() -> LlamaForCausalLM:

@@ -12,6 +12,7 @@ import torch
 import infer
 import train
 from crab_min import data
+from crab_min.tools import check
 from crab_min.data import DataError, load_media, pick_tasks, read_samples, with_frames
 from crab_min.features import Features, Mixer
 from crab_min.interface import TASKS
@@ -219,7 +220,7 @@ def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsy
     del rows[2]["event"]
     (root / "ave" / "train.json").write_text(json.dumps(rows))
     out = tmp_path / "check.json"
-    assert data.main(["check", "--data", str(root), "--out", str(out), "--workers", "0"]) == 0
+    assert check.main(["--data", str(root), "--out", str(out), "--workers", "0"]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
     train = found["tasks"]["ave/train"]
     assert (train["rows"], train["bad_rows"], train["missing"], train["unreadable"]) == (len(rows), 1, 1, 1)
@@ -228,7 +229,7 @@ def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsy
     assert {b["path"] for b in found["bad"]} == {str(lost), str(broken)} and all(b["reason"] and b["rows"] for b in found["bad"])
     assert "ave/train/2" in found["rows"][0] and "'event'" in found["rows"][0]
     assert f"{found['files']} files, 2 of them missing or unreadable; 1 rows" in said
-    assert data.main(["check", "--data", str(tmp_path), "--out", str(out)]) == 2
+    assert check.main(["--data", str(tmp_path), "--out", str(out)]) == 2
     assert "no annotation file" in capsys.readouterr().err
 
 
@@ -237,5 +238,5 @@ def test_check_of_headers_alone_still_misses_no_missing_file(small_world, tmp_pa
     shutil.copytree(small_world / "ave", root / "ave")
     row = json.loads((root / "ave" / "test.json").read_text())[0]
     (root / "ave" / "audio" / row["audio_path"]).unlink()
-    found = data.check(root, ["ave"], decode=False, workers=0)
+    found = check.check(root, ["ave"], decode=False, workers=0)
     assert [b["path"] for b in found["bad"]] == [str(root / "ave" / "audio" / row["audio_path"])]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import infer
 import train
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
 from crab_min.data import DataError, read_array, read_samples, side_part, with_sides

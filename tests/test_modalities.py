@@ -14,7 +14,7 @@ import infer
 import train
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
-from crab_min.backbones.load.blip2 import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
+from crab_min.backbones.blip2 import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
 from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_frames, with_sides
 from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register
 from crab_min.evaluation.answering import choose, options

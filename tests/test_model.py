@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
 from crab_min.features import Features
 from crab_min.model import AdapterConfig, ModelError

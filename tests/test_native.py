@@ -11,7 +11,7 @@ import train
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.interface import Part
 from crab_min.model import AdapterConfig, ModelError
-from crab_min.backbones.load.omni import load_native
+from crab_min.backbones.omni import load_native
 
 RNG = np.random.default_rng(0)
 

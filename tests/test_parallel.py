@@ -81,7 +81,7 @@ def test_on_another_number_of_processes_a_run_goes_on_with_the_next_batches(runs
 SENSES = """
 import sys
 import torch
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.interface import Part
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.runs.processes import add_gradients, gather, join, leave, rank, same_everywhere

@@ -15,7 +15,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.data import load_media, read_samples
 from crab_min.evaluation.pictures import draw_wave, save
 from crab_min.world.folders import WorldConfig, build_world

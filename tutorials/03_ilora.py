@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
 
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
 from crab_min.features import Features, Mixer
 from crab_min.ilora import ILoraConfig, ILoraLinear, route

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from crab_min.backbones.load.composed import load_base
+from crab_min.backbones.composed import load_base
 from crab_min.data import load_media, read_samples, with_sides
 from crab_min.evaluation.answering import choose
 from crab_min.features import Features, Mixer

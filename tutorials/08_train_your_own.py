@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import infer
 import train
-from crab_min import data
+from crab_min.tools import check
 from crab_min.world.folders import WorldConfig, build_world
 
 parser = argparse.ArgumentParser()
@@ -60,7 +60,7 @@ print("With a field \"label\" (\"The dog opens its mouth, barking is heard. So <
 
 # 3. Look before you train: is each file there, does it decode, how long is it?
 own = ["--data", str(root), "--tasks", "ks"]
-assert data.main(["check", *own, "--out", str(root / "check.json")]) == 0
+assert check.main([*own, "--out", str(root / "check.json")]) == 0
 
 # 4. Will it fit? Nothing is downloaded for the answer.
 assert train.main(["crab_plus-7b", *own, "--plan"]) == 0

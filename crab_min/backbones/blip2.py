@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.backbones.load.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
+from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.fusion import GatedFusion, Patches, over_frames

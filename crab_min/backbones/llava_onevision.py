@@ -15,7 +15,7 @@ from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder
 from crab_min.fusion import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, ModelError, missing_weights
-from crab_min.backbones.load.omni import TEMPLATE
+from crab_min.backbones.omni import TEMPLATE
 
 
 class LlavaModel(AVLanguageModel):

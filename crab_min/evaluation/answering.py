@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from crab_min.sources.av_uie import CLASSES
-from crab_min.backbones.load.composed import ComposedModel
+from crab_min.backbones.composed import ComposedModel
 from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
 from crab_min.features import Features
 from crab_min.flags import write_whole

@@ -7,7 +7,7 @@ import random
 from crab_min.interface import TASKS, mask_box
 from crab_min.world.questions import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, compared, found, hears, length, listing, named, only, placed,
                                 placed_at, sentence, sounding, sounds)
-from crab_min.world.scenes.things import SECONDS, SIZE
+from crab_min.world.things import SECONDS, SIZE
 from crab_min.world.scenes import Object, Renderer, Scene
 from crab_min.world.folders import clip_rows
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from crab_min.beats import fbank
-from crab_min.backbones.load.composed import ComposedModel
+from crab_min.backbones.composed import ComposedModel
 from crab_min.interface import GRID, mask_box
 from crab_min.model import ModelError, half_products
-from crab_min.world.scenes.things import SECONDS, SIZE
+from crab_min.world.things import SECONDS, SIZE
 from crab_min.world.scenes import EMOTIONS, Renderer, Scene
 
 BINS = GRID // 10 + 1                                  # the tens of a box edge, 0 to 22

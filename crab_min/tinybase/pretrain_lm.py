@@ -17,14 +17,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from crab_min.backbones.load.composed import SPECIALS, ComposedModel
+from crab_min.backbones.composed import SPECIALS, ComposedModel
 from crab_min.interface import Part, mask_box
 from crab_min.evaluation.metrics import iou
 from crab_min.model import MediaFeatures
 from crab_min.world.questions import ORDERS, at, only, times
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
 from crab_min.tinybase.captions import annotated, pair_statements, statements
-from crab_min.world.scenes.things import SECONDS
+from crab_min.world.things import SECONDS
 from crab_min.world.scenes import Renderer, Scene
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
