@@ -10,12 +10,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")                      # 
 if os.environ.get("RANK", "0") != "0":                                        # of several processes (torchrun) one shows how far they are
     os.environ["TQDM_DISABLE"] = "1"
 
-from crab_min.tinybase.make import BaseConfig, train_base
-from crab_min.config import PRESETS, STAGES
-from crab_min.flags import Parser, add_flags, from_flags, one_line
-from crab_min.runs.processes import leave
-from crab_min.tools.plan import plan, report
-from crab_min.trainer import TrainConfig, run, run_arms
+from crab_min.installation import require_installation
+
+require_installation()
+
+from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
+from crab_min.config import PRESETS, STAGES  # noqa: E402
+from crab_min.flags import Parser, add_flags, from_flags, one_line  # noqa: E402
+from crab_min.runs.processes import leave  # noqa: E402
+from crab_min.tools.plan import plan, report  # noqa: E402
+from crab_min.trainer import TrainConfig, run, run_arms  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:

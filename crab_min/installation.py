@@ -1,0 +1,83 @@
+"""Check that the installed libraries work together, before a command imports them.
+
+torch, torchaudio and torchvision are built for one another: beside another release, or another
+build, of one of them, the next cannot be imported. transformers and peft change their interfaces
+from release to release. requirements.txt names the set that was tried.
+"""
+
+import importlib
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+BUILT_TOGETHER = ["torch", "torchaudio", "torchvision"]
+SAME_VERSION = ["transformers", "peft"]
+
+
+def require_installation() -> None:
+    """Exit with code 2 and one line if the installed libraries cannot work."""
+    fault = installation_fault()
+    if fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+def installation_fault() -> str:
+    """Say in one line what is installed, what is wanted and what mends it.
+
+    Returns:
+        The line, or "" if the libraries work together.
+    """
+    wanted = wanted_versions()
+
+    # another version, or none at all
+    wrong = [name for name in SAME_VERSION if installed_version(name) != wanted[name]]
+    wrong += [name for name in BUILT_TOGETHER if installed_version(name) == "missing"]
+    if wrong:
+        return describe(wrong, wanted, "")
+
+    # versions may differ from the wanted ones as long as the libraries load together
+    for name in BUILT_TOGETHER:
+        try:
+            module = importlib.import_module(name)
+            if name == "torchvision":
+                module.ops.nms  # the Python function
+                importlib.import_module("torch").ops.torchvision.nms  # the compiled operator behind it
+        except Exception as error:
+            reason = " ".join(f"{name}: {error}".split())[:160]
+            return describe(BUILT_TOGETHER, wanted, f" do not work together ({reason})")
+    return ""
+
+
+def wanted_versions() -> dict[str, str]:
+    """Return the pinned version of each direct dependency, by its name on PyPI.
+
+    A checkout has them in requirements.txt, an installed package in its metadata.
+    """
+    root = Path(__file__).parents[1]
+    if (root / "pyproject.toml").exists():
+        pins = (root / "requirements.txt").read_text(encoding="utf-8")
+    else:
+        pins = "\n".join(metadata.requires("crab_min"))
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", pins, re.MULTILINE))
+
+
+def installed_version(name: str) -> str:
+    """Return the version of an installed distribution without its build tag, or "missing"."""
+    try:
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def describe(names: list[str], wanted: dict[str, str], complaint: str) -> str:
+    """Put installed and wanted versions and the pip command into one line."""
+    installed = ", ".join(f"{name} {installed_version(name)}" for name in names)
+    expected = ", ".join(f"{name} {wanted[name]}" for name in names)
+    pins = " ".join(f"{name}=={wanted[name]}" for name in names)
+    reinstall = "--force-reinstall " if installed == expected else ""  # same versions, other builds
+    return (
+        f"installed: {installed}{complaint}; wanted: {expected}; "
+        f"run: python -m pip install {reinstall}{pins}"
+    )
