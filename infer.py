@@ -23,19 +23,45 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import TextStreamer  # noqa: E402
 
-from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
 from crab_min.backbones.blip2 import CremaModel  # noqa: E402
-from crab_min.data import MASKED, DataError, Sample, drawn_media, lacking, pick_tasks, read_samples, with_masks, with_frames, with_sides, without  # noqa: E402
-from crab_min.features import Features  # noqa: E402
-from crab_min.evaluation.answering import answer, cell, draw_masks, examine_masks, mask_table, score_all, second_stage, write_predictions  # noqa: E402
-from crab_min.flags import Parser, RunError, one_line, write_whole  # noqa: E402
-from crab_min.interface import TASKS, Answer, InterfaceError, build_prompt, load_prompts, parse, write  # noqa: E402
-from crab_min.model import ASSETS, AVLanguageModel, ModelError  # noqa: E402
-from crab_min.evaluation.routing import record_routes  # noqa: E402
-from crab_min.segment import Sam2  # noqa: E402
-from crab_min.world.side_channels import CHANNELS, build_side_world  # noqa: E402
+from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
+from crab_min.data import (  # noqa: E402
+    MASKED,
+    DataError,
+    Sample,
+    drawn_media,
+    lacking,
+    pick_tasks,
+    read_samples,
+    with_frames,
+    with_masks,
+    with_sides,
+    without,
+)
+from crab_min.errors import (
+    InterfaceError,  # noqa: E402
+    ModelError,  # noqa: E402
+    RunError,  # noqa: E402
+)
+from crab_min.evaluation.answering import (  # noqa: E402
+    answer,
+    cell,
+    draw_masks,
+    examine_masks,
+    mask_table,
+    score_all,
+    second_stage,
+    write_predictions,
+)
 from crab_min.evaluation.pictures import draw_answer, draw_routes, draw_sheet  # noqa: E402
+from crab_min.evaluation.routing import record_routes  # noqa: E402
+from crab_min.features import Features  # noqa: E402
+from crab_min.flags import Parser, one_line, write_whole  # noqa: E402
+from crab_min.interface import TASKS, Answer, build_prompt, load_prompts, parse, write  # noqa: E402
+from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
+from crab_min.segment import Sam2  # noqa: E402
 from crab_min.world.folders import WorldConfig, build_world  # noqa: E402
+from crab_min.world.side_channels import CHANNELS, build_side_world  # noqa: E402
 
 DEFAULT_LIMIT = 160                                    # answer tokens of a task that the run was not trained on
 

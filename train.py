@@ -14,10 +14,10 @@ from crab_min.installation import require_installation
 
 require_installation()
 
-from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
 from crab_min.config import PRESETS, STAGES  # noqa: E402
 from crab_min.flags import Parser, add_flags, from_flags, one_line  # noqa: E402
 from crab_min.runs.processes import leave  # noqa: E402
+from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
 from crab_min.tools.plan import plan, report  # noqa: E402
 from crab_min.trainer import TrainConfig, run, run_arms  # noqa: E402
 

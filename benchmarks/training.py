@@ -31,8 +31,8 @@ from transformers.utils import is_bitsandbytes_available
 from crab_min.backbones.load import quantize
 from crab_min.ilora import ILoraConfig, ILoraLinear
 from crab_min.model import LLM_LINEARS
-from crab_min.tools.plan import make_lm, sizes_of
 from crab_min.runs.log import PEAK, multiplied
+from crab_min.tools.plan import make_lm, sizes_of
 from crab_min.world.folders import WorldConfig, build_world
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"

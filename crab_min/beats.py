@@ -24,13 +24,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.compliance import kaldi
 
+from crab_min.errors import EncoderError
+
 MELS, MEAN, STD = 128, 15.41663, 6.55582               # of AudioSet's log-mel values, from the released code
 WEIGHTS = ("BEATs needs its published checkpoint, e.g. BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt (Crab's): "
            "download it from github.com/microsoft/unilm, folder beats, to any place on this machine, and give its path")
-
-
-class EncoderError(ValueError):
-    """An encoder that cannot be built or whose weights cannot be had: the value, what was expected, what to do."""
 
 
 @dataclass

@@ -21,10 +21,24 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation, Blip2VisionModel, CLIPVisionModel, PreTrainedModel, SiglipVisionModel
-from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForDepthEstimation,
+    Blip2VisionModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
-from crab_min.beats import Beats, BeatsConfig, EncoderError, fbank, load_beats
+from crab_min.beats import Beats, BeatsConfig, fbank, load_beats
+from crab_min.errors import EncoderError
 
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"       # of models made from a config; sdpa's backward is slow on a CPU
 

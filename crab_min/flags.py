@@ -8,10 +8,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 
-class RunError(ValueError):
-    """A run, its folder or its flags that cannot be used: which one, why, what to do."""
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors say in one line what is wrong and where help is."""
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crab_min.model import MediaFeatures, ModelError, check_fit
+from crab_min.errors import ModelError
+from crab_min.model import MediaFeatures, check_fit
 
 ROPE_SECTIONS, ROPE_BASE = (16, 24, 24), 1e4           # frequencies of time, row, column in a head of 128 (Qwen2-VL)
 

@@ -22,12 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from crab_min.errors import InterfaceError
+
 GRID = 224                                             # boxes and points are integers 0 .. GRID
 MASK_TOKENS = tuple(f"<mask_{k}>" for k in range(6))
-
-
-class InterfaceError(ValueError):
-    """A row or a prompt that does not fit its task: names the task, the field, the value and what is expected."""
 
 
 @dataclass(frozen=True, slots=True)

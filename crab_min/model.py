@@ -12,12 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")       # peft's own call, nothing a user can change
@@ -26,10 +34,6 @@ LINEARS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 LLM_LINEARS = r"model\.(language_model\.)?" + LINEARS                          # the seven linears of every layer of the LM
 # Crab+'s release names them without a path, which in Qwen2.5-Omni also fits q, k, v of the audio encoder and the MLPs of the vision encoder
 RELEASED_LINEARS = rf"({LLM_LINEARS}|model\.audio_tower\.layers\.\d+\.self_attn\.[qkv]_proj|model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj)"
-
-
-class ModelError(ValueError):
-    """A model, or weights, that cannot be used: which, what is wrong, what to do."""
 
 
 @dataclass

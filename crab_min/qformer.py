@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from crab_min.encoders import ATTENTION
-from crab_min.model import ModelError
+from crab_min.errors import ModelError
 
 
 @dataclass

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor
 
-from crab_min.sources.av_uie import CLASSES
 from crab_min.interface import GRID, MASK_TOKENS, Answer
 from crab_min.model import missing_weights
+from crab_min.sources.av_uie import CLASSES
 
 SCALES, EACH = 2, len(MASK_TOKENS) // 2                # three tokens for each of two layers of the vision encoder
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from crab_min.backbones.blip2 import CremaModel
 from crab_min.data import Sample, lacking, with_sides
+from crab_min.errors import RunError
 from crab_min.evaluation.answering import answer, score_all
 from crab_min.features import Features
-from crab_min.flags import RunError
 from crab_min.fusion import PatchConfig
 from crab_min.model import AVLanguageModel
-from crab_min.world.side_channels import CHANNELS, build_side_world
 from crab_min.world.folders import build_world
+from crab_min.world.side_channels import CHANNELS, build_side_world
 
 
 def side_names(config) -> list[str]:

@@ -21,20 +21,62 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import MASKED, Sample, examined_data, gold_mask, one_sense, pick_tasks, read_samples, with_masks, with_frames, with_sides
-from crab_min.runs.folder import choose_folder, claim, load_state, replace_whole, save_state, save_trained, states_of
 from crab_min.backbones.blip2 import CremaConfig, CremaModel, EarlyExit
-from crab_min.evaluation.answering import answer, cell, constants, draw_masks, examine_masks, mask_table, options, plan_batches, score_all, table, token_limits, write_predictions
-from crab_min.features import WORKERS, Features, Mixer
-from crab_min.flags import RunError, write_whole
-from crab_min.interface import TASKS, load_prompts, parse
+from crab_min.backbones.load import BackboneConfig, load_model
+from crab_min.data import (
+    MASKED,
+    Sample,
+    examined_data,
+    gold_mask,
+    one_sense,
+    pick_tasks,
+    read_samples,
+    with_frames,
+    with_masks,
+    with_sides,
+)
+from crab_min.errors import RunError
+from crab_min.evaluation.answering import (
+    answer,
+    cell,
+    constants,
+    draw_masks,
+    examine_masks,
+    mask_table,
+    options,
+    plan_batches,
+    score_all,
+    table,
+    token_limits,
+    write_predictions,
+)
 from crab_min.evaluation.metrics import score
-from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
-from crab_min.runs.processes import add_gradients, from_first, join, rank, same_everywhere, shard, total, world
-from crab_min.runs.log import RunLog, asked_to_stop, multiplied
-from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet, draw_subsets
+from crab_min.features import WORKERS, Features, Mixer
+from crab_min.flags import write_whole
+from crab_min.interface import TASKS, load_prompts, parse
+from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
+from crab_min.runs.folder import (
+    choose_folder,
+    claim,
+    load_state,
+    replace_whole,
+    save_state,
+    save_trained,
+    states_of,
+)
+from crab_min.runs.log import RunLog, asked_to_stop, multiplied
+from crab_min.runs.processes import (
+    add_gradients,
+    from_first,
+    join,
+    rank,
+    same_everywhere,
+    shard,
+    total,
+    world,
+)
+from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.world.folders import WorldConfig
 
 

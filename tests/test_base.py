@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 
 import train
-from crab_min.tinybase import make as base
 from crab_min.interface import GRID, TASKS, mask_box
-from crab_min.world.questions import at
+from crab_min.tinybase import make as base
 from crab_min.tinybase.captions import annotated, in_short, pair_statements, statements
-from crab_min.world.things import SECONDS
+from crab_min.world.questions import at
 from crab_min.world.scenes import Renderer
+from crab_min.world.things import SECONDS
 
 FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.002", "--read-steps", "3", "--check-scenes", "2", "--out"]
 

@@ -5,11 +5,12 @@ from peft import get_peft_model, set_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import infer
-from crab_min.tools import convert as command
 from crab_min.backbones.composed import load_base
-from crab_min.tools.convert import ConvertError, adapter_sizes, convert, read_checkpoint, revert
-from crab_min.ilora import ILoraConfig
 from crab_min.backbones.omni import load_native
+from crab_min.errors import ConvertError
+from crab_min.ilora import ILoraConfig
+from crab_min.tools import convert as command
+from crab_min.tools.convert import adapter_sizes, convert, read_checkpoint, revert
 
 
 def llama() -> LlamaForCausalLM:

@@ -12,10 +12,10 @@ import torch
 import infer
 import train
 from crab_min import data
-from crab_min.tools import check
 from crab_min.data import DataError, load_media, pick_tasks, read_samples, with_frames
 from crab_min.features import Features, Mixer
 from crab_min.interface import TASKS
+from crab_min.tools import check
 
 
 def test_all_real_rows_are_read_and_their_media_load(real_media):

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from crab_min.beats import Beats, BeatsConfig, EncoderError, distance_buckets, fbank, load_beats
+from crab_min.beats import Beats, BeatsConfig, distance_buckets, fbank, load_beats
 from crab_min.encoders import AudioEncoder, VisionEncoder
+from crab_min.errors import EncoderError
 
 BEATS = dict(embed_dim=16, encoder_embed_dim=32, encoder_ffn_embed_dim=48, encoder_layers=2, encoder_attention_heads=4,
              conv_pos=8, conv_pos_groups=4, num_buckets=32, max_distance=64)

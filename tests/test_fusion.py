@@ -11,18 +11,19 @@ from safetensors.torch import load_file
 
 import infer
 import train
-from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.backbones.composed import load_base
-from crab_min.tools.convert import main as convert_main
-from crab_min.tools.convert import read_checkpoint
+from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import DataError, read_array, read_samples, side_part, with_sides
+from crab_min.errors import MediaError, ModelError
 from crab_min.evaluation.answering import choose, options
 from crab_min.features import Features
 from crab_min.fusion import Patch, PatchConfig, chunks, stretch
-from crab_min.media.read import MediaError, read_video
-from crab_min.model import AdapterConfig, ModelError
-from crab_min.world.side_channels import CHANNELS, STRETCHES, build_side_world, make_show
+from crab_min.media.read import read_video
+from crab_min.model import AdapterConfig
+from crab_min.tools.convert import main as convert_main
+from crab_min.tools.convert import read_checkpoint
 from crab_min.world.scenes import Renderer
+from crab_min.world.side_channels import CHANNELS, STRETCHES, build_side_world, make_show
 
 SMALL = PatchConfig(12, 10, 16, hidden=32, layers=1)
 

@@ -17,8 +17,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crab_min.sources.av_uie import DataError, read_list
-from crab_min.media.read import MediaError, media_seconds, read_audio, read_image, read_video, write_audio, write_video
+from crab_min.errors import DataError, MediaError
+from crab_min.media.read import (
+    media_seconds,
+    read_audio,
+    read_image,
+    read_video,
+    write_audio,
+    write_video,
+)
+from crab_min.sources.av_uie import read_list
 
 SECONDS, BYTES = 10, 1e9                               # that one file may take
 KINDS = {".mp4": 60, ".mkv": 60, ".wav": 60, ".mp3": 60, ".jpg": 60, ".json": 30}             # files of each

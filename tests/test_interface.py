@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from crab_min.interface import (TASKS, Answer, InterfaceError, audio_windows, build_prompt, canonical, gold,
-                                load_prompts, parse, write)
+from crab_min.errors import InterfaceError
+from crab_min.interface import (
+    TASKS,
+    Answer,
+    audio_windows,
+    build_prompt,
+    canonical,
+    gold,
+    load_prompts,
+    parse,
+    write,
+)
 
 LABELS = ["Violin, fiddle", "Frying (food)", "dog", "people eating", "Fixed-wing aircraft, airplane",
           "Baby_laughter", "1st bell"]

@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crab_min.errors import MediaError
 from crab_min.media import read as media
-from crab_min.media.read import (MediaError, media_seconds, read_audio, read_image, read_video, write_audio, write_video)
+from crab_min.media.read import (
+    media_seconds,
+    read_audio,
+    read_image,
+    read_video,
+    write_audio,
+    write_video,
+)
 
 RATE = 16000
 REAL = Path(os.environ.get("CRAB_MEDIA", Path(__file__).parents[2] / "shared" / "media"))

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from crab_min.interface import TASKS, Answer, gold
 from crab_min.evaluation.metrics import best_constant, cleaned, score
+from crab_min.interface import TASKS, Answer, gold
 
 ERROR = Answer(error="no tag", text="...")
 

@@ -12,18 +12,27 @@ from torch import nn
 
 import infer
 import train
-from crab_min.tools.convert import main as convert_main
-from crab_min.tools.convert import read_checkpoint
 from crab_min.backbones.blip2 import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
-from crab_min.data import lacking, load_media, point_code, read_points, read_samples, side_part, with_frames, with_sides
+from crab_min.data import (
+    lacking,
+    load_media,
+    point_code,
+    read_points,
+    read_samples,
+    side_part,
+    with_frames,
+    with_sides,
+)
 from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register
+from crab_min.errors import MediaError, ModelError
 from crab_min.evaluation.answering import choose, options
 from crab_min.features import Features
 from crab_min.interface import Part
-from crab_min.media.read import MediaError, flow_pictures, read_flow, read_video, write_video
-from crab_min.model import ModelError
-from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
+from crab_min.media.read import flow_pictures, read_flow, read_video, write_video
+from crab_min.tools.convert import main as convert_main
+from crab_min.tools.convert import read_checkpoint
 from crab_min.world.scenes import Renderer
+from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
 
 NAMES = ["audio", "flow", "depth", "normals", "thermal", "touch", "points"]
 CONFIG = CremaConfig(modality_rank=4)

@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
+from crab_min.errors import ModelError
 from crab_min.features import Features
-from crab_min.model import AdapterConfig, ModelError
+from crab_min.model import AdapterConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import torch
 import infer
 import train
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.interface import Part
-from crab_min.model import AdapterConfig, ModelError
 from crab_min.backbones.omni import load_native
+from crab_min.errors import ModelError
+from crab_min.interface import Part
+from crab_min.model import AdapterConfig
 
 RNG = np.random.default_rng(0)
 

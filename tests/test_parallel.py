@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import infer
-from crab_min.flags import RunError
+from crab_min.errors import RunError
 from crab_min.runs.processes import join
 
 ROOT = Path(__file__).parent.parent

@@ -8,18 +8,35 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (Sam2Config, Sam2HieraDetConfig, Sam2ImageProcessor, Sam2MaskDecoderConfig, Sam2Model, Sam2Processor, Sam2PromptEncoderConfig,
-                          Sam2VisionConfig)
+from transformers import (
+    Sam2Config,
+    Sam2HieraDetConfig,
+    Sam2ImageProcessor,
+    Sam2MaskDecoderConfig,
+    Sam2Model,
+    Sam2Processor,
+    Sam2PromptEncoderConfig,
+    Sam2VisionConfig,
+)
 
 import infer
 import train
-from crab_min.sources.av_uie import mask_classes
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
+from crab_min.errors import ModelError
 from crab_min.evaluation.answering import score_masks, second_stage
 from crab_min.interface import MASK_TOKENS, TASKS, Part, parse
-from crab_min.model import ASSETS, AdapterConfig, ModelError
-from crab_min.segment import MaskConfig, MaskDecoder, Sam2, box_mask, dice_loss, loss_of_masks, mask_loss
+from crab_min.model import ASSETS, AdapterConfig
+from crab_min.segment import (
+    MaskConfig,
+    MaskDecoder,
+    Sam2,
+    box_mask,
+    dice_loss,
+    loss_of_masks,
+    mask_loss,
+)
+from crab_min.sources.av_uie import mask_classes
 from crab_min.world.folders import WorldConfig, build_world
 
 SMALL = MaskConfig(width_in=12, width_out=20, width=32, queries=5, feedforward=40, low=16, size=32)

@@ -17,10 +17,10 @@ import infer
 import train
 from crab_min import trainer
 from crab_min.data import one_sense, read_samples
+from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
-from crab_min.model import AVLanguageModel
 from crab_min.interface import TASKS
-from crab_min.flags import RunError
+from crab_min.model import AVLanguageModel
 from crab_min.runs.folder import claim
 
 ROOT = Path(__file__).parents[1]

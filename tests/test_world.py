@@ -9,13 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
 from crab_min.data import load_media, read_samples
+from crab_min.errors import WorldError
 from crab_min.interface import TASKS, mask_box, parse
 from crab_min.media.read import read_video
-from crab_min.world.things import SECONDS, WorldError
+from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
+from crab_min.world.folders import (
+    TRAIN_ONLY,
+    WorldConfig,
+    build_world,
+    clip_rows,
+    match_rows,
+    overlap,
+)
 from crab_min.world.scenes import FPS, Renderer
-from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world, clip_rows, match_rows, overlap
+from crab_min.world.things import SECONDS
 
 SMALL = WorldConfig(world_clips=24, world_test=4)
 

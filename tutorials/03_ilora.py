@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
+from crab_min.evaluation.pictures import draw_routes
+from crab_min.evaluation.routing import record_routes
 from crab_min.features import Features, Mixer
 from crab_min.ilora import ILoraConfig, ILoraLinear, route
 from crab_min.model import AdapterConfig
-from crab_min.evaluation.routing import record_routes
-from crab_min.evaluation.pictures import draw_routes
 from crab_min.world.folders import WorldConfig, build_world
 
 # 1. The equation: y = W x + (alpha / r) * sum_k w_k B_k A x, w = softmax(R x), each token by itself.

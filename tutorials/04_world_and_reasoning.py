@@ -16,12 +16,12 @@ import numpy as np
 
 from crab_min.data import drawn_media, read_samples
 from crab_min.evaluation.answering import table
-from crab_min.interface import TASKS, parse
-from crab_min.world.questions import questions
-from crab_min.trainer import TrainConfig, run
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.world.scenes import Renderer
+from crab_min.interface import TASKS, parse
+from crab_min.trainer import TrainConfig, run
 from crab_min.world.folders import WorldConfig, build_world
+from crab_min.world.questions import questions
+from crab_min.world.scenes import Renderer
 
 # 1. A scene is symbols: what there is, where, and in which seconds it is seen and heard. It is drawn from (seed, split, kind, index) alone.
 renderer = Renderer()

@@ -17,11 +17,17 @@ from tqdm import tqdm
 
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import gold_mask, load_media, read_samples, with_masks
-from crab_min.evaluation.answering import answer, draw_masks, score_masks, second_stage, token_limits
+from crab_min.evaluation.answering import (
+    answer,
+    draw_masks,
+    score_masks,
+    second_stage,
+    token_limits,
+)
+from crab_min.evaluation.pictures import save, tinted
 from crab_min.features import Features, Mixer
 from crab_min.model import ASSETS
 from crab_min.trainer import hold_answers, mask_tensor
-from crab_min.evaluation.pictures import save, tinted
 from crab_min.world.folders import WorldConfig, build_world
 
 # 1. An answer with mask tokens, and the mask that it stands for.

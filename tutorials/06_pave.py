@@ -19,11 +19,11 @@ from tqdm import tqdm
 from crab_min.backbones.composed import load_base
 from crab_min.data import load_media, read_samples, with_sides
 from crab_min.evaluation.answering import choose
+from crab_min.evaluation.pictures import draw_frames, save
 from crab_min.features import Features, Mixer
 from crab_min.fusion import PatchConfig, chunks
 from crab_min.model import AdapterConfig
 from crab_min.world.side_channels import build_side_world
-from crab_min.evaluation.pictures import draw_frames, save
 
 # 1. A question that ten frames cannot answer. The side channel stands in the prompt beside its video, and has no tokens of its own.
 file = build_side_world("", 300, 40, 0, ["fast"])

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from crab_min.backbones.blip2 import CremaConfig, EarlyExit, load_crema
 from crab_min.data import load_media, read_samples, with_frames, with_sides
 from crab_min.evaluation.answering import choose
+from crab_min.evaluation.pictures import draw_frames, draw_grid, save
 from crab_min.features import Features, Mixer
 from crab_min.world.side_channels import build_side_world
-from crab_min.evaluation.pictures import draw_frames, draw_grid, save
 
 SIDES, FRAMES, BATCHES, BATCH = ["flow", "depth"], 5, 240, 16
 CONFIG = CremaConfig(join="add", modality_rank=16, modality_dropout=.3)

@@ -24,13 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder, VisionEncoder
+from crab_min.errors import ModelError
 from crab_min.fusion import GatedFusion, Patches, over_frames
-from crab_min.model import AVLanguageModel, MediaFeatures, ModelError, check_fit, missing_weights
+from crab_min.model import AVLanguageModel, MediaFeatures, check_fit, missing_weights
 from crab_min.qformer import MultimodalConfig, MultimodalQFormer
 
 

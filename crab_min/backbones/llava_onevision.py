@@ -9,13 +9,20 @@ Shapes: T frames, R x R tokens a frame after the model's pooling, V width of its
 import tokenizers
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
+from crab_min.backbones.omni import TEMPLATE
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder
+from crab_min.errors import ModelError
 from crab_min.fusion import Patches
-from crab_min.model import AVLanguageModel, MediaFeatures, ModelError, missing_weights
-from crab_min.backbones.omni import TEMPLATE
+from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
 
 
 class LlavaModel(AVLanguageModel):

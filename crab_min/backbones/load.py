@@ -5,13 +5,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from crab_min.backbones.composed import ASSETS, ComposedModel, ModelConfig, load_base, load_tokenizer
-from crab_min.config import LLAMA_CHAT
 from crab_min.backbones.blip2 import load_crema
-from crab_min.encoders import DepthEncoder, register
+from crab_min.backbones.composed import (
+    ASSETS,
+    ComposedModel,
+    ModelConfig,
+    load_base,
+    load_tokenizer,
+)
 from crab_min.backbones.llava_onevision import load_llava
-from crab_min.model import LLM_LINEARS, AVLanguageModel, ModelError
 from crab_min.backbones.omni import load_native
+from crab_min.config import LLAMA_CHAT
+from crab_min.encoders import DepthEncoder, register
+from crab_min.errors import ModelError
+from crab_min.model import LLM_LINEARS, AVLanguageModel
 from crab_min.segment import SegmentConfig
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crab_min.errors import ModelError
 from crab_min.ilora import ILoraLayer, route
-from crab_min.model import AVLanguageModel, ModelError
+from crab_min.model import AVLanguageModel
 
 KINDS = ("text", "video", "image", "audio", "answer")  # of tokens: the prompt's words, its media, what is answered
 

@@ -26,6 +26,8 @@ from av.stream import Disposition
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageOps
 
+from crab_min.errors import MediaError
+
 CUT = .5         # seconds by which a file may end before the length it states
 JUMP = .04       # seconds by which the stamps of sound may wander (Matroska rounds to 1 ms) before it is a gap
 PREROLL = 1.     # seconds of sound decoded before and after a window: MP3, AAC and Opus need some to come into step
@@ -35,10 +37,6 @@ NEAR = 4         # frames before a wanted one that are all decoded, also those t
 BITS = 4         # a sample of compressed sound: at FFmpeg's default its AAC encoder distorts audibly
 CODECS = {".wav": ("wav", "pcm_s16le"), ".mp3": ("mp3", "libmp3lame"), ".m4a": ("mp4", "aac"),
           ".ogg": ("ogg", "libopus")}                                             # ending: container, codec
-
-
-class MediaError(ValueError):
-    """A media file that cannot be used: its path, the reason and what to do, in one line."""
 
 
 @dataclass

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from crab_min.flags import RunError, write_whole
+from crab_min.errors import RunError
+from crab_min.flags import write_whole
 from crab_min.model import AVLanguageModel
 from crab_min.runs.processes import gather, rank
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from crab_min.flags import RunError
+from crab_min.errors import RunError
 
 
 def join(patience: timedelta = timedelta(hours=1)) -> torch.device:

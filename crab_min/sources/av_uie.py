@@ -21,14 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from crab_min.errors import DataError
 from crab_min.interface import GRID, TASKS, answer_tag, box_text, gold, mask_box, points_text
 
-
 CLASSES = 71                                           # of AVSS, with the background
-
-
-class DataError(ValueError):
-    """An annotation file or row that cannot be used: which one, what is wrong, what to do."""
 
 
 def find(root: Path, task: str, split: str) -> tuple:

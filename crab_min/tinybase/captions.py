@@ -5,11 +5,30 @@ No statement is an instruction, a question or an answer of a task, and none carr
 import random
 
 from crab_min.interface import TASKS, mask_box
-from crab_min.world.questions import (EARLIER, LONGER, MOVES, NUMBERS, ORDERS, PLACES_TO_CHOOSE, at, compared, found, hears, length, listing, named, only, placed,
-                                placed_at, sentence, sounding, sounds)
-from crab_min.world.things import SECONDS, SIZE
-from crab_min.world.scenes import Object, Renderer, Scene
 from crab_min.world.folders import clip_rows
+from crab_min.world.questions import (
+    EARLIER,
+    LONGER,
+    MOVES,
+    NUMBERS,
+    ORDERS,
+    PLACES_TO_CHOOSE,
+    at,
+    compared,
+    found,
+    hears,
+    length,
+    listing,
+    named,
+    only,
+    placed,
+    placed_at,
+    sentence,
+    sounding,
+    sounds,
+)
+from crab_min.world.scenes import Object, Renderer, Scene
+from crab_min.world.things import SECONDS, SIZE
 
 FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
 COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about

@@ -14,12 +14,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from crab_min.backbones.composed import SPECIALS, ComposedModel, ModelConfig, load_base, load_tokenizer
+from crab_min.backbones.composed import (
+    SPECIALS,
+    ComposedModel,
+    ModelConfig,
+    load_base,
+    load_tokenizer,
+)
 from crab_min.config import TINY_MODEL
-from crab_min.model import ModelError
-from crab_min.tinybase.pretrain_lm import check_base, train_read
-from crab_min.tinybase.pretrain_encoders import train_hear, train_see
+from crab_min.errors import ModelError
 from crab_min.tinybase.captions import corpus
+from crab_min.tinybase.pretrain_encoders import train_hear, train_see
+from crab_min.tinybase.pretrain_lm import check_base, train_read
 from crab_min.world.scenes import Renderer
 
 

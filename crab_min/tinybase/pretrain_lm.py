@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from crab_min.backbones.composed import SPECIALS, ComposedModel
-from crab_min.interface import Part, mask_box
 from crab_min.evaluation.metrics import iou
+from crab_min.interface import Part, mask_box
 from crab_min.model import MediaFeatures
-from crab_min.world.questions import ORDERS, at, only, times
-from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
 from crab_min.tinybase.captions import annotated, pair_statements, statements
-from crab_min.world.things import SECONDS
+from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
+from crab_min.world.questions import ORDERS, at, only, times
 from crab_min.world.scenes import Renderer, Scene
+from crab_min.world.things import SECONDS
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
 

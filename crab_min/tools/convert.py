@@ -24,15 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crab_min.config import PRESETS
+from crab_min.errors import ConvertError
 from crab_min.flags import Parser, one_line, write_whole
 from crab_min.fusion import Patch, PatchConfig, Patches
 from crab_min.model import check_fit
 from crab_min.trainer import TrainConfig
-
-
-class ConvertError(ValueError):
-    """A checkpoint that cannot be read or does not have the expected names: which, what was expected, what to do."""
-
 
 PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "m": r"(\w+)", "layer_number": r"(\d+)", "x": r"(\w+(?:\.\w+)*)"}  # what a {place} stands for
 

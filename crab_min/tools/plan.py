@@ -16,11 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2_5OmniThinkerConfig,
-                          Qwen2_5OmniThinkerForConditionalGeneration)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
 
-from crab_min.beats import Beats, BeatsConfig
 from crab_min.backbones.composed import load_tokenizer
+from crab_min.beats import Beats, BeatsConfig
 from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES

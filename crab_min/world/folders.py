@@ -20,13 +20,25 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from crab_min.sources.av_uie import box_and_points
 from crab_min.flags import end_with_parent
 from crab_min.interface import answer_tag, box_text, event_tag, points_text
 from crab_min.media.read import write_audio, write_video
-from crab_min.world.questions import MOVES, NUMBERS, balanced, choices, hears, listing, named, placed_at, questions, sentence, sounds
-from crab_min.world.things import RATE, SECONDS, SIZE
+from crab_min.sources.av_uie import box_and_points
+from crab_min.world.questions import (
+    MOVES,
+    NUMBERS,
+    balanced,
+    choices,
+    hears,
+    listing,
+    named,
+    placed_at,
+    questions,
+    sentence,
+    sounds,
+)
 from crab_min.world.scenes import FPS, VERSION, Renderer, Scene
+from crab_min.world.things import RATE, SECONDS, SIZE
 
 EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
 ROWS = 3                                               # a change of rows alone needs a new number here, and no new base

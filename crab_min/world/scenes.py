@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crab_min.world.things import RATE, SECONDS, SIZE, Thing, backgrounds_from, drawn_things, things_from
+from crab_min.world.things import (
+    RATE,
+    SECONDS,
+    SIZE,
+    Thing,
+    backgrounds_from,
+    drawn_things,
+    things_from,
+)
 
 VERSION = 7                                            # a change of what is drawn or said needs a new version, and a new base
 FPS = 25                                               # frames a second

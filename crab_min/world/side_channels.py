@@ -32,8 +32,8 @@ from tqdm import tqdm
 from crab_min.flags import end_with_parent
 from crab_min.interface import answer_tag
 from crab_min.media.read import FLOW_GAP, flow_pictures, write_video
-from crab_min.world.things import RATE, SECONDS, SIZE
 from crab_min.world.scenes import FPS, Object, Renderer, Scene
+from crab_min.world.things import RATE, SECONDS, SIZE
 
 VERSION = 5
 STRETCHES = 4

@@ -12,13 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crab_min.media.read import MediaError, read_audio
+from crab_min.errors import MediaError, WorldError
+from crab_min.media.read import read_audio
 
 SIZE, RATE, SECONDS = 96, 16000, 10                    # of a clip of the world: pixels a side, Hz, s
-
-
-class WorldError(ValueError):
-    """A folder of things that cannot be used, with the file and what to do."""
 
 
 @dataclass
