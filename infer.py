@@ -23,6 +23,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import TextStreamer  # noqa: E402
 
+from crab_min.answers import Answer, parse, write  # noqa: E402
 from crab_min.backbones.blip2 import CremaModel  # noqa: E402
 from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
 from crab_min.data import (  # noqa: E402
@@ -57,9 +58,10 @@ from crab_min.evaluation.pictures import draw_answer, draw_routes, draw_sheet  #
 from crab_min.evaluation.routing import record_routes  # noqa: E402
 from crab_min.features import Features  # noqa: E402
 from crab_min.flags import Parser, one_line, write_whole  # noqa: E402
-from crab_min.interface import TASKS, Answer, build_prompt, load_prompts, parse, write  # noqa: E402
+from crab_min.interface import build_prompt, load_prompts  # noqa: E402
 from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
 from crab_min.segment import Sam2  # noqa: E402
+from crab_min.tasks import TASKS  # noqa: E402
 from crab_min.world.folders import WorldConfig, build_world  # noqa: E402
 from crab_min.world.side_channels import CHANNELS, build_side_world  # noqa: E402
 

@@ -21,24 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from crab_min.answers import GRID, MASK_TOKENS, Answer, gold, mask_box, parse, write
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError, InterfaceError, MediaError
 from crab_min.flags import end_with_parent
-from crab_min.interface import (
-    GRID,
-    MASK_TOKENS,
-    TASKS,
-    Answer,
-    Part,
-    Task,
-    audio_windows,
-    build_prompt,
-    gold,
-    mask_box,
-    parse,
-    text_part,
-    write,
-)
+from crab_min.interface import Part, audio_windows, build_prompt, text_part
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.sources.av_uie import (
     annotation_file,
@@ -48,6 +35,7 @@ from crab_min.sources.av_uie import (
     read_mask,
     read_rows,
 )
+from crab_min.tasks import TASKS, Task
 
 
 @dataclass(slots=True)

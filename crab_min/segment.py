@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2Model, Sam2Processor
 
-from crab_min.interface import GRID, MASK_TOKENS, Answer
+from crab_min.answers import GRID, MASK_TOKENS, Answer
 from crab_min.model import missing_weights
 from crab_min.sources.av_uie import CLASSES
 

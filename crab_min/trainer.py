@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from crab_min.answers import parse
 from crab_min.backbones.blip2 import CremaConfig, CremaModel, EarlyExit
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import (
@@ -54,7 +55,7 @@ from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.features import WORKERS, Features, Mixer
 from crab_min.flags import write_whole
-from crab_min.interface import TASKS, load_prompts, parse
+from crab_min.interface import load_prompts
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
 from crab_min.runs.folder import (
     choose_folder,
@@ -77,6 +78,7 @@ from crab_min.runs.processes import (
     world,
 )
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
+from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig
 
 

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 import train
+from crab_min.answers import parse
 from crab_min.data import load_media, pick_tasks, read_samples
 from crab_min.errors import DataError
 from crab_min.evaluation.answering import options
-from crab_min.interface import TASKS, parse
 from crab_min.media.read import write_video
 from crab_min.sources.av_uie import V1, mask_objects, read_mask, read_rows
+from crab_min.tasks import TASKS
 from crab_min.tools.check import check
 
 CLIP = {"uid": "x_1", "vid": "x", "s_min": 0, "s_sec": 0, "a_obj": "dog", "label": ""}

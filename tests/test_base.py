@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 import train
-from crab_min.interface import GRID, TASKS, mask_box
+from crab_min.answers import GRID, mask_box
+from crab_min.tasks import TASKS
 from crab_min.tinybase import make as base
 from crab_min.tinybase.captions import annotated, in_short, pair_statements, statements
 from crab_min.world.questions import at

@@ -14,7 +14,7 @@ import train
 from crab_min import data
 from crab_min.data import DataError, load_media, pick_tasks, read_samples, with_frames
 from crab_min.features import Features, Mixer
-from crab_min.interface import TASKS
+from crab_min.tasks import TASKS
 from crab_min.tools import check
 
 

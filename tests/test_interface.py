@@ -5,18 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from crab_min.answers import Answer, canonical, gold, parse, write
 from crab_min.errors import InterfaceError
-from crab_min.interface import (
-    TASKS,
-    Answer,
-    audio_windows,
-    build_prompt,
-    canonical,
-    gold,
-    load_prompts,
-    parse,
-    write,
-)
+from crab_min.interface import audio_windows, build_prompt, load_prompts
+from crab_min.tasks import TASKS
 
 LABELS = ["Violin, fiddle", "Frying (food)", "dog", "people eating", "Fixed-wing aircraft, airplane",
           "Baby_laughter", "1st bell"]

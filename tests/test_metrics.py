@@ -4,8 +4,9 @@ import time
 
 import pytest
 
+from crab_min.answers import Answer, gold
 from crab_min.evaluation.metrics import best_constant, cleaned, score
-from crab_min.interface import TASKS, Answer, gold
+from crab_min.tasks import TASKS
 
 ERROR = Answer(error="no tag", text="...")
 

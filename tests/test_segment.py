@@ -21,11 +21,12 @@ from transformers import (
 
 import infer
 import train
+from crab_min.answers import MASK_TOKENS, parse
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
 from crab_min.errors import ModelError
 from crab_min.evaluation.answering import score_masks, second_stage
-from crab_min.interface import MASK_TOKENS, TASKS, Part, parse
+from crab_min.interface import Part
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.segment import (
     MaskConfig,
@@ -37,6 +38,7 @@ from crab_min.segment import (
     mask_loss,
 )
 from crab_min.sources.av_uie import mask_classes
+from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
 SMALL = MaskConfig(width_in=12, width_out=20, width=32, queries=5, feedforward=40, low=16, size=32)

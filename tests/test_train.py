@@ -19,9 +19,9 @@ from crab_min import trainer
 from crab_min.data import one_sense, read_samples
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
-from crab_min.interface import TASKS
 from crab_min.model import AVLanguageModel
 from crab_min.runs.folder import claim
+from crab_min.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "6", "--batch-size", "4", "--save-every", "2", "--r", "4", "--alpha", "8"]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from crab_min.answers import mask_box, parse
 from crab_min.data import load_media, read_samples
 from crab_min.errors import WorldError
-from crab_min.interface import TASKS, mask_box, parse
 from crab_min.media.read import read_video
 from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
+from crab_min.tasks import TASKS
 from crab_min.world.folders import (
     TRAIN_ONLY,
     WorldConfig,

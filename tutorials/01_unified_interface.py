@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from crab_min.answers import parse, write
 from crab_min.data import drawn_media, read_samples
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.interface import TASKS, parse, write
+from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
 SHOWN = ["a2v", "ucf", "meld", "avqa", "ave", "avvp", "ref_avs"]

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from crab_min.answers import parse
 from crab_min.data import drawn_media, read_samples
 from crab_min.evaluation.answering import table
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.interface import TASKS, parse
+from crab_min.tasks import TASKS
 from crab_min.trainer import TrainConfig, run
 from crab_min.world.folders import WorldConfig, build_world
 from crab_min.world.questions import questions

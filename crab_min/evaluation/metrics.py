@@ -19,7 +19,8 @@ from collections import Counter
 from functools import lru_cache
 from statistics import fmean, median_low
 
-from crab_min.interface import WORDS, Answer, Task, canonical, write
+from crab_min.answers import WORDS, Answer, canonical, write
+from crab_min.tasks import Task
 
 SECONDS = 10                                           # AVE and LLP clips, and UnAV as cut for AV-UIE v2
 

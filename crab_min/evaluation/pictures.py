@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from crab_min.answers import GRID, Answer
 from crab_min.evaluation.routing import KINDS, Routes
-from crab_min.interface import GRID, Answer
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
 RATE = 16000

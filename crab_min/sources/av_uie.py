@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from crab_min.answers import GRID, answer_tag, box_text, gold, mask_box, points_text
 from crab_min.errors import DataError
-from crab_min.interface import GRID, TASKS, answer_tag, box_text, gold, mask_box, points_text
+from crab_min.tasks import TASKS
 
 CLASSES = 71                                           # of AVSS, with the background
 

@@ -4,7 +4,8 @@ No statement is an instruction, a question or an answer of a task, and none carr
 """
 import random
 
-from crab_min.interface import TASKS, mask_box
+from crab_min.answers import mask_box
+from crab_min.tasks import TASKS
 from crab_min.world.folders import clip_rows
 from crab_min.world.questions import (
     EARLIER,

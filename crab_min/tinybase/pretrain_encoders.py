@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from crab_min.answers import GRID, mask_box
 from crab_min.backbones.composed import ComposedModel
 from crab_min.beats import fbank
 from crab_min.errors import ModelError
-from crab_min.interface import GRID, mask_box
 from crab_min.model import half_products
 from crab_min.world.scenes import EMOTIONS, Renderer, Scene
 from crab_min.world.things import SECONDS, SIZE

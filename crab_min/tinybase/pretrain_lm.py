@@ -17,9 +17,10 @@ from functools import partial
 import numpy as np
 import torch
 
+from crab_min.answers import mask_box
 from crab_min.backbones.composed import SPECIALS, ComposedModel
 from crab_min.evaluation.metrics import iou
-from crab_min.interface import Part, mask_box
+from crab_min.interface import Part
 from crab_min.model import MediaFeatures
 from crab_min.tinybase.captions import annotated, pair_statements, statements
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn

@@ -11,10 +11,11 @@ from statistics import median
 
 from tqdm import tqdm
 
+from crab_min.answers import GRID, parse
 from crab_min.data import DataError, Sample, decoding, make_sample, pick_tasks
 from crab_min.flags import Parser, one_line, write_whole
-from crab_min.interface import GRID, TASKS, parse
 from crab_min.sources.av_uie import annotation_file, read_rows
+from crab_min.tasks import TASKS
 
 
 def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dict:

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from crab_min.answers import answer_tag, box_text, event_tag, points_text
 from crab_min.flags import end_with_parent
-from crab_min.interface import answer_tag, box_text, event_tag, points_text
 from crab_min.media.read import write_audio, write_video
 from crab_min.sources.av_uie import box_and_points
 from crab_min.world.questions import (
