@@ -211,37 +211,5 @@ class Patches(nn.ModuleDict):
 
 
 # --- CREMA: side modalities become one stream beside the video ---------------------------------------------------------------
-class GatedFusion(nn.Module):
-    """The tokens of the side modalities `names`, all D wide, as one (2402.05889, Fig. 1): Z = sigmoid(F) * F, F = W [Z_1; ...; Z_M-1] + b.
-
-    That is SiLU after a linear, so its columns follow the order of `names` (without the video, which is not fused). Raises ModelError: no names.
-    """
-
-    def __init__(self, names: list[str], width: int):
-        super().__init__()
-        if not names or len(set(names)) < len(names):
-            raise ModelError(f"fusion of {list(names)}: give the names of the side modalities, one or more, each once")
-        self.names, self.linear = list(names), nn.Linear(len(names) * width, width)
-
-    def forward(self, sides: dict[str, Tensor], present: dict[str, Tensor] | None = None) -> Tensor:
-        """sides: name -> tokens (B, ..., D), all of one shape -> (B, ..., D), as many tokens as one of them has.
-
-        A name that is not given, or whose `present` (B,) is False for a sample, counts as zero tokens. Raises ModelError: unknown name, unequal shapes.
-        """
-        shapes, width = {name: tuple(x.shape) for name, x in sides.items()}, self.linear.out_features
-        if len(set(shapes.values())) != 1 or not sides.keys() <= set(self.names) or next(iter(shapes.values()))[-1] != width:
-            raise ModelError(f"fusion of {', '.join(self.names)}: wants one or more of these, all of one shape and {width} wide, got {shapes or 'none'}; over_frames "
-                             "gives a modality of other steps the video's")
-        rows = [sides.get(name, torch.zeros_like(next(iter(sides.values())))) for name in self.names]
-        for i, name in enumerate(self.names):
-            if present and name in present:
-                rows[i] = rows[i].masked_fill(~present[name].view(-1, *[1] * (rows[i].ndim - 1)), 0)
-        return F.silu(self.linear(torch.cat(rows, -1)))
 
 
-def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
-    """Tokens (B, U, Q, D) of a modality in steps of its own (stretches of sound, 3D) -> (B, frames, Q, D): their mean over U at each frame, as released;
-    aligned: at each frame the mean of the steps of its time."""
-    if aligned:
-        return F.adaptive_avg_pool1d(x.flatten(2).mT, frames).mT.unflatten(2, x.shape[2:])
-    return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)

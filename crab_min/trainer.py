@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from crab_min.answers import parse
-from crab_min.backbones.blip2 import CremaConfig, CremaModel, EarlyExit
+from crab_min.backbones.blip2 import CremaConfig, CremaModel
 from crab_min.backbones.load import BackboneConfig, load_model
+from crab_min.crema import EarlyExit
 from crab_min.data import (
     MASKED,
     Sample,

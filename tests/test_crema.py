@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerModel
 
+from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.errors import ConvertError, ModelError
-from crab_min.fusion import GatedFusion, over_frames
 from crab_min.model import check_fit
-from crab_min.qformer import MultimodalConfig, MultimodalQFormer
 from crab_min.tools.convert import convert, from_blip2, missing_modalities, revert
 
 WIDTHS = {"rgb": 24, "flow": 24, "audio": 20, "norm": 24}                       # `norm` (surface normals) is a module's name too

@@ -12,7 +12,8 @@ from torch import nn
 
 import infer
 import train
-from crab_min.backbones.blip2 import FIRST_EXIT, CremaConfig, EarlyExit, load_crema
+from crab_min.backbones.blip2 import CremaConfig, load_crema
+from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import (
     lacking,
     load_media,

@@ -16,7 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from crab_min.backbones.blip2 import CremaConfig, EarlyExit, load_crema
+from crab_min.backbones.blip2 import CremaConfig, load_crema
+from crab_min.crema import EarlyExit
 from crab_min.data import load_media, read_samples, with_frames, with_sides
 from crab_min.evaluation.answering import choose
 from crab_min.evaluation.pictures import draw_frames, draw_grid, save

@@ -33,11 +33,11 @@ from transformers import (
 
 from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
 from crab_min.config import TINY_MODEL
+from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.fusion import GatedFusion, Patches, over_frames
+from crab_min.fusion import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, check_fit, missing_weights
-from crab_min.qformer import MultimodalConfig, MultimodalQFormer
 
 
 @dataclass
@@ -243,42 +243,6 @@ class CremaModel(AVLanguageModel):
         check_fit({key: value for key, value in state.items() if key not in self.kept}, self.own_state(), file)
         self.load_state_dict(state, strict=False)
         self.held.clear()
-
-
-FIRST_EXIT = 5                                         # the epoch, counted from 0, at whose end the first exit may be
-
-
-class EarlyExit:
-    """When a modality has had enough (CREMA's modality-adaptive early exit): at the end of epoch e >= 5, if g_e > tau * mean(g_0 .. g_(e-1))."""
-
-    def __init__(self, names: list[str], temperature: float):
-        self.temperature, self.norms = temperature, {name: [] for name in names}                 # the means of the epochs
-        self.sums, self.steps, self.exits = dict.fromkeys(names, 0.), 0, {}                      # of this epoch; name -> the epoch at whose end it went
-
-    @property
-    def live(self) -> list[str]:
-        return [name for name in self.norms if name not in self.exits]
-
-    def note(self, name: str, norm: float) -> None:
-        self.sums[name] += norm
-
-    def end_step(self, last: bool) -> None:
-        """last: of an epoch, after which it is decided who goes."""
-        self.steps += 1
-        if not last:
-            return
-        for name in self.live:
-            before, now = self.norms[name], self.sums[name] / self.steps
-            if self.temperature and len(before) >= FIRST_EXIT and now > self.temperature * sum(before) / len(before):
-                self.exits[name] = len(before)
-            before.append(now)
-        self.sums, self.steps = dict.fromkeys(self.sums, 0.), 0
-
-    def state(self) -> dict:
-        return {"norms": self.norms, "sums": self.sums, "steps": self.steps, "exits": self.exits}
-
-    def restore(self, state: dict) -> None:
-        self.__dict__.update(state)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------------

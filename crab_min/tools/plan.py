@@ -29,12 +29,13 @@ from transformers import (
 from crab_min.backbones.composed import load_tokenizer
 from crab_min.beats import Beats, BeatsConfig
 from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
+from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
-from crab_min.fusion import GatedFusion, Patch, PatchConfig
+from crab_min.fusion import Patch, PatchConfig
 from crab_min.interface import audio_windows
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.qformer import MultimodalConfig, MultimodalQFormer, QFormerConfig, QFormerConnector
+from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.runs.log import PEAK
 from crab_min.segment import EACH, SCALES, MaskDecoder
 from crab_min.sides import modalities, side_names
