@@ -56,11 +56,11 @@ from crab_min.evaluation.answering import (  # noqa: E402
 )
 from crab_min.evaluation.pictures import draw_answer, draw_routes, draw_sheet  # noqa: E402
 from crab_min.evaluation.routing import record_routes  # noqa: E402
+from crab_min.evaluation.sam2 import Sam2  # noqa: E402
 from crab_min.features import Features  # noqa: E402
 from crab_min.flags import Parser, one_line, write_whole  # noqa: E402
 from crab_min.interface import build_prompt, load_prompts  # noqa: E402
 from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
-from crab_min.segment import Sam2  # noqa: E402
 from crab_min.tasks import TASKS  # noqa: E402
 from crab_min.world.folders import WorldConfig, build_world  # noqa: E402
 from crab_min.world.side_channels import CHANNELS, build_side_world  # noqa: E402

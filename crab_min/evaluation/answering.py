@@ -19,12 +19,12 @@ from crab_min.backbones.composed import ComposedModel
 from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.metrics import best_constant, score
+from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.features import Features
 from crab_min.flags import write_whole
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
 from crab_min.runs.processes import gather, is_sharded, rank, world
-from crab_min.segment import Sam2, box_mask
 from crab_min.sources.av_uie import CLASSES
 
 
