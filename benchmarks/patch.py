@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from tqdm import tqdm
 
-from crab_min.fusion import Patch, PatchConfig
+from crab_min.pave import Patch, PatchConfig
 
 # name: patch, samples, frames, tokens a frame, side steps of each sample (they take turns), tokens a step
 SIZES = {"0.5B, sound of a minute": (PatchConfig(1152, 1024, 896), 4, 32, 196, (59,), 1),

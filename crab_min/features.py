@@ -16,7 +16,7 @@ from tqdm import tqdm
 from crab_min.data import BLACK, DataError, Sample, decoding
 from crab_min.encoders import ENCODERS, encode_own
 from crab_min.feature_cache import FeatureCache
-from crab_min.fusion import encode_side
+from crab_min.pave import encode_side
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures
 from crab_min.runs.processes import rank

@@ -9,7 +9,7 @@ from crab_min.data import Sample, lacking, with_sides
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import answer, score_all
 from crab_min.features import Features
-from crab_min.fusion import PatchConfig
+from crab_min.pave import PatchConfig
 from crab_min.model import AVLanguageModel
 from crab_min.world.folders import build_world
 from crab_min.world.side_channels import CHANNELS, build_side_world

@@ -17,7 +17,7 @@ from crab_min.data import DataError, read_array, read_samples, side_part, with_s
 from crab_min.errors import MediaError, ModelError
 from crab_min.evaluation.answering import choose, options
 from crab_min.features import Features
-from crab_min.fusion import Patch, PatchConfig, chunks, stretch
+from crab_min.pave import Patch, PatchConfig, chunks, stretch
 from crab_min.media.read import read_video
 from crab_min.model import AdapterConfig
 from crab_min.tools.convert import main as convert_main

@@ -19,10 +19,10 @@ from crab_min.beats import fbank, load_beats
 from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.evaluation.mask_metrics import null_s, soft
 from crab_min.evaluation.metrics import av_f_scores, event_counts, score, segment_counts
-from crab_min.fusion import Patch, PatchConfig
+from crab_min.pave import Patch, PatchConfig
 from crab_min.ilora import ILoraConfig, record_routing
 from crab_min.qformer import QFormerConfig, QFormerConnector
-from crab_min.segment import MaskConfig, MaskDecoder, mask_loss
+from crab_min.masks import MaskConfig, MaskDecoder, mask_loss
 from crab_min.tasks import TASKS
 from crab_min.tools.convert import adapter_sizes, convert, revert
 

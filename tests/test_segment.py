@@ -29,7 +29,7 @@ from crab_min.evaluation.answering import score_masks, second_stage
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.interface import Part
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.segment import MaskConfig, MaskDecoder, dice_loss, loss_of_masks, mask_loss
+from crab_min.masks import MaskConfig, MaskDecoder, dice_loss, loss_of_masks, mask_loss
 from crab_min.sources.av_uie import mask_classes
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world

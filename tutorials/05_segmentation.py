@@ -1,4 +1,4 @@
-"""Tutorial 5: from a word to a mask. Read beside Crab (arXiv 2503.13068), section 3.2, and crab_min/segment.py.
+"""Tutorial 5: from a word to a mask. Read beside Crab (arXiv 2503.13068), section 3.2, and crab_min/masks.py.
 
     python tutorials/05_segmentation.py             (about four minutes on a CPU; builds a small world the first time)
 

@@ -1,4 +1,4 @@
-"""Tutorial 6: PAVE, a patch for a side channel. Read beside arXiv 2503.19794, section 3, and crab_min/fusion.py.
+"""Tutorial 6: PAVE, a patch for a side channel. Read beside arXiv 2503.19794, section 3, and crab_min/pave.py.
 
     python tutorials/06_pave.py                     (about two minutes on a CPU; builds a small world the first time)
 
@@ -21,7 +21,7 @@ from crab_min.data import load_media, read_samples, with_sides
 from crab_min.evaluation.answering import choose
 from crab_min.evaluation.pictures import draw_frames, save
 from crab_min.features import Features, Mixer
-from crab_min.fusion import PatchConfig, chunks
+from crab_min.pave import PatchConfig, chunks
 from crab_min.model import AdapterConfig
 from crab_min.world.side_channels import build_side_world
 

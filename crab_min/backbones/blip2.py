@@ -36,7 +36,7 @@ from crab_min.config import TINY_MODEL
 from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.fusion import Patches
+from crab_min.pave import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, check_fit, missing_weights
 
 

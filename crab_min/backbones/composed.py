@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from crab_min.answers import MASK_TOKENS
 from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.fusion import Patches
+from crab_min.pave import Patches
 from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, cross_entropy, missing_weights
 from crab_min.qformer import QFormerConfig, QFormerConnector
-from crab_min.segment import MaskBranch, SegmentConfig, loss_of_masks
+from crab_min.masks import MaskBranch, SegmentConfig, loss_of_masks
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())

@@ -21,7 +21,7 @@ from crab_min.backbones.omni import TEMPLATE
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder
 from crab_min.errors import ModelError
-from crab_min.fusion import Patches
+from crab_min.pave import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
 
 

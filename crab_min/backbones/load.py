@@ -19,7 +19,7 @@ from crab_min.config import LLAMA_CHAT
 from crab_min.encoders import DepthEncoder, register
 from crab_min.errors import ModelError
 from crab_min.model import LLM_LINEARS, AVLanguageModel
-from crab_min.segment import SegmentConfig
+from crab_min.masks import SegmentConfig
 
 
 @dataclass

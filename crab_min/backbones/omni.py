@@ -25,7 +25,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from crab_min.fusion import Patches
+from crab_min.pave import Patches
 from crab_min.interface import Part
 from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
 

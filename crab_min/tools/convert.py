@@ -26,7 +26,7 @@ from torch import Tensor
 from crab_min.config import PRESETS
 from crab_min.errors import ConvertError
 from crab_min.flags import Parser, one_line, write_whole
-from crab_min.fusion import Patch, PatchConfig, Patches
+from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.model import check_fit
 from crab_min.trainer import TrainConfig
 

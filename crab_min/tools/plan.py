@@ -32,12 +32,12 @@ from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI
 from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
-from crab_min.fusion import Patch, PatchConfig
+from crab_min.pave import Patch, PatchConfig
 from crab_min.interface import audio_windows
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.runs.log import PEAK
-from crab_min.segment import EACH, SCALES, MaskDecoder
+from crab_min.masks import EACH, SCALES, MaskDecoder
 from crab_min.sides import modalities, side_names
 from crab_min.tasks import TASKS, Task
 from crab_min.trainer import ALIGN, TrainConfig
