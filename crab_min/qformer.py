@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from crab_min.crema import MultimodalConfig
 from crab_min.encoders import ATTENTION
 
 
@@ -60,7 +59,7 @@ class QFormerConnector(nn.Module):
         return read_steps(self.qformer, self.query, self.norm(features), mask)
 
 
-def blip2_qformer(c: "QFormerConfig | MultimodalConfig", cross_every: int) -> Blip2QFormerModel:
+def blip2_qformer(c: "QFormerConfig", cross_every: int) -> Blip2QFormerModel:
     """A Q-Former of the sizes `c` without dropout, with cross-attention in layers 0, cross_every, 2 cross_every, ..."""
     return Blip2QFormerModel(Blip2QFormerConfig(
         attn_implementation=ATTENTION, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
@@ -68,7 +67,7 @@ def blip2_qformer(c: "QFormerConfig | MultimodalConfig", cross_every: int) -> Bl
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
-def make_mlp(c: "QFormerConfig | MultimodalConfig") -> nn.Sequential:
+def make_mlp(c: "QFormerConfig") -> nn.Sequential:
     """Linears with a GELU between them, from a query to the width of the LM."""
     widths = [c.hidden] + [c.width_out] * c.mlp_depth
     steps = [step for pair in zip(widths, widths[1:]) for step in (nn.Linear(*pair), nn.GELU())]
