@@ -23,42 +23,42 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import TextStreamer  # noqa: E402
 
-from crab_min.answers import Answer, parse, write  # noqa: E402
+from crab_min.answers import Answer, parse_answer, format_answer  # noqa: E402
 from crab_min.backbones.blip2 import CremaModel  # noqa: E402
 from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
 from crab_min.data import (  # noqa: E402
     MASKED,
     DataError,
     Sample,
-    drawn_media,
-    lacking,
+    load_for_figure,
+    count_missing,
     pick_tasks,
     read_samples,
-    with_frames,
-    with_masks,
-    with_sides,
-    without,
+    limit_frames,
+    add_mask_tokens,
+    add_side_channels,
+    ablate_modality,
 )
 from crab_min.errors import (
-    InterfaceError,  # noqa: E402
+    DataError,  # noqa: E402
     ModelError,  # noqa: E402
     RunError,  # noqa: E402
 )
 from crab_min.evaluation.answering import (  # noqa: E402
-    answer,
+    generate_answers,
     cell,
-    draw_masks,
-    examine_masks,
+    predict_masks,
+    evaluate_masks,
     mask_table,
     score_all,
-    second_stage,
+    masks_from_boxes,
     write_predictions,
 )
-from crab_min.evaluation.pictures import draw_answer, draw_routes, draw_sheet  # noqa: E402
-from crab_min.evaluation.routing import record_routes  # noqa: E402
+from crab_min.evaluation.pictures import draw_answer, draw_routing, draw_sheet  # noqa: E402
+from crab_min.evaluation.routing import record_routing_stats  # noqa: E402
 from crab_min.evaluation.sam2 import Sam2  # noqa: E402
 from crab_min.features import Features  # noqa: E402
-from crab_min.flags import Parser, one_line, write_whole  # noqa: E402
+from crab_min.flags import Parser, run_command, atomic_write  # noqa: E402
 from crab_min.interface import build_prompt, load_prompts  # noqa: E402
 from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
 from crab_min.tasks import TASKS  # noqa: E402
@@ -96,7 +96,7 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
         model.patches.load(file, *model.patch_widths)
     wanted = [side.split("=", 1) for side in given.side or side_names_of(config)]
     if not wanted and not crema:
-        return with_frames(samples, config["train"].get("frames", 0))
+        return limit_frames(samples, config["train"].get("frames", 0))
     names, files = [w[0] for w in wanted if w[0] != "none"], {w[0]: w[1] for w in wanted if len(w) == 2}
     if unknown := [n for n in names if n not in model.side_names]:
         raise RunError(f"--side {unknown[0]}: the model has no such patch or modality, but {', '.join(model.side_names) or 'none'}; a patch is loaded with --patch FILE")
@@ -104,7 +104,7 @@ def choose_sides(samples: list[Sample], given, model: AVLanguageModel, config: d
         def place(s: Sample, name: str) -> str | None:
             return files.get(name) or next((p.path for p in s.media if p.kind == ("audio" if name == "audio" else "video")), None)
         samples = [replace(s, row={**s.row, "sides": {name: place(s, name) for name in names}}) for s in samples]
-    return with_frames(with_sides(samples, names, needed=not crema), config["train"].get("frames", 0))
+    return limit_frames(add_side_channels(samples, names, needed=not crema), config["train"].get("frames", 0))
 
 
 def side_names_of(config: dict) -> list[str]:
@@ -129,8 +129,8 @@ def mask_maker(given, model: AVLanguageModel):
         raise RunError("--masks decoder: the model has no mask decoder; train one with `python train.py crab-tiny --stage masks`, or use --masks sam2 or box")
     if given.masks in ("sam2", "box"):
         second = Sam2(given.sam2) if given.masks == "sam2" else None
-        return lambda features, samples, texts: second_stage(samples, texts, second)
-    return partial(draw_masks, model) if model.masks else None
+        return lambda features, samples, texts: masks_from_boxes(samples, texts, second)
+    return partial(predict_masks, model) if model.masks else None
 
 
 def row_of(given, task, clip: str | None) -> dict:
@@ -154,7 +154,7 @@ def ask(given) -> None:
     """One answer for each clip."""
     task = TASKS[pick_tasks(given.task)[0]] if given.task else TASKS["avqa"]
     if (given.clip or given.image) and not given.task and not given.ask:
-        raise InterfaceError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
+        raise DataError(f"what about {given.clip[0] if given.clip else given.image}? give --ask \"...\" or --task, one of: {', '.join(TASKS)}")
     clips, gold = given.clip or [None], None
     model, config, folder = load_run(given)
     if not given.clip and not given.image:
@@ -182,14 +182,14 @@ def ask(given) -> None:
         if not given.json and given.beams > 1:
             print(text)
         mask = make_masks(features, [sample], [text])[0] if make_masks else None
-        parsed, seconds = replace(parse(task, text), mask=mask), round(time.time() - began, 2)
+        parsed, seconds = replace(parse_answer(task, text), mask=mask), round(time.time() - began, 2)
         if given.routes:
-            with record_routes(model) as routes, torch.no_grad():
+            with record_routing_stats(model) as routes, torch.no_grad():
                 model(model.collate([sample.parts], features([sample]), [text]))
-            draw_routes(Path(given.routes), {task.name: routes})
+            draw_routing(Path(given.routes), {task.name: routes})
         picture = Path(given.picture or Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png")
         question = sample.parts[-1].text.strip()
-        draw_answer(picture, drawn_media(sample), question, parsed, text)
+        draw_answer(picture, load_for_figure(sample), question, parsed, text)
         if mask is not None:
             file = picture.with_name(f"{picture.stem}_mask.png")
             Image.fromarray((mask > .5).astype(np.uint8) * 255 if mask.dtype.kind != "i" else mask.astype(np.uint8)).save(file)
@@ -199,7 +199,7 @@ def ask(given) -> None:
         else:
             print(f"parsed: {parsed.error and 'no: ' + parsed.error or json.dumps(as_json(parsed))}")
             if gold is not None:
-                print(f"gold:   {write(task, gold)}")
+                print(f"gold:   {format_answer(task, gold)}")
             if mask is not None:
                 print(f"mask:   {file}, {(mask > .5).mean():.1%} of the picture")
             elif lost or make_masks and task.name in MASKED:
@@ -216,8 +216,8 @@ def evaluate(given) -> None:
     samples = read_samples(root, tasks, given.split, config["train"]["target"], given.prompts, given.test_rows)
     samples = choose_sides(samples, given, model, config)
     make_masks = mask_maker(given, model)
-    samples = with_masks(samples, tokens=given.masks not in ("sam2", "box")) if make_masks else samples
-    samples = without(samples, given.without) if given.without else samples               # also of a sound that is a side channel
+    samples = add_mask_tokens(samples, tokens=given.masks not in ("sam2", "box")) if make_masks else samples
+    samples = ablate_modality(samples, given.without) if given.without else samples               # also of a sound that is a side channel
     by_option = config["train"].get("answers") == "options"
     features = Features(model, config["train"].get("cache_features", True), max_bad=1.0)
     out = Path(given.out or folder / f"eval_{given.split}{'_without_' + given.without if given.without else ''}")
@@ -230,8 +230,8 @@ def evaluate(given) -> None:
     if (out / "decoding.json").exists() and json.loads((out / "decoding.json").read_text()) != decoding:
         unfinished.unlink(missing_ok=True)                                    # of other settings
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "decoding.json", json.dumps(decoding, indent=1))
-    said = answer(model, features, samples, limits, given.batch_size, partial=unfinished, strict=not given.allow_missing, by_option=by_option, beams=given.beams)
+    atomic_write(out / "decoding.json", json.dumps(decoding, indent=1))
+    said = generate_answers(model, features, samples, limits, given.batch_size, partial=unfinished, strict=not given.allow_missing, by_option=by_option, beams=given.beams)
     readable = {s.id for s in features.readable(samples)}                     # the others: no text, which is wrong, and counted
     results = score_all(samples, said)
     for task, r in results.items():
@@ -241,14 +241,14 @@ def evaluate(given) -> None:
             r["exact"] = sum(a == b for a, b in pairs) / len(pairs)
     write_predictions(out / "predictions", samples, said)
     masks = make_masks(features, samples, said) if make_masks else [None] * len(samples)
-    segmented = examine_masks(model, features, samples, masks, limits, make_masks) if make_masks else {}
+    segmented = evaluate_masks(model, features, samples, masks, limits, make_masks) if make_masks else {}
     for task in results:
         found = [each for each in zip(samples, said, masks) if each[0].task.name == task and each[0].id in readable]
         if found:
             draw_sheet(out / "sheets" / f"{task}.png", [cell(*each) for each in random.Random(0).sample(found, min(9, len(found)))])
     unfinished.unlink()
-    counts = {"missing": len(samples) - len(readable), "without": lacking(samples, model.side_names), "unreadable": list(features.bad.values())}
-    write_whole(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, **segmented, **counts}, indent=1))
+    counts = {"missing": len(samples) - len(readable), "without": count_missing(samples, model.side_names), "unreadable": list(features.bad.values())}
+    atomic_write(out / "metrics.json", json.dumps({"decoding": decoding, "tasks": results, **segmented, **counts}, indent=1))
     print(f"{'task':<9} {'metric':<17} {'score':>6} {'exact':>6} {'parsed':>7} {'n':>5}")
     for task, r in results.items():
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"
@@ -307,7 +307,7 @@ def main(arguments: list[str]) -> int:
             raise DataError(f"--task takes one task, got {given.task!r}; with --eval use --tasks")
         given.prompts = load_prompts(given.prompts) if given.prompts else None
         (evaluate if given.eval else ask)(given)
-    return one_line(run, given.debug)
+    return run_command(run, given.debug)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from crab_min.installation import require_installation
 require_installation()
 
 from crab_min.config import PRESETS, STAGES  # noqa: E402
-from crab_min.flags import Parser, add_flags, from_flags, one_line  # noqa: E402
-from crab_min.runs.processes import leave  # noqa: E402
+from crab_min.flags import Parser, add_flags, from_flags, run_command  # noqa: E402
+from crab_min.runs.processes import end  # noqa: E402
 from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
 from crab_min.tools.plan import plan, report  # noqa: E402
 from crab_min.trainer import TrainConfig, run, run_arms  # noqa: E402
@@ -41,14 +41,14 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"{name:<16} {text}" for name, (text, _) in PRESETS.items()))
         return 0
     if preset == "tiny-base":
-        return one_line(lambda: train_base(from_flags(BaseConfig, given)), given.debug)
+        return run_command(lambda: train_base(from_flags(BaseConfig, given)), given.debug)
     if given.plan:
-        return one_line(lambda: print(report(plan(from_flags(TrainConfig, given), preset))), given.debug)
+        return run_command(lambda: print(report(plan(from_flags(TrainConfig, given), preset))), given.debug)
     config = from_flags(TrainConfig, given)
     try:
-        return one_line(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
+        return run_command(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
     finally:
-        leave()
+        end()
 
 
 if __name__ == "__main__":

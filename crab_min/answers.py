@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from crab_min.errors import InterfaceError
+from crab_min.errors import DataError
 from crab_min.tasks import Task
 
 GRID = 224                                             # boxes and points are integers 0 .. GRID
@@ -41,11 +41,11 @@ class Answer:
 
 
 def row_field(task: Task, row: dict, names: tuple, expected: str):
-    """The value of the first of the fields `names` that the row has. Raises InterfaceError."""
+    """The value of the first of the fields `names` that the row has. Raises DataError."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    raise InterfaceError(f"{task.name}: the row has no field {' or '.join(map(repr, names))}; expected {expected}; "
+    raise DataError(f"{task.name}: the row has no field {' or '.join(map(repr, names))}; expected {expected}; "
                          f"its fields: {', '.join(row) or 'none'}")
 
 
@@ -76,7 +76,7 @@ def points_text(points) -> str:
     return ",".join(map(box_text, points))
 
 
-def write(task: Task, answer: Answer) -> str:
+def format_answer(task: Task, answer: Answer) -> str:
     """The answer without prose: parse(task, write(task, answer)) gives it back."""
     if task.parser == "choice":
         return answer_tag(answer.choice)
@@ -115,7 +115,7 @@ class Unreadable(Exception):
 
 
 @lru_cache(100_000, typed=True)                        # 1 and True are different labels
-def canonical(label, choices: tuple = ()) -> str:
+def normalize_label(label, choices: tuple = ()) -> str:
     """The form in which labels are compared: PlayingViolin == playing_violin, " Yes." == yes, 2 == two.
 
     choices: the options of a question; an index (from 0) or letter that is not itself an option becomes its text.
@@ -123,14 +123,14 @@ def canonical(label, choices: tuple = ()) -> str:
     text = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s_-]+", " ", str(label)).lower()
     text = re.sub(r" ?, ?", ", ", text).strip(PUNCTUATION + "!?\"'`*")
     text = WORDS[int(text)] if re.fullmatch("1?[0-9]|20", text) else text
-    options, key = [canonical(choice) for choice in choices], text.strip("()")
+    options, key = [normalize_label(choice) for choice in choices], text.strip("()")
     if text not in options:
         place = WORDS.index(key) if key in WORDS else ord(key) - ord("a") if len(key) == 1 else -1
         text = options[place] if 0 <= place < len(options) else text
     return text
 
 
-def parse(task: Task, text: str) -> Answer:
+def parse_answer(task: Task, text: str) -> Answer:
     """Read a model's text. Never raises: without a valid answer, `error` says why and `text` holds the text."""
     try:
         return PARSERS[task.parser](task, text)
@@ -140,7 +140,7 @@ def parse(task: Task, text: str) -> Answer:
 
 def parse_choice(task: Task, text: str) -> Answer:
     found = [content.strip(PUNCTUATION) for tag, content in TAG.findall(text) if tag.lower() == "answer"]
-    forms = {canonical(choice): choice for choice in reversed(found) if canonical(choice)}     # the first spelling wins
+    forms = {normalize_label(choice): choice for choice in reversed(found) if normalize_label(choice)}     # the first spelling wins
     if len(forms) != 1:
         raise Unreadable(f"{len(forms)} different answers" if forms else "no <answer>")
     (form, choice), = forms.items()
@@ -170,7 +170,7 @@ def merge(events: list) -> list:
     for label, times in events:
         if not label or not times:
             raise Unreadable(f"event {label!r} without times" if label else "times without a label")
-        merged.setdefault(canonical(label), (label, set()))[1].update(times)
+        merged.setdefault(normalize_label(label), (label, set()))[1].update(times)
     return [(label, sorted(times)) for label, times in merged.values()]
 
 
@@ -236,8 +236,8 @@ PARSERS = {"choice": parse_choice, "event": parse_events, "events": parse_events
            "box": parse_boxes, "boxes": parse_boxes, "exists": parse_boxes, "text": parse_text}
 
 
-def gold(task: Task, row: dict, split: str = "test") -> Answer:
-    """The right answer of an annotation row. Raises InterfaceError naming the task, the field and what is expected.
+def gold_answer(task: Task, row: dict, split: str = "test") -> Answer:
+    """The right answer of an annotation row. Raises DataError naming the task, the field and what is expected.
 
     Test rows of s4, ms3 and ref_avs have a mask file instead of boxes: the data reader puts its boxes (a list, empty
     where the mask is) into row["gold_boxes"] before it calls this.
@@ -248,7 +248,7 @@ def gold(task: Task, row: dict, split: str = "test") -> Answer:
     try:
         return read(task, *values)
     except (Unreadable, TypeError, ValueError, AttributeError, OverflowError) as reason:   # of another type
-        raise InterfaceError(f"{task.name}: field {', '.join(map(repr, names))} must be {expected}, got "
+        raise DataError(f"{task.name}: field {', '.join(map(repr, names))} must be {expected}, got "
                              f"{', '.join(map(repr, values))} ({reason})") from None
 
 
@@ -286,7 +286,7 @@ def gold_texts(task: Task, answers: list) -> Answer:
 
 
 GOLDS = {                                              # reader of a gold field, and what it reads
-    "choice": (lambda task, label: parse_choice(task, answer_tag(canonical(label))), "a label"),
+    "choice": (lambda task, label: parse_choice(task, answer_tag(normalize_label(label))), "a label"),
     "option": (gold_option, "the index of the right option (from 0) and the list of options"),
     "event": (gold_event, "the event, its start and its end in seconds"),
     "av_events": (gold_av_events, "a text such as 'audio: Dog,(0 3) visual: Dog,(0 2),(5 10)'"),

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.compliance import kaldi
 
-from crab_min.errors import EncoderError
+from crab_min.errors import ModelError
 
 MELS, MEAN, STD = 128, 15.41663, 6.55582               # of AudioSet's log-mel values, from the released code
 WEIGHTS = ("BEATs needs its published checkpoint, e.g. BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt (Crab's): "
@@ -52,13 +52,13 @@ class BeatsConfig:
     def from_dict(cls, values: dict) -> "BeatsConfig":
         """Read a released `cfg` (or our own fields). What only matters in pre-training is passed over.
 
-        Raises EncoderError for an option of the released code that is not here (no published BEATs uses one).
+        Raises ModelError for an option of the released code that is not here (no published BEATs uses one).
         """
         fixed = {"layer_norm_first": False, "relative_position_embedding": True, "gru_rel_pos": True,
                  "activation_fn": "gelu"}
         for name, expected in fixed.items():
             if values.get(name, expected) != expected:
-                raise EncoderError(f"BEATs option {name}={values[name]!r} is not implemented, only {expected!r}; "
+                raise ModelError(f"BEATs option {name}={values[name]!r} is not implemented, only {expected!r}; "
                                    f"use a published BEATs checkpoint or train one with {name}={expected!r}")
         return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
@@ -194,12 +194,12 @@ def load_beats(source: str | Path | dict) -> Beats:
     """BEATs with published weights, in evaluation mode.
 
     source: a published `.pt` file, or its content {"cfg": dict, "model": state dict}. The classifier of a fine-tuned
-    file (`predictor.*`) is dropped. Raises EncoderError: no such file, not a BEATs file, an option that is not
+    file (`predictor.*`) is dropped. Raises ModelError: no such file, not a BEATs file, an option that is not
     implemented, missing or unexpected weights.
     """
     name, content = ("the given dict", source) if isinstance(source, dict) else (str(source), read_file(source))
     if not isinstance(content, dict) or not {"cfg", "model"} <= content.keys():
-        raise EncoderError(f"{name}: expected a dict with `cfg` and `model`. {WEIGHTS}")
+        raise ModelError(f"{name}: expected a dict with `cfg` and `model`. {WEIGHTS}")
     beats = Beats(BeatsConfig.from_dict(content["cfg"]))
     weights = {key: value for key, value in content["model"].items() if not key.startswith("predictor.")}
     tables = [key for key in weights if key.endswith("self_attn.relative_attention_bias.weight")]
@@ -210,17 +210,17 @@ def load_beats(source: str | Path | dict) -> Beats:
         missing, unexpected = beats.load_state_dict(weights, strict=False)
     except RuntimeError as error:                      # shapes
         reason = " ".join(str(error).split())
-        raise EncoderError(f"{name}: its weights do not fit its cfg: {reason}. {WEIGHTS}") from error
+        raise ModelError(f"{name}: its weights do not fit its cfg: {reason}. {WEIGHTS}") from error
     if missing or unexpected:
-        raise EncoderError(f"{name}: missing weights {missing}, unexpected weights {unexpected}. {WEIGHTS}")
+        raise ModelError(f"{name}: missing weights {missing}, unexpected weights {unexpected}. {WEIGHTS}")
     return beats.eval()
 
 
 def read_file(path: str | Path):
     """What a foreign `.pt` file holds, without running any code from it."""
     if not Path(path).is_file():
-        raise EncoderError(f"{path}: no such file. {WEIGHTS}")
+        raise ModelError(f"{path}: no such file. {WEIGHTS}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:                   # a web page, half a download
-        raise EncoderError(f"{path}: not a file of torch weights ({str(error).splitlines()[0]}). {WEIGHTS}") from error
+        raise ModelError(f"{path}: not a file of torch weights ({str(error).splitlines()[0]}). {WEIGHTS}") from error

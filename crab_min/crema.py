@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerModel
 
 from crab_min.errors import ModelError
-from crab_min.qformer import blip2_qformer, make_mlp, read_steps
+from crab_min.qformer import blip2_qformer, make_mlp, encode_per_step
 
 
-class GatedFusion(nn.Module):
+class SelfGatedFusion(nn.Module):
     """The tokens of the side modalities `names`, all D wide, as one (2402.05889, Fig. 1): Z = sigmoid(F) * F, F = W [Z_1; ...; Z_M-1] + b.
 
     That is SiLU after a linear, so its columns follow the order of `names` (without the video, which is not fused). Raises ModelError: no names.
@@ -62,7 +62,7 @@ class MultimodalConfig:
     mlp_depth: int = 1                                 # linears from a query to the LM (the tiny base has two)
 
 
-class ModalLinear(nn.Module):
+class MMQALinear(nn.Module):
     """y = W x + b + B_m A_m x for the modality m = `current`, W x + b for None. Not to be recomputed in the backward pass: `current` has moved on."""
 
     def __init__(self, base: nn.Linear):
@@ -81,7 +81,7 @@ class ModalLinear(nn.Module):
         return y if self.current is None else y + self.B[self.current](self.A[self.current](x))
 
 
-class Modality(nn.Module):
+class MMQAModule(nn.Module):
     """What a modality has of its own beside the low-rank pairs: features (B, T, S, width) -> input -> norm (B, T, S, W); queries; out to the LM."""
 
     def __init__(self, c: MultimodalConfig, width: int):
@@ -101,11 +101,11 @@ class MultimodalQFormer(nn.Module):
         self.qformer = (qformer or blip2_qformer(config, config.cross_every)).requires_grad_(False)
         for layer in self.qformer.encoder.layer:
             attention = layer.attention.attention                                       # of the queries among themselves
-            attention.query, attention.value = ModalLinear(attention.query), ModalLinear(attention.value)
+            attention.query, attention.value = MMQALinear(attention.query), MMQALinear(attention.value)
 
-    def pairs(self) -> dict[str, ModalLinear]:
+    def pairs(self) -> dict[str, MMQALinear]:
         """The adapted linears by their path."""
-        return {path: module for path, module in self.named_modules() if isinstance(module, ModalLinear)}
+        return {path: module for path, module in self.named_modules() if isinstance(module, MMQALinear)}
 
     def add(self, name: str, width: int) -> None:
         """A new modality with features `width` wide; nothing of the others is touched. Raises ModelError: a name that is taken or cannot be one."""
@@ -114,7 +114,7 @@ class MultimodalQFormer(nn.Module):
         if not name.isidentifier() or hasattr(self.parts, name):
             raise ModelError(f"modality {name!r}: cannot be a name in torch; give one of letters, digits and _ that is no method of a module, such as 'depth'")
         weight = self.qformer.layernorm.weight
-        self.parts[name] = Modality(self.config, width).to(weight.device, weight.dtype)
+        self.parts[name] = MMQAModule(self.config, width).to(weight.device, weight.dtype)
         for pair in self.pairs().values():
             pair.add(name, self.config.rank)
 
@@ -124,7 +124,7 @@ class MultimodalQFormer(nn.Module):
         for holder in (self.parts, *(holder for pair in self.pairs().values() for holder in (pair.A, pair.B))):
             del holder[name]
 
-    def of(self, name: str) -> Modality:
+    def of(self, name: str) -> MMQAModule:
         """The parts of a modality. Raises ModelError: no such modality."""
         if name not in self.parts:
             raise ModelError(f"modality {name!r}: not in this Q-Former, which has {', '.join(self.parts) or 'none yet'}; add({name!r}, width) first")
@@ -146,7 +146,7 @@ class MultimodalQFormer(nn.Module):
                              "another modality's? One of another width is a modality of its own: add(name, width)")
         for pair in self.pairs().values():
             pair.current = name if adapted else None
-        return part.out(read_steps(self.qformer, part.query, part.norm(part.input(features)), mask))
+        return part.out(encode_per_step(self.qformer, part.query, part.norm(part.input(features)), mask))
 
 
 FIRST_EXIT = 5                                         # the epoch, counted from 0, at whose end the first exit may be

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from crab_min.answers import GRID, MASK_TOKENS, Answer, gold, mask_box, parse, write
+from crab_min.answers import GRID, MASK_TOKENS, Answer, gold_answer, mask_box, parse_answer, format_answer
 from crab_min.encoders import ENCODERS
-from crab_min.errors import DataError, InterfaceError, MediaError
-from crab_min.flags import end_with_parent
-from crab_min.interface import Part, audio_windows, build_prompt, text_part
+from crab_min.errors import DataError, MediaError
+from crab_min.flags import exit_with_parent
+from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.sources.av_uie import (
     annotation_file,
@@ -43,14 +43,14 @@ class Sample:
     """One question about one or more media: `id` is task/split/index of its row."""
     id: str
     task: Task
-    parts: list[Part]
+    parts: list[PromptPart]
     target: str                                        # what the model should write ("" where a test row has no text)
-    gold: Answer
+    gold_answer: Answer
     row: dict
     mask: str = ""                                     # file of the mask that the answer stands for, where the model answers with masks
 
     @property
-    def media(self) -> list[Part]:
+    def media(self) -> list[PromptPart]:
         return [p for p in self.parts if p.kind != "text"]
 
 
@@ -73,7 +73,7 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
     """
     root, samples = Path(root), []
     if root.suffix == ".jsonl":
-        return read_own(root, split, limit)
+        return read_jsonl(root, split, limit)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
     for name in tasks:
@@ -81,7 +81,7 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
         for index, row in enumerate(read_rows(root, name, split, limit) if path else []):
             try:
                 samples.append(make_sample(TASKS[name], row, root, split, index, target, prompts))
-            except InterfaceError as error:
+            except DataError as error:
                 raise DataError(f"{path}, row {index}: {error}") from None
     if not samples:
         raise DataError(f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. {root / tasks[0] / (split + '.json')}")
@@ -90,11 +90,11 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
 
 # One's own data: what a model says, as text; or a label, where every line's answer has an <answer> tag.
 # "options" makes it a multiple choice, "sides" {name: file} names side channels (PAVE).
-OWN = {"text": Task("own", "own", "", "", ("text", "target"), parser="text", metric="rouge_l", sets=("cider",)),
+CUSTOM_TASKS = {"text": Task("own", "own", "", "", ("text", "target"), parser="text", metric="rouge_l", sets=("cider",)),
        "choice": Task("own", "own", "", "", ("target", "target"), sets=("by_class",), types=("type",))}
 
 
-def read_own(path: Path, split: str, limit: int = 0) -> list[Sample]:
+def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
     """The samples of a .jsonl file of one's own: {"messages": [{"role": "user", "content": "<video><audio>What is it?"}, {"role": "assistant",
     "content": "..."}], "videos": ["x.mp4"], "audios": ["x.wav"], "images": []} a line, paths from the file's folder.
 
@@ -114,17 +114,17 @@ def read_own(path: Path, split: str, limit: int = 0) -> list[Sample]:
             row["sides"] = {name: str(path.parent / file) for name, file in (row.get("sides") or {}).items()}
             if len(said) < 2 or row["messages"][-1]["role"] != "assistant":
                 raise ValueError("the last of two or more messages must be the assistant's")
-            found.append((row, own_parts("\n".join(said[:-1]), files), said[-1]))
+            found.append((row, jsonl_parts("\n".join(said[:-1]), files), said[-1]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}, line {number}: not {{\"messages\": [{{\"role\": \"user\", \"content\": ...}}, {{\"role\": \"assistant\", ...}}], "
                             f"\"videos\": [...], ...}} ({type(error).__name__}: {error})") from None
     if not found:
         raise DataError(f"{path}: no lines; a line is {{\"messages\": [...], \"videos\": [...], \"audios\": [...], \"images\": [...]}}")
-    task = OWN["text" if any(parse(OWN["choice"], text).error for *_, text in found) else "choice"]
-    return [Sample(f"own/{split}/{i}", task, parts, text if split == "train" else "", gold(task, {"target": text}), row) for i, (row, parts, text) in enumerate(found)]
+    task = CUSTOM_TASKS["text" if any(parse_answer(CUSTOM_TASKS["choice"], text).error for *_, text in found) else "choice"]
+    return [Sample(f"own/{split}/{i}", task, parts, text if split == "train" else "", gold_answer(task, {"target": text}), row) for i, (row, parts, text) in enumerate(found)]
 
 
-def own_parts(text: str, files: list[tuple[str, str]]) -> list[Part]:
+def jsonl_parts(text: str, files: list[tuple[str, str]]) -> list[PromptPart]:
     """A prompt with the files (kind, path) in the place of the tags <video>, <audio>, <image> of its text. Raises ValueError."""
     tags = re.findall("<(video|audio|image)>", text)
     for kind in ("video", "audio", "image"):
@@ -135,13 +135,13 @@ def own_parts(text: str, files: list[tuple[str, str]]) -> list[Part]:
     parts, left = [], {kind: iter([p for k, p in files if k == kind]) for kind in ("video", "audio", "image")}
     for piece in re.split("(<video>|<audio>|<image>)", text):
         if piece[1:-1] in left and piece.startswith("<"):
-            parts.append(Part(piece[1:-1], path=next(left[piece[1:-1]])))
+            parts.append(PromptPart(piece[1:-1], path=next(left[piece[1:-1]])))
         elif piece:
             parts.append(text_part(piece))
     return parts if parts[-1:] and parts[-1].kind == "text" else [*parts, text_part("\n")]
 
 
-def examined_data(data: str) -> str:
+def evaluation_data(data: str) -> str:
     """What a run trained on `data` is examined on: the same folder; beside a train.jsonl the test.jsonl, if there is one ("": nothing)."""
     if not data.endswith(".jsonl"):
         return data
@@ -154,15 +154,15 @@ def make_sample(task: Task, row: dict, root: Path, split: str, index: int, targe
     if split == "test" and task.name in ("s4", "ms3", "ref_avs") and "gold_boxes" not in row:
         mask = read_mask(mask_path(root / task.name / row["visual_path"], task.name, row))
         row = {**row, "gold_boxes": [mask_box(m) for m in mask_objects(mask, task.name)]}
-    answer = gold(task, row, split)
+    answer = gold_answer(task, row, split)
     text = row.get(task.target, "") if split == "train" else ""
     if split == "train" and not isinstance(text, str):
-        raise InterfaceError(f"field {task.target!r} must be text, got {text!r}")
+        raise DataError(f"field {task.target!r} must be text, got {text!r}")
     if split == "train" and not text:                                         # no reasoned text: the label alone
-        text = write(task, answer)
+        text = format_answer(task, answer)
     if target == "label":
-        parsed = parse(task, text)
-        text = text if parsed.error or not text else write(task, parsed)
+        parsed = parse_answer(task, text)
+        text = text if parsed.error or not text else format_answer(task, parsed)
     return Sample(f"{task.name}/{split}/{index}", task, parts, text, answer, row)
 
 
@@ -170,7 +170,7 @@ def make_sample(task: Task, row: dict, root: Path, split: str, index: int, targe
 BLACK = "black"                                        # the path of pictures that are to be black, see `without`
 
 
-def without(samples: list[Sample], sense: str) -> list[Sample]:
+def ablate_modality(samples: list[Sample], sense: str) -> list[Sample]:
     """The same questions with a sense taken away, to see what an answer rests on.
 
     sense: "sound": every sound is that of another clip of its task; "frames": all pictures are black.
@@ -189,7 +189,7 @@ def without(samples: list[Sample], sense: str) -> list[Sample]:
     return [changed[s.id] for s in samples]
 
 
-def one_sense(samples: list[Sample], kind: str) -> list[Sample]:
+def keep_modality(samples: list[Sample], kind: str) -> list[Sample]:
     """Captions for aligning the connector of one sense ("video" or "audio"): the other medium and its marker are left out of the prompt.
 
     The target is the row's caption of that sense alone, under "seen" or "heard", where it has one; else the whole caption.
@@ -205,7 +205,7 @@ def one_sense(samples: list[Sample], kind: str) -> list[Sample]:
 MASKED = ("s4", "ms3", "ref_avs", "avss")               # tasks that have masks
 
 
-def with_masks(samples: list[Sample], tokens: bool = True) -> list[Sample]:
+def add_mask_tokens(samples: list[Sample], tokens: bool = True) -> list[Sample]:
     """The form of Crab: an answer with a box ends in mask tokens (unless not `tokens`), and has a mask where its file is there. Other samples stay as they are.
 
     One set of tokens stands for all that is meant, as one mask of MS3 does.
@@ -214,7 +214,7 @@ def with_masks(samples: list[Sample], tokens: bool = True) -> list[Sample]:
     for s in samples:
         if s.task.name in MASKED:
             file = mask_path(Path(next(p.path for p in s.media if p.kind == "image")), s.task.name, s.row)
-            named = bool(s.gold.boxes) if not s.target else bool(parse(s.task, s.target).boxes)
+            named = bool(s.gold.boxes) if not s.target else bool(parse_answer(s.task, s.target).boxes)
             s = replace(s, mask=str(file) if named and file.exists() else "")
             if named and s.target and tokens:
                 s = replace(s, target=s.target + "".join(MASK_TOKENS))
@@ -222,7 +222,7 @@ def with_masks(samples: list[Sample], tokens: bool = True) -> list[Sample]:
     return changed
 
 
-def swapped(samples: list[Sample]) -> list[Sample]:
+def swap_audio(samples: list[Sample]) -> list[Sample]:
     """Of the samples whose row says so (the world's s4), the same pictures with the sound of a thing that is seen there and was silent: now it is meant."""
     changed = []
     for s in samples:
@@ -249,7 +249,7 @@ FAST, FAST_RATE = 16, 25                               # a dense stream: pixels 
 MARKER = re.compile(r"\s*audio( one| two)?: ")         # what build_prompt writes before a sound
 
 
-def with_sides(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
+def add_side_channels(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
     """The form of PAVE and CREMA: the prompt has no sound; side channels follow the video (or image) that they belong to.
 
     names: keys of the row's "sides" {name: file}; where it has no "sides", "audio", the sample's sound, and "fast", all the frames of the video;
@@ -274,28 +274,28 @@ def with_sides(samples: list[Sample], names: list[str], needed: bool = True) -> 
     return changed
 
 
-def with_frames(samples: list[Sample], frames: int) -> list[Sample]:
+def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:
     """Of each video, and of what is seen beside it, this many frames (0: as its task has it)."""
     return [replace(s, parts=[replace(p, frames=frames) if p.kind in ("video", "view", "flow", "array") else p for p in s.parts]) for s in samples] if frames else samples
 
 
-def lacking(samples: list[Sample], names: list[str]) -> dict[str, int]:
+def count_missing(samples: list[Sample], names: list[str]) -> dict[str, int]:
     """How many of the samples have no such side channel, by name."""
     return {name: sum(all(p.side != name for p in s.media) for s in samples) for name in names}
 
 
-def side_part(name: str, path: str, seen: list[Part], sounds: list[Part]) -> Part:
+def side_part(name: str, path: str, seen: list[PromptPart], sounds: list[PromptPart]) -> PromptPart:
     """A side channel as a part: a dense stream, flow, a sound, 3D points, an array, or for any other file the frames of a second video."""
     ending, frames = Path(path).suffix, seen[0].frames if seen else 10
     if name == "fast":
-        return Part("fast", path=path, side=name)
+        return PromptPart("fast", path=path, side=name)
     if ending == ".npz" or POINTS[0] in path:
-        return Part("points", path=path, side=name)
+        return PromptPart("points", path=path, side=name)
     if ending in (".npy", ".pt", ".safetensors"):
-        return Part("array", path=path, frames=frames, side=name)
+        return PromptPart("array", path=path, frames=frames, side=name)
     if name == "audio":
-        return replace(sounds[0], path=path, side=name) if sounds else Part("audio", path=path, side=name)
-    return Part("flow" if name == "flow" and seen and path == seen[0].path else "view", path=path, frames=frames, side=name)
+        return replace(sounds[0], path=path, side=name) if sounds else PromptPart("audio", path=path, side=name)
+    return PromptPart("flow" if name == "flow" and seen and path == seen[0].path else "view", path=path, frames=frames, side=name)
 
 
 def read_array(path: str, frames: int, size: int) -> np.ndarray:
@@ -366,7 +366,7 @@ def point_code(xyz: np.ndarray, features: np.ndarray | None = None, most: int = 
     return np.float32(code if features is None else features + .01 * code)
 
 
-def load_media(part: Part, size: int) -> tuple:
+def load_media(part: PromptPart, size: int) -> tuple:
     """(arrays, seconds) of one media part: frames (T, size, size, 3) uint8, or a list of waves (N,); and how long it is. Raises MediaError."""
     if part.kind == "array":
         return read_array(part.path, part.frames, size), 0.
@@ -391,7 +391,7 @@ def load_media(part: Part, size: int) -> tuple:
     return [audio.wave[round((s - start) * 16000):round((e - start) * 16000)] for s, e in windows], audio.seconds
 
 
-def drawn_media(sample: Sample) -> list[tuple]:
+def load_for_figure(sample: Sample) -> list[tuple]:
     """The media of a sample as viz.py draws them: (name, kind, arrays, seconds) in the order of the prompt."""
     loaded = [(p, *load_media(p, GRID)) for p in sample.media if p.kind not in ("fast", "points")]
     return [(f"{p.side or p.kind}: {Path(p.path).name}", "video" if p.kind in ("view", "flow", "array") else p.kind, arrays, seconds or 10.) for p, arrays, seconds in loaded
@@ -404,13 +404,13 @@ class MediaSet:
     def __init__(self, size: int, decode: bool = True):
         self.size, self.decode = size, decode                                 # decode=False: the length alone, from the header
 
-    def __getitem__(self, part: Part):
+    def __getitem__(self, part: PromptPart):
         try:
             return part, load_media(part, self.size) if self.decode or part.kind == "image" else (None, media_seconds(part.path)), None
         except MediaError as error:
             return part, None, str(error)
 
 
-def decoding(groups: Iterable[list[Part]], size: int, workers: int, decode: bool = True) -> DataLoader:
+def decoding(groups: Iterable[list[PromptPart]], size: int, workers: int, decode: bool = True) -> DataLoader:
     """Groups of parts as MediaSet gives them, in their order, decoded ahead by worker processes."""
-    return DataLoader(MediaSet(size, decode), batch_sampler=groups, num_workers=workers, collate_fn=list, worker_init_fn=end_with_parent)
+    return DataLoader(MediaSet(size, decode), batch_sampler=groups, num_workers=workers, collate_fn=list, worker_init_fn=exit_with_parent)

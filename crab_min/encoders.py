@@ -38,7 +38,7 @@ from transformers.image_utils import (
 )
 
 from crab_min.beats import Beats, BeatsConfig, fbank, load_beats
-from crab_min.errors import EncoderError
+from crab_min.errors import ModelError
 
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"       # of models made from a config; sdpa's backward is slow on a CPU
 
@@ -62,7 +62,7 @@ FAMILIES = {
 
 def family_of(model_type: str | None, name: str) -> Family:
     if model_type not in FAMILIES:
-        raise EncoderError(f"{name}: model_type {model_type!r} is no vision encoder known here; "
+        raise ModelError(f"{name}: model_type {model_type!r} is no vision encoder known here; "
                            f"expected {' or '.join(FAMILIES)}, or a pretrained CLIP or SigLIP that contains one")
     return FAMILIES[model_type]
 
@@ -74,7 +74,7 @@ class VisionEncoder(nn.Module):
     {"model_type": "clip_vision_model", "hidden_size": 128, ...}, for random weights or a state dict of one's own, or a model.
     layer: which hidden state is given out; 0 is the embeddings, -1 the last layer, -2 the one below it (Crab's).
     Attributes: width D, size (pixels of the square input), tokens S.
-    Raises EncoderError: not CLIP or SigLIP, weights that cannot be found or do not fit, no such layer.
+    Raises ModelError: not CLIP or SigLIP, weights that cannot be found or do not fit, no such layer.
     """
     FRAMES_A_PASS = 32                                 # bounds the memory of a long video
 
@@ -89,7 +89,7 @@ class VisionEncoder(nn.Module):
             self.model = load_vision(str(name_or_config))
         config, self.layer = self.model.config, layer
         if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-            raise EncoderError(f"layer {layer}: this vision model has hidden states 0 to {config.num_hidden_layers}; "
+            raise ModelError(f"layer {layer}: this vision model has hidden states 0 to {config.num_hidden_layers}; "
                                f"choose one, or count from the end (-2 is the one below the last)")
         family, self.width, self.size = FAMILIES[config.model_type], config.hidden_size, config.image_size
         self.tokens = (config.image_size // config.patch_size) ** 2 + (family.model is Blip2VisionModel)
@@ -136,11 +136,11 @@ def load_vision(name: str) -> PreTrainedModel:
         model, report = family.model.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
     except (OSError, SafetensorError) as error:                # nothing there, no network, half a download
         reason = str(error).splitlines()[0].rstrip(".")
-        raise EncoderError(f"vision encoder {name}: cannot be loaded ({reason}). Give a folder with the config.json "
+        raise ModelError(f"vision encoder {name}: cannot be loaded ({reason}). Give a folder with the config.json "
                            f"and model.safetensors of a CLIP or SigLIP model; where there is a network, `hf download "
                            f"openai/clip-vit-large-patch14 --local-dir FOLDER` makes the one for Crab") from error
     if report["missing_keys"]:
-        raise EncoderError(f"vision encoder {name}: its weights lack {sorted(report['missing_keys'])[:3]}, which its "
+        raise ModelError(f"vision encoder {name}: its weights lack {sorted(report['missing_keys'])[:3]}, which its "
                            f"config.json asks for; download it again, or give the weights that belong to the config")
     return model
 
@@ -151,7 +151,7 @@ class AudioEncoder(nn.Module):
     config_or_path: a BEATs config as a dict, for random weights or a state dict of one's own, or the path of a
     published `.pt` file.
     Attributes: width D, rate (Hz), beats (the Beats module, which takes filter banks).
-    1 s gives S = 48 (6 rows of 160 ms x 8 bands), 2 s gives 96. Raises EncoderError (beats.load_beats).
+    1 s gives S = 48 (6 rows of 160 ms x 8 bands), 2 s gives 96. Raises ModelError (beats.load_beats).
     """
     rate = 16000
 
@@ -198,27 +198,27 @@ def register(name: str, encoder: nn.Module) -> None:
     """Let `encoder` read the side channel or modality `name`, in every model; it is frozen, and not saved with a run.
 
     It is given what the channel's file holds: frames (1, T, H, W, 3) uint8, stretches of sound (1, T, N) or numbers (1, U, S, W), and returns
-    (1, T, S, D), D = its `width`. A row that names no file for it gets its video. Raises EncoderError.
+    (1, T, S, D), D = its `width`. A row that names no file for it gets its video. Raises ModelError.
     """
     if not isinstance(encoder, nn.Module) or not isinstance(getattr(encoder, "width", None), int):
-        raise EncoderError(f"encoder of {name!r}: give a torch module with a `width` and a forward of frames (B, T, H, W, 3) to features (B, T, S, width), got {encoder!r}")
+        raise ModelError(f"encoder of {name!r}: give a torch module with a `width` and a forward of frames (B, T, H, W, 3) to features (B, T, S, width), got {encoder!r}")
     ENCODERS[name] = encoder.requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def encode_own(name: str, arrays, device: torch.device) -> Tensor:
-    """The features (T, S, D) that a registered encoder makes of arrays as data.load_media gives them. Raises EncoderError."""
+    """The features (T, S, D) that a registered encoder makes of arrays as data.load_media gives them. Raises ModelError."""
     encoder, x = ENCODERS[name].to(device), pad_sequence([torch.as_tensor(wave) for wave in arrays], batch_first=True) if isinstance(arrays, list) else torch.as_tensor(arrays)
     found = encoder(x[None].to(device))
     if found.ndim != 4 or len(found) != 1 or found.shape[-1] != encoder.width:
-        raise EncoderError(f"encoder of {name!r}: gave {tuple(found.shape)} for {tuple(x[None].shape)}; its width is {encoder.width}, so (1, steps, tokens, {encoder.width}) was expected")
+        raise ModelError(f"encoder of {name!r}: gave {tuple(found.shape)} for {tuple(x[None].shape)}; its width is {encoder.width}, so (1, steps, tokens, {encoder.width}) was expected")
     return found[0]
 
 
 class DepthEncoder(nn.Module):
     """A depth model of transformers before a vision encoder: frames (B, T, H, W, 3) -> features (B, T, S, D) of their depth as grey pictures, near is bright.
 
-    name: a path or hub id, such as depth-anything/Depth-Anything-V2-Small-hf. Raises EncoderError.
+    name: a path or hub id, such as depth-anything/Depth-Anything-V2-Small-hf. Raises ModelError.
     """
 
     def __init__(self, name: str, vision: VisionEncoder):
@@ -226,7 +226,7 @@ class DepthEncoder(nn.Module):
         try:
             self.processor, self.depth = AutoImageProcessor.from_pretrained(name), AutoModelForDepthEstimation.from_pretrained(name)
         except (OSError, ValueError, SafetensorError) as error:
-            raise EncoderError(f"depth model {name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id of a depth-estimation model of "
+            raise ModelError(f"depth model {name}: cannot be loaded ({str(error).splitlines()[0]}); give a folder or hub id of a depth-estimation model of "
                                "transformers, such as depth-anything/Depth-Anything-V2-Small-hf, or depth as files under \"sides\"") from error
         self.vision, self.width = vision, vision.width
 

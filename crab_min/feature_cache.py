@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, MediaFeatures
 
 
@@ -37,7 +37,7 @@ class FeatureCache:
                 frozen.update(name.encode() + weight.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
         self.model = frozen.hexdigest()
 
-    def file(self, part: Part) -> Path | None:
+    def file(self, part: PromptPart) -> Path | None:
         """Where the features of a part are, or would be."""
         if part.side or not os.path.isfile(part.path):
             return None
@@ -46,7 +46,7 @@ class FeatureCache:
         name = hashlib.sha256(what.encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def read(self, part: Part) -> MediaFeatures | None:
+    def read(self, part: PromptPart) -> MediaFeatures | None:
         """The features of a part; None where they are not there, or not whole."""
         if not (file := self.file(part)) or not file.exists():
             return None
@@ -57,7 +57,7 @@ class FeatureCache:
             return None
         return MediaFeatures(said["kind"], tensors["features"], tensors.get("mask"), said["seconds"], [tensors[f"scale{i}"] for i in range(said["scales"])])
 
-    def write(self, part: Part, features: MediaFeatures) -> None:
+    def write(self, part: PromptPart, features: MediaFeatures) -> None:
         """Keep them; beside and renamed, as several processes may have made the same."""
         if not (file := self.file(part)):
             return

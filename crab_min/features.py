@@ -16,10 +16,10 @@ from tqdm import tqdm
 from crab_min.data import BLACK, DataError, Sample, decoding
 from crab_min.encoders import ENCODERS, encode_own
 from crab_min.feature_cache import FeatureCache
-from crab_min.pave import encode_side
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, MediaFeatures
-from crab_min.runs.processes import rank
+from crab_min.pave import encode_side
+from crab_min.runs.processes import process_rank
 
 WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode
 
@@ -52,17 +52,17 @@ class Features:
             self.take([(p, None, f"{p.path}: no such file; fetch it, or correct the annotation") for p in parts if p.path != BLACK and not os.path.exists(p.path)], strict)
         return self.readable(samples)
 
-    def decode(self, parts: list[Part], strict: bool) -> None:
+    def decode(self, parts: list[PromptPart], strict: bool) -> None:
         """Put the features of `parts` into the store, from the disk where it has them; many are decoded by workers, with a progress bar."""
         parts = self.fetch(parts)
         groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
         loader = decoding(groups, self.model.frame_size, self.workers if len(parts) > 32 else 0)
-        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or rank() > 0) as bar:
+        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or process_rank() > 0) as bar:
             for group in loader:
                 self.take(group, strict)
                 bar.update(len(group))
 
-    def fetch(self, parts: list[Part]) -> list[Part]:
+    def fetch(self, parts: list[PromptPart]) -> list[PromptPart]:
         """Put into the store what the disk has; the parts that it has not."""
         found = {part: features for part in parts if self.disk and (features := self.disk.read(part))}
         self.store |= found
@@ -107,7 +107,7 @@ class Features:
             return
         ahead: deque[list[Sample]] = deque()
 
-        def parts() -> Iterator[list[Part]]:
+        def parts() -> Iterator[list[PromptPart]]:
             for samples in plan:
                 ahead.append(samples)
                 wanted = dict.fromkeys(p for s in samples for p in s.media if p not in self.bad)

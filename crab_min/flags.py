@@ -29,7 +29,7 @@ def from_flags(config: type, arguments: argparse.Namespace):
     return config(**{f.name: getattr(arguments, f.name) for f in fields(config)})
 
 
-def one_line(run, debug: bool) -> int:
+def run_command(run, debug: bool) -> int:
     """Run a command; an error that the user can mend becomes one line and exit code 2, a traceback only with --debug."""
     try:
         run()
@@ -44,7 +44,7 @@ def one_line(run, debug: bool) -> int:
         return 130
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a file beside and rename it, so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
@@ -54,7 +54,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def end_with_parent(*_) -> None:
+def exit_with_parent(*_) -> None:
     """What a worker process begins with: it ends when the one that started it does, by whatever signal (on Linux; elsewhere it may wait for ever after a SIGKILL)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                            # PR_SET_PDEATHSIG

@@ -21,12 +21,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from crab_min.answers import row_field
-from crab_min.errors import InterfaceError
+from crab_min.errors import DataError
 from crab_min.tasks import TASKS, Task
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PromptPart:
     """One piece of a prompt: text, or a medium to be decoded."""
     kind: str                                          # "text", "video", "audio", "image"; of a side channel also "view", "flow", "fast", "array", "points"
     text: str = ""
@@ -49,31 +49,31 @@ def media_path(root: str, task: Task, value: str, subfolder: str) -> str:
 
 
 def check_prompts(prompts: dict) -> dict:
-    """`prompts` {task name: instruction}, if each has exactly the placeholders of its task. Raises InterfaceError."""
+    """`prompts` {task name: instruction}, if each has exactly the placeholders of its task. Raises DataError."""
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise InterfaceError('prompts must be an object of task names and texts, such as {"ks": "What is done?"}')
+        raise DataError('prompts must be an object of task names and texts, such as {"ks": "What is done?"}')
     for name, text in prompts.items():
         if name not in TASKS:
-            raise InterfaceError(f"prompts: unknown task {name!r}; choose from {', '.join(TASKS)}")
+            raise DataError(f"prompts: unknown task {name!r}; choose from {', '.join(TASKS)}")
         wanted, found = {slot for slot, _ in TASKS[name].slots}, set(re.findall(r"\{(\w+)\}", text))
         if wanted != found:
-            raise InterfaceError(f"prompts: {name} needs placeholders {sorted(wanted)}, has {sorted(found)}: {text!r}")
+            raise DataError(f"prompts: {name} needs placeholders {sorted(wanted)}, has {sorted(found)}: {text!r}")
     return prompts
 
 
 def load_prompts(path: str) -> dict:
-    """Read and check the file of `--prompts`. Raises InterfaceError."""
+    """Read and check the file of `--prompts`. Raises DataError."""
     try:
         return check_prompts(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise InterfaceError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error}") from None
 
 
-def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = None) -> list[Part]:
+def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = None) -> list[PromptPart]:
     """The prompt of one row: each medium after its marker ("video: ", "audio two: "), then the instruction.
 
     row: an annotation row of either split, or one made from command-line arguments; root: the folder of the task
-    folders; prompts: instructions that replace ours, by task name. Raises InterfaceError for what is missing.
+    folders; prompts: instructions that replace ours, by task name. Raises DataError for what is missing.
     """
     parts, words = [], {}
     for kind, names, subfolder in task.media:
@@ -82,8 +82,8 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
         parts.append(text_part("\n" * bool(parts) + kind + number + ": "))
         path = media_path(root, task, str(value), subfolder)
         window = row.get("window", task.audio)         # Crab hears more of some tasks than Crab+
-        parts.append(Part(kind, path=path, window=window, index=frame_index(task, row, window)) if kind == "audio" else
-                     Part(kind, path=path, frames=task.frames))
+        parts.append(PromptPart(kind, path=path, window=window, index=frame_index(task, row, window)) if kind == "audio" else
+                     PromptPart(kind, path=path, frames=task.frames))
     for slot, names in task.slots:
         value = row_field(task, row, names, f"the {slot}")
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -93,9 +93,9 @@ def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = N
 
 
 @lru_cache(maxsize=1024)
-def text_part(text: str) -> Part:
+def text_part(text: str) -> PromptPart:
     """A text part; hundreds of thousands of rows share the few texts there are."""
-    return Part("text", text=text)
+    return PromptPart("text", text=text)
 
 
 PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depend on the frame index
@@ -104,14 +104,14 @@ PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depe
 def frame_index(task: Task, row: dict, window: str) -> int:
     """Which fifth or tenth of the sound goes with the image, from 0; 0 for tasks that hear all of it.
 
-    Field frame_idx or idx, or else the image's file name (training rows of s4). Raises InterfaceError.
+    Field frame_idx or idx, or else the image's file name (training rows of s4). Raises DataError.
     """
     if window not in PIECES:
         return 0
     image = Path(str(row_field(task, row, task.media[0][1], "the path of the image file"))).stem
     value = next((row[name] for name in ("frame_idx", "idx") if row.get(name) is not None), image)
     if not str(value).isdecimal() or int(value) >= PIECES[window]:
-        raise InterfaceError(f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
+        raise DataError(f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
                              f"number 0 to {PIECES[window] - 1}, got {value!r}")
     return int(value)
 
@@ -124,7 +124,7 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
     these would overlap, and spread is tenths; the released code scales time instead (a window lasts length / 30).
     """
     if not seconds > 0:
-        raise InterfaceError(f"a sound of {seconds} s has no windows; expected a positive length")
+        raise DataError(f"a sound of {seconds} s has no windows; expected a positive length")
     if name == "first4":
         return [(float(i), i + 1.) for i in range(4)]
     if name == "spread" and seconds >= 20:

@@ -143,7 +143,7 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-class Places(nn.Module):
+class PositionalEncoding(nn.Module):
     """A code (hw, C) for each place of a grid: sines and cosines of random projections of its row and column (random Fourier features)."""
 
     def __init__(self, width: int):
@@ -168,7 +168,7 @@ class MaskDecoder(nn.Module):
         self.no_mask = nn.Parameter(.02 * torch.randn(1, c.width))
         self.queries, self.level = nn.Parameter(torch.randn(c.queries, c.width)), nn.Parameter(torch.randn(SCALES, c.width))
         self.generator = nn.ModuleList(GeneratorLayer(c) for _ in range(c.generator))
-        self.places = nn.ModuleList(Places(c.width) for _ in range(SCALES))
+        self.places = nn.ModuleList(PositionalEncoding(c.width) for _ in range(SCALES))
         self.two_way = nn.ModuleList(TwoWay(c) for _ in range(SCALES))
         self.finer = nn.Sequential(nn.ConvTranspose2d(c.width, c.width, 2, stride=2), ChannelNorm(c.width), nn.GELU())
         small = c.width // 8
@@ -241,7 +241,7 @@ def loss_of_masks(found: dict[int, Tensor], gold: dict[int, Tensor], bce: float,
 
 
 # --- beside an LM ----------------------------------------------------------------------------------------------------------
-class Words(nn.Module):
+class ExtendedEmbedding(nn.Module):
     """An LM's embeddings, and rows of more words behind them, which can be trained alone."""
 
     def __init__(self, words: nn.Embedding, rows: nn.Parameter, first: int):
@@ -258,7 +258,7 @@ class Words(nn.Module):
         return torch.where(new[..., None], F.embedding((ids - self.first).clamp(min=0), self.rows).to(x.dtype), x)
 
 
-class Head(nn.Module):
+class ExtendedHead(nn.Module):
     """An LM's output layer, and behind it the logits of more words; those between (placeholders of media) are never said."""
 
     def __init__(self, head: nn.Linear, rows: nn.Parameter, first: int):
@@ -288,8 +288,8 @@ class MaskBranch(nn.Module):
         self.register_buffer("mean", torch.zeros(config.width_out))           # of the states, where `calibrate` was called
         self.register_buffer("std", torch.ones(config.width_out))
         self.decoder = MaskDecoder(config)
-        llm.set_input_embeddings(Words(words, self.read, first))
-        llm.set_output_embeddings(Head(head, self.said, first))
+        llm.set_input_embeddings(ExtendedEmbedding(words, self.read, first))
+        llm.set_output_embeddings(ExtendedHead(head, self.said, first))
 
     def calibrate(self, states: Tensor) -> None:
         """From now on give the decoder what differs between states like these (n, S M, D), which have much in common: it learns several times as fast."""

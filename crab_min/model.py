@@ -71,7 +71,7 @@ class AVLanguageModel(nn.Module):
     """Encoders + LM. `encode` makes what can be kept (data.Features), `forward` gives the loss, `generate` the answers.
 
     A backbone defines: `frame_size` (pixels of the square frames it takes), `encode`, `count`, `tokens`, what its LM wants to know
-    beside the embeddings (`beside_embeddings`, `logits`), and `patches` (fusion.Patches) with the widths of the video tokens they serve.
+    beside the embeddings (`extra_lm_inputs`, `logits`), and `patches` (fusion.Patches) with the widths of the video tokens they serve.
     llm: a transformers LM, wrapped by PEFT once it has an adapter. marks: kind -> (token ids before a medium, its placeholder, ids after).
     ends: token ids that begin every prompt, and the one that ends an answer. template: text before and after every prompt.
     """
@@ -121,7 +121,7 @@ class AVLanguageModel(nn.Module):
         """The tokens (count, D) of each medium; numbers: whether it is the first (0), second ... of its kind in its prompt."""
         raise NotImplementedError
 
-    def beside_embeddings(self, batch: dict) -> dict:
+    def extra_lm_inputs(self, batch: dict) -> dict:
         """What the LM's forward and generate take beside `inputs_embeds` and `attention_mask`."""
         return {}
 
@@ -136,7 +136,7 @@ class AVLanguageModel(nn.Module):
         prompts: the parts of each sample (interface.build_prompt); media: the features of its media parts, in order.
         """
         rows, labels, (begin, end) = [], [], self.ends
-        prompts, media = zip(*(beside_videos(parts, list(found)) for parts, found in zip(prompts, media)))
+        prompts, media = zip(*(attach_side_channels(parts, list(found)) for parts, found in zip(prompts, media)))
         for i, parts in enumerate(prompts):
             queue, ids = iter(media[i]), [*begin, *self.encode_text(self.template[0])]
             for part in parts:
@@ -183,7 +183,7 @@ class AVLanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, batch: dict, limit: int, streamer=None, beams: int = 1) -> list[str]:
         """Answers of at most `limit` tokens each: greedy, or the best that a search with several beams finds."""
-        beside = self.beside_embeddings(batch)
+        beside = self.extra_lm_inputs(batch)
         out = self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **beside, max_new_tokens=limit, do_sample=False, num_beams=beams,
                                 streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.stops)
         out = out[:, batch["ids"].shape[1]:] if "input_ids" in beside else out
@@ -196,14 +196,14 @@ class AVLanguageModel(nn.Module):
         if (peft_config := config.build()) is not None:
             self.llm = get_peft_model(self.llm, peft_config)
 
-    def beside(self) -> dict[str, nn.Module]:
+    def trainable_modules(self) -> dict[str, nn.Module]:
         """What can be trained beside the adapter, by its name in modules.safetensors."""
         words = self.llm.get_input_embeddings()
         return {"words": words.words, "masks": self.masks} if self.masks else {"words": words}
 
-    def train_beside(self, parts: str) -> None:
+    def set_trainable(self, parts: str) -> None:
         """Train more than the adapter: parts of `beside`, joined by +; "connectors" are all but the words (the embeddings, as Crab's segmentation stage)."""
-        for name, module in self.beside().items():
+        for name, module in self.trainable_modules().items():
             if ("words" if name == "words" else "connectors") in parts.split("+") or name in parts.split("+"):
                 module.requires_grad_(True)
         if "decoder" in parts.split("+"):                                      # masks without what is read, so that no gradient passes the LM
@@ -216,7 +216,7 @@ class AVLanguageModel(nn.Module):
         if isinstance(self.llm, PeftModel):
             self.llm.save_pretrained(folder / "adapter")
         self.patches.save(folder / "patches")
-        state = {f"{name}.{key}": value.contiguous() for name, module in self.beside().items()
+        state = {f"{name}.{key}": value.contiguous() for name, module in self.trainable_modules().items()
                  for key, value in module.state_dict().items() if name in self.loaded or any(p.requires_grad for p in module.parameters())}
         if state:
             save_file(state, folder / "modules.safetensors")
@@ -246,10 +246,10 @@ class AVLanguageModel(nn.Module):
                 name, key = key.split(".", 1)
                 states.setdefault(name, {})[key] = value
             for name, state in states.items():
-                if name not in self.beside():
-                    raise ModelError(f"{file}: a module this model does not have: {name}; it has {', '.join(self.beside())}")
-                check_fit(state, self.beside()[name].state_dict(), f"{file}, {name}")
-                self.beside()[name].load_state_dict(state)
+                if name not in self.trainable_modules():
+                    raise ModelError(f"{file}: a module this model does not have: {name}; it has {', '.join(self.trainable_modules())}")
+                check_fit(state, self.trainable_modules()[name].state_dict(), f"{file}, {name}")
+                self.trainable_modules()[name].load_state_dict(state)
                 self.loaded.add(name)
 
 
@@ -258,7 +258,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1 - logits.shape[1]:], ignore_index=-100, reduction="none")
 
 
-def beside_videos(parts: list, media: list[MediaFeatures]) -> tuple[list, list[MediaFeatures]]:
+def attach_side_channels(parts: list, media: list[MediaFeatures]) -> tuple[list, list[MediaFeatures]]:
     """A prompt without its side channels, which go to the video or image that they follow: they have no tokens of their own."""
     kept: list[MediaFeatures] = []
     for part, features in zip([p for p in parts if p.kind != "text"], media):
@@ -279,7 +279,7 @@ def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | st
                          "router), or not whole?")
 
 
-def half_products(wanted: bool = True) -> torch.autocast:
+def bf16_autocast(wanted: bool = True) -> torch.autocast:
     """A context in which matrix products are in bfloat16, where the machine is faster at them than at float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()

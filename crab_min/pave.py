@@ -57,7 +57,7 @@ class Block(nn.Module):
         v = k if self.value is None else self.value(side)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))         # (N, heads, Q or K, C / heads)
         if turns is not None:
-            q, k = rotate(q, turns[0]), rotate(k, turns[1])
+            q, k = apply_rope(q, turns[0]), apply_rope(k, turns[1])
         x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None]).transpose(1, 2).flatten(2)
         return x + self.mlp(self.norm(x))
 
@@ -82,7 +82,7 @@ class Patch(nn.Module):
         (b, t, q, _), s = video.shape, side.shape[2]
         steps = steps or [side.shape[1]] * b
         real = torch.ones(side.shape[:3], dtype=torch.bool, device=side.device) if real is None else real
-        keys, shown, index = stretches(self.side(side), real, steps, t)
+        keys, shown, index = neighbourhood(self.side(side), real, steps, t)
         turns = self.turns(t, q, s, steps, index) if self.config.rope else None
         x = self.video(video).flatten(0, 1)                                                      # (B T, Q, C)
         for block in self.blocks:
@@ -96,19 +96,19 @@ class Patch(nn.Module):
             raise ModelError(f"rope: wants square grids and heads of 128; got {q} tokens a frame, {s} a side step, heads of {self.config.hidden // self.config.heads}")
         spread = torch.linspace(0, grid - 1, small).long() if small > 1 else torch.tensor([grid // 2])       # whole numbers, as released
         when = torch.stack([torch.linspace(0, max(n, t) - 1, t).long() for n in steps])          # (B, T)
-        return tuple(angles(positions(when, places).to(index.device)) for when, places in (
+        return tuple(rope_angles(positions(when, places).to(index.device)) for when, places in (
             (when.flatten()[:, None], torch.arange(grid)), (index.flatten(0, 1).cpu(), spread)))
 
 
-def stretches(x: Tensor, real: Tensor, steps: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
+def neighbourhood(x: Tensor, real: Tensor, steps: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
     """The side tokens that each frame reads: (B T, K, C), which of them are tokens (B T, K), and their steps (B, T, most), -1 for none.
 
     x (B, U, S, C) of which `steps` are real in time and `real` (B, U, S) in all; one shorter than the video is stretched to its length.
     """
     if min(steps) < frames:
-        longer = [(stretch(row[:n], frames), shown[:n].any(0).expand(frames, -1)) if n < frames else (row, shown) for row, shown, n in zip(x, real, steps)]
+        longer = [(interpolate_time(row[:n], frames), shown[:n].any(0).expand(frames, -1)) if n < frames else (row, shown) for row, shown, n in zip(x, real, steps)]
         x, real = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*longer))
-    index = [chunks(max(n, frames), frames) for n in steps]
+    index = [partition_steps(max(n, frames), frames) for n in steps]
     most = max(i.shape[1] for i in index)
     index = torch.stack([F.pad(i, (0, most - i.shape[1]), value=-1) for i in index]).to(x.device)
     sample, step = torch.arange(len(steps), device=x.device)[:, None, None], index.clamp(min=0)
@@ -116,13 +116,13 @@ def stretches(x: Tensor, real: Tensor, steps: list[int], frames: int) -> tuple[T
     return x[sample, step].flatten(2, 3).flatten(0, 1), shown.flatten(2, 3).flatten(0, 1), index
 
 
-def chunks(steps: int, frames: int) -> Tensor:
+def partition_steps(steps: int, frames: int) -> Tensor:
     """(frames, most) which side steps belong to each frame, -1 where there are fewer: contiguous, the first ones one longer."""
     parts = torch.arange(steps).tensor_split(frames)
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
 
 
-def stretch(x: Tensor, length: int) -> Tensor:
+def interpolate_time(x: Tensor, length: int) -> Tensor:
     """x (U, S, C) -> (length, S, C), linear in time, first and last kept."""
     return F.interpolate(x.permute(1, 2, 0), size=length, mode="linear", align_corners=True).permute(2, 0, 1)
 
@@ -133,13 +133,13 @@ def positions(when: Tensor, grid: Tensor) -> Tensor:
     return torch.stack([t, y, x], -1).flatten(1, 3)
 
 
-def angles(places: Tensor) -> Tensor:
+def rope_angles(places: Tensor) -> Tensor:
     """(N, K, 3) -> (N, K, 64): the first frequencies turn with time, the next with the row, the last with the column."""
     frequency = ROPE_BASE ** (-torch.arange(64, device=places.device) / 64)
     return places.repeat_interleave(torch.tensor(ROPE_SECTIONS, device=places.device), -1) * frequency
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
+def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
     """x (N, heads, K, 128) turned by angles (N, K, 64), coordinate i with i + 64."""
     a, b = x.chunk(2, -1)
     cos, sin = turn.cos()[:, None], turn.sin()[:, None]

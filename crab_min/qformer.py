@@ -56,7 +56,7 @@ class QFormerConnector(nn.Module):
 
     def read(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """The queries after the Q-Former, before the MLP (B, T, Q, hidden). mask (B, T, S): True = a real token; None = all are."""
-        return read_steps(self.qformer, self.query, self.norm(features), mask)
+        return encode_per_step(self.qformer, self.query, self.norm(features), mask)
 
 
 def blip2_qformer(c: "QFormerConfig", cross_every: int) -> Blip2QFormerModel:
@@ -74,7 +74,7 @@ def make_mlp(c: "QFormerConfig") -> nn.Sequential:
     return nn.Sequential(*steps[:-1])                                                   # no GELU after the last
 
 
-def read_steps(qformer: Blip2QFormerModel, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+def encode_per_step(qformer: Blip2QFormerModel, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """The queries (1, Q, hidden) after reading each time step of x (B, T, S, W) by itself (B, T, Q, hidden). mask (B, T, S): True = a real token."""
     b, t = x.shape[:2]
     mask = None if mask is None else mask.flatten(0, 1)                                 # (B T, S)

@@ -5,12 +5,12 @@
 from pathlib import Path
 
 from crab_min.backbones.blip2 import CremaModel
-from crab_min.data import Sample, lacking, with_sides
+from crab_min.data import Sample, count_missing, add_side_channels
 from crab_min.errors import RunError
-from crab_min.evaluation.answering import answer, score_all
+from crab_min.evaluation.answering import generate_answers, score_all
 from crab_min.features import Features
-from crab_min.pave import PatchConfig
 from crab_min.model import AVLanguageModel
+from crab_min.pave import PatchConfig
 from crab_min.world.folders import build_world
 from crab_min.world.side_channels import CHANNELS, build_side_world
 
@@ -71,11 +71,11 @@ def score_subsets(model: CremaModel, features: Features, test: list[Sample], tex
     names, found = modalities(config), {}
     every = [["rgb"], *(["rgb", name] for name in names[1:]), names]
     for some in dict.fromkeys(map(tuple, every)):
-        rows = with_sides(test, some[1:], needed=False)
-        said = texts if list(some) == names else answer(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options")
+        rows = add_side_channels(test, some[1:], needed=False)
+        said = texts if list(some) == names else generate_answers(model, features, rows, limits, desc="+".join(some), by_option=config.answers == "options")
         scores = score_all(rows, said)
         found["+".join(some)] = {kind or task: t["metric"] for task, r in scores.items() for kind, t in (r.get("types") or {"": r}).items()}
-    return {"subsets": found, "missing": lacking(test, names[1:])}
+    return {"subsets": found, "missing": count_missing(test, names[1:])}
 
 
 def subset_table(subsets: dict) -> str:

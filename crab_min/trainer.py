@@ -21,29 +21,29 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crab_min.answers import parse
+from crab_min.answers import parse_answer
 from crab_min.backbones.blip2 import CremaConfig, CremaModel
 from crab_min.backbones.load import BackboneConfig, load_model
 from crab_min.crema import EarlyExit
 from crab_min.data import (
     MASKED,
     Sample,
-    examined_data,
+    evaluation_data,
     gold_mask,
-    one_sense,
+    keep_modality,
     pick_tasks,
     read_samples,
-    with_frames,
-    with_masks,
-    with_sides,
+    limit_frames,
+    add_mask_tokens,
+    add_side_channels,
 )
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import (
-    answer,
+    generate_answers,
     cell,
     constants,
-    draw_masks,
-    examine_masks,
+    predict_masks,
+    evaluate_masks,
     mask_table,
     options,
     plan_batches,
@@ -55,14 +55,14 @@ from crab_min.evaluation.answering import (
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.features import WORKERS, Features, Mixer
-from crab_min.flags import write_whole
+from crab_min.flags import atomic_write
 from crab_min.interface import load_prompts
-from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, half_products
+from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, bf16_autocast
 from crab_min.runs.folder import (
     choose_folder,
-    claim,
+    lock_run,
     load_state,
-    replace_whole,
+    atomic_replace,
     save_state,
     save_trained,
     states_of,
@@ -70,13 +70,13 @@ from crab_min.runs.folder import (
 from crab_min.runs.log import RunLog, asked_to_stop, multiplied
 from crab_min.runs.processes import (
     add_gradients,
-    from_first,
-    join,
-    rank,
-    same_everywhere,
+    on_first_process,
+    start,
+    process_rank,
+    broadcast_parameters,
     shard,
-    total,
-    world,
+    sum_over_processes,
+    process_count,
 )
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.tasks import TASKS
@@ -176,29 +176,29 @@ def learning_rate(step: int, steps: int, warmup: float, text_steps: int = 0) -> 
 
 def auto_steps(rows: int, config: TrainConfig) -> int:
     """Three passes, within what a laptop does in ten minutes; more for pictures and sounds that the tiny base has never met."""
-    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / (config.batch_size * config.accumulate * world()))))
+    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / (config.batch_size * config.accumulate * process_count()))))
 
 
 def run(config: TrainConfig, preset: str) -> dict:
     """One training run from annotations to metrics.json, which is returned. Raises the named errors of what it reads."""
-    began, config, device = time.time(), staged(config, preset), join()
-    folder = from_first(lambda: choose_folder(asdict(config), config.out, f"{preset}-{config.stage}" if config.stage else preset))
+    began, config, device = time.time(), staged(config, preset), start()
+    folder = on_first_process(lambda: choose_folder(asdict(config), config.out, f"{preset}-{config.stage}" if config.stage else preset))
     tasks, prompts = pick_tasks(config.tasks), load_prompts(config.prompts) if config.prompts else None
     torch.manual_seed(config.seed)
     model = load_model(config).to(device)
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or from_first(lambda: str(built_in(config, config.seed)))
+    root = config.data or on_first_process(lambda: str(built_in(config, config.seed)))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
-    test = read_samples(examined_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and examined_data(root) else []
+    test = read_samples(evaluation_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and evaluation_data(root) else []
     if config.stage in ALIGN:
-        train = one_sense(train, ALIGN[config.stage][0])
+        train = keep_modality(train, ALIGN[config.stage][0])
     if config.masks:
-        train, test = with_masks(train), with_masks(test)
+        train, test = add_mask_tokens(train), add_mask_tokens(test)
     if config.side or config.modalities:
-        train, test = (with_sides(rows, side_names(config), needed=not config.modalities) for rows in (train, test))
-    train, test = with_frames(train, config.frames), with_frames(test, config.frames)
+        train, test = (add_side_channels(rows, side_names(config), needed=not config.modalities) for rows in (train, test))
+    train, test = limit_frames(train, config.frames), limit_frames(test, config.frames)
     features = Features(model, config.cache_features, config.max_bad, config.feature_cache, config.workers)
     features.prepare(test)                                                    # strict: a missing test clip is an error
     train = features.prepare(train, strict=False)
@@ -212,7 +212,7 @@ def run(config: TrainConfig, preset: str) -> dict:
         model.restore_trained(Path(config.start))
     if "adapter" not in config.train.split("+"):                              # it comes from another run and stays
         model.llm.requires_grad_(False)
-    model.train_beside(config.train)
+    model.set_trainable(config.train)
     if isinstance(model, CremaModel):
         model.learn(modalities(config))
     if config.checkpointing:
@@ -220,23 +220,23 @@ def run(config: TrainConfig, preset: str) -> dict:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if config.fsdp:
         shard(model.llm)
-    steps = config.steps or round(config.epochs * len(train) / (config.batch_size * config.accumulate * world())) or auto_steps(len(train), config)
+    steps = config.steps or round(config.epochs * len(train) / (config.batch_size * config.accumulate * process_count())) or auto_steps(len(train), config)
     if config.text_steps >= steps:
         raise RunError(f"--text-steps {config.text_steps}: of {steps} steps none is left for the masks; give more --steps, or fewer --text-steps")
     limits, by_option = token_limits(model, train), config.answers == "options"
     size = 12 * sum(p.numel() for p in trained.values())                      # bytes of a state: weights and two moments
-    held = claim(folder, (config.keep + 3) * size) if rank() == 0 else None
-    if rank() == 0:
-        write_whole(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits, "processes": processes_of(folder)}, indent=1))
+    held = lock_run(folder, (config.keep + 3) * size) if process_rank() == 0 else None
+    if process_rank() == 0:
+        atomic_write(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits, "processes": processes_of(folder)}, indent=1))
         print(f"{folder}: {len(train)} training rows and {len(test)} test rows of {len({s.task.name for s in train})} tasks, {steps} steps of "
-              + " x ".join(str(n) for n in (config.batch_size, config.accumulate, world()) if n > 1 or n == config.batch_size))
+              + " x ".join(str(n) for n in (config.batch_size, config.accumulate, process_count()) if n > 1 or n == config.batch_size))
         print(f"trained: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters, in "
               + ", ".join(sorted({name_of(n) for n in trained})))
 
-    if not from_first(lambda: (folder / "base.json").exists()):
-        base = score_all(test, answer(model, features, test, limits, desc="frozen base", by_option=by_option))
-        if rank() == 0:
-            write_whole(folder / "base.json", json.dumps(base))
+    if not on_first_process(lambda: (folder / "base.json").exists()):
+        base = score_all(test, generate_answers(model, features, test, limits, desc="frozen base", by_option=by_option))
+        if process_rank() == 0:
+            atomic_write(folder / "base.json", json.dumps(base))
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
     except torch.OutOfMemoryError as error:
@@ -245,14 +245,14 @@ def run(config: TrainConfig, preset: str) -> dict:
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); free some space, then the same command goes on from the last state") from error
     finally:
-        if rank() == 0:
+        if process_rank() == 0:
             with suppress(OSError):                                           # a full disk, which is named already
                 draw_curves(folder / "curves.png", folder / "log.csv")
-    if rank() == 0:
+    if process_rank() == 0:
         save_trained(folder, model)
     metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
-    if rank() == 0:
-        write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
+    if process_rank() == 0:
+        atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
         shutil.rmtree(folder / "state", ignore_errors=True)
         held.close()
         print(f"loss a token: {metrics['loss']['first']:.3f} in the first tenth of the steps, {metrics['loss']['last']:.3f} in the last")
@@ -267,16 +267,16 @@ def processes_of(folder: Path) -> list[list[int]]:
     except (OSError, ValueError, KeyError):
         before = []
     step = max((int(s.name[5:]) for s in states_of(folder)), default=0)
-    return before if before and before[-1][1] == world() else [*(b for b in before if b[0] < step), [step, world()]]
+    return before if before and before[-1][1] == process_count() else [*(b for b in before if b[0] < step), [step, process_count()]]
 
 
 def examine(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], test: list[Sample], limits: dict, folder: Path) -> dict:
     """What a trained model makes of the test rows: predictions, pictures and tables, and the numbers of metrics.json, beside those of base.json and log.csv."""
-    texts = answer(model, features, test, limits, desc="trained model", by_option=config.answers == "options")
+    texts = generate_answers(model, features, test, limits, desc="trained model", by_option=config.answers == "options")
     subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
-    masks = draw_masks(model, features, test, texts) if config.masks else [None] * len(test)
-    segmented = examine_masks(model, features, test, masks, limits, partial(draw_masks, model)) if config.masks else {}
-    if rank():
+    masks = predict_masks(model, features, test, texts) if config.masks else [None] * len(test)
+    segmented = evaluate_masks(model, features, test, masks, limits, partial(predict_masks, model)) if config.masks else {}
+    if process_rank():
         return {}
     write_predictions(folder / "predictions", test, texts)
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
@@ -327,7 +327,7 @@ def sheet(samples: list[Sample], texts: list[str], masks: list, seed: int) -> li
     rng, cells = random.Random(seed), []
     for task in list(dict.fromkeys(s.task.name for s in samples))[::2]:
         few = rng.sample([(s, t, m) for s, t, m in zip(samples, texts, masks) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
-        scored = sorted(((score(s.task, [parse(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t, m) for s, t, m in few), key=lambda one: one[:2], reverse=True)
+        scored = sorted(((score(s.task, [parse_answer(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t, m) for s, t, m in few), key=lambda one: one[:2], reverse=True)
         cells += [cell(s, text, mask) for *_, s, text, mask in (scored[0], scored[-1])[:len(scored)]]
     return cells
 
@@ -361,7 +361,7 @@ def prompt_lengths(model: AVLanguageModel, train: list[Sample]) -> dict[str, int
 
 def examine_between(model: AVLanguageModel, features: Features, held_out: list[Sample], limits: dict, config: TrainConfig) -> float:
     """The mean of the tasks' metrics on the rows that are kept out of training."""
-    scores = score_all(held_out, answer(model, features, held_out, limits, desc="held-out rows", by_option=config.answers == "options"))
+    scores = score_all(held_out, generate_answers(model, features, held_out, limits, desc="held-out rows", by_option=config.answers == "options"))
     return sum(r["metric"] for r in scores.values()) / len(scores)
 
 
@@ -369,10 +369,10 @@ def keep_best(folder: Path, model: AVLanguageModel, progress: dict) -> None:
     """RUN/best: a run folder of its own, with the weights that were best so far on held-out rows."""
     def write(new: Path) -> None:
         model.save_trained(new)
-        write_whole(new / "config.json", (folder / "config.json").read_text())
-        write_whole(new / "progress.json", json.dumps(progress))
-    if rank() == 0:
-        replace_whole(folder / "best", write)
+        atomic_write(new / "config.json", (folder / "config.json").read_text())
+        atomic_write(new / "progress.json", json.dumps(progress))
+    if process_rank() == 0:
+        atomic_replace(folder / "best", write)
 
 
 def optimizer_of(model: AVLanguageModel, config: TrainConfig) -> torch.optim.Optimizer:
@@ -403,17 +403,17 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     optimizer = optimizer_of(model, config)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
-    if rank():
-        torch.manual_seed(config.seed + rank())                               # other dropout on every process
+    if process_rank():
+        torch.manual_seed(config.seed + process_rank())                               # other dropout on every process
     progress = {"step": 0, "batches": 0, "best": None} | load_state(folder, model, optimizer)
     if exits and "exits" in progress:
         exits.restore(progress["exits"])
-    same_everywhere(trained)
-    done, window = progress["step"], config.accumulate * world()
+    broadcast_parameters(trained)
+    done, window = progress["step"], config.accumulate * process_count()
     lengths = prompt_lengths(model, train) if config.group else None
     order = Mixer(train, config.batch_size, config.seed, config.mix, lengths)
-    first = progress["batches"] + rank()                                      # of all batches a process takes each world()th
-    batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, world()), strict=False)
+    first = progress["batches"] + process_rank()                                      # of all batches a process takes each world()th
+    batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, process_count()), strict=False)
     epoch, size = -(-len(train) // (config.batch_size * window)), multiplied(model.llm)
     model.train()
     with RunLog(folder, done) as log, asked_to_stop() as stop, tqdm(desc="training", unit="step", initial=done, total=steps) as bar:
@@ -424,7 +424,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
             read = [b for b in itertools.islice(batches, config.accumulate) if b[0]]             # without those of which nothing was readable
             waited = time.time() - began
             micro = [batch for samples, media in read for batch in batches_of(model, config, samples, media, bool(config.masks) and not text_only)]
-            tokens, rows, places, stopped = total(*counts(micro), bool(stop))
+            tokens, rows, places, stopped = sum_over_processes(*counts(micro), bool(stop))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup, config.text_steps)
             live, value, norm = exits.live if exits else [""], 0., torch.zeros(())
@@ -433,7 +433,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                     model.learn([name])
                 losses = 0.
                 for batch in micro:
-                    with half_products(config.half and (text_only or "decoder" not in config.train)):        # the decoder's many small products gain nothing
+                    with bf16_autocast(config.half and (text_only or "decoder" not in config.train)):        # the decoder's many small products gain nothing
                         loss, _ = model(batch)
                     (loss / tokens).backward()
                     losses += loss.item() / tokens
@@ -443,7 +443,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                 norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-                value, = total(losses)
+                value, = sum_over_processes(losses)
             if not live:                                                      # every modality has had enough
                 break
             if exits:
@@ -464,5 +464,5 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                 save_state(folder, progress, model, optimizer, config.keep)
             if stopped and step + 1 < steps:
                 raise KeyboardInterrupt
-    if exits and rank() == 0:
-        write_whole(folder / "exits.json", json.dumps(exits.state(), indent=1))
+    if exits and process_rank() == 0:
+        atomic_write(folder / "exits.json", json.dumps(exits.state(), indent=1))

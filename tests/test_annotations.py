@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 import train
-from crab_min.answers import parse
+from crab_min.answers import parse_answer
 from crab_min.data import load_media, pick_tasks, read_samples
 from crab_min.errors import DataError
 from crab_min.evaluation.answering import options
 from crab_min.media.read import write_video
-from crab_min.sources.av_uie import V1, mask_objects, read_mask, read_rows
+from crab_min.sources.av_uie import RELEASED_LAYOUTS, mask_objects, read_mask, read_rows
 from crab_min.tasks import TASKS
 from crab_min.tools.check import check
 
@@ -114,16 +114,16 @@ def v1(tmp_path_factory, small_world):
 
 
 def test_every_source_is_read_with_what_it_leaves_out(v1):
-    counts = {split: {task: len(read_rows(v1, task, split)) for task in V1 if split in TASKS[task].splits and (split, task) != ("test", "lvis")} for split in ("train", "test")}
-    assert counts["train"] == dict.fromkeys(V1, 1) | {"ms3": 4, "avsd": 3}     # of MS3 every frame with an object, of AVSD every turn
+    counts = {split: {task: len(read_rows(v1, task, split)) for task in RELEASED_LAYOUTS if split in TASKS[task].splits and (split, task) != ("test", "lvis")} for split in ("train", "test")}
+    assert counts["train"] == dict.fromkeys(RELEASED_LAYOUTS, 1) | {"ms3": 4, "avsd": 3}     # of MS3 every frame with an object, of AVSD every turn
     assert counts["test"] == {"avqa": 1, "ave": 1, "avvp": 1, "s4": 5, "ms3": 5, "avss": 10, "arig": 1, "ref_avs": 20, "audiocaps": 1, "avsd": 1, "scanqa": 1, "sqa3d": 1, "nextqa": 1}
 
 
 def test_rows_of_v1_become_samples_whose_media_load_and_whose_targets_parse_to_their_gold(v1):
     samples = read_samples(v1, pick_tasks("all"), "train")
-    assert {s.task.name for s in samples} == set(V1)
+    assert {s.task.name for s in samples} == set(RELEASED_LAYOUTS)
     for sample in samples:
-        assert parse(sample.task, sample.target) == sample.gold or sample.task.name == "ref_avs" and sample.gold.error is None, sample
+        assert parse_answer(sample.task, sample.target) == sample.gold or sample.task.name == "ref_avs" and sample.gold.error is None, sample
         for part in sample.media:
             load_media(part, 96)
     by_task = {s.task.name: s for s in samples}
@@ -161,7 +161,7 @@ def test_a_question_about_a_scene_has_its_situation_its_type_and_all_its_answers
         assert [p.kind for p in (*asked.media, *placed.media)] == ["video", "video"]
         assert (asked.target, placed.target) == (("A brown chair", "yes") if split == "train" else ("", "")) and placed.row["type"] == "can"
     kinds = {" What's there?": "what", "is it red?": "is", "How many?": "how", "Which is near?": "which", "Am I near?": "other"}
-    assert {q: next(V1["sqa3d"][0].convert(v1 / "sqa3d", {**PLACED, "question": q}, False))["type"] for q in kinds} == kinds
+    assert {q: next(RELEASED_LAYOUTS["sqa3d"][0].convert(v1 / "sqa3d", {**PLACED, "question": q}, False))["type"] for q in kinds} == kinds
 
 
 def test_a_multiple_choice_has_its_options_its_answer_as_a_text_and_its_type(v1):
@@ -191,7 +191,7 @@ def test_a_run_on_v1_and_its_check(v1, tmp_path):
     assert not found["bad"] and not found["rows"] and found["tasks"]["avss/test"]["rows"] == 10
     run = tmp_path / "run"
     assert train.main(["--data", str(v1), "--steps", "2", "--batch-size", "8", "--test-rows", "2", "--out", str(run), "--r", "4", "--alpha", "8"]) == 0
-    assert set(json.loads((run / "metrics.json").read_text())["tasks"]) == {t for t in V1 if t not in ("avcap", "lvis")}
+    assert set(json.loads((run / "metrics.json").read_text())["tasks"]) == {t for t in RELEASED_LAYOUTS if t not in ("avcap", "lvis")}
 
 
 def test_objects_of_a_mask_by_columns_by_colour_and_whole(v1):
@@ -213,6 +213,6 @@ def test_objects_of_a_mask_by_columns_by_colour_and_whole(v1):
     ("avqa", [MUSIC, {**MUSIC, "templ_values": '["flute"]'}], "row 1: IndexError.*a row of avqa"),
 ])
 def test_a_row_that_is_not_as_released_is_named(tmp_path, task, rows, message):
-    write_json(tmp_path / V1[task][-1].folder / V1[task][-1].files[0], rows)
+    write_json(tmp_path / RELEASED_LAYOUTS[task][-1].folder / RELEASED_LAYOUTS[task][-1].files[0], rows)
     with pytest.raises(DataError, match=message):
         read_samples(tmp_path, [task], "train")

@@ -6,8 +6,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infer
 from crab_min.backbones.composed import load_base
-from crab_min.backbones.omni import load_native
-from crab_min.errors import ConvertError
+from crab_min.backbones.omni import load_omni
+from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.tools import convert as command
 from crab_min.tools.convert import adapter_sizes, convert, read_checkpoint, revert
@@ -50,17 +50,17 @@ def test_crab_plus_names_follow_transformers_5():
 
 def test_names_that_do_not_fit_are_errors():
     good = released(["x"])
-    with pytest.raises(ConvertError, match=r"does not know 1 of 6 names: x\.lora_C\.weight;"):
+    with pytest.raises(ModelError, match=r"does not know 1 of 6 names: x\.lora_C\.weight;"):
         convert(good | {"x.lora_C.weight": torch.ones(1)}, "ilora")
-    with pytest.raises(ConvertError, match="'nothing': no such table, expected one of ilora, patch, qformer"):
+    with pytest.raises(ModelError, match="'nothing': no such table, expected one of ilora, patch, qformer"):
         convert(good, "nothing")
-    with pytest.raises(ConvertError, match=r"heads \[0, 2\], expected 0 to 2"):
+    with pytest.raises(ModelError, match=r"heads \[0, 2\], expected 0 to 2"):
         convert({name: w for name, w in good.items() if "B1" not in name}, "ilora")
-    with pytest.raises(ConvertError, match="8 columns, expected 12"):
+    with pytest.raises(ModelError, match="8 columns, expected 12"):
         adapter_sizes(convert({name: w for name, w in good.items() if "B2" not in name}, "ilora"))
-    with pytest.raises(ConvertError, match="1 A, 0 routers"):
+    with pytest.raises(ModelError, match="1 A, 0 routers"):
         adapter_sizes(convert({name: w for name, w in good.items() if "route" not in name}, "ilora"))
-    with pytest.raises(ConvertError, match="visual_ln.bias and audio_ln.bias would both become norm.bias"):
+    with pytest.raises(ModelError, match="visual_ln.bias and audio_ln.bias would both become norm.bias"):
         convert({"visual_ln.bias": torch.ones(1), "audio_ln.bias": torch.ones(1)}, "qformer")
 
 
@@ -70,14 +70,14 @@ def test_checkpoints_are_read_without_running_what_is_in_them(tmp_path):
         torch.save(state, tmp_path / name, _use_new_zipfile_serialization=format)
         again = read_checkpoint(tmp_path / name)
         assert again.keys() == state.keys() and all(torch.equal(again[k], state[k]) for k in state)
-    with pytest.raises(ConvertError, match="nowhere.bin: no such file"):
+    with pytest.raises(ModelError, match="nowhere.bin: no such file"):
         read_checkpoint(tmp_path / "nowhere.bin")
     (tmp_path / "page.bin").write_text("<html>Not Found</html>")
     (tmp_path / "page.safetensors").write_text("<html>Not Found</html>")
     (tmp_path / "half.bin").write_bytes((tmp_path / "new.bin").read_bytes()[:900])
     torch.save({"x": Ran()}, tmp_path / "code.pt")
     for name in "page.bin", "page.safetensors", "half.bin", "code.pt":
-        with pytest.raises(ConvertError, match=f"{name}: not a whole file of weights"):
+        with pytest.raises(ModelError, match=f"{name}: not a whole file of weights"):
             read_checkpoint(tmp_path / name)
 
 
@@ -157,7 +157,7 @@ def test_crab_plus_there_and_back(tmp_path, capsys):
     torch.save(released, tmp_path / "finetune_weights.bin")
     assert command.main(["crab_plus", str(tmp_path / "finetune_weights.bin"), "--out", str(tmp_path / "run")]) == 0
     assert "r 4, 3 heads" in capsys.readouterr().out
-    model = load_native("tiny-random")
+    model = load_omni("tiny-random")
     model.load_trained(tmp_path / "run")
     B = model.thinker.model.language_model.layers[1].mlp.up_proj.ilora_B["default"].weight
     assert torch.equal(B[:, 4:8], released["base_model.model.model.layers.1.mlp.up_proj.lora_B1.weight"])
@@ -165,7 +165,7 @@ def test_crab_plus_there_and_back(tmp_path, capsys):
     same(torch.load(tmp_path / "again.bin"), {name: w for name, w in released.items() if ".model.layers." in name})
 
     assert command.main(["crab_plus", str(tmp_path / "finetune_weights.bin"), "--out", str(tmp_path / "all"), "--encoder-adapters"]) == 0
-    model = load_native("tiny-random")
+    model = load_omni("tiny-random")
     model.load_trained(tmp_path / "all")
     assert command.main(["crab_plus", str(tmp_path / "all"), "--back", str(tmp_path / "again.bin")]) == 0
     same(torch.load(tmp_path / "again.bin"), released)

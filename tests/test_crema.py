@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerModel
 
-from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
-from crab_min.errors import ConvertError, ModelError
+from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
+from crab_min.errors import ModelError
 from crab_min.model import check_fit
 from crab_min.tools.convert import convert, from_blip2, missing_modalities, revert
 
@@ -45,7 +45,7 @@ def test_parameter_counts_are_the_papers():
             model.add(name, width)
         assert count(model.own("rgb").values()) == 3_961_600 and count(model.own("audio").values()) == 5_044_352
         assert {n for n, p in model.named_parameters() if p.requires_grad} == model.own("rgb").keys() | model.own("audio").keys()
-        assert [count(GatedFusion(list("afdn")[:sides], 2048).parameters()) for sides in (1, 2, 3, 4)] == [4_196_352, 8_390_656, 12_584_960, 16_779_264]
+        assert [count(SelfGatedFusion(list("afdn")[:sides], 2048).parameters()) for sides in (1, 2, 3, 4)] == [4_196_352, 8_390_656, 12_584_960, 16_779_264]
 
 
 def test_a_fresh_modality_reads_as_the_frozen_qformer_does():
@@ -69,7 +69,7 @@ def test_a_masked_token_is_not_read():
 
 
 def test_a_step_on_a_modality_changes_it_and_the_fusion_alone():
-    model = nn.ModuleDict({"multimodal": tiny("rgb", "flow", "audio"), "fusion": GatedFusion(["flow", "audio"], 36)})
+    model = nn.ModuleDict({"multimodal": tiny("rgb", "flow", "audio"), "fusion": SelfGatedFusion(["flow", "audio"], 36)})
     x, before = {name: features(name) for name in ("rgb", "flow", "audio")}, copy.deepcopy(model.state_dict())
     stepped = {f"multimodal.{n}": p for n, p in model["multimodal"].own("audio").items()} | {f"fusion.{n}": p for n, p in model["fusion"].named_parameters()}
     tokens = {name: model["multimodal"](name, x[name]) for name in x}
@@ -95,11 +95,11 @@ def test_the_number_of_tokens_does_not_grow_with_the_modalities():
     x = {f"m{i}": torch.randn(2, 4, 5, 36) for i in range(4)}
     for sides in (1, 2, 4):
         names = list(x)[:sides]
-        assert GatedFusion(names, 36)({name: x[name] for name in names}).shape == (2, 4, 5, 36)
+        assert SelfGatedFusion(names, 36)({name: x[name] for name in names}).shape == (2, 4, 5, 36)
 
 
 def test_fusion_gates_a_linear_of_what_is_there():
-    fusion, x = GatedFusion(["flow", "audio"], 6), {"flow": torch.randn(2, 3, 5, 6), "audio": over_frames(torch.randn(2, 2, 5, 6), 3)}
+    fusion, x = SelfGatedFusion(["flow", "audio"], 6), {"flow": torch.randn(2, 3, 5, 6), "audio": over_frames(torch.randn(2, 2, 5, 6), 3)}
     f = fusion.linear(torch.cat([x["flow"], x["audio"]], -1))
     torch.testing.assert_close(fusion(x), f.sigmoid() * f)
     silent = {"flow": x["flow"], "audio": torch.zeros_like(x["flow"])}
@@ -110,7 +110,7 @@ def test_fusion_gates_a_linear_of_what_is_there():
 
 
 def test_named_errors():
-    model, fusion, x = tiny("rgb", "audio"), GatedFusion(["flow", "audio"], 36), torch.zeros(2, 3, 5, 36)
+    model, fusion, x = tiny("rgb", "audio"), SelfGatedFusion(["flow", "audio"], 36), torch.zeros(2, 3, 5, 36)
     for call in (lambda: model("depth", x), lambda: model.remove("depth"), lambda: model.own("depth")):
         with pytest.raises(ModelError, match=r"'depth': not in this Q-Former, which has rgb, audio; add\('depth', width\) first"):
             call()
@@ -128,7 +128,7 @@ def test_named_errors():
             fusion(sides)
     for names in ([], ["flow", "flow"]):
         with pytest.raises(ModelError, match="one or more, each once"):
-            GatedFusion(names, 36)
+            SelfGatedFusion(names, 36)
 
 
 # --- released names ----------------------------------------------------------------------------------------------------------
@@ -173,10 +173,10 @@ def test_released_crema_there_and_back():
     released = crema(model.config, {name: WIDTHS[name] for name in model.parts})
     state = convert(released, "crema")
     assert not missing_modalities(state, list(model.parts))
-    nn.ModuleDict({"multimodal": model, "fusion": GatedFusion(["norm", "audio"], 36)}).load_state_dict(state)
+    nn.ModuleDict({"multimodal": model, "fusion": SelfGatedFusion(["norm", "audio"], 36)}).load_state_dict(state)
     back = revert(state, "crema")
     assert back.keys() == {name for name in released if not dropped(name)} and all(torch.equal(back[name], released[name]) for name in back)
-    with pytest.raises(ConvertError, match="does not know 1 of .* names: Qformer.bert.encoder.layer.0.attention.self.query.weight;"):
+    with pytest.raises(ModelError, match="does not know 1 of .* names: Qformer.bert.encoder.layer.0.attention.self.query.weight;"):
         convert(released | {"Qformer.bert.encoder.layer.0.attention.self.query.weight": torch.ones(1)}, "crema")
 
 
@@ -185,7 +185,7 @@ def test_released_names_at_the_papers_sizes():
         model, c = MultimodalQFormer(MultimodalConfig(2048)), MultimodalConfig(2048)
         for name, width in {"rgb": 1408, "audio": 768}.items():
             model.add(name, width)
-        both = nn.ModuleDict({"multimodal": model, "fusion": GatedFusion(["audio"], 2048)})
+        both = nn.ModuleDict({"multimodal": model, "fusion": SelfGatedFusion(["audio"], 2048)})
         check_fit(convert(crema(c, {"rgb": 1408, "audio": 768}, torch.empty), "crema"), both.state_dict(), "released")
 
 

@@ -12,7 +12,7 @@ import torch
 import infer
 import train
 from crab_min import data
-from crab_min.data import DataError, load_media, pick_tasks, read_samples, with_frames
+from crab_min.data import DataError, load_media, pick_tasks, read_samples, limit_frames
 from crab_min.features import Features, Mixer
 from crab_min.tasks import TASKS
 from crab_min.tools import check
@@ -47,9 +47,9 @@ def test_a_training_row_without_a_text_teaches_its_label(small_world, tmp_path):
 
 
 def test_fewer_frames_are_those_of_videos(real_media):
-    samples = with_frames(read_samples(real_media, ["ave", "s4"], "train", limit=1), 3)
+    samples = limit_frames(read_samples(real_media, ["ave", "s4"], "train", limit=1), 3)
     assert {(p.kind, p.frames) for s in samples for p in s.media if p.kind == "video"} == {("video", 3)}
-    assert with_frames(samples, 0) is samples
+    assert limit_frames(samples, 0) is samples
 
 
 @pytest.mark.parametrize("content, message", [("{", "broken JSON"), ("{}", "expected a list"), ('[{"video_path": "x.mp4"}]', "audio_path"),

@@ -10,7 +10,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from crab_min.beats import Beats, BeatsConfig, distance_buckets, fbank, load_beats
 from crab_min.encoders import AudioEncoder, VisionEncoder
-from crab_min.errors import EncoderError
+from crab_min.errors import ModelError
 
 BEATS = dict(embed_dim=16, encoder_embed_dim=32, encoder_ffn_embed_dim=48, encoder_layers=2, encoder_attention_heads=4,
              conv_pos=8, conv_pos_groups=4, num_buckets=32, max_distance=64)
@@ -98,22 +98,22 @@ def test_a_published_file_gives_the_model_it_was_made_from(tmp_path):
 
 
 def test_load_beats_says_what_is_wrong(tmp_path):
-    with pytest.raises(EncoderError, match=r"nowhere.pt: no such file.*iter3_plus.*microsoft/unilm"):
+    with pytest.raises(ModelError, match=r"nowhere.pt: no such file.*iter3_plus.*microsoft/unilm"):
         load_beats(tmp_path / "nowhere.pt")
     (tmp_path / "page.pt").write_text("<html>Resource not found</html>")
-    with pytest.raises(EncoderError, match="page.pt: not a file of torch weights"):
+    with pytest.raises(ModelError, match="page.pt: not a file of torch weights"):
         load_beats(tmp_path / "page.pt")
-    with pytest.raises(EncoderError, match="`cfg` and `model`"):
+    with pytest.raises(ModelError, match="`cfg` and `model`"):
         load_beats({"state_dict": {}})
     good = published(Beats(BeatsConfig.from_dict(BEATS)))
     lacking = {k: v for k, v in good["model"].items() if "fc1" not in k}
-    with pytest.raises(EncoderError, match="encoder.layers.0.fc1.weight"):
+    with pytest.raises(ModelError, match="encoder.layers.0.fc1.weight"):
         load_beats({**good, "model": lacking})
-    with pytest.raises(EncoderError, match=r"unexpected weights \['quantize.codebook'\]"):
+    with pytest.raises(ModelError, match=r"unexpected weights \['quantize.codebook'\]"):
         load_beats({**good, "model": good["model"] | {"quantize.codebook": torch.zeros(1)}})
-    with pytest.raises(EncoderError, match="do not fit"):
+    with pytest.raises(ModelError, match="do not fit"):
         load_beats({**good, "cfg": good["cfg"] | {"encoder_embed_dim": 64}})
-    with pytest.raises(EncoderError, match="layer_norm_first=True"):
+    with pytest.raises(ModelError, match="layer_norm_first=True"):
         load_beats({**good, "cfg": good["cfg"] | {"layer_norm_first": True}})
 
 
@@ -204,17 +204,17 @@ def test_a_pretrained_folder_may_hold_the_whole_of_clip(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     lacking = {k: v for k, v in weights.items() if "vision_model.encoder.layers.1" not in k}
     save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EncoderError, match=r"its weights lack \['encoder.layers.1"):
+    with pytest.raises(ModelError, match=r"its weights lack \['encoder.layers.1"):
         VisionEncoder(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half a download")
-    with pytest.raises(EncoderError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         VisionEncoder(tmp_path)
 
 
 def test_a_vision_encoder_that_cannot_be_had_says_what_to_do(tmp_path):
-    with pytest.raises(EncoderError, match="no/such/clip: cannot be loaded.*hf download openai/clip-vit-large-patch14"):
+    with pytest.raises(ModelError, match="no/such/clip: cannot be loaded.*hf download openai/clip-vit-large-patch14"):
         VisionEncoder(tmp_path / "no/such/clip")
-    with pytest.raises(EncoderError, match="model_type 'bert'.*clip_vision_model or siglip_vision_model"):
+    with pytest.raises(ModelError, match="model_type 'bert'.*clip_vision_model or siglip_vision_model"):
         VisionEncoder({"model_type": "bert"})
-    with pytest.raises(EncoderError, match="layer -5: .* hidden states 0 to 3"):
+    with pytest.raises(ModelError, match="layer -5: .* hidden states 0 to 3"):
         VisionEncoder(CLIP, layer=-5)

@@ -13,13 +13,13 @@ import infer
 import train
 from crab_min.backbones.composed import load_base
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import DataError, read_array, read_samples, side_part, with_sides
+from crab_min.data import DataError, read_array, read_samples, side_part, add_side_channels
 from crab_min.errors import MediaError, ModelError
-from crab_min.evaluation.answering import choose, options
+from crab_min.evaluation.answering import rank_options, options
 from crab_min.features import Features
-from crab_min.pave import Patch, PatchConfig, chunks, stretch
 from crab_min.media.read import read_video
 from crab_min.model import AdapterConfig
+from crab_min.pave import Patch, PatchConfig, partition_steps, interpolate_time
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
 from crab_min.world.scenes import Renderer
@@ -50,7 +50,7 @@ def test_a_frame_reads_the_side_tokens_of_its_own_stretch_alone():
     for frame, steps in ((0, [0, 1]), (1, [2, 3]), (26, [52, 53]), (27, [54]), (31, [58])):
         grad, = torch.autograd.grad(out[0, frame].sum(), side, retain_graph=True)
         assert grad[0, :, 0].abs().sum(-1).nonzero().flatten().tolist() == steps
-    assert [chunks(59, 32)[i][0].item() for i in (0, 1, 26, 27, 31)] == starts
+    assert [partition_steps(59, 32)[i][0].item() for i in (0, 1, 26, 27, 31)] == starts
 
 
 def test_a_batch_gives_what_one_by_one_gives_whatever_the_lengths():
@@ -63,7 +63,7 @@ def test_a_batch_gives_what_one_by_one_gives_whatever_the_lengths():
 
 def test_a_short_side_channel_is_stretched_and_order_within_a_stretch_means_nothing():
     x = torch.arange(29.)[:, None, None]
-    assert torch.allclose(stretch(x, 32)[[0, 31]], x[[0, 28]]) and stretch(x, 32).diff(dim=0).std() < 1e-5
+    assert torch.allclose(interpolate_time(x, 32)[[0, 31]], x[[0, 28]]) and interpolate_time(x, 32).diff(dim=0).std() < 1e-5
     patch, video, side = grown(Patch(SMALL)), torch.randn(1, 4, 4, 12), torch.randn(1, 8, 3, 10)
     torch.testing.assert_close(patch(video, side), patch(video, side.flip(2)), atol=1e-5, rtol=1e-5)
     with pytest.raises(ModelError, match="square grids and heads of 128"):
@@ -81,7 +81,7 @@ def shows(tmp_path_factory):
 
 
 def samples_of(shows, name, split="train"):
-    return with_sides(read_samples(shows / name / f"{split}.jsonl", [], split), name.split("+"))
+    return add_side_channels(read_samples(shows / name / f"{split}.jsonl", [], split), name.split("+"))
 
 
 def batch_of(model, samples):
@@ -92,7 +92,7 @@ def batch_of(model, samples):
 
 def test_a_new_patch_changes_nothing_and_one_that_is_taken_off_leaves_nothing(shows):
     model, samples = load_base(), samples_of(shows, "audio")[:3]
-    before, without = model.losses(batch_of(model, samples)), model.losses(batch_of(model, with_sides(samples, [])))
+    before, without = model.losses(batch_of(model, samples)), model.losses(batch_of(model, add_side_channels(samples, [])))
     assert torch.equal(before, without)                                       # the model has no patch: the side channel is not heard
     model.patches.add("audio", PatchConfig(*model.patch_widths[:1], 128, model.patch_widths[1], 64))
     assert torch.equal(model.losses(batch_of(model, samples)), before)
@@ -107,7 +107,7 @@ def test_a_new_patch_changes_nothing_and_one_that_is_taken_off_leaves_nothing(sh
 @pytest.mark.parametrize("side", ["", "audio", "fast", "depth", "view"])
 def test_a_step_of_every_adapter_side_channel_and_backbone(shows, adapter, side, backbone):
     model = load_model(BackboneConfig(backbone=backbone, weights="tiny-random"))
-    samples = samples_of(shows, side)[:2] if side else with_sides(samples_of(shows, "audio")[:2], [])
+    samples = samples_of(shows, side)[:2] if side else add_side_channels(samples_of(shows, "audio")[:2], [])
     batch = batch_of(model, samples)
     model.add_adapter(AdapterConfig(adapter=adapter, r=2, alpha=4))
     if side:
@@ -132,7 +132,7 @@ def test_the_likeliest_option_is_chosen(shows):
     model, samples = load_base(), samples_of(shows, "fast", "test")
     features = Features(model)
     features.prepare(samples)
-    said = choose(model, samples, features(samples))
+    said = rank_options(model, samples, features(samples))
     for sample, text in zip(samples, said):
         single = [model.losses(model.collate([sample.parts], features([sample]), [option])).sum().item() for option in options(sample)]
         assert text == options(sample)[int(np.argmin(single))]
@@ -197,7 +197,7 @@ def test_arrays_of_the_wrong_shape_and_missing_side_channels_are_named(shows, tm
     with pytest.raises(MediaError, match="broken.pt: not one array"):
         read_array(str(tmp_path / "broken.pt"), 10, 32)
     with pytest.raises(DataError, match="own/train/0.*; view want one video"):
-        with_sides(read_samples(shows / "audio" / "train.jsonl", [], "train"), ["view"])
+        add_side_channels(read_samples(shows / "audio" / "train.jsonl", [], "train"), ["view"])
     model, samples = load_base(), samples_of(shows, "depth")[:2]
     model.patches.add("depth", PatchConfig(model.patch_widths[0], 5, model.patch_widths[1], 32))
     with pytest.raises(ModelError, match="patch depth: reads side tokens 5 wide, got .128."):

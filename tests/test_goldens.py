@@ -14,15 +14,15 @@ from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from crab_min.answers import gold, parse
+from crab_min.answers import gold_answer, parse_answer
 from crab_min.beats import fbank, load_beats
-from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
+from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.evaluation.mask_metrics import null_s, soft
 from crab_min.evaluation.metrics import av_f_scores, event_counts, score, segment_counts
-from crab_min.pave import Patch, PatchConfig
 from crab_min.ilora import ILoraConfig, record_routing
-from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.masks import MaskConfig, MaskDecoder, mask_loss
+from crab_min.pave import Patch, PatchConfig
+from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.tasks import TASKS
 from crab_min.tools.convert import adapter_sizes, convert, revert
 
@@ -133,7 +133,7 @@ def test_crema(golden):
     for name in s["modalities"]:
         qformer.add(name, tensors[f"features_{name}"].shape[-1])
     sides = [name for name in s["modalities"] if name != "rgb"]
-    model = nn.ModuleDict({"multimodal": qformer, "fusion": GatedFusion(sides, s["d_llm"])} if "fused" in tensors else {"multimodal": qformer})
+    model = nn.ModuleDict({"multimodal": qformer, "fusion": SelfGatedFusion(sides, s["d_llm"])} if "fused" in tensors else {"multimodal": qformer})
     model.load_state_dict(state)
     with torch.no_grad():
         tokens = {name: qformer(name, tensors[f"features_{name}"]) for name in s["modalities"]}
@@ -155,8 +155,8 @@ def test_iou_f_and_null_agree_with_the_authors_code():
 def test_ave_agrees_with_the_released_scorer_on_a_real_models_answers():
     rows = [json.loads(line) for line in (GOLDENS / "ave_predictions.jsonl").read_text().splitlines()]
     expected = json.loads((GOLDENS / "ave_expected.json").read_text())
-    result = score(TASKS["ave"], [parse(TASKS["ave"], row["prediction"]) for row in rows],
-                   [gold(TASKS["ave"], row) for row in rows], expected["classes"])
+    result = score(TASKS["ave"], [parse_answer(TASKS["ave"], row["prediction"]) for row in rows],
+                   [gold_answer(TASKS["ave"], row) for row in rows], expected["classes"])
     right, lost = expected["segment_accuracy"], 1 - result["parsed"]
     assert result["n"] == expected["n"] and round(result["parsed"] * result["n"]) == expected["parsed"]
     released = result["all"]["segment_accuracy_released"]

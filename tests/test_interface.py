@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from crab_min.answers import Answer, canonical, gold, parse, write
-from crab_min.errors import InterfaceError
+from crab_min.answers import Answer, normalize_label, gold_answer, parse_answer, format_answer
+from crab_min.errors import DataError
 from crab_min.interface import audio_windows, build_prompt, load_prompts
 from crab_min.tasks import TASKS
 
@@ -48,10 +48,10 @@ def test_what_is_written_is_read_again(task):
     rng = random.Random(task.name)
     for _ in range(100):
         answer = random_answer(task, rng)
-        text = write(task, answer)
-        assert parse(task, text) == answer
-        assert task.parser == "text" or parse(task, f"First some prose (about it). So {text}.") == answer
-        assert parse(task, text).objects() == answer.objects()
+        text = format_answer(task, answer)
+        assert parse_answer(task, text) == answer
+        assert task.parser == "text" or parse_answer(task, f"First some prose (about it). So {text}.") == answer
+        assert parse_answer(task, text).objects() == answer.objects()
 
 
 def test_there_are_19_tasks_of_seven_families_and_16_have_a_test_set():
@@ -81,7 +81,7 @@ def test_there_are_19_tasks_of_seven_families_and_16_have_a_test_set():
     ("ref_avs", "<answer> true </answer> It is at [1,2,3,4]", Answer(exists=True, boxes=[(1, 2, 3, 4)])),
 ])
 def test_what_models_really_write_is_read(name, text, expected):
-    assert parse(TASKS[name], text) == expected
+    assert parse_answer(TASKS[name], text) == expected
 
 
 @pytest.mark.parametrize("name, text, reason", [
@@ -105,7 +105,7 @@ def test_what_models_really_write_is_read(name, text, expected):
     ("avcap", " \n", "no text"),
 ])
 def test_what_cannot_be_read_gives_a_reason_and_keeps_the_text(name, text, reason):
-    answer = parse(TASKS[name], text)
+    answer = parse_answer(TASKS[name], text)
     assert reason in answer.error and answer == Answer(text=text, error=answer.error)
 
 
@@ -117,17 +117,17 @@ def test_no_text_makes_the_parsers_raise():
     for _ in range(1000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 30)))
         for task in TASKS.values():
-            answer = parse(task, text)
+            answer = parse_answer(task, text)
             assert answer.error is None or answer.text == text
             if answer.error is None:
-                assert parse(task, write(task, answer)).error is None
+                assert parse_answer(task, format_answer(task, answer)).error is None
     for text in ("<event>a, " + "(0 1" * 20000, "[" + "1," * 50000, "<" * 50000, "(1" + " " * 50000):
         for task in TASKS.values():
-            parse(task, text)                          # no pattern takes quadratic time
+            parse_answer(task, text)                          # no pattern takes quadratic time
 
 
 def test_each_point_belongs_to_the_box_before_it():
-    answer = parse(TASKS["ms3"], "[0,0,9,9] [1,1],[2,2],[3,3] and [20,20,40,40] [30,30] and again [0,0,9,9] [4,4]")
+    answer = parse_answer(TASKS["ms3"], "[0,0,9,9] [1,1],[2,2],[3,3] and [20,20,40,40] [30,30] and again [0,0,9,9] [4,4]")
     assert answer.objects() == [((0, 0, 9, 9), [(1, 1), (2, 2), (3, 3), (4, 4)]), ((20, 20, 40, 40), [(30, 30)])]
 
 
@@ -136,14 +136,14 @@ def test_each_point_belongs_to_the_box_before_it():
     ("Baby_laughter", "baby laughter"), ("Violin , fiddle", "violin,fiddle"), ("Fixed-wing", "fixed wing"),
 ])
 def test_labels_are_equal_in_canonical_form(a, b):
-    assert canonical(a) == canonical(b)
+    assert normalize_label(a) == normalize_label(b)
 
 
 def test_an_option_may_be_named_by_text_index_or_letter():
     options = ("chainsaw", "violin", "dog")
-    assert [canonical(x, options) for x in ("Dog", "2", "(C)", "two", "c.")] == ["dog"] * 5
-    assert canonical("2", ("one", "two", "three")) == "two"            # an option's own text goes first
-    assert canonical("7", options) == "seven" and canonical(1) != canonical(True)
+    assert [normalize_label(x, options) for x in ("Dog", "2", "(C)", "two", "c.")] == ["dog"] * 5
+    assert normalize_label("2", ("one", "two", "three")) == "two"            # an option's own text goes first
+    assert normalize_label("7", options) == "seven" and normalize_label(1) != normalize_label(True)
 
 
 # --- golds -----------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_an_option_may_be_named_by_text_index_or_letter():
     ("ref_avs", {"gold_boxes": [(1, 2, 3, 4)]}, Answer(exists=True, boxes=[(1, 2, 3, 4)])),
 ])
 def test_the_gold_answer_of_a_test_row(name, row, expected):
-    assert gold(TASKS[name], row) == expected
+    assert gold_answer(TASKS[name], row) == expected
 
 
 @pytest.mark.parametrize("name, row, words", [
@@ -178,8 +178,8 @@ def test_the_gold_answer_of_a_test_row(name, row, expected):
     ("arig", {"top_left": 7, "bottom_right": [3, 4]}, ["arig", "'top_left'", "7"]),
 ])
 def test_a_bad_gold_field_is_named(name, row, words):
-    with pytest.raises(InterfaceError) as error:
-        gold(TASKS[name], row)
+    with pytest.raises(DataError) as error:
+        gold_answer(TASKS[name], row)
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -191,12 +191,12 @@ def test_real_rows_of_every_task(task, real_media):
             assert all(part.kind == "text" or Path(part.path).is_file() for part in parts)
             assert parts[-1].kind == "text" and "{" not in parts[-1].text
             if split == "test":
-                gold(task, {**row, "gold_boxes": [(1, 2, 3, 4)]})
+                gold_answer(task, {**row, "gold_boxes": [(1, 2, 3, 4)]})
                 continue
-            right, said = gold(task, row, "train"), parse(task, row[task.target])
-            assert said.error is None and parse(task, write(task, right)) == right
+            right, said = gold_answer(task, row, "train"), parse_answer(task, row[task.target])
+            assert said.error is None and parse_answer(task, format_answer(task, right)) == right
             if task.parser == "choice":
-                assert canonical(said.choice, right.choices) == canonical(right.choice)
+                assert normalize_label(said.choice, right.choices) == normalize_label(right.choice)
             else:
                 assert said == right
 
@@ -245,7 +245,7 @@ def test_question_options_and_description_fill_the_instruction():
     ("ref_avs", {"image_path": "1.jpg", "idx": 10, "audio_path": "a.wav"}, ["ref_avs", "0 to 9", "10"]),
 ])
 def test_a_missing_prompt_field_is_named(name, row, words):
-    with pytest.raises(InterfaceError) as error:
+    with pytest.raises(DataError) as error:
         build_prompt(TASKS[name], row)
     assert all(word in str(error.value) for word in words), error.value
 
@@ -258,9 +258,9 @@ def test_a_file_replaces_the_instructions_of_the_tasks_it_names(tmp_path):
     for content, words in (('{"nosuch": "x"}', "nosuch"), ('{"avqa": "Answer!"}', "question"),
                            ('{"ks": "{question}"}', "question"), ('["x"]', "object"), ("{", "prompts.json")):
         path.write_text(content)
-        with pytest.raises(InterfaceError, match=words):
+        with pytest.raises(DataError, match=words):
             load_prompts(path)
-    with pytest.raises(InterfaceError, match="missing.json"):
+    with pytest.raises(DataError, match="missing.json"):
         load_prompts(tmp_path / "missing.json")
 
 
@@ -272,5 +272,5 @@ def test_audio_windows():
     assert audio_windows("first4", 1.5) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     assert audio_windows("spread", 60) == [(i - .5, i + 1.5) for i in range(0, 60, 6)]
     assert audio_windows("spread", 10) == audio_windows("tenths", 10)
-    with pytest.raises(InterfaceError, match="0 s"):
+    with pytest.raises(DataError, match="0 s"):
         audio_windows("tenths", 0)

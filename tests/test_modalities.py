@@ -15,20 +15,20 @@ import train
 from crab_min.backbones.blip2 import CremaConfig, load_crema
 from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import (
-    lacking,
+    count_missing,
     load_media,
     point_code,
     read_points,
     read_samples,
     side_part,
-    with_frames,
-    with_sides,
+    limit_frames,
+    add_side_channels,
 )
-from crab_min.encoders import ENCODERS, DepthEncoder, EncoderError, VisionEncoder, register
+from crab_min.encoders import ENCODERS, DepthEncoder, ModelError, VisionEncoder, register
 from crab_min.errors import MediaError, ModelError
-from crab_min.evaluation.answering import choose, options
+from crab_min.evaluation.answering import rank_options, options
 from crab_min.features import Features
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.media.read import flow_pictures, read_flow, read_video, write_video
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
@@ -47,7 +47,7 @@ def shows(tmp_path_factory):
 
 
 def samples_of(shows, names, split="train"):
-    return with_frames(with_sides(read_samples(shows.with_name(f"{split}.jsonl"), [], split), names), 5)
+    return limit_frames(add_side_channels(read_samples(shows.with_name(f"{split}.jsonl"), [], split), names), 5)
 
 
 def with_modalities(model, samples, names, config=CONFIG):
@@ -112,7 +112,7 @@ def test_a_step_on_a_modality_changes_it_and_the_fusion_alone(shows, weights, jo
         assert changed(before, model.state_dict()) <= {f"multimodal.{key}" for key in model.multimodal.own(name)} | {"fusion.linear.weight", "fusion.linear.bias"}
     model.eval()
     assert len(model.generate(batch_of(model, features, samples), 3, beams=2)) == 3
-    said = choose(model, samples, features(samples))
+    said = rank_options(model, samples, features(samples))
     assert all(text in options(s) for s, text in zip(samples, said))
 
 
@@ -149,7 +149,7 @@ def test_a_clip_without_a_modality_has_zeros_in_its_place_and_is_counted(shows):
     media = model.collate([s.parts for s in part], features(part))["media"]
     lengths = [len(m.features) for m in media]
     fused = model.fuse([m.sides for m in media], lengths)
-    assert lacking(part, names) == {"flow": 0, "depth": 1}
+    assert count_missing(part, names) == {"flow": 0, "depth": 1}
     flow = model.read("flow", [media[1].sides["flow"]])
     torch.testing.assert_close(fused[5:], model.fusion({"flow": flow, "depth": torch.zeros_like(flow)}))
     none = model.fuse([{}, {}], lengths)
@@ -214,11 +214,11 @@ def test_a_sixth_modality_that_a_user_registers_trains_saves_and_leaves_the_rest
 
 
 def test_an_encoder_that_cannot_be_used_is_named(sonar, shows):
-    with pytest.raises(EncoderError, match="encoder of 'lidar': give a torch module with a `width`"):
+    with pytest.raises(ModelError, match="encoder of 'lidar': give a torch module with a `width`"):
         register("lidar", lambda x: x)
     ENCODERS["sonar"].width = 13
     model, samples = load_crema(""), samples_of(shows, ["sonar"])[:1]
-    with pytest.raises(EncoderError, match="encoder of 'sonar': gave .1, 5, 2, 12. for .*; its width is 13"):
+    with pytest.raises(ModelError, match="encoder of 'sonar': gave .1, 5, 2, 12. for .*; its width is 13"):
         Features(model).prepare(samples)
     ENCODERS["sonar"].width = 12
 
@@ -237,7 +237,7 @@ def test_a_depth_model_of_transformers_makes_the_modality_depth(tmp_path):
     pictures = encoder.pictures(frames[0])
     assert pictures.shape[::3] == (3, 3) and pictures.amax() == 255 and pictures.amin() == 0
     assert encoder(frames).shape == (1, 3, vision.tokens, vision.width)
-    with pytest.raises(EncoderError, match="depth model nowhere: cannot be loaded .*depth-anything"):
+    with pytest.raises(ModelError, match="depth model nowhere: cannot be loaded .*depth-anything"):
         DepthEncoder("nowhere", vision)
 
 
@@ -449,11 +449,11 @@ def test_pictures_in_folders_and_arrays_and_points_are_read(tmp_path):
     video = read_video(tmp_path, 3, 4)
     assert [int(f.mean()) for f in video.frames] == [20, 40, 200] and video.seconds == 3
     np.save(tmp_path / "grey.npy", np.arange(4, dtype=np.uint8)[:, None, None] * np.full((4, 6, 6), 10, np.uint8))
-    frames, _ = load_media(Part("array", path=str(tmp_path / "grey.npy"), frames=2), 12)
+    frames, _ = load_media(PromptPart("array", path=str(tmp_path / "grey.npy"), frames=2), 12)
     assert frames.shape == (2, 12, 12, 3) and [int(f.mean()) for f in frames] == [10, 30]
     np.save(tmp_path / "wrong.npy", np.zeros((4, 6, 6, 5), np.uint8))
     with pytest.raises(MediaError, match="bytes of shape .4, 6, 6, 5.; pictures are"):
-        load_media(Part("array", path=str(tmp_path / "wrong.npy")), 12)
+        load_media(PromptPart("array", path=str(tmp_path / "wrong.npy")), 12)
     (tmp_path / "empty").mkdir()
     with pytest.raises(MediaError, match="a folder without pictures"):
         read_video(tmp_path / "empty")
@@ -476,7 +476,7 @@ def test_pictures_in_folders_and_arrays_and_points_are_read(tmp_path):
 
 def test_real_clips_have_flow_and_go_through_the_model(real_media):
     model = load_crema("")
-    samples = with_frames(with_sides(read_samples(real_media, ["ave", "avqa"], "train", limit=1), ["audio", "flow"]), 5)
+    samples = limit_frames(add_side_channels(read_samples(real_media, ["ave", "avqa"], "train", limit=1), ["audio", "flow"]), 5)
     features = with_modalities(model, samples, ["audio", "flow"])
     assert {p.kind for s in samples for p in s.media} == {"video", "audio", "flow"}
     pictures = [load_media(p, 96)[0] for s in samples for p in s.media if p.side == "flow"]

@@ -62,7 +62,7 @@ def test_what_is_trained(adapter, connectors, expected, samples):
     frozen = {n: p.clone() for n, p in model.named_parameters()}
     model.add_adapter(AdapterConfig(adapter=adapter, r=4, alpha=8))
     if connectors:
-        model.train_beside("connectors+words")
+        model.set_trainable("connectors+words")
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {name_of(n) for n in trained} == expected
     adapted = {n.split(".ilora_")[0].split(".lora_")[0] for n in trained if "lora_" in n}
@@ -80,7 +80,7 @@ def test_what_is_trained(adapter, connectors, expected, samples):
 def test_trained_parts_come_back_bit_for_bit(tmp_path, samples):
     model = load_base()
     model.add_adapter(AdapterConfig(r=4, alpha=8))
-    model.train_beside("connectors+words")
+    model.set_trainable("connectors+words")
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -105,7 +105,7 @@ def test_weights_that_do_not_fit_are_told_apart(tmp_path):
     """A wrong number of heads, missing and unknown names, a module of another size: what there is, what is expected."""
     model = load_base()
     model.add_adapter(AdapterConfig(r=4, heads=5))
-    model.train_beside("connectors")
+    model.set_trainable("connectors")
     model.save_trained(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -9,9 +9,9 @@ import torch
 import infer
 import train
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.backbones.omni import load_native
+from crab_min.backbones.omni import load_omni
 from crab_min.errors import ModelError
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import AdapterConfig
 
 RNG = np.random.default_rng(0)
@@ -25,18 +25,18 @@ def waves(*seconds: float) -> list:
     return [RNG.standard_normal(round(16000 * s)).astype(np.float32) * .1 for s in seconds]
 
 
-def text(words: str) -> Part:
-    return Part("text", text=words)
+def text(words: str) -> PromptPart:
+    return PromptPart("text", text=words)
 
 
 # (parts, [(kind, arrays, seconds)]): video and sound; the same with a silent sound; an image task; two videos; two sounds; words alone
 CASES = {
-    "video and sound": ([Part("video"), text("\n"), Part("audio"), text("\nWhat?")], [("video", frames(10), 10.), ("audio", waves(*[1] * 10), 10.)]),
-    "a silent clip": ([Part("video"), text("\n"), Part("audio"), text("\nWho?")], [("video", frames(4), 30.), ("audio", [np.zeros(64000, np.float32)], 30.)]),
-    "an image": ([Part("image"), Part("audio"), text("\nWhere?")], [("image", frames(1), 1.), ("audio", waves(1.), 5.)]),
-    "a2v": ([Part("audio"), text("\nvideo one: "), Part("video"), text("\nvideo two: "), Part("video"), text("\nWhich?")],
+    "video and sound": ([PromptPart("video"), text("\n"), PromptPart("audio"), text("\nWhat?")], [("video", frames(10), 10.), ("audio", waves(*[1] * 10), 10.)]),
+    "a silent clip": ([PromptPart("video"), text("\n"), PromptPart("audio"), text("\nWho?")], [("video", frames(4), 30.), ("audio", [np.zeros(64000, np.float32)], 30.)]),
+    "an image": ([PromptPart("image"), PromptPart("audio"), text("\nWhere?")], [("image", frames(1), 1.), ("audio", waves(1.), 5.)]),
+    "a2v": ([PromptPart("audio"), text("\nvideo one: "), PromptPart("video"), text("\nvideo two: "), PromptPart("video"), text("\nWhich?")],
             [("audio", waves(2.2), 2.2), ("video", frames(4), 8.), ("video", frames(4), 10.)]),
-    "v2a": ([Part("video"), text("\naudio one: "), Part("audio"), text("\naudio two: "), Part("audio"), text("\nWhich?")],
+    "v2a": ([PromptPart("video"), text("\naudio one: "), PromptPart("audio"), text("\naudio two: "), PromptPart("audio"), text("\nWhich?")],
             [("video", frames(4), 8.), ("audio", waves(1.5), 1.5), ("audio", waves(.4), .4)]),
     "words": ([text("Say yes.")], []),
 }
@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def model():
-    return load_native("tiny-random")
+    return load_omni("tiny-random")
 
 
 def batch_of(model, names, targets=None):
@@ -94,7 +94,7 @@ def test_answers_do_not_depend_on_the_batch_or_on_what_came_before(model):
 
 @torch.no_grad()
 def test_run_together_as_released_two_videos_are_one(model):
-    released = load_native("tiny-random", separate=False)
+    released = load_omni("tiny-random", separate=False)
     ours, theirs = batch_of(model, ["a2v"]), batch_of(released, ["a2v"])
     begin = model.marks["video"][0][0]
     assert (ours["ids"] == begin).sum() == 2 and (theirs["ids"] == begin).sum() == 1
@@ -104,7 +104,7 @@ def test_run_together_as_released_two_videos_are_one(model):
 
 @pytest.mark.parametrize("encoders", [False, True])
 def test_adapters_are_where_they_are_asked_for_and_learn(encoders):
-    model = load_native("tiny-random")
+    model = load_omni("tiny-random")
     model.add_adapter(AdapterConfig(r=4, encoder_adapters=encoders))
     model.llm.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -136,14 +136,14 @@ def test_train_and_infer_run_on_it(small_world, tmp_path, capsys):
 def test_weights_that_are_not_there_say_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"):
-        load_native("nowhere/at-all")
+        load_omni("nowhere/at-all")
 
 
 @pytest.mark.parametrize("backbone", ["native", "llava", "crema"])
 def test_a_base_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone):
     pytest.importorskip("bitsandbytes")
     whole, small = (load_model(BackboneConfig(backbone=backbone, weights="tiny-random", quantize=quantize)).to("cpu") for quantize in ("", "4bit"))
-    batches = [model.collate([[Part("text", "What is it?")]], [[]], ["A dog."]) for model in (whole, small)]
+    batches = [model.collate([[PromptPart("text", "What is it?")]], [[]], ["A dog."]) for model in (whole, small)]
     one, other = (model.losses(batch) for model, batch in zip((whole, small), batches))
     assert not torch.equal(one, other) and torch.allclose(one, other, rtol=.1)
     small.add_adapter(AdapterConfig(adapter="none" if backbone == "crema" else "ilora"))

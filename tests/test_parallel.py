@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import infer
 from crab_min.errors import RunError
-from crab_min.runs.processes import join
+from crab_min.runs.processes import start
 
 ROOT = Path(__file__).parent.parent
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -92,7 +92,7 @@ frames, wave = torch.zeros(10, 96, 96, 3, dtype=torch.uint8).numpy(), [torch.ran
 video, = model.encode("video", [frames])
 sound, = model.encode("audio", [wave])
 model.add_adapter(AdapterConfig())
-model.train_beside("adapter+connectors")
+model.set_trainable("adapter+connectors")
 trained = [p for p in model.parameters() if p.requires_grad]
 same_everywhere(trained)
 optimizer = torch.optim.AdamW(trained, 1e-3)
@@ -146,8 +146,8 @@ def test_what_gpus_lack_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="a machine with 1 GPUs; start one a GPU: torchrun --nproc-per-node 1"):
-        join()
+        start()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(RunError, match="no NCCL.*a CUDA build of torch"):
-        join()
+        start()

@@ -29,7 +29,7 @@ def test_crab_7b_has_the_adapter_of_the_paper():
 def test_the_tiny_counts_are_those_of_the_model():
     model = load_base()
     model.add_adapter(AdapterConfig(r=16))
-    model.train_beside("connectors")
+    model.set_trainable("connectors")
     found = count_parameters(sizes_of("crab_plus-tiny"), AdapterConfig(r=16), "adapter+connectors")
     assert found["adapter in the language model"][0] == sum(p.numel() for n, p in model.named_parameters() if "ilora_" in n)
     assert found["visual connector"] == (sum(p.numel() for p in model.visual_qformer.parameters()), 0)

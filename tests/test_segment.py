@@ -21,15 +21,15 @@ from transformers import (
 
 import infer
 import train
-from crab_min.answers import MASK_TOKENS, parse
+from crab_min.answers import MASK_TOKENS, parse_answer
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import MASKED, gold_mask, read_samples, swapped, with_masks
+from crab_min.data import MASKED, gold_mask, read_samples, swap_audio, add_mask_tokens
 from crab_min.errors import ModelError
-from crab_min.evaluation.answering import score_masks, second_stage
+from crab_min.evaluation.answering import score_masks, masks_from_boxes
 from crab_min.evaluation.sam2 import Sam2, box_mask
-from crab_min.interface import Part
-from crab_min.model import ASSETS, AdapterConfig
+from crab_min.interface import PromptPart
 from crab_min.masks import MaskConfig, MaskDecoder, dice_loss, loss_of_masks, mask_loss
+from crab_min.model import ASSETS, AdapterConfig
 from crab_min.sources.av_uie import mask_classes
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
@@ -97,7 +97,7 @@ def masked():
     model = load_model(BackboneConfig(masks="decoder", mask_width=32, mask_queries=4))
     model.add_adapter(AdapterConfig())
     media = [model.encode("image", [np.random.default_rng(i).integers(0, 256, (1, 96, 96, 3), np.uint8)], [1.]) for i in range(3)]
-    return model, [[Part("image"), Part("text", text="\nWhich thing sounds?")]] * 3, media
+    return model, [[PromptPart("image"), PromptPart("text", text="\nWhich thing sounds?")]] * 3, media
 
 
 SAID = [f"The dog sounds. {''.join(MASK_TOKENS)}", f"So the bell and the cat sound. {''.join(MASK_TOKENS)}", "Nothing sounds."]
@@ -105,7 +105,7 @@ SAID = [f"The dog sounds. {''.join(MASK_TOKENS)}", f"So the bell and the cat sou
 
 def test_gradients_reach_all_of_the_branch(masked):
     model, prompts, media = masked
-    model.train_beside("masks")
+    model.set_trainable("masks")
     batch = model.collate(prompts, media, SAID)
     batch["masks"] = [torch.ones(1, 96, 96), torch.zeros(1, 96, 96), None]
     loss, tokens = model(batch)
@@ -164,19 +164,19 @@ def test_backbone_without_a_decoder_is_refused():
 # --- data ------------------------------------------------------------------------------------------------------------------
 def test_samples_with_masks(small_world):
     for split in ("train", "test"):
-        samples = with_masks(read_samples(small_world, list(TASKS), split))
+        samples = add_mask_tokens(read_samples(small_world, list(TASKS), split))
         for s in samples:
-            named = s.task.name in MASKED and bool(parse(s.task, s.target).boxes if s.target else s.gold.boxes)
+            named = s.task.name in MASKED and bool(parse_answer(s.task, s.target).boxes if s.target else s.gold.boxes)
             assert bool(s.mask) == named and (MASK_TOKENS[0] in s.target) == (named and split == "train")
             if s.mask:
                 assert gold_mask(s).shape == (96, 96) and gold_mask(s, 224).shape == (224, 224) and gold_mask(s).dtype == bool
-                assert not parse(s.task, s.target).error if s.target else True            # mask tokens do not disturb the text's own answer
+                assert not parse_answer(s.task, s.target).error if s.target else True            # mask tokens do not disturb the text's own answer
 
 
 def test_swapped_sound_means_the_other_thing(tmp_path):
     root = build_world(WorldConfig(world_clips=8, world_test=40), 0, tmp_path)
     samples = read_samples(root, ["s4"], "test")
-    changed = swapped(samples)
+    changed = swap_audio(samples)
     assert changed
     for s in changed:
         before = next(x for x in samples if x.id == s.id)
@@ -188,7 +188,7 @@ def test_swapped_sound_means_the_other_thing(tmp_path):
 
 
 def test_a_mask_of_another_size_than_its_image(tmp_path, small_world):
-    s = next(x for x in with_masks(read_samples(small_world, ["s4"], "test")))
+    s = next(x for x in add_mask_tokens(read_samples(small_world, ["s4"], "test")))
     Image.fromarray(np.kron(np.asarray(Image.open(s.mask)), np.ones((2, 3), np.uint8))).save(tmp_path / "0.png")
     other = dataclasses.replace(s, mask=str(tmp_path / "0.png"))
     assert gold_mask(other).shape == (192, 288) and np.array_equal(gold_mask(other, 96), gold_mask(s))
@@ -196,7 +196,7 @@ def test_a_mask_of_another_size_than_its_image(tmp_path, small_world):
 
 def test_training_row_without_a_mask_file_is_trained_on_text(small_world, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)
-    s = with_masks(read_samples(small_world, ["s4"], "train"))[0]
+    s = add_mask_tokens(read_samples(small_world, ["s4"], "train"))[0]
     assert s.mask == "" and gold_mask(s) is None and s.target.endswith(MASK_TOKENS[-1])
 
 
@@ -208,7 +208,7 @@ def test_classes_of_avss_by_its_palette():
 
 # --- scores ----------------------------------------------------------------------------------------------------------------
 def test_scores_of_perfect_absent_and_denied(small_world):
-    samples = with_masks(read_samples(small_world, ["s4", "ref_avs"], "test"))
+    samples = add_mask_tokens(read_samples(small_world, ["s4", "ref_avs"], "test"))
     samples.append(dataclasses.replace(samples[-1], id="ref_avs/test/none", mask=""))     # an expression that means nothing there
     perfect = [None if gold_mask(s) is None else gold_mask(s).astype(np.float32) for s in samples]
     scores = score_masks(samples, perfect)
@@ -255,14 +255,14 @@ def test_sam2_each_object_by_its_own_points(sam2):
 
 def test_sam2_from_text_to_score(sam2, small_world):
     """Unparsed, denied and empty answers are scored; a box outside of the picture is no answer."""
-    s4 = with_masks(read_samples(small_world, ["s4"], "test"), tokens=False)[:1] * 4
+    s4 = add_mask_tokens(read_samples(small_world, ["s4"], "test"), tokens=False)[:1] * 4
     texts = ["The dog is at [10,20,90,100] points [40,50],[60,70].", "a dog", "[10,20,900,100]", ""]
-    masks = second_stage(s4, texts, sam2)
+    masks = masks_from_boxes(s4, texts, sam2)
     assert [m is None for m in masks] == [False, True, True, True] and masks[0].shape == (96, 96)
     scores = score_masks(s4, masks)["s4"]
     assert scores["coverage"] == .25 and scores["n"] == 4
-    ref = with_masks(read_samples(small_world, ["ref_avs"], "test"), tokens=False)[:1]
-    denied, = second_stage(ref, ["<answer> false</answer>"], sam2)
+    ref = add_mask_tokens(read_samples(small_world, ["ref_avs"], "test"), tokens=False)[:1]
+    denied, = masks_from_boxes(ref, ["<answer> false</answer>"], sam2)
     assert denied.shape == (96, 96) and not denied.any()
 
 
@@ -272,7 +272,7 @@ def test_sam2_that_is_not_there_says_what_to_get():
 
 
 def test_box_as_a_mask():
-    answer = parse(TASKS["s4"], "[56,0,112,224] [0,0,1,1]")
+    answer = parse_answer(TASKS["s4"], "[56,0,112,224] [0,0,1,1]")
     mask = box_mask(answer, 8, 8)
     assert mask[:, 2:4].all() and mask.sum() == 16 + 1
 

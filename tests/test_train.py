@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 import infer
 import train
 from crab_min import trainer
-from crab_min.data import one_sense, read_samples
+from crab_min.data import keep_modality, read_samples
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.model import AVLanguageModel
-from crab_min.runs.folder import claim
+from crab_min.runs.folder import lock_run
 from crab_min.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
 
 def test_a_run_in_use_is_locked_for_other_processes_and_not_by_workers_that_outlive_it(tmp_path):
     other = f"from pathlib import Path; from crab_min.runs.folder import claim; claim(Path({str(tmp_path)!r}), 0)"
-    held = claim(tmp_path, 0)
+    held = lock_run(tmp_path, 0)
     worker = torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()
     again = partial(subprocess.run, [sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
@@ -89,10 +89,10 @@ for _ in decoding([parts[i:i + 2] for i in range(0, len(parts), 2)] * 1000, 96, 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp_path):
     with pytest.raises(RunError, match="MB are free"):
-        claim(tmp_path, 10 ** 18)
+        lock_run(tmp_path, 10 ** 18)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        claim(tmp_path / "file" / "run", 0)
+        lock_run(tmp_path / "file" / "run", 0)
 
 
 def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_path):
@@ -299,6 +299,6 @@ def test_each_stage_of_crab_starts_from_the_one_before(small_world, tmp_path, mo
 def test_captions_of_one_sense_hide_the_other(small_world):
     whole = read_samples(small_world, ["avcap"], "train", limit=3)
     for kind, field in (("video", "seen"), ("audio", "heard")):
-        for before, after in zip(whole, one_sense(whole, kind)):
+        for before, after in zip(whole, keep_modality(whole, kind)):
             assert [p.kind for p in after.media] == [kind] and after.target == before.row[field] != before.target
             assert after.parts[0].text.startswith(f"{kind}: ") and after.parts[-1] == before.parts[-1]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from crab_min.answers import mask_box, parse
+from crab_min.answers import mask_box, parse_answer
 from crab_min.data import load_media, read_samples
-from crab_min.errors import WorldError
+from crab_min.errors import DataError
 from crab_min.media.read import read_video
 from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
 from crab_min.tasks import TASKS
@@ -51,7 +51,7 @@ def test_every_folder_is_there_and_every_training_target_parses_to_its_gold(smal
     for name, task in TASKS.items():
         for split in () if not task.v2 else ("train",) if name in TRAIN_ONLY else ("train", "test"):
             for sample in read_samples(small_world, [name], split):
-                assert split == "test" or parse(task, sample.target).error is None, sample.target
+                assert split == "test" or parse_answer(task, sample.target).error is None, sample.target
                 assert all(Path(p.path).exists() for p in sample.media)
     assert not any((small_world / name / "test.json").exists() for name in TRAIN_ONLY)
 
@@ -192,11 +192,11 @@ def test_audio_visual_questions_need_both_senses(asked, renderer):
 
 def test_things_from_a_folder(tmp_path, monkeypatch):
     from crab_min.media.read import write_audio
-    with pytest.raises(WorldError, match="no such folder"):
+    with pytest.raises(DataError, match="no such folder"):
         Renderer(str(tmp_path / "nowhere"))
     for i in range(4):
         if i == 3:
-            with pytest.raises(WorldError, match="at least 4"):
+            with pytest.raises(DataError, match="at least 4"):
                 Renderer(str(tmp_path))
         picture = np.zeros((40, 60, 4), np.uint8)
         picture[8:32, 10:50] = (40 * i, 200, 30, 255)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
-from crab_min.evaluation.pictures import draw_routes
-from crab_min.evaluation.routing import record_routes
+from crab_min.evaluation.pictures import draw_routing
+from crab_min.evaluation.routing import record_routing_stats
 from crab_min.features import Features, Mixer
 from crab_min.ilora import ILoraConfig, ILoraLinear, route
 from crab_min.model import AdapterConfig
@@ -70,7 +70,7 @@ print("One seed and sixty steps say which runs, not which is better; I-LoRA of t
 model, routes = models["ilora"].eval(), {}
 for task in TASKS:
     batch = [s for s in samples if s.task.name == task][:24]
-    with record_routes(model) as routes[task], torch.no_grad():
+    with record_routing_stats(model) as routes[task], torch.no_grad():
         model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
 print(f"{'task':<6} {'tokens':<7} {'entropy':>7}  most one-sided router (entropy 1: all heads alike; 0: one head alone)")
 for task, each in routes.items():
@@ -79,6 +79,6 @@ for task, each in routes.items():
         layer, linear = max(weights, key=lambda key: weights[key].max())
         entropy = sum(e for key, e in each.entropy.items() if key[0] == kind) / len(weights)
         print(f"{task:<6} {kind:<7} {entropy:>7.2f}  layer {layer}, {linear}: {' '.join(f'{v:.2f}' for v in weights[layer, linear])}")
-draw_routes(Path("answers/tutorial_03.png"), routes)
+draw_routing(Path("answers/tutorial_03.png"), routes)
 print("\npicture: answers/tutorial_03.png. What the heads cost in time and memory: benchmarks/RESULTS.md (python benchmarks/ilora.py)")
 print("Now set heads=1 in AdapterConfig: the router has nothing to choose, and it is LoRA.")

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import gold_mask, load_media, read_samples, with_masks
+from crab_min.data import gold_mask, load_media, read_samples, add_mask_tokens
 from crab_min.evaluation.answering import (
-    answer,
-    draw_masks,
+    generate_answers,
+    predict_masks,
     score_masks,
-    second_stage,
+    masks_from_boxes,
     token_limits,
 )
 from crab_min.evaluation.pictures import save, tinted
@@ -32,7 +32,7 @@ from crab_min.world.folders import WorldConfig, build_world
 
 # 1. An answer with mask tokens, and the mask that it stands for.
 root = build_world(WorldConfig(world_clips=1600, world_test=30), 0, still=True)          # one frame and a sound a clip, no videos
-train, test = (with_masks(read_samples(root, tasks, split)) for tasks, split in ((["s4", "ref_avs"], "train"), (["s4"], "test")))
+train, test = (add_mask_tokens(read_samples(root, tasks, split)) for tasks, split in ((["s4", "ref_avs"], "train"), (["s4"], "test")))
 print("the model should say:", train[0].target)
 print("and this is its mask:", train[0].mask, gold_mask(train[0]).shape)
 
@@ -41,7 +41,7 @@ torch.manual_seed(0)
 model = load_model(BackboneConfig(masks="decoder", mask_width=64, mask_queries=16))
 model.load_trained(ASSETS / "crab_plus-tiny")
 model.requires_grad_(False)
-model.train_beside("decoder")
+model.set_trainable("decoder")
 print(f"trained: {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters; the decoder reads the layers {model.mask_layers} of the vision encoder")
 features = Features(model)
 features.prepare(train + test)
@@ -67,8 +67,8 @@ for step, some in zip(bar := tqdm(range(STEPS), desc="decoder"), Mixer(train, 16
     bar.set_postfix(loss=f"{loss.item() / tokens:.3f}")
 
 # 4. The decoder against the box alone, of the same answers to the same clips.
-texts = answer(model, features, test, limits)
-decoded, boxes = draw_masks(model, features, test, texts), second_stage(test, texts, None)
+texts = generate_answers(model, features, test, limits)
+decoded, boxes = predict_masks(model, features, test, texts), masks_from_boxes(test, texts, None)
 for name, masks in (("decoder", decoded), ("box", boxes)):
     scores = score_masks(test, masks)["s4"]
     print(f"{name:<10} mean IoU {scores['hard_miou']:.3f}, F {scores['hard_f']:.3f}, coverage {scores['coverage']:.2f}")
@@ -77,7 +77,7 @@ for name, masks in (("decoder", decoded), ("box", boxes)):
 levels: list = []
 hooks = [model.masks.decoder.binary.register_forward_hook(lambda module, given, out: levels.append(out.detach()))]
 few = test[:4]
-draw_masks(model, features, few, texts[:4], batch_size=4)
+predict_masks(model, features, few, texts[:4], batch_size=4)
 for hook in hooks:
     hook.remove()
 order = [i for i in sorted(range(4), key=lambda i: (-len(few[i].parts[-1].text), few[i].id))]           # draw_masks answers in another order
@@ -88,7 +88,7 @@ grid = figure.subplots(len(few), 5, squeeze=False)
 for line, s, text, mask in zip(grid, few, texts, decoded):
     image = load_media(next(p for p in s.media if p.kind == "image"), 96)[0][0]
     shown = [(tinted(image, gold_mask(s)), "gold"), (coarse[s.id], f"coarse level, {coarse[s.id].shape[0]} x {coarse[s.id].shape[1]}"),
-             (fine[s.id], f"fine level, {fine[s.id].shape[0]} x {fine[s.id].shape[1]}"), (tinted(image, mask), "their mean, above a half"), (tinted(image, second_stage([s], [text], None)[0]), "box alone")]
+             (fine[s.id], f"fine level, {fine[s.id].shape[0]} x {fine[s.id].shape[1]}"), (tinted(image, mask), "their mean, above a half"), (tinted(image, masks_from_boxes([s], [text], None)[0]), "box alone")]
     for axes, (picture, title) in zip(line, shown):
         axes.imshow(picture, vmin=0, vmax=1, cmap="Blues")
         axes.set_title(title, fontsize=8)

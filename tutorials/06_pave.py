@@ -17,17 +17,17 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from crab_min.backbones.composed import load_base
-from crab_min.data import load_media, read_samples, with_sides
-from crab_min.evaluation.answering import choose
+from crab_min.data import load_media, read_samples, add_side_channels
+from crab_min.evaluation.answering import rank_options
 from crab_min.evaluation.pictures import draw_frames, save
 from crab_min.features import Features, Mixer
-from crab_min.pave import PatchConfig, chunks
 from crab_min.model import AdapterConfig
+from crab_min.pave import PatchConfig, partition_steps
 from crab_min.world.side_channels import build_side_world
 
 # 1. A question that ten frames cannot answer. The side channel stands in the prompt beside its video, and has no tokens of its own.
 file = build_side_world("", 300, 40, 0, ["fast"])
-train, test = (with_sides(read_samples(file.with_name(f"{split}.jsonl"), [], split), ["fast"]) for split in ("train", "test"))
+train, test = (add_side_channels(read_samples(file.with_name(f"{split}.jsonl"), [], split), ["fast"]) for split in ("train", "test"))
 print("parts of a prompt:", ", ".join(f"{p.kind} (side channel)" if p.side else p.kind for p in test[0].parts), f"-> {test[0].parts[-1].text!r} {test[0].row['options']}")
 
 # 2. The model, a patch, and why its last norm begins with a gain of zero.
@@ -44,12 +44,12 @@ print(f"a new patch of {sum(p.numel() for p in patch.parameters()):,} parameters
 print("so that training starts from the video LM as it was; in the first step only that gain and bias have a gradient, the rest follows")
 
 # 3. Frame k reads stretch k alone: 250 steps for 10 frames are 25 each; 59 for 32 (sound a second, in the paper) are 27 pairs and 5 alone.
-print("side steps a frame, 250 for 10:", (chunks(250, 10) >= 0).sum(1).tolist(), " 59 for 32:", (chunks(59, 32) >= 0).sum(1).tolist())
+print("side steps a frame, 250 for 10:", (partition_steps(250, 10) >= 0).sum(1).tolist(), " 59 for 32:", (partition_steps(59, 32) >= 0).sum(1).tolist())
 
 # 4. Train the patch, and a LoRA with it; everything else is frozen.
 model.add_adapter(AdapterConfig(adapter="lora", r=16, alpha=32, dropout=0))
 model.patches.requires_grad_(True)
-base = choose(model, test, features(test))                                    # LoRA and patch are still no-ops: this is the frozen model
+base = rank_options(model, test, features(test))                                    # LoRA and patch are still no-ops: this is the frozen model
 lora = [p for n, p in model.named_parameters() if p.requires_grad and "lora" in n]
 optimizer = torch.optim.AdamW([{"params": lora, "lr": 4e-3}, {"params": model.patches.parameters(), "lr": 5e-3}], weight_decay=0)
 model.train()
@@ -63,9 +63,9 @@ for step, some in zip(bar := tqdm(range(250), desc="patch and LoRA"), Mixer(trai
     optimizer.zero_grad()
     bar.set_postfix(loss=f"{loss.item() / tokens:.3f}")
 model.eval()
-patched = choose(model, test, features(test))
-alone = with_sides(test, [])                                                  # the same questions, patch unused
-unheard = choose(model, alone, features(alone))
+patched = rank_options(model, test, features(test))
+alone = add_side_channels(test, [])                                                  # the same questions, patch unused
+unheard = rank_options(model, alone, features(alone))
 for name, said in (("frozen base", base), ("patched", patched), ("patched, without its side channel", unheard)):
     print(f"{name:<36} {sum(s.gold.choice in text for s, text in zip(test, said))} of {len(test)} right")
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from crab_min.backbones.blip2 import CremaConfig, load_crema
 from crab_min.crema import EarlyExit
-from crab_min.data import load_media, read_samples, with_frames, with_sides
-from crab_min.evaluation.answering import choose
+from crab_min.data import load_media, read_samples, limit_frames, add_side_channels
+from crab_min.evaluation.answering import rank_options
 from crab_min.evaluation.pictures import draw_frames, draw_grid, save
 from crab_min.features import Features, Mixer
 from crab_min.world.side_channels import build_side_world
@@ -30,7 +30,7 @@ CONFIG = CremaConfig(join="add", modality_rank=16, modality_dropout=.3)
 # 1. Questions that no frame can answer: which thing trembles (flow), which is near (depth). Every row has both modalities; it is about one.
 file = build_side_world("", 240, 40, 0, SIDES, together=True)
 rows = {split: read_samples(file.with_name(f"{split}.jsonl"), [], split) for split in ("train", "test")}
-train, test = (with_frames(with_sides(rows[split], SIDES), FRAMES) for split in ("train", "test"))
+train, test = (limit_frames(add_side_channels(rows[split], SIDES), FRAMES) for split in ("train", "test"))
 print("parts of a prompt:", ", ".join(f"{p.side} (a modality)" if p.side else p.kind for p in test[0].parts), f"-> {test[0].parts[-1].text!r} {test[0].row['options']}")
 
 
@@ -58,9 +58,9 @@ print("tokens that the LM reads for a video:", model.count(media), "added to the
 
 # 3. The same batches, learned jointly (a step a batch) and in sequence (a step a modality, each on its own parts and the fusion).
 def accuracy(model, sides: list[str]) -> dict[str, float]:
-    asked, right = with_frames(with_sides(rows["test"], sides), FRAMES), {}
+    asked, right = limit_frames(add_side_channels(rows["test"], sides), FRAMES), {}
     model.eval()
-    for s, text in zip(asked, choose(model, asked, features(asked))):
+    for s, text in zip(asked, rank_options(model, asked, features(asked))):
         right.setdefault(s.row["type"], []).append(s.gold.choice in text)
     model.train()
     return {kind: sum(found) / len(found) for kind, found in right.items()}

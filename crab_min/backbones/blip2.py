@@ -33,11 +33,11 @@ from transformers import (
 
 from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
 from crab_min.config import TINY_MODEL
-from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
+from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.pave import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, check_fit, missing_weights
+from crab_min.pave import Patches
 
 
 @dataclass
@@ -165,7 +165,7 @@ class CremaModel(AVLanguageModel):
     def widen(self, names: list[str]) -> None:
         """The fusion for the side modalities `names`, with the columns of those that it had; new ones start at zero, where they change nothing."""
         d, old = self.multimodal.config.width_out, self.fusion
-        fusion = GatedFusion(names, d).to(self.device)
+        fusion = SelfGatedFusion(names, d).to(self.device)
         with torch.no_grad():
             fusion.linear.weight.zero_()
             fusion.linear.bias.zero_() if old is None else fusion.linear.bias.copy_(old.linear.bias)

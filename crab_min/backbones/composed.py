@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from crab_min.answers import MASK_TOKENS
 from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.pave import Patches
-from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, cross_entropy, missing_weights
-from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.masks import MaskBranch, SegmentConfig, loss_of_masks
+from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, cross_entropy, missing_weights
+from crab_min.pave import Patches
+from crab_min.qformer import QFormerConfig, QFormerConnector
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
@@ -162,8 +162,8 @@ class ComposedModel(AVLanguageModel):
         found = self.mask_logits(batch, self.masks.find(batch["ids"][:, -states.shape[1]:], states), classes)
         return [(found[i].softmax(0) if classes[i] else found[i].sigmoid()) if i in found else None for i in range(len(batch["ids"]))]
 
-    def beside(self) -> dict[str, nn.Module]:
-        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, **super().beside()}
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, **super().trainable_modules()}
         return {name: module for name, module in named.items() if module is not None}
 
     def renew(self, name: str) -> None:

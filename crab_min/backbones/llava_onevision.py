@@ -21,8 +21,8 @@ from crab_min.backbones.omni import TEMPLATE
 from crab_min.config import TINY_MODEL
 from crab_min.encoders import AudioEncoder
 from crab_min.errors import ModelError
-from crab_min.pave import Patches
 from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
+from crab_min.pave import Patches
 
 
 class LlavaModel(AVLanguageModel):

@@ -14,12 +14,12 @@ from crab_min.backbones.composed import (
     load_tokenizer,
 )
 from crab_min.backbones.llava_onevision import load_llava
-from crab_min.backbones.omni import load_native
+from crab_min.backbones.omni import load_omni
 from crab_min.config import LLAMA_CHAT
 from crab_min.encoders import DepthEncoder, register
 from crab_min.errors import ModelError
-from crab_min.model import LLM_LINEARS, AVLanguageModel
 from crab_min.masks import SegmentConfig
+from crab_min.model import LLM_LINEARS, AVLanguageModel
 
 
 @dataclass
@@ -39,7 +39,7 @@ class BackboneConfig(SegmentConfig):
 
 
 def load_model(config: BackboneConfig) -> AVLanguageModel:
-    """The model of a run, frozen and in evaluation mode. Raises ModelError, EncoderError."""
+    """The model of a run, frozen and in evaluation mode. Raises ModelError, ModelError."""
     model = load_frozen(config)
     if config.masks:
         if not isinstance(model, ComposedModel):
@@ -73,7 +73,7 @@ def load_frozen(config: BackboneConfig) -> AVLanguageModel:
     if config.backbone != "composed" and not config.weights:
         raise ModelError(f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of Qwen2.5-Omni (native) or LLaVA-OneVision (llava), or tiny-random")
     if config.backbone == "native":
-        return load_native(config.weights, config.separate)
+        return load_omni(config.weights, config.separate)
     if config.backbone == "llava":
         return load_llava(config.weights, config.audio)
     parts = {"vision": config.vision, "audio": config.audio, "llm": config.llm}

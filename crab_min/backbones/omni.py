@@ -25,16 +25,16 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-from crab_min.pave import Patches
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
+from crab_min.pave import Patches
 
 RATE = 16000                                           # Hz
 TEMPLATE = ["<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
 MARKS = {"video": ("vision_bos", "video", "vision_eos"), "image": ("vision_bos", "image", "vision_eos"), "audio": ("audio_bos", "audio", "audio_eos")}
 
 
-class NativeModel(AVLanguageModel):
+class OmniModel(AVLanguageModel):
     """Qwen2.5-Omni's thinker and its processor. Frames are 224 x 224: 64 tokens a pair of frames; sound is 25 tokens a second."""
     frame_size = 224
 
@@ -115,7 +115,7 @@ class NativeModel(AVLanguageModel):
             prompts, media = zip(*(run_together(parts, list(features)) for parts, features in zip(prompts, media)))
         return super().collate(prompts, media, targets)
 
-    def beside_embeddings(self, batch: dict) -> dict:
+    def extra_lm_inputs(self, batch: dict) -> dict:
         """Ids, grids, seconds and lengths: what the thinker computes its three-dimensional positions from."""
         device, of_kind = batch["ids"].device, {kind: [m for m in batch["media"] if m.kind == kind] for kind in MARKS}
         beside = {"input_ids": batch["ids"]}
@@ -132,11 +132,11 @@ class NativeModel(AVLanguageModel):
     def logits(self, batch: dict, keep: int) -> Tensor:
         """(B, keep, V): the head, 152 thousand words wide, reads the last places alone."""
         thinker = self.thinker
-        hidden = thinker.model(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **self.beside_embeddings(batch)).last_hidden_state
+        hidden = thinker.model(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **self.extra_lm_inputs(batch)).last_hidden_state
         return thinker.lm_head(hidden[:, -keep:])
 
 
-def run_together(parts: list[Part], media: list[MediaFeatures]) -> tuple[list[Part], list[MediaFeatures]]:
+def run_together(parts: list[PromptPart], media: list[MediaFeatures]) -> tuple[list[PromptPart], list[MediaFeatures]]:
     """A prompt as the released Crab+ has it: a medium that follows one of its kind is joined to it, without the text between them."""
     joined, features, last = [], [], None                                     # last: where the last medium stands in `joined`
     queue = iter(media)
@@ -155,17 +155,17 @@ def run_together(parts: list[Part], media: list[MediaFeatures]) -> tuple[list[Pa
     return joined, features
 
 
-def load_native(weights: str, separate: bool = True, dtype: torch.dtype = torch.bfloat16) -> NativeModel:
+def load_omni(weights: str, separate: bool = True, dtype: torch.dtype = torch.bfloat16) -> OmniModel:
     """The thinker of Qwen2.5-Omni, by local path or hub id, frozen and in evaluation mode; or "tiny-random". Raises ModelError."""
     if weights == "tiny-random":
-        model = NativeModel(*tiny_random(), separate)
+        model = OmniModel(*tiny_random(), separate)
     else:
         try:
             thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(weights, dtype=dtype)
             processor = Qwen2_5OmniProcessor.from_pretrained(weights)
         except OSError as error:
             raise missing_weights("Qwen2.5-Omni", weights, error) from error
-        model = NativeModel(thinker, processor, separate)
+        model = OmniModel(thinker, processor, separate)
     return model.requires_grad_(False).eval()
 
 

@@ -14,17 +14,17 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab_min.answers import GRID, Answer, parse, write
+from crab_min.answers import GRID, Answer, parse_answer, format_answer
 from crab_min.backbones.composed import ComposedModel
-from crab_min.data import MASKED, Sample, drawn_media, gold_mask, swapped
+from crab_min.data import MASKED, Sample, load_for_figure, gold_mask, swap_audio
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.features import Features
-from crab_min.flags import write_whole
+from crab_min.flags import atomic_write
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
-from crab_min.runs.processes import gather, is_sharded, rank, world
+from crab_min.runs.processes import gather_objects, is_sharded, process_rank, process_count
 from crab_min.sources.av_uie import CLASSES
 
 
@@ -43,7 +43,7 @@ def plan_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
     return [group[i:i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
 
 
-def answer(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
+def generate_answers(model: AVLanguageModel, features: Features, samples: list[Sample], limits: dict[str, int], batch_size: int = 50, desc: str = "answering",
            partial: Path | None = None, strict: bool = True, by_option: bool = False, beams: int = 1) -> list[str]:
     """The model's text for every sample, in their order; "" for an unreadable one, which is an error where `strict`. Several processes share the work.
 
@@ -54,12 +54,12 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
     texts = read_partial(partial, plan) if partial else {}
     left = [batch for batch in plan if batch[0].id not in texts]
     if not is_sharded(model):                                                 # else all have to go through the LM equally often
-        left = left[rank()::world()]
+        left = left[process_rank()::process_count()]
     model.eval()
     with tqdm(total=sum(map(len, left)), desc=desc, unit="sample") as bar:
         for whole, (batch, media) in zip(left, features.batches(left, strict)):
             if by_option and batch and all(options(s) for s in batch):
-                said = choose(model, batch, media)
+                said = rank_options(model, batch, media)
             else:
                 said = model.generate(model.collate([s.parts for s in batch], media), limits.get(whole[0].task.name, 128), beams=beams) if batch else []
             new = {s.id: "" for s in whole} | {s.id: text for s, text in zip(batch, said)}
@@ -69,18 +69,18 @@ def answer(model: AVLanguageModel, features: Features, samples: list[Sample], li
                     file.write(json.dumps(new) + "\n")
             bar.update(len(whole))
     model.train(training)
-    for theirs in gather(texts):
+    for theirs in gather_objects(texts):
         texts |= theirs
     return [texts[s.id] for s in samples]
 
 
 def options(sample: Sample) -> list[str]:
     """The answers to choose from, as the model would write them; none for an open question."""
-    return [write(sample.task, Answer(choice=str(o))) for o in sample.row.get("options") or sample.row.get("multi_choice") or []]
+    return [format_answer(sample.task, Answer(choice=str(o))) for o in sample.row.get("options") or sample.row.get("multi_choice") or []]
 
 
 @torch.no_grad()
-def choose(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
+def rank_options(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
     """The option of each sample that the model finds likeliest: the sum of the log probabilities of its tokens."""
     pairs = [(i, text) for i, s in enumerate(samples) for text in options(s)]
     losses = []
@@ -94,7 +94,7 @@ def choose(model: AVLanguageModel, samples: list[Sample], media: list) -> list[s
 
 
 @torch.no_grad()
-def draw_masks(model: ComposedModel, features: Features, samples: list[Sample], texts: list[str], batch_size: int = 50) -> list[np.ndarray | None]:
+def predict_masks(model: ComposedModel, features: Features, samples: list[Sample], texts: list[str], batch_size: int = 50) -> list[np.ndarray | None]:
     """The mask (size, size) that each text stands for: scores in [0, 1], of avss classes; None for a text without all mask tokens, and for other tasks.
 
     The states of the mask tokens depend on the media, the prompt and the text alone, so the texts are read once more, and masks need not be kept with them.
@@ -111,12 +111,12 @@ def draw_masks(model: ComposedModel, features: Features, samples: list[Sample], 
     return [masks.get(s.id) for s in samples]
 
 
-def second_stage(samples: list[Sample], texts: list[str], sam2: Sam2 | None) -> list[np.ndarray | None]:
+def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None) -> list[np.ndarray | None]:
     """The mask (H, W) that SAM2 makes of the boxes and points of each text, at the image's own size, or without it the boxes themselves, filled, on the
     grid; empty where an object is denied; None for a text that does not parse, and for other tasks."""
     masks: list = []
     for s, text in zip(tqdm(samples, desc="SAM2" if sam2 else "boxes", unit="image", disable=len(samples) < 32), texts):
-        parsed, image = parse(s.task, text), next((p.path for p in s.media if p.kind == "image"), None)
+        parsed, image = parse_answer(s.task, text), next((p.path for p in s.media if p.kind == "image"), None)
         if s.task.name not in MASKED or parsed.error:
             masks.append(None)
         else:
@@ -164,13 +164,13 @@ def picked(samples: list[Sample], masks: list[np.ndarray | None]) -> dict[str, f
     return {"picked": float(np.mean(right)), "n": len(right)} if right else {}
 
 
-def examine_masks(model: AVLanguageModel, features: Features, test: list[Sample], masks: list, limits: dict, make_masks) -> dict[str, dict]:
+def evaluate_masks(model: AVLanguageModel, features: Features, test: list[Sample], masks: list, limits: dict, make_masks) -> dict[str, dict]:
     """{"masks": the numbers of masks, "picked": how often the thing that sounds was picked, with its own sound and with that of another thing in the picture}.
 
     make_masks: (features, samples, texts) -> masks, as the given ones were made.
     """
-    chosen, other = {"picked the sounding one of two": picked(test, masks)}, swapped(test)
-    texts = answer(model, features, other, limits, desc="with another's sound") if other else []
+    chosen, other = {"picked the sounding one of two": picked(test, masks)}, swap_audio(test)
+    texts = generate_answers(model, features, other, limits, desc="with another's sound") if other else []
     chosen["followed the other's sound"] = picked(other, make_masks(features, other, texts)) if other else {}
     return {"masks": score_masks(test, masks), "picked": {name: r for name, r in chosen.items() if r}}
 
@@ -195,16 +195,16 @@ def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
         if tuple(found) in wanted:
             kept, texts = [*kept, line + "\n"], texts | found
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
     return texts
 
 
 def cell(sample: Sample, text: str, mask: np.ndarray | None = None) -> tuple:
     """A cell of viz.draw_sheet."""
-    parsed = replace(parse(sample.task, text), mask=mask)
+    parsed = replace(parse_answer(sample.task, text), mask=mask)
     value = score(sample.task, [parsed], [sample.gold], whole=False)["metric"]
-    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", drawn_media(sample), parsed, text, replace(sample.gold, mask=gold_mask(sample)),
-            sample.target or write(sample.task, sample.gold), value)
+    return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", load_for_figure(sample), parsed, text, replace(sample.gold, mask=gold_mask(sample)),
+            sample.target or format_answer(sample.task, sample.gold), value)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
@@ -212,7 +212,7 @@ def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
     result, types = {}, {}
     for s, text in zip(samples, texts):
         kind = " ".join(re.sub(r'[][",]', "", str(s.row.get(field, ""))) for field in s.task.types)
-        types.setdefault(s.task, {}).setdefault(kind, []).append((parse(s.task, text), s.gold))
+        types.setdefault(s.task, {}).setdefault(kind, []).append((parse_answer(s.task, text), s.gold))
     for task, groups in types.items():
         result[task.name] = score(task, *zip(*(pair for group in groups.values() for pair in group)))
         if task.types and set(groups) != {""}:
@@ -239,10 +239,10 @@ def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> 
         lines = []
         for s, text in zip(samples, texts):
             if s.task.name == task:
-                reason = parse(s.task, text).error
-                lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or write(s.task, s.gold), "parsed": reason is None,
+                reason = parse_answer(s.task, text).error
+                lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or format_answer(s.task, s.gold), "parsed": reason is None,
                                          **({"reason": reason} if reason else {})}, ensure_ascii=False))
-        write_whole(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
+        atomic_write(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
 
 
 def table(results: dict[str, dict]) -> str:

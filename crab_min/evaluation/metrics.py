@@ -19,7 +19,7 @@ from collections import Counter
 from functools import lru_cache
 from statistics import fmean, median_low
 
-from crab_min.answers import WORDS, Answer, canonical, write
+from crab_min.answers import WORDS, Answer, normalize_label, format_answer
 from crab_min.tasks import Task
 
 SECONDS = 10                                           # AVE and LLP clips, and UnAV as cut for AV-UIE v2
@@ -27,7 +27,7 @@ SECONDS = 10                                           # AVE and LLP clips, and 
 
 # --- choices -------------------------------------------------------------------------------------------------------
 def accuracy(prediction: Answer, gold: Answer) -> dict:
-    return {"metric": float(canonical(prediction.choice, gold.choices) == canonical(gold.choice, gold.choices))}
+    return {"metric": float(normalize_label(prediction.choice, gold.choices) == normalize_label(gold.choice, gold.choices))}
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def timeline(events, inclusive: bool = False) -> list:
     """For each second the label of the one event, None where it does not happen."""
     (label, spans), = events
     on = seconds_of(spans, inclusive)
-    return [canonical(label) if t in on else None for t in range(SECONDS)]
+    return [normalize_label(label) if t in on else None for t in range(SECONDS)]
 
 
 def segments(prediction: Answer, gold: Answer) -> dict:
@@ -60,7 +60,7 @@ def one_to_one(pairs: list) -> list:
 
 
 def class_seconds(events) -> dict:
-    return {canonical(label): seconds_of(spans) for label, spans in events}
+    return {normalize_label(label): seconds_of(spans) for label, spans in events}
 
 
 def runs(seconds: set) -> list:
@@ -88,7 +88,7 @@ def f_score(counts: list) -> float:
 
 def span_ious(prediction: Answer, gold: Answer) -> list:
     """(IoU, index of the predicted span, index of the gold span) of all pairs of one label that overlap."""
-    found, wanted = ([(canonical(label), *span) for label, spans in a.events for span in spans] for a in (prediction, gold))
+    found, wanted = ([(normalize_label(label), *span) for label, spans in a.events for span in spans] for a in (prediction, gold))
     pairs = []
     for i, (label, start, end) in enumerate(found):
         for j, (other, first, last) in enumerate(wanted):
@@ -201,7 +201,7 @@ def exact_match(prediction: Answer, gold: Answer) -> dict:
 # --- a whole set ---------------------------------------------------------------------------------------------------
 def said(answer: Answer) -> str:
     """The canonical choice, "" where there is none."""
-    return "" if answer.error or answer.choice is None else canonical(answer.choice, answer.choices)
+    return "" if answer.error or answer.choice is None else normalize_label(answer.choice, answer.choices)
 
 
 def by_class(predictions: list[Answer], golds: list[Answer]) -> dict:
@@ -286,9 +286,9 @@ def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: li
     """
     if len(predictions) != len(golds) or not golds:
         raise ValueError(f"{task.name}: {len(predictions)} predictions for {len(golds)} golds; expected one for each")
-    known, measure, results, parsed = {canonical(c) for c in labels or ()}, METRICS[task.metric], [], []
+    known, measure, results, parsed = {normalize_label(c) for c in labels or ()}, METRICS[task.metric], [], []
     for prediction, gold in zip(predictions, golds):
-        events = {canonical(label) for label, _ in prediction.events}
+        events = {normalize_label(label) for label, _ in prediction.events}
         parsed.append(prediction.error is None and (not known or events <= known))
         results.append(measure(prediction, gold) if parsed[-1] else dict.fromkeys(measure(gold, gold), 0.))
         if task.metric == "segments" and not parsed[-1]:
@@ -304,7 +304,7 @@ def best_constant(task: Task, candidates: list[Answer], golds: list[Answer]) -> 
 
     candidates: training answers; the 50 most frequent are tried and, for boxes, the median of each coordinate.
     """
-    counts, by_text = Counter(write(task, answer) for answer in candidates), {write(task, a): a for a in candidates}
+    counts, by_text = Counter(format_answer(task, answer) for answer in candidates), {format_answer(task, a): a for a in candidates}
     constants = [by_text[text] for text, _ in counts.most_common(50)]
     boxes = [answer.boxes[0] for answer in candidates if answer.boxes]
     if boxes:

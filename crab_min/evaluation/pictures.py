@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from crab_min.answers import GRID, Answer
-from crab_min.evaluation.routing import KINDS, Routes
+from crab_min.evaluation.routing import KINDS, RoutingStats
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
 RATE = 16000
@@ -201,7 +201,7 @@ def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
     save(figure, path)
 
 
-def draw_routes(path: Path, routes: dict[str, Routes]) -> None:
+def draw_routing(path: Path, routes: dict[str, RoutingStats]) -> None:
     """What routes.record_routes collected, by title (a task's name): a row each, and in it a map for each kind of token.
 
     A map has a row a layer, a column a linear and head: the head's mean weight, white where it is one over the number of heads. At the

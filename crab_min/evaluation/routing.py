@@ -24,7 +24,7 @@ KINDS = ("text", "video", "image", "audio", "answer")  # of tokens: the prompt's
 
 
 @dataclass
-class Routes:
+class RoutingStats:
     """Sums over the tokens that passed; `share` and `entropy` are their means. A key is (kind, layer, linear)."""
     weights: dict[tuple, np.ndarray] = field(default_factory=dict)              # (K,)
     entropies: dict[tuple, float] = field(default_factory=dict)
@@ -49,12 +49,12 @@ class Routes:
 
 
 @contextmanager
-def record_routes(model: AVLanguageModel) -> Iterator[Routes]:
+def record_routing_stats(model: AVLanguageModel) -> Iterator[RoutingStats]:
     """Collect the routes of every batch that the model is given inside the block. Raises ModelError where the LM has no I-LoRA."""
     layers = {name: layer for name, layer in model.llm.named_modules() if isinstance(layer, ILoraLayer) and re.search(r"layers\.\d+\.", name)}
     if not layers:
         raise ModelError("this model has no I-LoRA adapter, so nothing is routed; give a run that was trained with --adapter ilora")
-    routes, kinds, embed, hooks = Routes(), None, model.embed, []
+    routes, kinds, embed, hooks = RoutingStats(), None, model.embed, []
 
     def note(batch):
         nonlocal kinds

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crab_min.errors import RunError
-from crab_min.flags import write_whole
+from crab_min.flags import atomic_write
 from crab_min.model import AVLanguageModel
-from crab_min.runs.processes import gather, rank
+from crab_min.runs.processes import gather_objects, process_rank
 
 
 def choose_folder(wanted: dict, out: str, name: str) -> Path:
@@ -41,7 +41,7 @@ def choose_folder(wanted: dict, out: str, name: str) -> Path:
             raise RunError(f"{folder}: this run is finished and will not be overwritten; choose another --out or remove it")
 
 
-def claim(folder: Path, needed: int):
+def lock_run(folder: Path, needed: int):
     """Make the folder and hold it until the process ends. Raises RunError: another process holds it, it cannot be written, fewer than `needed` bytes are free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def claim(folder: Path, needed: int):
     return file
 
 
-def replace_whole(final: Path, write: Callable[[Path], None]) -> None:
+def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder beside, then put it, whole and on the disk, in the place of `final`."""
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -77,7 +77,7 @@ def replace_whole(final: Path, write: Callable[[Path], None]) -> None:
 
 def save_trained(folder: Path, model: AVLanguageModel) -> None:
     """adapter/, patches/ and modules.safetensors of a run, each whole."""
-    replace_whole(folder / "trained", model.save_trained)
+    atomic_replace(folder / "trained", model.save_trained)
     for new in (folder / "trained").iterdir():
         if (old := folder / new.name).is_dir():
             shutil.rmtree(old)
@@ -87,16 +87,16 @@ def save_trained(folder: Path, model: AVLanguageModel) -> None:
 
 def save_state(folder: Path, progress: dict, model: AVLanguageModel, optimizer: torch.optim.Optimizer, keep: int = 1) -> None:
     """state/step_N/, N = progress["step"]; the newest `keep` stay. Every process calls it, the first writes."""
-    dice = gather({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
-    if rank():
+    dice = gather_objects({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
+    if process_rank():
         return
     moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
 
     def write(temporary: Path) -> None:
         model.save_trained(temporary)
         save_file({**moments, **{f"rng.{r}.{device}": state for r, each in enumerate(dice) for device, state in each.items()}}, temporary / "optimizer.safetensors")
-        write_whole(temporary / "progress.json", json.dumps(progress))
-    replace_whole(folder / "state" / f"step_{progress['step']}", write)
+        atomic_write(temporary / "progress.json", json.dumps(progress))
+    atomic_replace(folder / "state" / f"step_{progress['step']}", write)
     for old in states_of(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -116,9 +116,9 @@ def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Opti
         index, key = name.split(".", 1)
         if index != "rng":
             state.setdefault(int(index), {})[key] = value
-        elif key == f"{rank()}.cpu":
+        elif key == f"{process_rank()}.cpu":
             torch.set_rng_state(value)
-        elif key == f"{rank()}.cuda" and torch.cuda.is_available():
+        elif key == f"{process_rank()}.cuda" and torch.cuda.is_available():
             torch.cuda.set_rng_state(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((states[-1] / "progress.json").read_text())

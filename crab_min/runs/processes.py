@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from crab_min.errors import RunError
 
 
-def join(patience: timedelta = timedelta(hours=1)) -> torch.device:
+def start(patience: timedelta = timedelta(hours=1)) -> torch.device:
     """Meet the processes that torchrun started beside this one; the device of this one. Raises RunError.
 
     patience: how long one waits for the others, for instance while the first builds the world. One that dies ends all: torchrun sees to it.
@@ -39,46 +39,46 @@ def join(patience: timedelta = timedelta(hours=1)) -> torch.device:
     return torch.device("cuda", local) if gpus else torch.device("cpu")
 
 
-def leave() -> None:
+def end() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def rank() -> int:
+def process_rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def process_count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(thing) -> list:
+def gather_objects(thing) -> list:
     """What each process has, in the order of their numbers."""
-    things = [thing] * world()
-    if world() > 1:
+    things = [thing] * process_count()
+    if process_count() > 1:
         dist.all_gather_object(things, thing)
     return things
 
 
-def from_first(make: Callable):
+def on_first_process(make: Callable):
     """What the first process makes, for all; the others wait. Where files are made: they are made once."""
-    things = [make() if rank() == 0 else None]
-    if world() > 1:
+    things = [make() if process_rank() == 0 else None]
+    if process_count() > 1:
         dist.broadcast_object_list(things)
     return things[0]
 
 
-def total(*numbers: float) -> list[float]:
+def sum_over_processes(*numbers: float) -> list[float]:
     """The sums of numbers over the processes."""
-    return [sum(each) for each in zip(*gather(numbers))]
+    return [sum(each) for each in zip(*gather_objects(numbers))]
 
 
 @torch.no_grad()
 def add_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over the processes; one that nowhere has any stays None, so that the optimizer passes it over as it would in one process."""
-    if world() == 1:
+    if process_count() == 1:
         return
     have = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     flat = torch.cat([have, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters)])
@@ -89,9 +89,9 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def same_everywhere(tensors: list[Tensor]) -> None:
+def broadcast_parameters(tensors: list[Tensor]) -> None:
     """The first process's values for all."""
-    if world() > 1:
+    if process_count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crab_min.answers import GRID, answer_tag, box_text, gold, mask_box, points_text
+from crab_min.answers import GRID, answer_tag, box_text, gold_answer, mask_box, points_text
 from crab_min.errors import DataError
 from crab_min.tasks import TASKS
 
@@ -30,7 +30,7 @@ CLASSES = 71                                           # of AVSS, with the backg
 
 def find(root: Path, task: str, split: str) -> tuple:
     """The file with the rows of a task and split, and its Source: ROOT/TASK/SPLIT.json and None, or the first of V1; (None, None) without any."""
-    places = [(root / task / f"{split}.json", None), *((root / s.folder / s.files[split == "test"], s) for s in V1.get(task, ()))]
+    places = [(root / task / f"{split}.json", None), *((root / s.folder / s.files[split == "test"], s) for s in RELEASED_LAYOUTS.get(task, ()))]
     return next((place for place in places if place[0].is_file()), (None, None))
 
 
@@ -233,7 +233,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """ScanQA and SQA3D: trained on the first of the answers. The type of a question is the word it begins with, as SQA3D is tabled."""
     question = row["question"].lower().lstrip()
-    yield {**row, "video_path": film(folder, row["scene_id"]), "answer": gold(TASKS[folder.name], row).text, **sides(folder, row["scene_id"]),
+    yield {**row, "video_path": film(folder, row["scene_id"]), "answer": gold_answer(TASKS[folder.name], row).text, **sides(folder, row["scene_id"]),
            "type": next((word for word in ("what", "is", "how", "can", "which") if question.startswith(word)), "other")}
 
 
@@ -247,7 +247,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """NExT-QA as SeViLA and CREMA have it; the type of a question is what its qid begins with (CW, TN, DL, ...)."""
     row = {**row, "video_path": film(folder, row["video"]), "multi_choice": [row[f"a{i}"] for i in range(row["num_option"])], "type": row["qid"].split("_")[0]}
-    yield {**row, "label": answer_tag(gold(TASKS["nextqa"], row).choice), **sides(folder, row["video"])}
+    yield {**row, "label": answer_tag(gold_answer(TASKS["nextqa"], row).choice), **sides(folder, row["video"])}
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Source:
     convert: Callable[[Path, dict, bool], Iterator[dict]]
 
 
-V1 = {                                                 # the first source whose file is there counts
+RELEASED_LAYOUTS = {                                                 # the first source whose file is there counts
     "avqa": [Source("music-avqa", ("valid_train_samples.json", "test_samples.json"), avqa),
              Source("music-avqa", ("avqa-train.json", "avqa-test.json"), music_avqa)],
     "ave": [Source("ave/AVE_Dataset", ("valid_train_samples.json", "test_samples.json"), ave)],

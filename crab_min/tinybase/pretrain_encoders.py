@@ -20,7 +20,7 @@ from crab_min.answers import GRID, mask_box
 from crab_min.backbones.composed import ComposedModel
 from crab_min.beats import fbank
 from crab_min.errors import ModelError
-from crab_min.model import half_products
+from crab_min.model import bf16_autocast
 from crab_min.world.scenes import EMOTIONS, Renderer, Scene
 from crab_min.world.things import SECONDS, SIZE
 
@@ -39,7 +39,7 @@ def train_stage(name: str, modules: list, steps: int, lr: float, loss_of, log, s
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, .51 + .5 * np.cos(np.pi * max(0, s / max(1, steps) - steady) / max(1e-9, 1 - steady))))
     bar, recent = tqdm(range(steps), desc=name, unit="step"), deque(maxlen=50)
     for step in bar:
-        with half_products():
+        with bf16_autocast():
             result = loss_of(step)
         if result is None:
             break

@@ -20,7 +20,7 @@ import torch
 from crab_min.answers import mask_box
 from crab_min.backbones.composed import SPECIALS, ComposedModel
 from crab_min.evaluation.metrics import iou
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import MediaFeatures
 from crab_min.tinybase.captions import annotated, pair_statements, statements
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
@@ -37,7 +37,7 @@ class Shown:
 
     media: ("image" or "video", frames (T, H, W, 3)), or ("audio", wave (N,), seconds a piece, pieces); `train_read` puts features in their place.
     """
-    parts: list[Part]
+    parts: list[PromptPart]
     media: list
     say: Callable
 
@@ -57,7 +57,7 @@ def show(model: ComposedModel, renderer: Renderer, scene: Scene, rng: random.Ran
 
     def add(kind, medium, number=""):
         marker = f"{kind}{number}: " if number or rng.random() < .5 else ""
-        shown.parts += Part("text", text="\n" * bool(shown.parts) + marker), Part(kind)
+        shown.parts += PromptPart("text", text="\n" * bool(shown.parts) + marker), PromptPart(kind)
         shown.media.append((kind, *medium))
 
     def video(scene):
@@ -166,7 +166,7 @@ def train_read(model: ComposedModel, renderer: Renderer, practice: float, steps:
 
     def batch_of(step, view, kinds, count):
         if view == "text":
-            return [Shown([Part("text", text=line)], [], lambda forms, line=line: [line]) for line in (gibberish(model.tokenizer, rng) for _ in range(count))]
+            return [Shown([PromptPart("text", text=line)], [], lambda forms, line=line: [line]) for line in (gibberish(model.tokenizer, rng) for _ in range(count))]
         pool = pools.setdefault((view, kinds, count), [])
         if step % 3 == 0 or not pool:                                         # encoding costs more than a step: each batch is shown about three times
             pairs = view in ("pair", "frames")
@@ -185,7 +185,7 @@ def train_read(model: ComposedModel, renderer: Renderer, practice: float, steps:
         else:
             batch = batch_of(step, *rng.choice(GENERAL), 24)
             notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
-        prompts = [[*s.parts, Part("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
+        prompts = [[*s.parts, PromptPart("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
         batch = model.collate(prompts, [s.media for s in batch], targets)
         if lesson.view and not lesson.names:                                  # which thing comes next is chance, and would be most of the loss
             batch["labels"][torch.isin(batch["labels"], names)] = -100

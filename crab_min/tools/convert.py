@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crab_min.config import PRESETS
-from crab_min.errors import ConvertError
-from crab_min.flags import Parser, one_line, write_whole
-from crab_min.pave import Patch, PatchConfig, Patches
+from crab_min.errors import ModelError
+from crab_min.flags import Parser, run_command, atomic_write
 from crab_min.model import check_fit
+from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.trainer import TrainConfig
 
 PLACES = {"at": r"(|.+\.)", "layer": r"(layers\.\d+\..+)", "n": r"(\d+)", "k": r"(\d+)", "m": r"(\w+)", "layer_number": r"(\d+)", "x": r"(\w+(?:\.\w+)*)"}  # what a {place} stands for
@@ -130,12 +130,12 @@ def places(name: str) -> list[str]:
 
 def rows_of(table: str) -> list:
     if table not in TABLES:
-        raise ConvertError(f"table {table!r}: no such table, expected one of {', '.join(TABLES)}")
+        raise ModelError(f"table {table!r}: no such table, expected one of {', '.join(TABLES)}")
     return TABLES[table]
 
 
 def rename(names, rows: list, table: str) -> dict[str, tuple[str | None, dict]]:
-    """{name: (new name or None, what its places stand for)} by the first of the rows (from, to) that fits. Raises ConvertError for unknown names."""
+    """{name: (new name or None, what its places stand for)} by the first of the rows (from, to) that fits. Raises ModelError for unknown names."""
     compiled, renamed, unknown = [(pattern(old), places(old), new) for old, new in rows], {}, []
     for name in names:
         for regex, at, new in compiled:
@@ -147,7 +147,7 @@ def rename(names, rows: list, table: str) -> dict[str, tuple[str | None, dict]]:
             unknown.append(name)
     if unknown:
         shown = ", ".join(unknown[:20]) + (", ..." if len(unknown) > 20 else "")
-        raise ConvertError(f"table {table!r} does not know {len(unknown)} of {len(renamed) + len(unknown)} names: {shown}; is this the "
+        raise ModelError(f"table {table!r} does not know {len(unknown)} of {len(renamed) + len(unknown)} names: {shown}; is this the "
                            f"checkpoint of another model or stage? The tables are {', '.join(TABLES)}")
     return renamed
 
@@ -155,7 +155,7 @@ def rename(names, rows: list, table: str) -> dict[str, tuple[str | None, dict]]:
 def convert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
     """The weights `state`, given by released names, by our names. table: a key of TABLES.
 
-    Raises ConvertError: no such table, names that the table does not know, two that would become one, a head missing.
+    Raises ModelError: no such table, names that the table does not know, two that would become one, a head missing.
     """
     found: dict[str, dict] = {}                        # our name -> {released name: (head, weight)}
     state = apart(state)
@@ -185,15 +185,15 @@ def join(ours: str, released: dict[str, tuple[int, Tensor]]) -> Tensor:
     heads = dict(sorted(released.values(), key=lambda pair: pair[0]))
     if -1 in heads:
         if len(released) > 1:
-            raise ConvertError(f"{' and '.join(released)} would both become {ours}; convert them one at a time")
+            raise ModelError(f"{' and '.join(released)} would both become {ours}; convert them one at a time")
         return heads[-1]
     if list(heads) != list(range(len(heads))):
-        raise ConvertError(f"{ours}: has the heads {list(heads)}, expected 0 to {max(heads)}; is the file whole?")
+        raise ModelError(f"{ours}: has the heads {list(heads)}, expected 0 to {max(heads)}; is the file whole?")
     return torch.cat(list(heads.values()), dim=1)
 
 
 def revert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
-    """The weights `state`, given by our names, by the released ones; what `convert` dropped is not there. Raises ConvertError."""
+    """The weights `state`, given by our names, by the released ones; what `convert` dropped is not there. Raises ModelError."""
     adapter = {name: weight for name, weight in state.items() if "ilora_" in name}
     heads, found = adapter_sizes(adapter)[1] if adapter else 0, {}
     for name, (released, _) in rename(state, [(ours, old) for old, ours in rows_of(table) if ours is not None], table).items():
@@ -206,7 +206,7 @@ def revert(state: dict[str, Tensor], table: str) -> dict[str, Tensor]:
 
 
 def from_blip2(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
-    """BLIP-2's Q-Former as the frozen one, and its queries, norm and projection as the start of a visual modality (CREMA). Raises ConvertError."""
+    """BLIP-2's Q-Former as the frozen one, and its queries, norm and projection as the start of a visual modality (CREMA). Raises ModelError."""
     return {name.replace(".parts.rgb.", f".parts.{modality}."): weight for name, weight in convert(state, "blip2").items()}
 
 
@@ -218,18 +218,18 @@ def missing_modalities(state: dict[str, Tensor], wanted: list[str]) -> dict[str,
 
 
 def adapter_sizes(state: dict[str, Tensor]) -> tuple[int, int]:
-    """(r, heads) of a converted adapter, read from its weights. Raises ConvertError when they do not fit together."""
+    """(r, heads) of a converted adapter, read from its weights. Raises ModelError when they do not fit together."""
     parts = {part: {name.removesuffix(part): weight.shape for name, weight in state.items() if name.endswith(part)}
              for part in ("ilora_A.weight", "ilora_router.weight", "ilora_B.weight")}
     A, router, B = parts.values()
     sizes = {(A[linear][0], router[linear][0]) for linear in A.keys() & router.keys()}
     if len(sizes) != 1 or not A.keys() == router.keys() == B.keys():
-        raise ConvertError(f"not one I-LoRA adapter: {len(A)} A, {len(router)} routers and {len(B)} B of (r, heads) "
+        raise ModelError(f"not one I-LoRA adapter: {len(A)} A, {len(router)} routers and {len(B)} B of (r, heads) "
                            f"{sorted(sizes)}; expected as many of each, all of the same r and heads")
     r, heads = sizes.pop()
     for linear, shape in B.items():
         if shape[1] != r * heads:
-            raise ConvertError(f"{linear}ilora_B.weight: {shape[1]} columns, expected {r * heads} for r={r} and "
+            raise ModelError(f"{linear}ilora_B.weight: {shape[1]} columns, expected {r * heads} for r={r} and "
                                f"heads={heads}; is the file whole?")
     return r, heads
 
@@ -237,17 +237,17 @@ def adapter_sizes(state: dict[str, Tensor]) -> tuple[int, int]:
 def read_checkpoint(path: str | Path):
     """What a released file holds, on the CPU: .safetensors, or else a torch file (.bin, .pt), of which no code is run.
 
-    A torch file in today's format is mapped, not copied, into memory. Raises ConvertError: missing or unreadable.
+    A torch file in today's format is mapped, not copied, into memory. Raises ModelError: missing or unreadable.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConvertError(f"{path}: no such file; give the path of a downloaded .safetensors, .bin or .pt")
+        raise ModelError(f"{path}: no such file; give the path of a downloaded .safetensors, .bin or .pt")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError) as error:
-        raise ConvertError(f"{path}: not a whole file of weights and nothing else ({type(error).__name__}); is it a "
+        raise ModelError(f"{path}: not a whole file of weights and nothing else ({type(error).__name__}); is it a "
                            f"web page in the file's place, or half a download? Download it again") from error
 
 
@@ -256,14 +256,14 @@ def split_encoders(state: dict[str, Tensor], wanted: bool) -> tuple[dict[str, Te
     """(the adapter without its parts in the encoders of Qwen2.5-Omni, how many tensors were left out).
 
     In the released Crab+ they never got a gradient (reentrant checkpointing of frozen inputs), so that their B is zero and they do nothing;
-    where it is not, leaving them out would change the answers. Raises ConvertError.
+    where it is not, leaving them out would change the answers. Raises ModelError.
     """
     extra = [name for name in state if ".audio_tower." in name or ".visual." in name]
     if wanted or not extra:
         return state, 0
     trained = [name for name in extra if name.endswith("ilora_B.weight") and state[name].any()]
     if trained:
-        raise ConvertError(f"{len(trained)} adapters in the encoders are not zero ({trained[0]}, ...), so the model needs them; convert with --encoder-adapters")
+        raise ModelError(f"{len(trained)} adapters in the encoders are not zero ({trained[0]}, ...), so the model needs them; convert with --encoder-adapters")
     return {name: weight for name, weight in state.items() if name not in set(extra)}, len(extra)
 
 
@@ -285,36 +285,36 @@ def named(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
 
 
 def modalities_of(state: dict[str, Tensor], names: list[str]) -> dict:
-    """What crema.CremaModel wants to know of released weights, whose fusion has the columns of `names` without rgb in this order. Raises ConvertError."""
+    """What crema.CremaModel wants to know of released weights, whose fusion has the columns of `names` without rgb in this order. Raises ModelError."""
     lacks = missing_modalities(state, names)
     there = sorted({key.split(".")[2] for key in state if key.startswith("multimodal.parts.")} - lacks.keys())
     if lacks or names[:1] != ["rgb"]:
-        raise ConvertError(f"--side {','.join(names)}: {'; '.join(f'{name} lacks ' + ', '.join(parts) for name, parts in lacks.items()) or 'name rgb first'}; whole in these files: "
+        raise ModelError(f"--side {','.join(names)}: {'; '.join(f'{name} lacks ' + ', '.join(parts) for name, parts in lacks.items()) or 'name rgb first'}; whole in these files: "
                            f"{', '.join(there) or 'none'} (training in sequence saves the last trained alone). Give the other files too, or name those that are whole")
     width, found = state["multimodal.parts.rgb.out.0.weight"].shape[0], state.get("fusion.linear.weight")
     if len(names) > 1 and (found is None or found.shape[1] != width * (len(names) - 1)):
-        raise ConvertError(f"--side {','.join(names)}: {'no fusion weights' if found is None else f'a fusion of {found.shape[1] // width} modalities'} in these files; "
+        raise ModelError(f"--side {','.join(names)}: {'no fusion weights' if found is None else f'a fusion of {found.shape[1] // width} modalities'} in these files; "
                            f"{len(names) - 1} beside rgb want a fusion, with columns in their order")
     widths = {name: state.get(f"multimodal.parts.{name}.input.weight", state[f"multimodal.parts.{name}.norm.weight"]).shape[-1] for name in names}
     return {"widths": widths, "fused": names[1:], "join": "concat", "aligned": False, "rank": next(weight.shape[0] for key, weight in state.items() if ".A." in key)}
 
 
 def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, preset: str, sides: list[str]) -> str:
-    """Write a run folder from released files; what was done, in a line. Raises ConvertError."""
+    """Write a run folder from released files; what was done, in a line. Raises ModelError."""
     if out.exists() and any(out.iterdir()):
-        raise ConvertError(f"{out}: exists and is not empty; choose another --out or remove it")
+        raise ModelError(f"{out}: exists and is not empty; choose another --out or remove it")
     state: dict[str, Tensor] = {}
     for file in files:
         new = convert(read_checkpoint(file), paper)
         if twice := state.keys() & new.keys():
-            raise ConvertError(f"{file}: {sorted(twice)[0]} and {len(twice) - 1} others were in a file before it; give each weight once")
+            raise ModelError(f"{file}: {sorted(twice)[0]} and {len(twice) - 1} others were in a file before it; give each weight once")
         state |= new
     adapter, dropped = split_encoders({name: weight for name, weight in state.items() if "lora_" in name}, encoder_adapters)
     modules = {name: weight.contiguous() for name, weight in state.items() if "lora_" not in name}
     patches = Patches()
     for number in range(1 + max((int(name.split(".")[1]) for name in modules if name.startswith("patches.")), default=-1)):
         if number == len(sides):
-            raise ConvertError(f"{', '.join(files)}: more patches than names in --side {','.join(sides)}; name one for each, the first patch first")
+            raise ModelError(f"{', '.join(files)}: more patches than names in --side {','.join(sides)}; name one for each, the first patch first")
         start = f"patches.{number}."
         patches[sides[number]] = patch_of({name.removeprefix(start): modules.pop(name) for name in list(modules) if name.startswith(start)})
     config = replace(TrainConfig(**{**PRESETS[preset][1], "stage": ""}), encoder_adapters=encoder_adapters)
@@ -340,8 +340,8 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
         config = replace(config, adapter="none")
     if modules and paper != "crema":
         save_file(modules, out / "modules.safetensors")
-    write_whole(out / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": 0, "limits": {}, "converted": [str(f) for f in files]}, indent=1))
-    write_whole(out / "metrics.json", json.dumps({"tasks": {}, "seconds": 0, "steps": 0}))
+    atomic_write(out / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": 0, "limits": {}, "converted": [str(f) for f in files]}, indent=1))
+    atomic_write(out / "metrics.json", json.dumps({"tasks": {}, "seconds": 0, "steps": 0}))
     said = f"{len(adapter)} adapter tensors (r {config.r}{'' if paper == 'pave' else f', {config.heads} heads'})" if adapter else "no adapter"
     said += f", {len(patches)} patches ({', '.join(patches)})" if patches else ""
     return (f"{out}: {said}, {len(modules)} tensors beside it" + (f"; {dropped} tensors in the encoders left out, their B is zero" if dropped else "")
@@ -349,7 +349,7 @@ def to_run(paper: str, files: list[str], out: Path, encoder_adapters: bool, pres
 
 
 def from_run(paper: str, run: Path, file: Path) -> str:
-    """Write a released-style file from a run folder; what was done, in a line. Raises ConvertError."""
+    """Write a released-style file from a run folder; what was done, in a line. Raises ModelError."""
     state: dict[str, Tensor] = {}
     for part in (run / "adapter" / "adapter_model.safetensors", run / "modules.safetensors", run / "modalities.safetensors"):
         state |= load_file(part) if part.exists() else {}
@@ -357,7 +357,7 @@ def from_run(paper: str, run: Path, file: Path) -> str:
     for number, side in enumerate(sides):                                       # in the order in which they were named
         state |= {f"patches.{number}.{name}": weight for name, weight in load_file(run / "patches" / f"{side}.safetensors").items()}
     if not state:
-        raise ConvertError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors nor modalities.safetensors; give a finished run of train.py")
+        raise ModelError(f"{run}: neither adapter/ nor patches/ nor modules.safetensors nor modalities.safetensors; give a finished run of train.py")
     state = revert(named(state, {ours: theirs for theirs, ours in NAMES.items()}) if paper == "crema" else state, paper)
     temporary = file.with_name(f".{file.name}")
     torch.save(state, temporary)
@@ -385,7 +385,7 @@ def main(arguments: list[str]) -> int:
             preset = given.preset or {"crab_plus": "crab_plus-7b", "pave": "pave-7b", "crema": "crema-xl"}.get(given.paper, "crab-7b")
             sides = given.side or {"crema": "rgb,audio"}.get(given.paper, "audio")
             print(to_run(given.paper, given.files, Path(given.out or f"runs/{given.paper}-released"), given.encoder_adapters, preset, sides.split(",")))
-    return one_line(run, given.debug)
+    return run_command(run, given.debug)
 
 
 if __name__ == "__main__":

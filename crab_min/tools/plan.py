@@ -29,15 +29,15 @@ from transformers import (
 from crab_min.backbones.composed import load_tokenizer
 from crab_min.beats import Beats, BeatsConfig
 from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
-from crab_min.crema import GatedFusion, MultimodalConfig, MultimodalQFormer
+from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
-from crab_min.pave import Patch, PatchConfig
 from crab_min.interface import audio_windows
+from crab_min.masks import EACH, SCALES, MaskDecoder
 from crab_min.model import ASSETS, AdapterConfig
+from crab_min.pave import Patch, PatchConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.runs.log import PEAK
-from crab_min.masks import EACH, SCALES, MaskDecoder
 from crab_min.sides import modalities, side_names
 from crab_min.tasks import TASKS, Task
 from crab_min.trainer import ALIGN, TrainConfig
@@ -107,7 +107,7 @@ def make_modalities(sizes: Sizes, config: TrainConfig, width: int) -> nn.ModuleD
     qformer, names = MultimodalQFormer(c), modalities(config)
     for name in names:
         qformer.add(name, audio if name == "audio" else 96 if name == "points" and q else vision)
-    return nn.ModuleDict({"qformer": qformer, **({"fusion": GatedFusion(names[1:], width)} if names[1:] else {})})
+    return nn.ModuleDict({"qformer": qformer, **({"fusion": SelfGatedFusion(names[1:], width)} if names[1:] else {})})
 
 
 def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig] = {}, crema: TrainConfig | None = None) -> dict[str, tuple[int, int]]:

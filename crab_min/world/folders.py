@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crab_min.answers import answer_tag, box_text, event_tag, points_text
-from crab_min.flags import end_with_parent
+from crab_min.flags import exit_with_parent
 from crab_min.media.read import write_audio, write_video
 from crab_min.sources.av_uie import box_and_points
 from crab_min.world.questions import (
@@ -261,7 +261,7 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
     """The world's folder in the AV-UIE v2 layout, made where it is not there yet (about a minute on two cores).
 
     still: only the folders whose rows show one frame, without videos, which are most of the work.
-    Cached by version, seed, sizes and things; it appears whole or not at all. Raises WorldError for unusable things.
+    Cached by version, seed, sizes and things; it appears whole or not at all. Raises DataError for unusable things.
     """
     renderer = Renderer(config.things or None)
     name = f"v{VERSION}.{ROWS}-seed{seed}-{config.world_clips}-{config.world_test}{'-still' * still}"
@@ -288,7 +288,7 @@ def build_world(config: WorldConfig, seed: int, cache: str | Path = "data/world"
                     (root / task).mkdir(exist_ok=True)
                     (root / task / f"{split}.json").write_text(json.dumps([finish(task, split, row) for row in items], indent=1))
         jobs = [(split, kind, i) for split, counts in sizes.items() for kind, n in counts.items() for i in range(n)]
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=end_with_parent) as pool:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=exit_with_parent) as pool:
             work = pool.map(partial(write_clip, config.things, seed, str(root), still), jobs, chunksize=8)
             list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
         if not final.parent.exists():

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from crab_min.answers import answer_tag
-from crab_min.flags import end_with_parent
+from crab_min.flags import exit_with_parent
 from crab_min.media.read import FLOW_GAP, flow_pictures, write_video
 from crab_min.world.scenes import FPS, Object, Renderer, Scene
 from crab_min.world.things import RATE, SECONDS, SIZE
@@ -132,7 +132,7 @@ def build_side_world(things: str, clips: int, test: int, seed: int, names: list[
 
     together: each row has the files of all of them (CREMA), else of the one that it is about (PAVE).
 
-    Clips are made where they are not there yet, and the folder appears whole or not at all. Raises WorldError for unusable things.
+    Clips are made where they are not there yet, and the folder appears whole or not at all. Raises DataError for unusable things.
     """
     renderer = renderer_of(things)
     final = Path(cache) / f"sides-v{VERSION}-seed{seed}-{clips}-{test}{'-' + Path(things).resolve().name if things else ''}"
@@ -142,7 +142,7 @@ def build_side_world(things: str, clips: int, test: int, seed: int, names: list[
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         try:
-            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=end_with_parent) as pool:
+            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=exit_with_parent) as pool:
                 work = pool.map(partial(write_show, things, seed, str(making)), jobs, chunksize=8)
                 list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
             if not final.exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from crab_min.errors import MediaError, WorldError
+from crab_min.errors import DataError, MediaError
 from crab_min.media.read import read_audio
 
 SIZE, RATE, SECONDS = 96, 16000, 10                    # of a clip of the world: pixels a side, Hz, s
@@ -109,15 +109,15 @@ def drawn_things() -> list[Thing]:
 def things_from(folder: str) -> list[Thing]:
     """Things from NAME.png (with transparency) and NAME.ogg/.wav/.mp3 in `folder`; labels in its things.json where it has one.
 
-    Raises WorldError: no such folder, fewer than 4 complete things, a picture that is empty, a sound that cannot be read.
+    Raises DataError: no such folder, fewer than 4 complete things, a picture that is empty, a sound that cannot be read.
     """
     root, things = Path(folder), []
     if not root.is_dir():
-        raise WorldError(f"{folder}: no such folder; --things takes a folder with NAME.png and NAME.ogg/.wav/.mp3 pairs")
+        raise DataError(f"{folder}: no such folder; --things takes a folder with NAME.png and NAME.ogg/.wav/.mp3 pairs")
     try:
         names = json.loads((root / "things.json").read_text()) if (root / "things.json").exists() else {}
     except ValueError as error:
-        raise WorldError(f"{root / 'things.json'}: not JSON ({error}); expected {{\"NAME\": {{\"label\": \"...\"}}}}") from None
+        raise DataError(f"{root / 'things.json'}: not JSON ({error}); expected {{\"NAME\": {{\"label\": \"...\"}}}}") from None
     for picture in sorted(root.glob("*.png")):
         sound = next((p for p in (picture.with_suffix(s) for s in (".ogg", ".wav", ".mp3")) if p.exists()), None)
         if sound is None:
@@ -126,17 +126,17 @@ def things_from(folder: str) -> list[Thing]:
             sprite = Image.open(picture).convert("RGBA")
             wave = read_audio(str(sound), RATE).wave
         except (OSError, MediaError) as error:
-            raise WorldError(f"{picture}: cannot be used as a thing ({error}); replace or remove it") from None
+            raise DataError(f"{picture}: cannot be used as a thing ({error}); replace or remove it") from None
         box = sprite.getchannel("A").getbbox()
         if box is None or not len(wave):
-            raise WorldError(f"{picture}: the picture is fully transparent or its sound is empty; replace or remove it")
+            raise DataError(f"{picture}: the picture is fully transparent or its sound is empty; replace or remove it")
         entry = names.get(picture.stem, {})
         label = entry.get("label", picture.stem.replace("_", " "))
         action = {"instrument": "playing a {}", "object": "using a {}"}.get(entry.get("kind"), "hearing a {}").format(label)
         repeats = math.ceil(SECONDS * RATE / len(wave))                     # a recording shorter than the clip is repeated
         things.append(Thing(label, action, sprite.crop(box), loudness(np.tile(wave, repeats)[:SECONDS * RATE])))
     if len(things) < 4:
-        raise WorldError(f"{folder}: {len(things)} things with both a picture and a sound, at least 4 are needed")
+        raise DataError(f"{folder}: {len(things)} things with both a picture and a sound, at least 4 are needed")
     return things
 
 
