@@ -28,7 +28,6 @@ from crab_min.backbones.blip2 import CremaModel  # noqa: E402
 from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
 from crab_min.data import (  # noqa: E402
     MASKED,
-    DataError,
     Sample,
     load_for_figure,
     count_missing,
@@ -58,7 +57,7 @@ from crab_min.evaluation.pictures import draw_answer, draw_routing, draw_sheet  
 from crab_min.evaluation.routing import record_routing_stats  # noqa: E402
 from crab_min.evaluation.sam2 import Sam2  # noqa: E402
 from crab_min.features import Features  # noqa: E402
-from crab_min.flags import Parser, run_command, atomic_write  # noqa: E402
+from crab_min.cli import Parser, run_command, atomic_write  # noqa: E402
 from crab_min.interface import build_prompt, load_prompts  # noqa: E402
 from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
 from crab_min.tasks import TASKS  # noqa: E402

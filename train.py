@@ -15,8 +15,8 @@ from crab_min.installation import require_installation
 require_installation()
 
 from crab_min.config import PRESETS, STAGES  # noqa: E402
-from crab_min.flags import Parser, add_flags, from_flags, run_command  # noqa: E402
-from crab_min.runs.processes import end  # noqa: E402
+from crab_min.cli import Parser, add_flags, from_flags, run_command  # noqa: E402
+from crab_min.runs import processes  # noqa: E402
 from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
 from crab_min.tools.plan import plan, report  # noqa: E402
 from crab_min.trainer import TrainConfig, run, run_arms  # noqa: E402
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     try:
         return run_command(lambda: run_arms(config, preset) if config.arms else run(config, preset), given.debug)
     finally:
-        end()
+        processes.end()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from crab_min.answers import GRID, MASK_TOKENS, Answer, gold_answer, mask_box, parse_answer, format_answer
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError, MediaError
-from crab_min.flags import exit_with_parent
+from crab_min.cli import exit_with_parent
 from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.sources.av_uie import (

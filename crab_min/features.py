@@ -19,7 +19,7 @@ from crab_min.feature_cache import FeatureCache
 from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, MediaFeatures
 from crab_min.pave import encode_side
-from crab_min.runs.processes import process_rank
+from crab_min.runs import processes
 
 WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode
 
@@ -57,7 +57,7 @@ class Features:
         parts = self.fetch(parts)
         groups = [parts[i:i + 8] for i in range(0, len(parts), 8)]
         loader = decoding(groups, self.model.frame_size, self.workers if len(parts) > 32 else 0)
-        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or process_rank() > 0) as bar:
+        with tqdm(total=len(parts), desc="decoding and encoding", unit="file", disable=len(parts) < 32 or processes.rank() > 0) as bar:
             for group in loader:
                 self.take(group, strict)
                 bar.update(len(group))

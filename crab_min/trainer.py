@@ -55,7 +55,7 @@ from crab_min.evaluation.answering import (
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.features import WORKERS, Features, Mixer
-from crab_min.flags import atomic_write
+from crab_min.cli import atomic_write
 from crab_min.interface import load_prompts
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, bf16_autocast
 from crab_min.runs.folder import (
@@ -68,16 +68,7 @@ from crab_min.runs.folder import (
     states_of,
 )
 from crab_min.runs.log import RunLog, asked_to_stop, multiplied
-from crab_min.runs.processes import (
-    add_gradients,
-    on_first_process,
-    start,
-    process_rank,
-    broadcast_parameters,
-    shard,
-    sum_over_processes,
-    process_count,
-)
+from crab_min.runs import processes
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig
@@ -176,19 +167,19 @@ def learning_rate(step: int, steps: int, warmup: float, text_steps: int = 0) -> 
 
 def auto_steps(rows: int, config: TrainConfig) -> int:
     """Three passes, within what a laptop does in ten minutes; more for pictures and sounds that the tiny base has never met."""
-    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / (config.batch_size * config.accumulate * process_count()))))
+    return max(300, min(1300 if config.things or config.data else 760, round(3 * rows / (config.batch_size * config.accumulate * processes.count()))))
 
 
 def run(config: TrainConfig, preset: str) -> dict:
     """One training run from annotations to metrics.json, which is returned. Raises the named errors of what it reads."""
-    began, config, device = time.time(), staged(config, preset), start()
-    folder = on_first_process(lambda: choose_folder(asdict(config), config.out, f"{preset}-{config.stage}" if config.stage else preset))
+    began, config, device = time.time(), staged(config, preset), processes.start()
+    folder = processes.on_first(lambda: choose_folder(asdict(config), config.out, f"{preset}-{config.stage}" if config.stage else preset))
     tasks, prompts = pick_tasks(config.tasks), load_prompts(config.prompts) if config.prompts else None
     torch.manual_seed(config.seed)
     model = load_model(config).to(device)
     if config.stage in ALIGN:
         model.renew(config.train)
-    root = config.data or on_first_process(lambda: str(built_in(config, config.seed)))
+    root = config.data or processes.on_first(lambda: str(built_in(config, config.seed)))
     train = read_samples(root, tasks, "train", config.target, prompts)
     examined = [t for t in tasks if "test" in TASKS[t].splits]
     test = read_samples(evaluation_data(root), examined, "test", config.target, prompts, config.test_rows) if examined and evaluation_data(root) else []
@@ -219,23 +210,23 @@ def run(config: TrainConfig, preset: str) -> dict:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if config.fsdp:
-        shard(model.llm)
-    steps = config.steps or round(config.epochs * len(train) / (config.batch_size * config.accumulate * process_count())) or auto_steps(len(train), config)
+        processes.shard(model.llm)
+    steps = config.steps or round(config.epochs * len(train) / (config.batch_size * config.accumulate * processes.count())) or auto_steps(len(train), config)
     if config.text_steps >= steps:
         raise RunError(f"--text-steps {config.text_steps}: of {steps} steps none is left for the masks; give more --steps, or fewer --text-steps")
     limits, by_option = token_limits(model, train), config.answers == "options"
     size = 12 * sum(p.numel() for p in trained.values())                      # bytes of a state: weights and two moments
-    held = lock_run(folder, (config.keep + 3) * size) if process_rank() == 0 else None
-    if process_rank() == 0:
+    held = lock_run(folder, (config.keep + 3) * size) if processes.rank() == 0 else None
+    if processes.rank() == 0:
         atomic_write(folder / "config.json", json.dumps({"preset": preset, "train": asdict(config), "steps": steps, "limits": limits, "processes": processes_of(folder)}, indent=1))
         print(f"{folder}: {len(train)} training rows and {len(test)} test rows of {len({s.task.name for s in train})} tasks, {steps} steps of "
-              + " x ".join(str(n) for n in (config.batch_size, config.accumulate, process_count()) if n > 1 or n == config.batch_size))
+              + " x ".join(str(n) for n in (config.batch_size, config.accumulate, processes.count()) if n > 1 or n == config.batch_size))
         print(f"trained: {sum(p.numel() for p in trained.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters, in "
               + ", ".join(sorted({name_of(n) for n in trained})))
 
-    if not on_first_process(lambda: (folder / "base.json").exists()):
+    if not processes.on_first(lambda: (folder / "base.json").exists()):
         base = score_all(test, generate_answers(model, features, test, limits, desc="frozen base", by_option=by_option))
-        if process_rank() == 0:
+        if processes.rank() == 0:
             atomic_write(folder / "base.json", json.dumps(base))
     try:
         loop(config, model, features, train, held_out, limits, steps, folder)
@@ -245,13 +236,13 @@ def run(config: TrainConfig, preset: str) -> dict:
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror}); free some space, then the same command goes on from the last state") from error
     finally:
-        if process_rank() == 0:
+        if processes.rank() == 0:
             with suppress(OSError):                                           # a full disk, which is named already
                 draw_curves(folder / "curves.png", folder / "log.csv")
-    if process_rank() == 0:
+    if processes.rank() == 0:
         save_trained(folder, model)
     metrics = examine(config, model, features, train, test, limits, folder) | {"seconds": round(time.time() - began, 1), "steps": steps, "unreadable": len(features.bad)}
-    if process_rank() == 0:
+    if processes.rank() == 0:
         atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
         shutil.rmtree(folder / "state", ignore_errors=True)
         held.close()
@@ -267,7 +258,7 @@ def processes_of(folder: Path) -> list[list[int]]:
     except (OSError, ValueError, KeyError):
         before = []
     step = max((int(s.name[5:]) for s in states_of(folder)), default=0)
-    return before if before and before[-1][1] == process_count() else [*(b for b in before if b[0] < step), [step, process_count()]]
+    return before if before and before[-1][1] == processes.count() else [*(b for b in before if b[0] < step), [step, processes.count()]]
 
 
 def examine(config: TrainConfig, model: AVLanguageModel, features: Features, train: list[Sample], test: list[Sample], limits: dict, folder: Path) -> dict:
@@ -276,7 +267,7 @@ def examine(config: TrainConfig, model: AVLanguageModel, features: Features, tra
     subsets = score_subsets(model, features, test, texts, limits, config) if isinstance(model, CremaModel) and test else {}
     masks = predict_masks(model, features, test, texts) if config.masks else [None] * len(test)
     segmented = evaluate_masks(model, features, test, masks, limits, partial(predict_masks, model)) if config.masks else {}
-    if process_rank():
+    if processes.rank():
         return {}
     write_predictions(folder / "predictions", test, texts)
     base, blind = json.loads((folder / "base.json").read_text()), constants(train, test)
@@ -371,7 +362,7 @@ def keep_best(folder: Path, model: AVLanguageModel, progress: dict) -> None:
         model.save_trained(new)
         atomic_write(new / "config.json", (folder / "config.json").read_text())
         atomic_write(new / "progress.json", json.dumps(progress))
-    if process_rank() == 0:
+    if processes.rank() == 0:
         atomic_replace(folder / "best", write)
 
 
@@ -403,17 +394,17 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
     optimizer = optimizer_of(model, config)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     exits = EarlyExit(modalities(config), config.temperature) if config.modalities and config.sequential else None
-    if process_rank():
-        torch.manual_seed(config.seed + process_rank())                               # other dropout on every process
+    if processes.rank():
+        torch.manual_seed(config.seed + processes.rank())                               # other dropout on every process
     progress = {"step": 0, "batches": 0, "best": None} | load_state(folder, model, optimizer)
     if exits and "exits" in progress:
         exits.restore(progress["exits"])
-    broadcast_parameters(trained)
-    done, window = progress["step"], config.accumulate * process_count()
+    processes.broadcast_parameters(trained)
+    done, window = progress["step"], config.accumulate * processes.count()
     lengths = prompt_lengths(model, train) if config.group else None
     order = Mixer(train, config.batch_size, config.seed, config.mix, lengths)
-    first = progress["batches"] + process_rank()                                      # of all batches a process takes each world()th
-    batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, process_count()), strict=False)
+    first = progress["batches"] + processes.rank()                                      # of all batches a process takes each world()th
+    batches = features.batches(itertools.islice(order, first, first + (steps - done) * window, processes.count()), strict=False)
     epoch, size = -(-len(train) // (config.batch_size * window)), multiplied(model.llm)
     model.train()
     with RunLog(folder, done) as log, asked_to_stop() as stop, tqdm(desc="training", unit="step", initial=done, total=steps) as bar:
@@ -424,7 +415,7 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
             read = [b for b in itertools.islice(batches, config.accumulate) if b[0]]             # without those of which nothing was readable
             waited = time.time() - began
             micro = [batch for samples, media in read for batch in batches_of(model, config, samples, media, bool(config.masks) and not text_only)]
-            tokens, rows, places, stopped = sum_over_processes(*counts(micro), bool(stop))
+            tokens, rows, places, stopped = processes.sum_all(*counts(micro), bool(stop))
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps, config.warmup, config.text_steps)
             live, value, norm = exits.live if exits else [""], 0., torch.zeros(())
@@ -437,13 +428,13 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                         loss, _ = model(batch)
                     (loss / tokens).backward()
                     losses += loss.item() / tokens
-                add_gradients(trained)
+                processes.add_gradients(trained)
                 if exits:
                     exits.note(name, model.gradient_norm(name))
                 norm = torch.nn.utils.clip_grad_norm_(trained, config.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-                value, = sum_over_processes(losses)
+                value, = processes.sum_all(losses)
             if not live:                                                      # every modality has had enough
                 break
             if exits:
@@ -464,5 +455,5 @@ def loop(config: TrainConfig, model: AVLanguageModel, features: Features, train:
                 save_state(folder, progress, model, optimizer, config.keep)
             if stopped and step + 1 < steps:
                 raise KeyboardInterrupt
-    if exits and process_rank() == 0:
+    if exits and processes.rank() == 0:
         atomic_write(folder / "exits.json", json.dumps(exits.state(), indent=1))

@@ -24,9 +24,9 @@ from crab_min.data import (
     limit_frames,
     add_side_channels,
 )
-from crab_min.encoders import ENCODERS, DepthEncoder, ModelError, VisionEncoder, register
+from crab_min.encoders import ENCODERS, DepthEncoder, VisionEncoder, register
 from crab_min.errors import MediaError, ModelError
-from crab_min.evaluation.answering import rank_options, options
+from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
 from crab_min.interface import PromptPart
 from crab_min.media.read import flow_pictures, read_flow, read_video, write_video

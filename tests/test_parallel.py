@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import infer
 from crab_min.errors import RunError
-from crab_min.runs.processes import start
+from crab_min.runs import processes
 
 ROOT = Path(__file__).parent.parent
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -22,8 +22,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 FLAGS = ["--tasks", "ks,s4", "--test-rows", "2", "--steps", "20", "--batch-size", "4", "--dropout", "0", "--no-half", "--train", "adapter+connectors"]
 
 
-def start(data: Path, out: Path, *flags: str, processes: list[str] = TWO) -> subprocess.CompletedProcess:
-    return subprocess.run([*processes, str(ROOT / "train.py"), "--data", str(data), *FLAGS, *flags, "--out", str(out)], cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True)
+def launch(data: Path, out: Path, *flags: str, launcher: list[str] = TWO) -> subprocess.CompletedProcess:
+    return subprocess.run([*launcher, str(ROOT / "train.py"), "--data", str(data), *FLAGS, *flags, "--out", str(out)], cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def column(run: Path, name: str) -> list[float]:
@@ -31,7 +31,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def ranks_of(run: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started."""
+    """The launcher that torchrun has started."""
     return [int(line) for line in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()]
 
 
@@ -39,8 +39,8 @@ def ranks_of(run: subprocess.Popen) -> list[int]:
 def runs(small_world, tmp_path_factory) -> Path:
     """One process that takes two batches a step, two that take one each, and two with a sharded LM."""
     folder = tmp_path_factory.mktemp("parallel")
-    for name, flags, processes in (("one", ["--accumulate", "2"], [sys.executable]), ("two", [], TWO), ("sharded", ["--fsdp"], TWO)):
-        done = start(small_world, folder / name, *flags, processes=processes)
+    for name, flags, launcher in (("one", ["--accumulate", "2"], [sys.executable]), ("two", [], TWO), ("sharded", ["--fsdp"], TWO)):
+        done = launch(small_world, folder / name, *flags, launcher=launcher)
         assert done.returncode == 0, done.stderr[-2000:]
     return folder
 
@@ -71,7 +71,7 @@ def test_on_another_number_of_processes_a_run_goes_on_with_the_next_batches(runs
     for process in [run.pid, *ranks_of(run)]:
         os.kill(process, signal.SIGKILL)
     run.wait()
-    assert start(small_world, tmp_path / "run", "--save-every", "10", processes=[sys.executable]).returncode == 0
+    assert launch(small_world, tmp_path / "run", "--save-every", "10", launcher=[sys.executable]).returncode == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == [[0, 2], [10, 1]]
     before, after = column(runs / "one", "tokens"), column(tmp_path / "run", "tokens")
     assert after[:10] == before[:10]
@@ -82,11 +82,11 @@ SENSES = """
 import sys
 import torch
 from crab_min.backbones.composed import load_base
-from crab_min.interface import Part
+from crab_min.interface import PromptPart
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.runs.processes import add_gradients, gather, join, leave, rank, same_everywhere
-join()
-torch.manual_seed(rank())                                      # replicas that begin apart
+from crab_min.runs import processes
+processes.start()
+torch.manual_seed(processes.rank())                                      # replicas that begin apart
 model = load_base(ASSETS / "base")
 frames, wave = torch.zeros(10, 96, 96, 3, dtype=torch.uint8).numpy(), [torch.randn(16000).numpy()]
 video, = model.encode("video", [frames])
@@ -94,23 +94,23 @@ sound, = model.encode("audio", [wave])
 model.add_adapter(AdapterConfig())
 model.set_trainable("adapter+connectors")
 trained = [p for p in model.parameters() if p.requires_grad]
-same_everywhere(trained)
+processes.broadcast_parameters(trained)
 optimizer = torch.optim.AdamW(trained, 1e-3)
-ask = Part("text", "Who?")
-lacking = [([ask], []), ([Part("video"), ask], [video])]       # text alone; no sound
-whole = [Part("video"), Part("audio"), ask], [video, sound]
+ask = PromptPart("text", "Who?")
+lacking = [([ask], []), ([PromptPart("video"), ask], [video])]       # text alone; no sound
+whole = [PromptPart("video"), PromptPart("audio"), ask], [video, sound]
 for step in range(4):
-    parts, media = lacking[step % 2] if rank() == 1 or step == 3 else whole          # in the last step no process has a sound
+    parts, media = lacking[step % 2] if processes.rank() == 1 or step == 3 else whole          # in the last step no process has a sound
     loss, tokens = model(model.collate([parts], [media], ["The dog."]))
     (loss / tokens).backward()
-    add_gradients(trained)
+    processes.add_gradients(trained)
     heard = model.audio_qformer.query.grad is not None
     assert heard == (step < 3), step
     optimizer.step()
     optimizer.zero_grad()
-sums = gather(sum(p.double().sum().item() for p in trained))
+sums = processes.gather(sum(p.double().sum().item() for p in trained))
 assert sums[0] == sums[1], sums
-leave()
+processes.end()
 """
 
 
@@ -146,8 +146,8 @@ def test_what_gpus_lack_is_named(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="a machine with 1 GPUs; start one a GPU: torchrun --nproc-per-node 1"):
-        start()
+        processes.start()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(RunError, match="no NCCL.*a CUDA build of torch"):
-        start()
+        processes.start()

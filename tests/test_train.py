@@ -57,7 +57,7 @@ def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
 
 
 def test_a_run_in_use_is_locked_for_other_processes_and_not_by_workers_that_outlive_it(tmp_path):
-    other = f"from pathlib import Path; from crab_min.runs.folder import claim; claim(Path({str(tmp_path)!r}), 0)"
+    other = f"from pathlib import Path; from crab_min.runs.folder import lock_run; lock_run(Path({str(tmp_path)!r}), 0)"
     held = lock_run(tmp_path, 0)
     worker = torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()

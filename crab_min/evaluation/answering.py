@@ -21,10 +21,10 @@ from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.features import Features
-from crab_min.flags import atomic_write
+from crab_min.cli import atomic_write
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
-from crab_min.runs.processes import gather_objects, is_sharded, process_rank, process_count
+from crab_min.runs import processes
 from crab_min.sources.av_uie import CLASSES
 
 
@@ -53,8 +53,8 @@ def generate_answers(model: AVLanguageModel, features: Features, samples: list[S
     training, plan = model.training, plan_batches(samples, batch_size)
     texts = read_partial(partial, plan) if partial else {}
     left = [batch for batch in plan if batch[0].id not in texts]
-    if not is_sharded(model):                                                 # else all have to go through the LM equally often
-        left = left[process_rank()::process_count()]
+    if not processes.is_sharded(model):                                                 # else all have to go through the LM equally often
+        left = left[processes.rank()::processes.count()]
     model.eval()
     with tqdm(total=sum(map(len, left)), desc=desc, unit="sample") as bar:
         for whole, (batch, media) in zip(left, features.batches(left, strict)):
@@ -69,7 +69,7 @@ def generate_answers(model: AVLanguageModel, features: Features, samples: list[S
                     file.write(json.dumps(new) + "\n")
             bar.update(len(whole))
     model.train(training)
-    for theirs in gather_objects(texts):
+    for theirs in processes.gather(texts):
         texts |= theirs
     return [texts[s.id] for s in samples]
 

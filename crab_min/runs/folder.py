@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from crab_min.errors import RunError
-from crab_min.flags import atomic_write
+from crab_min.cli import atomic_write
 from crab_min.model import AVLanguageModel
-from crab_min.runs.processes import gather_objects, process_rank
+from crab_min.runs import processes
 
 
 def choose_folder(wanted: dict, out: str, name: str) -> Path:
@@ -87,8 +87,8 @@ def save_trained(folder: Path, model: AVLanguageModel) -> None:
 
 def save_state(folder: Path, progress: dict, model: AVLanguageModel, optimizer: torch.optim.Optimizer, keep: int = 1) -> None:
     """state/step_N/, N = progress["step"]; the newest `keep` stay. Every process calls it, the first writes."""
-    dice = gather_objects({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
-    if process_rank():
+    dice = processes.gather({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
+    if processes.rank():
         return
     moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
 
@@ -116,9 +116,9 @@ def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Opti
         index, key = name.split(".", 1)
         if index != "rng":
             state.setdefault(int(index), {})[key] = value
-        elif key == f"{process_rank()}.cpu":
+        elif key == f"{processes.rank()}.cpu":
             torch.set_rng_state(value)
-        elif key == f"{process_rank()}.cuda" and torch.cuda.is_available():
+        elif key == f"{processes.rank()}.cuda" and torch.cuda.is_available():
             torch.cuda.set_rng_state(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return json.loads((states[-1] / "progress.json").read_text())

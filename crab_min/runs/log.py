@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from crab_min.flags import atomic_write
-from crab_min.runs.processes import process_rank, process_count
+from crab_min.cli import atomic_write
+from crab_min.runs import processes
 
 HEADER = ["step", "loss", "tokens", "lr", "grad_norm", "seconds", "wait", "rows", "places", "metric", "live"]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}         # bfloat16 operations a second, dense
@@ -26,12 +26,12 @@ class RunLog:
 
     def __init__(self, folder: Path, done: int):
         self.path, self.last = folder / "log.csv", deque(maxlen=50)
-        if process_rank() == 0:
+        if processes.rank() == 0:
             kept = list(csv.reader(self.path.read_text().splitlines()))[1:done + 1] if self.path.exists() and done else []
             atomic_write(self.path, "\n".join(",".join(row) for row in [HEADER, *kept]) + "\n")
 
     def __enter__(self) -> "RunLog":
-        self.file = open(self.path, "a", buffering=1) if process_rank() == 0 else None
+        self.file = open(self.path, "a", buffering=1) if processes.rank() == 0 else None
         return self
 
     def __exit__(self, *_) -> None:
@@ -51,7 +51,7 @@ class RunLog:
         words = [f"loss {self.last[-1]['loss']:.3f}", f"{rows / seconds:.1f} samples/s", f"{places / seconds:,.0f} places/s", f"{memory() / 1e9:.1f} GB", f"waiting {wait / seconds:.0%}"]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         if peak := next((peak for name, peak in PEAK.items() if name in gpu), 0):
-            words.append(f"MFU {4 * size * places / seconds / peak / process_count():.0%}")
+            words.append(f"MFU {4 * size * places / seconds / peak / processes.count():.0%}")
         return ", ".join(words)
 
 

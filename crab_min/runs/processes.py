@@ -44,41 +44,41 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def process_rank() -> int:
+def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def process_count() -> int:
+def count() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather_objects(thing) -> list:
+def gather(thing) -> list:
     """What each process has, in the order of their numbers."""
-    things = [thing] * process_count()
-    if process_count() > 1:
+    things = [thing] * count()
+    if count() > 1:
         dist.all_gather_object(things, thing)
     return things
 
 
-def on_first_process(make: Callable):
+def on_first(make: Callable):
     """What the first process makes, for all; the others wait. Where files are made: they are made once."""
-    things = [make() if process_rank() == 0 else None]
-    if process_count() > 1:
+    things = [make() if rank() == 0 else None]
+    if count() > 1:
         dist.broadcast_object_list(things)
     return things[0]
 
 
-def sum_over_processes(*numbers: float) -> list[float]:
+def sum_all(*numbers: float) -> list[float]:
     """The sums of numbers over the processes."""
-    return [sum(each) for each in zip(*gather_objects(numbers))]
+    return [sum(each) for each in zip(*gather(numbers))]
 
 
 @torch.no_grad()
 def add_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over the processes; one that nowhere has any stays None, so that the optimizer passes it over as it would in one process."""
-    if process_count() == 1:
+    if count() == 1:
         return
     have = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     flat = torch.cat([have, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters)])
@@ -91,7 +91,7 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 @torch.no_grad()
 def broadcast_parameters(tensors: list[Tensor]) -> None:
     """The first process's values for all."""
-    if process_count() > 1:
+    if count() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
 

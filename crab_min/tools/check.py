@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from crab_min.answers import GRID, parse_answer
 from crab_min.data import DataError, Sample, decoding, make_sample, pick_tasks
-from crab_min.flags import Parser, run_command, atomic_write
+from crab_min.cli import Parser, run_command, atomic_write
 from crab_min.sources.av_uie import annotation_file, read_rows
 from crab_min.tasks import TASKS
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crab_min.answers import answer_tag, box_text, event_tag, points_text
-from crab_min.flags import exit_with_parent
+from crab_min.cli import exit_with_parent
 from crab_min.media.read import write_audio, write_video
 from crab_min.sources.av_uie import box_and_points
 from crab_min.world.questions import (
