@@ -23,20 +23,21 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import TextStreamer  # noqa: E402
 
-from crab_min.answers import Answer, parse_answer, format_answer  # noqa: E402
+from crab_min.answers import Answer  # noqa: E402
 from crab_min.backbones.blip2 import CremaModel  # noqa: E402
 from crab_min.backbones.load import BackboneConfig, load_model  # noqa: E402
+from crab_min.cli import Parser, atomic_write, run_command  # noqa: E402
 from crab_min.data import (  # noqa: E402
     MASKED,
     Sample,
-    load_for_figure,
-    count_missing,
-    pick_tasks,
-    read_samples,
-    limit_frames,
+    ablate_modality,
     add_mask_tokens,
     add_side_channels,
-    ablate_modality,
+    count_missing,
+    limit_frames,
+    load_for_figure,
+    pick_tasks,
+    read_samples,
 )
 from crab_min.errors import (
     DataError,  # noqa: E402
@@ -44,20 +45,19 @@ from crab_min.errors import (
     RunError,  # noqa: E402
 )
 from crab_min.evaluation.answering import (  # noqa: E402
-    generate_answers,
     cell,
-    predict_masks,
     evaluate_masks,
+    generate_answers,
     mask_table,
-    score_all,
     masks_from_boxes,
+    predict_masks,
+    score_all,
     write_predictions,
 )
 from crab_min.evaluation.pictures import draw_answer, draw_routing, draw_sheet  # noqa: E402
 from crab_min.evaluation.routing import record_routing_stats  # noqa: E402
 from crab_min.evaluation.sam2 import Sam2  # noqa: E402
 from crab_min.features import Features  # noqa: E402
-from crab_min.cli import Parser, run_command, atomic_write  # noqa: E402
 from crab_min.interface import build_prompt, load_prompts  # noqa: E402
 from crab_min.model import ASSETS, AVLanguageModel  # noqa: E402
 from crab_min.tasks import TASKS  # noqa: E402
@@ -181,7 +181,7 @@ def ask(given) -> None:
         if not given.json and given.beams > 1:
             print(text)
         mask = make_masks(features, [sample], [text])[0] if make_masks else None
-        parsed, seconds = replace(parse_answer(task, text), mask=mask), round(time.time() - began, 2)
+        parsed, seconds = replace(task.parse(text), mask=mask), round(time.time() - began, 2)
         if given.routes:
             with record_routing_stats(model) as routes, torch.no_grad():
                 model(model.collate([sample.parts], features([sample]), [text]))
@@ -198,7 +198,7 @@ def ask(given) -> None:
         else:
             print(f"parsed: {parsed.error and 'no: ' + parsed.error or json.dumps(as_json(parsed))}")
             if gold is not None:
-                print(f"gold:   {format_answer(task, gold)}")
+                print(f"gold:   {task.format(gold)}")
             if mask is not None:
                 print(f"mask:   {file}, {(mask > .5).mean():.1%} of the picture")
             elif lost or make_masks and task.name in MASKED:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerModel
 
 from crab_min.errors import ModelError
-from crab_min.qformer import blip2_qformer, make_mlp, encode_per_step
+from crab_min.qformer import blip2_qformer, encode_per_step, make_mlp
 
 
 class SelfGatedFusion(nn.Module):

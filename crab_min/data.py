@@ -21,10 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from crab_min.answers import GRID, MASK_TOKENS, Answer, gold_answer, mask_box, parse_answer, format_answer
+from crab_min.answers import (
+    GRID,
+    MASK_TOKENS,
+    Answer,
+    mask_box,
+)
+from crab_min.cli import exit_with_parent
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError, MediaError
-from crab_min.cli import exit_with_parent
 from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.sources.av_uie import (
@@ -45,7 +50,7 @@ class Sample:
     task: Task
     parts: list[PromptPart]
     target: str                                        # what the model should write ("" where a test row has no text)
-    gold_answer: Answer
+    gold: Answer
     row: dict
     mask: str = ""                                     # file of the mask that the answer stands for, where the model answers with masks
 
@@ -120,8 +125,8 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
                             f"\"videos\": [...], ...}} ({type(error).__name__}: {error})") from None
     if not found:
         raise DataError(f"{path}: no lines; a line is {{\"messages\": [...], \"videos\": [...], \"audios\": [...], \"images\": [...]}}")
-    task = CUSTOM_TASKS["text" if any(parse_answer(CUSTOM_TASKS["choice"], text).error for *_, text in found) else "choice"]
-    return [Sample(f"own/{split}/{i}", task, parts, text if split == "train" else "", gold_answer(task, {"target": text}), row) for i, (row, parts, text) in enumerate(found)]
+    task = CUSTOM_TASKS["text" if any(CUSTOM_TASKS["choice"].parse(text).error for *_, text in found) else "choice"]
+    return [Sample(f"own/{split}/{i}", task, parts, text if split == "train" else "", task.gold_answer({"target": text}), row) for i, (row, parts, text) in enumerate(found)]
 
 
 def jsonl_parts(text: str, files: list[tuple[str, str]]) -> list[PromptPart]:
@@ -154,15 +159,15 @@ def make_sample(task: Task, row: dict, root: Path, split: str, index: int, targe
     if split == "test" and task.name in ("s4", "ms3", "ref_avs") and "gold_boxes" not in row:
         mask = read_mask(mask_path(root / task.name / row["visual_path"], task.name, row))
         row = {**row, "gold_boxes": [mask_box(m) for m in mask_objects(mask, task.name)]}
-    answer = gold_answer(task, row, split)
+    answer = task.gold_answer(row, split)
     text = row.get(task.target, "") if split == "train" else ""
     if split == "train" and not isinstance(text, str):
         raise DataError(f"field {task.target!r} must be text, got {text!r}")
     if split == "train" and not text:                                         # no reasoned text: the label alone
-        text = format_answer(task, answer)
+        text = task.format(answer)
     if target == "label":
-        parsed = parse_answer(task, text)
-        text = text if parsed.error or not text else format_answer(task, parsed)
+        parsed = task.parse(text)
+        text = text if parsed.error or not text else task.format(parsed)
     return Sample(f"{task.name}/{split}/{index}", task, parts, text, answer, row)
 
 
@@ -214,7 +219,7 @@ def add_mask_tokens(samples: list[Sample], tokens: bool = True) -> list[Sample]:
     for s in samples:
         if s.task.name in MASKED:
             file = mask_path(Path(next(p.path for p in s.media if p.kind == "image")), s.task.name, s.row)
-            named = bool(s.gold.boxes) if not s.target else bool(parse_answer(s.task, s.target).boxes)
+            named = bool(s.gold.boxes) if not s.target else bool(s.task.parse(s.target).boxes)
             s = replace(s, mask=str(file) if named and file.exists() else "")
             if named and s.target and tokens:
                 s = replace(s, target=s.target + "".join(MASK_TOKENS))

@@ -5,7 +5,7 @@
 from pathlib import Path
 
 from crab_min.backbones.blip2 import CremaModel
-from crab_min.data import Sample, count_missing, add_side_channels
+from crab_min.data import Sample, add_side_channels, count_missing
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import generate_answers, score_all
 from crab_min.features import Features

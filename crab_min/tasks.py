@@ -1,6 +1,8 @@
 """TODO."""
 from dataclasses import dataclass
 
+from crab_min.answers import Answer, format_answer, gold_answer, parse_answer
+
 VIDEO, AUDIO = ("video", ("video_path",), "video"), ("audio", ("audio_path",), "audio")       # kind, fields, subfolder
 
 
@@ -27,6 +29,15 @@ class Task:
     types: tuple = ()                                  # fields that name the type of a question, scored apart too
     splits: tuple = ("train", "test")
     v2: bool = True                                    # a folder of AV-UIE v2; else of v1, PAVE or CREMA alone
+
+    def parse(self, text: str) -> Answer:
+        return parse_answer(self, text)
+
+    def format(self, answer: Answer) -> str:
+        return format_answer(self, answer)
+
+    def gold_answer(self, row: dict, split: str = "test") -> Answer:
+        return gold_answer(self, row, split)
 
 
 TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")

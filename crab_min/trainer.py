@@ -21,32 +21,32 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from crab_min.answers import parse_answer
 from crab_min.backbones.blip2 import CremaConfig, CremaModel
 from crab_min.backbones.load import BackboneConfig, load_model
+from crab_min.cli import atomic_write
 from crab_min.crema import EarlyExit
 from crab_min.data import (
     MASKED,
     Sample,
+    add_mask_tokens,
+    add_side_channels,
     evaluation_data,
     gold_mask,
     keep_modality,
+    limit_frames,
     pick_tasks,
     read_samples,
-    limit_frames,
-    add_mask_tokens,
-    add_side_channels,
 )
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import (
-    generate_answers,
     cell,
     constants,
-    predict_masks,
     evaluate_masks,
+    generate_answers,
     mask_table,
     options,
     plan_batches,
+    predict_masks,
     score_all,
     table,
     token_limits,
@@ -55,20 +55,19 @@ from crab_min.evaluation.answering import (
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet, draw_subsets
 from crab_min.features import WORKERS, Features, Mixer
-from crab_min.cli import atomic_write
 from crab_min.interface import load_prompts
 from crab_min.model import ASSETS, AdapterConfig, AVLanguageModel, bf16_autocast
+from crab_min.runs import processes
 from crab_min.runs.folder import (
-    choose_folder,
-    lock_run,
-    load_state,
     atomic_replace,
+    choose_folder,
+    load_state,
+    lock_run,
     save_state,
     save_trained,
     states_of,
 )
 from crab_min.runs.log import RunLog, asked_to_stop, multiplied
-from crab_min.runs import processes
 from crab_min.sides import add_sides, built_in, modalities, score_subsets, side_names, subset_table
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig
@@ -318,7 +317,7 @@ def sheet(samples: list[Sample], texts: list[str], masks: list, seed: int) -> li
     rng, cells = random.Random(seed), []
     for task in list(dict.fromkeys(s.task.name for s in samples))[::2]:
         few = rng.sample([(s, t, m) for s, t, m in zip(samples, texts, masks) if s.task.name == task], min(8, sum(s.task.name == task for s in samples)))
-        scored = sorted(((score(s.task, [parse_answer(s.task, t)], [s.gold], whole=False)["metric"], s.id, s, t, m) for s, t, m in few), key=lambda one: one[:2], reverse=True)
+        scored = sorted(((score(s.task, [s.task.parse(t)], [s.gold], whole=False)["metric"], s.id, s, t, m) for s, t, m in few), key=lambda one: one[:2], reverse=True)
         cells += [cell(s, text, mask) for *_, s, text, mask in (scored[0], scored[-1])[:len(scored)]]
     return cells
 

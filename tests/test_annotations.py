@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 import train
-from crab_min.answers import parse_answer
 from crab_min.data import load_media, pick_tasks, read_samples
 from crab_min.errors import DataError
 from crab_min.evaluation.answering import options
@@ -123,7 +122,7 @@ def test_rows_of_v1_become_samples_whose_media_load_and_whose_targets_parse_to_t
     samples = read_samples(v1, pick_tasks("all"), "train")
     assert {s.task.name for s in samples} == set(RELEASED_LAYOUTS)
     for sample in samples:
-        assert parse_answer(sample.task, sample.target) == sample.gold or sample.task.name == "ref_avs" and sample.gold.error is None, sample
+        assert sample.task.parse(sample.target) == sample.gold or sample.task.name == "ref_avs" and sample.gold.error is None, sample
         for part in sample.media:
             load_media(part, 96)
     by_task = {s.task.name: s for s in samples}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerModel
 
-from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
+from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.errors import ModelError
 from crab_min.model import check_fit
 from crab_min.tools.convert import convert, from_blip2, missing_modalities, revert

@@ -12,7 +12,7 @@ import torch
 import infer
 import train
 from crab_min import data
-from crab_min.data import DataError, load_media, pick_tasks, read_samples, limit_frames
+from crab_min.data import DataError, limit_frames, load_media, pick_tasks, read_samples
 from crab_min.features import Features, Mixer
 from crab_min.tasks import TASKS
 from crab_min.tools import check

@@ -14,9 +14,8 @@ from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from crab_min.answers import gold_answer, parse_answer
 from crab_min.beats import fbank, load_beats
-from crab_min.crema import SelfGatedFusion, MultimodalConfig, MultimodalQFormer, over_frames
+from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.evaluation.mask_metrics import null_s, soft
 from crab_min.evaluation.metrics import av_f_scores, event_counts, score, segment_counts
 from crab_min.ilora import ILoraConfig, record_routing
@@ -155,8 +154,8 @@ def test_iou_f_and_null_agree_with_the_authors_code():
 def test_ave_agrees_with_the_released_scorer_on_a_real_models_answers():
     rows = [json.loads(line) for line in (GOLDENS / "ave_predictions.jsonl").read_text().splitlines()]
     expected = json.loads((GOLDENS / "ave_expected.json").read_text())
-    result = score(TASKS["ave"], [parse_answer(TASKS["ave"], row["prediction"]) for row in rows],
-                   [gold_answer(TASKS["ave"], row) for row in rows], expected["classes"])
+    result = score(TASKS["ave"], [TASKS["ave"].parse(row["prediction"]) for row in rows],
+                   [TASKS["ave"].gold_answer(row) for row in rows], expected["classes"])
     right, lost = expected["segment_accuracy"], 1 - result["parsed"]
     assert result["n"] == expected["n"] and round(result["parsed"] * result["n"]) == expected["parsed"]
     released = result["all"]["segment_accuracy_released"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from crab_min.answers import Answer, normalize_label, gold_answer, parse_answer, format_answer
+from crab_min.answers import Answer, normalize_label
 from crab_min.errors import DataError
 from crab_min.interface import audio_windows, build_prompt, load_prompts
 from crab_min.tasks import TASKS
@@ -48,10 +48,10 @@ def test_what_is_written_is_read_again(task):
     rng = random.Random(task.name)
     for _ in range(100):
         answer = random_answer(task, rng)
-        text = format_answer(task, answer)
-        assert parse_answer(task, text) == answer
-        assert task.parser == "text" or parse_answer(task, f"First some prose (about it). So {text}.") == answer
-        assert parse_answer(task, text).objects() == answer.objects()
+        text = task.format(answer)
+        assert task.parse(text) == answer
+        assert task.parser == "text" or task.parse(f"First some prose (about it). So {text}.") == answer
+        assert task.parse(text).objects() == answer.objects()
 
 
 def test_there_are_19_tasks_of_seven_families_and_16_have_a_test_set():
@@ -81,7 +81,7 @@ def test_there_are_19_tasks_of_seven_families_and_16_have_a_test_set():
     ("ref_avs", "<answer> true </answer> It is at [1,2,3,4]", Answer(exists=True, boxes=[(1, 2, 3, 4)])),
 ])
 def test_what_models_really_write_is_read(name, text, expected):
-    assert parse_answer(TASKS[name], text) == expected
+    assert TASKS[name].parse(text) == expected
 
 
 @pytest.mark.parametrize("name, text, reason", [
@@ -105,7 +105,7 @@ def test_what_models_really_write_is_read(name, text, expected):
     ("avcap", " \n", "no text"),
 ])
 def test_what_cannot_be_read_gives_a_reason_and_keeps_the_text(name, text, reason):
-    answer = parse_answer(TASKS[name], text)
+    answer = TASKS[name].parse(text)
     assert reason in answer.error and answer == Answer(text=text, error=answer.error)
 
 
@@ -117,17 +117,17 @@ def test_no_text_makes_the_parsers_raise():
     for _ in range(1000):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 30)))
         for task in TASKS.values():
-            answer = parse_answer(task, text)
+            answer = task.parse(text)
             assert answer.error is None or answer.text == text
             if answer.error is None:
-                assert parse_answer(task, format_answer(task, answer)).error is None
+                assert task.parse(task.format(answer)).error is None
     for text in ("<event>a, " + "(0 1" * 20000, "[" + "1," * 50000, "<" * 50000, "(1" + " " * 50000):
         for task in TASKS.values():
-            parse_answer(task, text)                          # no pattern takes quadratic time
+            task.parse(text)                          # no pattern takes quadratic time
 
 
 def test_each_point_belongs_to_the_box_before_it():
-    answer = parse_answer(TASKS["ms3"], "[0,0,9,9] [1,1],[2,2],[3,3] and [20,20,40,40] [30,30] and again [0,0,9,9] [4,4]")
+    answer = TASKS["ms3"].parse("[0,0,9,9] [1,1],[2,2],[3,3] and [20,20,40,40] [30,30] and again [0,0,9,9] [4,4]")
     assert answer.objects() == [((0, 0, 9, 9), [(1, 1), (2, 2), (3, 3), (4, 4)]), ((20, 20, 40, 40), [(30, 30)])]
 
 
@@ -163,7 +163,7 @@ def test_an_option_may_be_named_by_text_index_or_letter():
     ("ref_avs", {"gold_boxes": [(1, 2, 3, 4)]}, Answer(exists=True, boxes=[(1, 2, 3, 4)])),
 ])
 def test_the_gold_answer_of_a_test_row(name, row, expected):
-    assert gold_answer(TASKS[name], row) == expected
+    assert TASKS[name].gold_answer(row) == expected
 
 
 @pytest.mark.parametrize("name, row, words", [
@@ -179,7 +179,7 @@ def test_the_gold_answer_of_a_test_row(name, row, expected):
 ])
 def test_a_bad_gold_field_is_named(name, row, words):
     with pytest.raises(DataError) as error:
-        gold_answer(TASKS[name], row)
+        TASKS[name].gold_answer(row)
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -191,10 +191,10 @@ def test_real_rows_of_every_task(task, real_media):
             assert all(part.kind == "text" or Path(part.path).is_file() for part in parts)
             assert parts[-1].kind == "text" and "{" not in parts[-1].text
             if split == "test":
-                gold_answer(task, {**row, "gold_boxes": [(1, 2, 3, 4)]})
+                task.gold_answer({**row, "gold_boxes": [(1, 2, 3, 4)]})
                 continue
-            right, said = gold_answer(task, row, "train"), parse_answer(task, row[task.target])
-            assert said.error is None and parse_answer(task, format_answer(task, right)) == right
+            right, said = task.gold_answer(row, "train"), task.parse(row[task.target])
+            assert said.error is None and task.parse(task.format(right)) == right
             if task.parser == "choice":
                 assert normalize_label(said.choice, right.choices) == normalize_label(right.choice)
             else:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from crab_min.answers import Answer, gold_answer
+from crab_min.answers import Answer
 from crab_min.evaluation.metrics import best_constant, cleaned, score
 from crab_min.tasks import TASKS
 
@@ -25,7 +25,7 @@ def test_accuracy_counts_unreadable_answers_as_wrong():
 
 
 def test_an_option_is_right_by_text_index_or_letter():
-    right = gold_answer(TASKS["avqa_thu"], {"answer": 2, "multi_choice": ["rain", "dog", "Cat"]})
+    right = TASKS["avqa_thu"].gold_answer({"answer": 2, "multi_choice": ["rain", "dog", "Cat"]})
     assert [metric("avqa_thu", Answer(choice=c), right) for c in ("cat", "2", "C", "dog", "1")] == [1, 1, 1, 0, 0]
 
 

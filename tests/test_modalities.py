@@ -15,14 +15,14 @@ import train
 from crab_min.backbones.blip2 import CremaConfig, load_crema
 from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import (
+    add_side_channels,
     count_missing,
+    limit_frames,
     load_media,
     point_code,
     read_points,
     read_samples,
     side_part,
-    limit_frames,
-    add_side_channels,
 )
 from crab_min.encoders import ENCODERS, DepthEncoder, VisionEncoder, register
 from crab_min.errors import MediaError, ModelError

@@ -31,7 +31,7 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def ranks_of(run: subprocess.Popen) -> list[int]:
-    """The launcher that torchrun has started."""
+    """The processes that torchrun has started."""
     return [int(line) for line in subprocess.run(["pgrep", "-P", str(run.pid), "-f", "train.py"], capture_output=True, text=True).stdout.split()]
 
 

@@ -21,11 +21,11 @@ from transformers import (
 
 import infer
 import train
-from crab_min.answers import MASK_TOKENS, parse_answer
+from crab_min.answers import MASK_TOKENS
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import MASKED, gold_mask, read_samples, swap_audio, add_mask_tokens
+from crab_min.data import MASKED, add_mask_tokens, gold_mask, read_samples, swap_audio
 from crab_min.errors import ModelError
-from crab_min.evaluation.answering import score_masks, masks_from_boxes
+from crab_min.evaluation.answering import masks_from_boxes, score_masks
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.interface import PromptPart
 from crab_min.masks import MaskConfig, MaskDecoder, dice_loss, loss_of_masks, mask_loss
@@ -166,11 +166,11 @@ def test_samples_with_masks(small_world):
     for split in ("train", "test"):
         samples = add_mask_tokens(read_samples(small_world, list(TASKS), split))
         for s in samples:
-            named = s.task.name in MASKED and bool(parse_answer(s.task, s.target).boxes if s.target else s.gold.boxes)
+            named = s.task.name in MASKED and bool(s.task.parse(s.target).boxes if s.target else s.gold.boxes)
             assert bool(s.mask) == named and (MASK_TOKENS[0] in s.target) == (named and split == "train")
             if s.mask:
                 assert gold_mask(s).shape == (96, 96) and gold_mask(s, 224).shape == (224, 224) and gold_mask(s).dtype == bool
-                assert not parse_answer(s.task, s.target).error if s.target else True            # mask tokens do not disturb the text's own answer
+                assert not s.task.parse(s.target).error if s.target else True            # mask tokens do not disturb the text's own answer
 
 
 def test_swapped_sound_means_the_other_thing(tmp_path):
@@ -272,7 +272,7 @@ def test_sam2_that_is_not_there_says_what_to_get():
 
 
 def test_box_as_a_mask():
-    answer = parse_answer(TASKS["s4"], "[56,0,112,224] [0,0,1,1]")
+    answer = TASKS["s4"].parse("[56,0,112,224] [0,0,1,1]")
     mask = box_mask(answer, 8, 8)
     assert mask[:, 2:4].all() and mask.sum() == 16 + 1
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crab_min.answers import mask_box, parse_answer
+from crab_min.answers import mask_box
 from crab_min.data import load_media, read_samples
 from crab_min.errors import DataError
 from crab_min.media.read import read_video
@@ -51,7 +51,7 @@ def test_every_folder_is_there_and_every_training_target_parses_to_its_gold(smal
     for name, task in TASKS.items():
         for split in () if not task.v2 else ("train",) if name in TRAIN_ONLY else ("train", "test"):
             for sample in read_samples(small_world, [name], split):
-                assert split == "test" or parse_answer(task, sample.target).error is None, sample.target
+                assert split == "test" or task.parse(sample.target).error is None, sample.target
                 assert all(Path(p.path).exists() for p in sample.media)
     assert not any((small_world / name / "test.json").exists() for name in TRAIN_ONLY)
 

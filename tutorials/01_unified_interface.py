@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from crab_min.answers import parse_answer, format_answer
 from crab_min.data import load_for_figure, read_samples
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_answer
@@ -36,14 +35,14 @@ for sample in samples.values():
 # 3. The target has prose first (who, where, when) and then the label in its tag. --target label trains on the tag alone.
 print("\nThe same targets as labels alone:")
 for sample in samples.values():
-    print(f"  {sample.task.name:<8} {format_answer(sample.task, parse_answer(sample.task, sample.target))}")
+    print(f"  {sample.task.name:<8} {sample.task.format(sample.task.parse(sample.target))}")
 
 # 4. Models do not write like annotators. The parser takes what it can, and says why where it cannot; nothing is dropped.
 print("\nWhat a model might write for the ave row, and what it is worth:")
 (label, ((start, end), *_)), = samples["ave"].gold.events
 for text in (f"I hear it. <event>{label}, ({start} {end})</event>", f"<Event> {label.upper()} ,( {start} , {end} ) ", f"<event>{label}</event> <range>{start},10</range>",
              "<event>whale, (0 10)</event>", f"the {label}, from {start} to {end}"):
-    answer = parse_answer(task, text)
+    answer = task.parse(text)
     result = score(task, [answer], [samples["ave"].gold])
     print(f"  {text:<58} segment accuracy {result['metric']:.1f}{'   (' + answer.error + ')' if answer.error else ''}")
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from crab_min.answers import parse_answer
 from crab_min.data import load_for_figure, read_samples
 from crab_min.evaluation.answering import table
 from crab_min.evaluation.pictures import draw_answer
@@ -46,7 +45,7 @@ for modality, kind, question, answer, evidence in list(questions(scene))[::2]:
 config = WorldConfig(world_clips=240, world_test=12)
 root = build_world(config, seed=0)
 sample = next(s for s in read_samples(root, ["avvp"], "train") if len(s.gold.audio_events) == 2)
-draw_answer(Path("answers/tutorial_04.png"), load_for_figure(sample), sample.parts[-1].text.strip(), parse_answer(TASKS["avvp"], sample.target), sample.target)
+draw_answer(Path("answers/tutorial_04.png"), load_for_figure(sample), sample.parts[-1].text.strip(), TASKS["avvp"].parse(sample.target), sample.target)
 print("\nanswers/tutorial_04.png shows a clip of it with its events.")
 
 # 5. Reasoned targets against bare labels: the same clips, questions, steps and adapter. A reasoned answer is longer, so a

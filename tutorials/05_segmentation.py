@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import gold_mask, load_media, read_samples, add_mask_tokens
+from crab_min.data import add_mask_tokens, gold_mask, load_media, read_samples
 from crab_min.evaluation.answering import (
     generate_answers,
+    masks_from_boxes,
     predict_masks,
     score_masks,
-    masks_from_boxes,
     token_limits,
 )
 from crab_min.evaluation.pictures import save, tinted

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from crab_min.backbones.composed import load_base
-from crab_min.data import load_media, read_samples, add_side_channels
+from crab_min.data import add_side_channels, load_media, read_samples
 from crab_min.evaluation.answering import rank_options
 from crab_min.evaluation.pictures import draw_frames, save
 from crab_min.features import Features, Mixer

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from crab_min.backbones.blip2 import CremaConfig, load_crema
 from crab_min.crema import EarlyExit
-from crab_min.data import load_media, read_samples, limit_frames, add_side_channels
+from crab_min.data import add_side_channels, limit_frames, load_media, read_samples
 from crab_min.evaluation.answering import rank_options
 from crab_min.evaluation.pictures import draw_frames, draw_grid, save
 from crab_min.features import Features, Mixer

@@ -14,14 +14,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crab_min.answers import GRID, Answer, parse_answer, format_answer
+from crab_min.answers import GRID, Answer
 from crab_min.backbones.composed import ComposedModel
-from crab_min.data import MASKED, Sample, load_for_figure, gold_mask, swap_audio
+from crab_min.cli import atomic_write
+from crab_min.data import MASKED, Sample, gold_mask, load_for_figure, swap_audio
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.features import Features
-from crab_min.cli import atomic_write
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
@@ -76,7 +76,7 @@ def generate_answers(model: AVLanguageModel, features: Features, samples: list[S
 
 def options(sample: Sample) -> list[str]:
     """The answers to choose from, as the model would write them; none for an open question."""
-    return [format_answer(sample.task, Answer(choice=str(o))) for o in sample.row.get("options") or sample.row.get("multi_choice") or []]
+    return [sample.task.format(Answer(choice=str(o))) for o in sample.row.get("options") or sample.row.get("multi_choice") or []]
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None)
     grid; empty where an object is denied; None for a text that does not parse, and for other tasks."""
     masks: list = []
     for s, text in zip(tqdm(samples, desc="SAM2" if sam2 else "boxes", unit="image", disable=len(samples) < 32), texts):
-        parsed, image = parse_answer(s.task, text), next((p.path for p in s.media if p.kind == "image"), None)
+        parsed, image = s.task.parse(text), next((p.path for p in s.media if p.kind == "image"), None)
         if s.task.name not in MASKED or parsed.error:
             masks.append(None)
         else:
@@ -201,10 +201,10 @@ def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
 
 def cell(sample: Sample, text: str, mask: np.ndarray | None = None) -> tuple:
     """A cell of viz.draw_sheet."""
-    parsed = replace(parse_answer(sample.task, text), mask=mask)
+    parsed = replace(sample.task.parse(text), mask=mask)
     value = score(sample.task, [parsed], [sample.gold], whole=False)["metric"]
     return (f"{sample.task.name}: {sample.parts[-1].text.strip()}", load_for_figure(sample), parsed, text, replace(sample.gold, mask=gold_mask(sample)),
-            sample.target or format_answer(sample.task, sample.gold), value)
+            sample.target or sample.task.format(sample.gold), value)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
@@ -212,7 +212,7 @@ def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
     result, types = {}, {}
     for s, text in zip(samples, texts):
         kind = " ".join(re.sub(r'[][",]', "", str(s.row.get(field, ""))) for field in s.task.types)
-        types.setdefault(s.task, {}).setdefault(kind, []).append((parse_answer(s.task, text), s.gold))
+        types.setdefault(s.task, {}).setdefault(kind, []).append((s.task.parse(text), s.gold))
     for task, groups in types.items():
         result[task.name] = score(task, *zip(*(pair for group in groups.values() for pair in group)))
         if task.types and set(groups) != {""}:
@@ -239,8 +239,8 @@ def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> 
         lines = []
         for s, text in zip(samples, texts):
             if s.task.name == task:
-                reason = parse_answer(s.task, text).error
-                lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or format_answer(s.task, s.gold), "parsed": reason is None,
+                reason = s.task.parse(text).error
+                lines.append(json.dumps({"id": s.id, "task": task, "text": text, "target": s.target or s.task.format(s.gold), "parsed": reason is None,
                                          **({"reason": reason} if reason else {})}, ensure_ascii=False))
         atomic_write(folder / f"{task}.jsonl", "\n".join(lines) + "\n")
 

@@ -19,7 +19,7 @@ from collections import Counter
 from functools import lru_cache
 from statistics import fmean, median_low
 
-from crab_min.answers import WORDS, Answer, normalize_label, format_answer
+from crab_min.answers import WORDS, Answer, normalize_label
 from crab_min.tasks import Task
 
 SECONDS = 10                                           # AVE and LLP clips, and UnAV as cut for AV-UIE v2
@@ -304,7 +304,7 @@ def best_constant(task: Task, candidates: list[Answer], golds: list[Answer]) -> 
 
     candidates: training answers; the 50 most frequent are tried and, for boxes, the median of each coordinate.
     """
-    counts, by_text = Counter(format_answer(task, answer) for answer in candidates), {format_answer(task, a): a for a in candidates}
+    counts, by_text = Counter(task.format(answer) for answer in candidates), {task.format(a): a for a in candidates}
     constants = [by_text[text] for text, _ in counts.most_common(50)]
     boxes = [answer.boxes[0] for answer in candidates if answer.boxes]
     if boxes:

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from crab_min.errors import RunError
 from crab_min.cli import atomic_write
+from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crab_min.answers import GRID, answer_tag, box_text, gold_answer, mask_box, points_text
+from crab_min.answers import GRID, answer_tag, box_text, mask_box, points_text
 from crab_min.errors import DataError
 from crab_min.tasks import TASKS
 
@@ -233,7 +233,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """ScanQA and SQA3D: trained on the first of the answers. The type of a question is the word it begins with, as SQA3D is tabled."""
     question = row["question"].lower().lstrip()
-    yield {**row, "video_path": film(folder, row["scene_id"]), "answer": gold_answer(TASKS[folder.name], row).text, **sides(folder, row["scene_id"]),
+    yield {**row, "video_path": film(folder, row["scene_id"]), "answer": TASKS[folder.name].gold_answer(row).text, **sides(folder, row["scene_id"]),
            "type": next((word for word in ("what", "is", "how", "can", "which") if question.startswith(word)), "other")}
 
 
@@ -247,7 +247,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """NExT-QA as SeViLA and CREMA have it; the type of a question is what its qid begins with (CW, TN, DL, ...)."""
     row = {**row, "video_path": film(folder, row["video"]), "multi_choice": [row[f"a{i}"] for i in range(row["num_option"])], "type": row["qid"].split("_")[0]}
-    yield {**row, "label": answer_tag(gold_answer(TASKS["nextqa"], row).choice), **sides(folder, row["video"])}
+    yield {**row, "label": answer_tag(TASKS["nextqa"].gold_answer(row).choice), **sides(folder, row["video"])}
 
 
 @dataclass(frozen=True)

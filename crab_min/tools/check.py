@@ -11,9 +11,9 @@ from statistics import median
 
 from tqdm import tqdm
 
-from crab_min.answers import GRID, parse_answer
+from crab_min.answers import GRID
+from crab_min.cli import Parser, atomic_write, run_command
 from crab_min.data import DataError, Sample, decoding, make_sample, pick_tasks
-from crab_min.cli import Parser, run_command, atomic_write
 from crab_min.sources.av_uie import annotation_file, read_rows
 from crab_min.tasks import TASKS
 
@@ -37,7 +37,7 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dic
                 users.update(part for sample in samples for part in sample.media)
                 paths[f"{task.name}/{split}"] = {part.path for sample in samples for part in sample.media}
                 found[f"{task.name}/{split}"] = {"rows": len(rows), "bad_rows": len(rows) - len(samples), "labels": Counter(labels_of(samples)),
-                                                 "unparsed_targets": sum(bool(s.target and parse_answer(task, s.target).error) for s in samples)}
+                                                 "unparsed_targets": sum(bool(s.target and task.parse(s.target).error) for s in samples)}
     if not found:
         raise DataError(f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
     parts = sorted(users if decode else {p.path: p for p in users}.values(), key=lambda p: (p.path, p.index))

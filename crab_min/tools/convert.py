@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from crab_min.cli import Parser, atomic_write, run_command
 from crab_min.config import PRESETS
 from crab_min.errors import ModelError
-from crab_min.cli import Parser, run_command, atomic_write
 from crab_min.model import check_fit
 from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.trainer import TrainConfig
