@@ -6,6 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from crab_min.errors import DataError
+from crab_min.tasks import Task
 
 GRID = 224                                             # boxes and points are integers 0 .. GRID
 

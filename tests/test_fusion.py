@@ -13,10 +13,11 @@ import infer
 import train
 from crab_min.backbones.composed import load_base
 from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import DataError, add_side_channels, read_array, read_samples, side_part
+from crab_min.data import DataError, add_side_channels, read_samples, side_part
 from crab_min.errors import MediaError, ModelError
 from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
+from crab_min.media.arrays import read_array
 from crab_min.media.read import read_video
 from crab_min.model import AdapterConfig
 from crab_min.pave import Patch, PatchConfig, interpolate_time, partition_steps

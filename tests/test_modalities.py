@@ -19,8 +19,6 @@ from crab_min.data import (
     count_missing,
     limit_frames,
     load_media,
-    point_code,
-    read_points,
     read_samples,
     side_part,
 )
@@ -29,6 +27,7 @@ from crab_min.errors import MediaError, ModelError
 from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
 from crab_min.interface import PromptPart
+from crab_min.media.arrays import point_code, read_points
 from crab_min.media.read import flow_pictures, read_flow, read_video, write_video
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.convert import read_checkpoint
