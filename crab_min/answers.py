@@ -6,7 +6,6 @@ from functools import lru_cache
 import numpy as np
 
 from crab_min.errors import DataError
-from crab_min.tasks import Task
 
 GRID = 224                                             # boxes and points are integers 0 .. GRID
 
@@ -40,7 +39,7 @@ class Answer:
         return [(box, [p for p, owner in zip(self.points, owners) if owner == i]) for i, box in enumerate(self.boxes)]
 
 
-def row_field(task: "Task", row: dict, names: tuple, expected: str):
+def row_field(task, row: dict, names: tuple, expected: str):
     """The value of the first of the fields `names` that the row has. Raises DataError."""
     for name in names:
         if row.get(name) is not None:
@@ -76,7 +75,7 @@ def points_text(points) -> str:
     return ",".join(map(box_text, points))
 
 
-def format_answer(task: "Task", answer: Answer) -> str:
+def format_answer(task, answer: Answer) -> str:
     """The answer without prose: parse(task, write(task, answer)) gives it back."""
     if task.parser == "choice":
         return answer_tag(answer.choice)
@@ -130,7 +129,7 @@ def normalize_label(label, choices: tuple = ()) -> str:
     return text
 
 
-def parse_answer(task: "Task", text: str) -> Answer:
+def parse_answer(task, text: str) -> Answer:
     """Read a model's text. Never raises: without a valid answer, `error` says why and `text` holds the text."""
     try:
         return PARSERS[task.parser](task, text)
@@ -138,7 +137,7 @@ def parse_answer(task: "Task", text: str) -> Answer:
         return Answer(text=text, error=str(reason))
 
 
-def parse_choice(task: "Task", text: str) -> Answer:
+def parse_choice(task, text: str) -> Answer:
     found = [content.strip(PUNCTUATION) for tag, content in TAG.findall(text) if tag.lower() == "answer"]
     forms = {normalize_label(choice): choice for choice in reversed(found) if normalize_label(choice)}     # the first spelling wins
     if len(forms) != 1:
@@ -185,14 +184,14 @@ def tagged_events(text: str, kind: str) -> list | None:
     return merge(events) if found else None
 
 
-def parse_events(task: "Task", text: str) -> Answer:
+def parse_events(task, text: str) -> Answer:
     events = tagged_events(text, "event")
     if events is None or task.parser == "event" and len(events) != 1:
         raise Unreadable(f"{len(events)} different events, expected one" if events else "no <event>")
     return Answer(events=events)
 
 
-def parse_av_events(task: "Task", text: str) -> Answer:
+def parse_av_events(task, text: str) -> Answer:
     audio, visual = tagged_events(text, "audio_event"), tagged_events(text, "visual_event")
     if audio is None and visual is None:
         raise Unreadable("no <audio_event> and no <visual_event>")
@@ -206,7 +205,7 @@ def check_box(box) -> tuple:
     return x1, y1, x2, y2
 
 
-def parse_boxes(task: "Task", text: str) -> Answer:
+def parse_boxes(task, text: str) -> Answer:
     answer = Answer(exists=True if task.parser == "exists" else None)
     if task.parser == "exists" and parse_choice(task, text).choice == "false":
         return Answer(exists=False)
@@ -226,7 +225,7 @@ def parse_boxes(task: "Task", text: str) -> Answer:
     return answer
 
 
-def parse_text(task: "Task", text: str) -> Answer:
+def parse_text(task, text: str) -> Answer:
     if not text.strip():
         raise Unreadable("no text")
     return Answer(text=text.strip())
@@ -236,7 +235,7 @@ PARSERS = {"choice": parse_choice, "event": parse_events, "events": parse_events
            "box": parse_boxes, "boxes": parse_boxes, "exists": parse_boxes, "text": parse_text}
 
 
-def gold_answer(task: "Task", row: dict, split: str = "test") -> Answer:
+def gold_answer(task, row: dict, split: str = "test") -> Answer:
     """The right answer of an annotation row. Raises DataError naming the task, the field and what is expected.
 
     Test rows of s4, ms3 and ref_avs have a mask file instead of boxes: the data reader puts its boxes (a list, empty
@@ -252,19 +251,19 @@ def gold_answer(task: "Task", row: dict, split: str = "test") -> Answer:
                              f"{', '.join(map(repr, values))} ({reason})") from None
 
 
-def gold_option(task: "Task", index: int, choices: list) -> Answer:
+def gold_option(task, index: int, choices: list) -> Answer:
     if not isinstance(choices, list) or not 0 <= index < len(choices):
         raise Unreadable("no such option")
     return Answer(choice=str(choices[index]), choices=tuple(map(str, choices)))
 
 
-def gold_event(task: "Task", label: str, start: int, end: int) -> Answer:
+def gold_event(task, label: str, start: int, end: int) -> Answer:
     if int(end) < int(start):
         raise Unreadable("ends before it starts")
     return Answer(events=merge([(label, [(int(start), int(end))])]))
 
 
-def gold_av_events(task: "Task", text: str) -> Answer:
+def gold_av_events(task, text: str) -> Answer:
     """"audio: A,(0 3) B, (2 5)(6 7) visual: A,(0 10)": a part may be missing; each has labels and then their spans."""
     before, *pieces = re.split(r"\b(audio|visual)\s*:", text, flags=re.IGNORECASE)
     found = {name.lower(): merge(read_events(part)) for name, part in zip(pieces[::2], pieces[1::2])}
@@ -273,11 +272,11 @@ def gold_av_events(task: "Task", text: str) -> Answer:
     return Answer(audio_events=found.get("audio", []), visual_events=found.get("visual", []))
 
 
-def gold_boxes(task: "Task", boxes: list) -> Answer:
+def gold_boxes(task, boxes: list) -> Answer:
     return Answer(boxes=[check_box(box) for box in boxes], exists=bool(boxes) if task.parser == "exists" else None)
 
 
-def gold_texts(task: "Task", answers: list) -> Answer:
+def gold_texts(task, answers: list) -> Answer:
     """Several right answers: the first is the text, all of them are the choices. Released as texts or as {"answer": text}."""
     if not isinstance(answers, list) or not answers:
         raise Unreadable("no list with an answer in it")
