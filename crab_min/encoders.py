@@ -12,10 +12,11 @@ because a box on the 224 x 224 grid must mean the whole frame.
 
 Shapes: B clips, T frames or stretches of sound, S tokens of one, D width, N samples.
 """
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -239,3 +240,24 @@ class DepthEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         return self.vision(self.pictures(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]))
+
+
+@dataclass
+class MediaFeatures:
+    """What `encode` made of one video, image or sound. What the axes are, and what else is said, is the backbone's affair."""
+    kind: str
+    features: Tensor
+    mask: Tensor | None = None                         # which of the features are real
+    seconds: float = 0                                 # length of the video or sound
+    scales: list = field(default_factory=list)         # of an image, where masks are made: the layers of its encoder that the mask decoder reads (segment.py)
+    sides: dict = field(default_factory=dict)          # of a video or image in a batch: its side channels by name (fusion.py)
+
+
+def encode_side(kind: str, arrays: np.ndarray | Tensor) -> MediaFeatures:
+    """Side tokens without an encoder: of an array (U, S, W) itself; of a dense stream ("fast") (U, 16, 16, 3) uint8 its pixels, a token for each
+    quarter, against the clip's mean (U, 4, 192)."""
+    x = torch.as_tensor(np.ascontiguousarray(arrays)).float()
+    if kind == "fast":
+        x = ((x - x.mean(0)) / 255).unflatten(2, (2, -1)).unflatten(1, (2, -1))                  # (U, 2, 8, 2, 8, 3)
+        x = x.transpose(2, 3).flatten(1, 2).flatten(2)
+    return MediaFeatures(kind, x)

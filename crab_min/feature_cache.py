@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptPart
-from crab_min.model import AVLanguageModel, MediaFeatures
+from crab_min.model import AVLanguageModel
 
 
 @lru_cache(maxsize=None)

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from crab_min.data import BLACK, DataError, Sample, decoding
-from crab_min.encoders import ENCODERS, encode_own
+from crab_min.encoders import ENCODERS, MediaFeatures, encode_own, encode_side
 from crab_min.feature_cache import FeatureCache
 from crab_min.interface import PromptPart
-from crab_min.model import AVLanguageModel, MediaFeatures
-from crab_min.pave import encode_side
+from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 
 WORKERS = min(4, os.cpu_count() or 1)                  # processes that decode

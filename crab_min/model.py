@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 
@@ -54,17 +55,6 @@ class AdapterConfig:
         if self.adapter == "lora":
             return LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
         return None
-
-
-@dataclass
-class MediaFeatures:
-    """What `encode` made of one video, image or sound. What the axes are, and what else is said, is the backbone's affair."""
-    kind: str
-    features: Tensor
-    mask: Tensor | None = None                         # which of the features are real
-    seconds: float = 0                                 # length of the video or sound
-    scales: list = field(default_factory=list)         # of an image, where masks are made: the layers of its encoder that the mask decoder reads (segment.py)
-    sides: dict = field(default_factory=dict)          # of a video or image in a batch: its side channels by name (fusion.py)
 
 
 class AVLanguageModel(nn.Module):

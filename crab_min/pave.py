@@ -14,15 +14,15 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
-from crab_min.model import MediaFeatures, check_fit
+from crab_min.model import check_fit
 
 ROPE_SECTIONS, ROPE_BASE = (16, 24, 24), 1e4           # frequencies of time, row, column in a head of 128 (Qwen2-VL)
 
@@ -147,14 +147,6 @@ def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
 
 
 # --- side channels ---------------------------------------------------------------------------------------------------------
-def encode_side(kind: str, arrays: np.ndarray | Tensor) -> MediaFeatures:
-    """Side tokens without an encoder: of an array (U, S, W) itself; of a dense stream ("fast") (U, 16, 16, 3) uint8 its pixels, a token for each
-    quarter, against the clip's mean (U, 4, 192)."""
-    x = torch.as_tensor(np.ascontiguousarray(arrays)).float()
-    if kind == "fast":
-        x = ((x - x.mean(0)) / 255).unflatten(2, (2, -1)).unflatten(1, (2, -1))                  # (U, 2, 8, 2, 8, 3)
-        x = x.transpose(2, 3).flatten(1, 2).flatten(2)
-    return MediaFeatures(kind, x)
 
 
 class Patches(nn.ModuleDict):

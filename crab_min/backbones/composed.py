@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from crab_min.answers import MASK_TOKENS
-from crab_min.encoders import ATTENTION, AudioEncoder, VisionEncoder
+from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
 from crab_min.masks import MaskBranch, SegmentConfig, loss_of_masks
-from crab_min.model import ASSETS, AVLanguageModel, MediaFeatures, cross_entropy, missing_weights
+from crab_min.model import ASSETS, AVLanguageModel, cross_entropy, missing_weights
 from crab_min.pave import Patches
 from crab_min.qformer import QFormerConfig, QFormerConnector
 

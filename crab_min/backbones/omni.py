@@ -25,8 +25,9 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptPart
-from crab_min.model import AVLanguageModel, MediaFeatures, missing_weights
+from crab_min.model import AVLanguageModel, missing_weights
 from crab_min.pave import Patches
 
 RATE = 16000                                           # Hz

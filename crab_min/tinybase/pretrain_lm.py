@@ -19,9 +19,9 @@ import torch
 
 from crab_min.answers import mask_box
 from crab_min.backbones.composed import SPECIALS, ComposedModel
+from crab_min.encoders import MediaFeatures
 from crab_min.evaluation.metrics import iou
 from crab_min.interface import PromptPart
-from crab_min.model import MediaFeatures
 from crab_min.tinybase.captions import annotated, pair_statements, statements
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
 from crab_min.world.questions import ORDERS, at, only, times
