@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
-from crab_min.config import TINY_MODEL
+from crab_min.backbones.sizes import TINY_MODEL
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from crab_min.backbones.omni import TEMPLATE
-from crab_min.config import TINY_MODEL
+from crab_min.backbones.sizes import TINY_MODEL
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel, missing_weights

@@ -15,7 +15,7 @@ from crab_min.backbones.composed import (
 )
 from crab_min.backbones.llava_onevision import load_llava
 from crab_min.backbones.omni import load_omni
-from crab_min.config import LLAMA_CHAT
+from crab_min.backbones.sizes import LLAMA_CHAT
 from crab_min.encoders import DepthEncoder, register
 from crab_min.errors import ModelError
 from crab_min.masks import SegmentConfig

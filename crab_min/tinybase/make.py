@@ -21,7 +21,7 @@ from crab_min.backbones.composed import (
     load_base,
     load_tokenizer,
 )
-from crab_min.config import TINY_MODEL
+from crab_min.backbones.sizes import TINY_MODEL
 from crab_min.errors import ModelError
 from crab_min.tinybase.captions import corpus
 from crab_min.tinybase.pretrain_encoders import train_hear, train_see

@@ -27,8 +27,16 @@ from transformers import (
 )
 
 from crab_min.backbones.composed import load_tokenizer
+from crab_min.backbones.sizes import (
+    CLIP_LARGE,
+    FLAN_T5_XL,
+    LLAMA_2_7B,
+    LLAVA,
+    QWEN_OMNI,
+    TINY_MODEL,
+    VIT_G,
+)
 from crab_min.beats import Beats, BeatsConfig
-from crab_min.config import CLIP_LARGE, FLAN_T5_XL, LLAMA_2_7B, LLAVA, QWEN_OMNI, TINY_MODEL, VIT_G
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
