@@ -15,7 +15,7 @@ from crab_min.installation import require_installation
 require_installation()
 
 from crab_min.cli import Parser, add_flags, from_flags, run_command  # noqa: E402
-from crab_min.config import PRESETS, STAGES  # noqa: E402
+from crab_min.recipes.presets import PRESETS, STAGES  # noqa: E402
 from crab_min.runs import processes  # noqa: E402
 from crab_min.tinybase.make import BaseConfig, train_base  # noqa: E402
 from crab_min.tools.plan import plan, report  # noqa: E402

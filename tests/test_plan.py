@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import train
 from crab_min.backbones.composed import load_base
-from crab_min.config import PRESETS
+from crab_min.recipes.presets import PRESETS
 from crab_min.data import read_samples
 from crab_min.features import Features
 from crab_min.model import AdapterConfig
