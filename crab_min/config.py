@@ -1,0 +1,405 @@
+"""The settings of a run: one dataclass per concern, one class of them per recipe.
+
+A field made with `flag` is a flag of train.py: `batch_size` is `--batch-size`. Other fields are set by presets
+and converters alone. Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
+"""
+
+import os
+from dataclasses import dataclass, field, fields
+
+from crab_min.errors import RunError
+
+
+def flag(default, text: str, choices: list[str] | None = None, basic: bool = False):
+    """Make a dataclass field that is also a command-line flag.
+
+    Args:
+        text: its line in `--help`.
+        choices: the values that it takes; None for any.
+        basic: shown by `--help`; the others by `--help-all` alone.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "basic": basic})
+
+
+# --- what every recipe has --------------------------------------------------------------------------------
+
+
+@dataclass
+class DataConfig:
+    """Which rows a run learns, and how their media are read."""
+
+    data: str = flag(
+        "",
+        "AV-UIE folder (AVUIE_2) or a .jsonl file of your own; without it the built-in world",
+        basic=True,
+    )
+    tasks: str = flag("all", "comma-separated task names, or all", basic=True)
+    target: str = flag(
+        "reasoning",
+        "training target: reasoning followed by the label, or the label alone",
+        choices=["reasoning", "label"],
+        basic=True,
+    )
+    prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
+    frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)", basic=True)
+    test_rows: int = flag(0, "test rows per task (0: all)", basic=True)
+    max_bad: float = flag(0.01, "share of unreadable training files above which the run stops")
+    cache_features: bool = flag(True, "keep the features of the frozen encoders in memory")
+    workers: int = flag(min(4, os.cpu_count() or 1), "processes that decode media")
+
+
+@dataclass
+class WorldConfig:
+    """The size of the built-in world, and the things in it."""
+
+    things: str = flag(
+        "",
+        "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from",
+        basic=True,
+    )
+    world_clips: int = flag(900, "training clips of the built-in world")
+    world_test: int = flag(100, "test clips of the built-in world, per kind of scene")
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen model. Weights are named by local path or hub id."""
+
+    backbone: str = flag(
+        "composed",
+        "composed (encoders + Q-Formers + LM), omni (Qwen2.5-Omni), llava_onevision, or blip2 (CREMA)",
+        choices=["composed", "omni", "llava_onevision", "blip2"],
+    )
+    base: str = flag("", "composed, blip2: folder of a base, or random (default: the shipped tiny base)")
+    vision: str = flag("", "composed, instead of a base: CLIP or SigLIP")
+    audio: str = flag(
+        "",
+        "BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt): composed, instead of a "
+        "base; llava_onevision and blip2, for sound beside a video",
+    )
+    llm: str = flag("", "composed, instead of a base: a causal LM for chat in Llama 2's format")
+    weights: str = flag(
+        "",
+        "omni, llava_onevision, blip2: their weights; tiny-random: small random weights of the "
+        "same classes, to try a command",
+        basic=True,
+    )
+    load_in_4bit: bool = flag(
+        False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes", basic=True
+    )
+    # Text between two videos or two sounds of a prompt; the released Crab+ runs them together.
+    separate_media: bool = True
+
+
+@dataclass
+class AdapterConfig:
+    """The adapter on the LM."""
+
+    adapter: str = flag("ilora", "adapter on the LM", choices=["ilora", "lora", "none"], basic=True)
+    r: int = flag(8, "rank of the adapter", basic=True)
+    alpha: float = flag(16, "adapter scale: the update is multiplied by alpha / r", basic=True)
+    heads: int = flag(3, "heads of I-LoRA: one B each, weighted token by token by the router", basic=True)
+    dropout: float = flag(0.05, "dropout before A")
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: which parts learn, how long, how fast."""
+
+    trainable: str = flag(
+        "adapter,connectors,embeddings",
+        "comma-separated parts that learn: adapter, connectors (Q-Formers), embeddings, mask_decoder, "
+        "mask_tokens, or the name of one connector",
+        basic=True,
+    )
+    init_from: str = flag("", "run folder whose trained parts are the starting point")
+    steps: int = flag(
+        0,
+        "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with "
+        "--things or --data)",
+        basic=True,
+    )
+    epochs: float = flag(0, "passes over the training rows, instead of a number of steps", basic=True)
+    batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes", basic=True)
+    grad_accum: int = flag(1, "batches per step and process", basic=True)
+    group_by_length: bool = flag(False, "batches of samples of about one length: less padding")
+    lr: float = flag(4e-3, "peak learning rate of the adapter", basic=True)
+    connector_lr: float = flag(5e-4, "peak learning rate of everything else that learns", basic=True)
+    warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
+    beta2: float = flag(0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    task_sampling_exponent: float = flag(0.5, "p(task) ~ rows ** exponent (0: uniform, 1: by rows)")
+    bf16: bool = flag(True, "matrix products in bfloat16 where the hardware has them")
+    gradient_checkpointing: bool = flag(False, "less memory for one more forward pass")
+    fsdp: bool = flag(False, "with torchrun: each GPU keeps a share of the frozen LM (FSDP2)")
+    seed: int = flag(0, "seed of the world, of the order and of the new parameters", basic=True)
+
+    def __post_init__(self):
+        if self.grad_accum < 1 or self.batch_size < 1:
+            raise RunError(
+                f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}: both start at 1"
+            )
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of `trainable`."""
+        return [name.strip() for name in self.trainable.split(",") if name.strip()]
+
+
+@dataclass
+class RunConfig:
+    """The run folder: where it is, what it keeps, how the run is evaluated."""
+
+    out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)", basic=True)
+    save_every: int = flag(100, "steps between two checkpoints")
+    keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
+    eval_every: int = flag(
+        0, "steps between two evaluations on held-out training rows; the best stays in RUN/best (0: none)"
+    )
+    eval_rows: int = flag(64, "held-out rows for --eval-every")
+    eval_mode: str = flag(
+        "generate",
+        "evaluation: generate text, or rank the options of a question by their likelihood",
+        choices=["generate", "rank"],
+    )
+
+
+@dataclass
+class Settings:
+    """The settings that every recipe has, by concern."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# --- what one paper needs ---------------------------------------------------------------------------------
+
+
+@dataclass
+class StageConfig:
+    """Crab's training stages."""
+
+    stage: str = flag(
+        "visual",
+        "visual or audio (align that connector on captions), unified (all tasks), masks (the mask decoder)",
+        choices=["visual", "audio", "unified", "masks"],
+        basic=True,
+    )
+    text_steps: int = flag(0, "masks: the first steps, which learn the text of the answers alone")
+
+
+@dataclass
+class MaskDecoderConfig:
+    """Crab's mask decoder; the widths of what it reads come from the backbone."""
+
+    decoder: bool = False  # answers end in mask tokens, from which a decoder makes masks
+    width: int = 256
+    heads: int = 8
+    queries: int = 300
+    chained: bool = True  # layers of the query generator read one another; released: the learned queries
+    bce: float = 1.0  # weight of the cross-entropy of a mask's pixels
+    dice: float = 0.5  # weight of the dice loss
+
+
+@dataclass
+class SideChannelConfig:
+    """PAVE's side channels, and the size of a patch."""
+
+    side: str = flag(
+        "audio",
+        "comma-separated side channels: audio, fast (25 frames per second), depth, view, or a name that rows of "
+        'a .jsonl have under "sides"; none: no sound in the prompt and no patch',
+        basic=True,
+    )
+    compare_lora: bool = flag(False, "train LoRA alone first, and print both beside the frozen model", basic=True)
+    questions: str = ""  # the channels that questions of the built-in world are about; "": those of `side`
+    width: int = 512
+    layers: int = 2
+    rope: bool = False  # rotary positions in time, row and column
+    shared_kv: bool = False  # values through the key projection, as released
+
+    @property
+    def channels(self) -> list[str]:
+        """The names of `side`, without "none"."""
+        names = [name.strip() for name in self.side.split(",")]
+        return [name for name in names if name not in ("", "none")]
+
+
+@dataclass
+class ModalityConfig:
+    """CREMA's modalities, how they are fused, and how they are trained."""
+
+    modalities: str = flag(
+        "rgb,audio",
+        "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or a name that "
+        'rows have under "sides" or that encoders.register names',
+        basic=True,
+    )
+    fusion: str = flag(
+        "concat", "fused tokens behind the video's, or added to them", choices=["concat", "add"], basic=True
+    )
+    modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
+    modality_dropout: float = flag(0.0, "share of its side modalities that a training sample goes without")
+    modality_sequential: bool = flag(
+        True, "one update per modality and batch; else one joint update", basic=True
+    )
+    exit_threshold: float = flag(
+        1.8, "tau: a modality exits when its gradient norm exceeds tau times its mean (0: never)", basic=True
+    )
+
+    def __post_init__(self):
+        names = self.names
+        if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
+            raise RunError(
+                f"--modalities {self.modalities}: name rgb, the video, first, and each other modality once"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The names of `modalities`, rgb first."""
+        return [name.strip() for name in self.modalities.split(",")]
+
+
+@dataclass
+class CrabSettings(Settings):
+    """What Crab's recipe has beside the common settings."""
+
+    stages: StageConfig = field(default_factory=StageConfig)
+    masks: MaskDecoderConfig = field(default_factory=MaskDecoderConfig)
+
+
+@dataclass
+class PaveSettings(Settings):
+    """What PAVE's recipe has beside the common settings."""
+
+    patch: SideChannelConfig = field(default_factory=SideChannelConfig)
+
+
+@dataclass
+class CremaSettings(Settings):
+    """What CREMA's recipe has beside the common settings."""
+
+    crema: ModalityConfig = field(default_factory=ModalityConfig)
+
+
+@dataclass
+class BaseConfig:
+    """How long each stage of the tiny base lasts."""
+
+    see_steps: int = flag(1100, "steps of stage see (64 pictures each)", basic=True)
+    hear_steps: int = flag(700, "steps of stage hear (24 clips each)", basic=True)
+    practice: float = flag(1, "factor on the steps of the lessons with which stage read begins")
+    read_steps: int = flag(3000, "steps on statements of every form (24 scenes each)", basic=True)
+    base_lr: float = flag(2e-3, "peak learning rate of stages see and hear")
+    read_lr: float = flag(1.5e-3, "peak learning rate of stage read")
+    check_scenes: int = flag(100, "scenes per figure on which the finished base is evaluated")
+    seed: int = flag(0, "seed of the scenes and of the initial weights", basic=True)
+    out: str = flag("runs/tiny-base", "folder of the base", basic=True)
+
+
+@dataclass
+class BaseSettings:
+    """What making the tiny base has."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+
+
+# --- settings from values, and back -----------------------------------------------------------------------
+
+
+def groups_of(settings: type) -> dict[str, type]:
+    """Return the dataclass of each group of a settings class, by the group's name."""
+    return {group.name: group.default_factory for group in fields(settings)}
+
+
+def settings_from(settings: type, values: dict[str, dict]):
+    """Build settings from values by group; what is not named keeps its default.
+
+    Raises:
+        RunError: a group or a field that the recipe does not have.
+    """
+    groups = groups_of(settings)
+    for name, group_values in values.items():
+        known = [f.name for f in fields(groups[name])] if name in groups else []
+        unknown = [key for key in group_values if key not in known]
+        if unknown or name not in groups:
+            raise RunError(
+                f"{settings.__name__} has no {name}.{(unknown or ['*'])[0]}; "
+                f"the settings come from another version of crab_min, or from another recipe"
+            )
+    return settings(**{name: groups[name](**group) for name, group in values.items()})
+
+
+def settings_from_flat(settings: type, values: dict):
+    """Build settings from values by field name, which is unique over the groups.
+
+    Values that the settings class has no field for are left out.
+    """
+    nested = {
+        name: {f.name: values[f.name] for f in fields(group) if f.name in values}
+        for name, group in groups_of(settings).items()
+    }
+    return settings_from(settings, nested)
+
+
+# Old name of a field and its flag -> the new one.
+RENAMED = {
+    "accumulate": "grad_accum",
+    "answers": "eval_mode",
+    "checkpointing": "gradient_checkpointing",
+    "clip": "max_grad_norm",
+    "group": "group_by_length",
+    "half": "bf16",
+    "join": "fusion",
+    "keep": "keep_checkpoints",
+    "mix": "task_sampling_exponent",
+    "quantize": "load_in_4bit",
+    "sequential": "modality_sequential",
+    "start": "init_from",
+    "temperature": "exit_threshold",
+    "train": "trainable",
+    "arms": "compare_lora",
+}
+OLD_VALUES = {
+    "backbone": {"native": "omni", "llava": "llava_onevision", "crema": "blip2"},
+    "eval_mode": {"text": "generate", "options": "rank"},
+    "load_in_4bit": {"4bit": True, "": False},
+    "trainable": {"decoder": "mask_decoder", "masks": "mask_decoder,mask_tokens", "words": "embeddings"},
+}
+OLD_MASK_FIELDS = ["width", "heads", "queries", "chained", "bce", "dice"]
+
+
+def settings_from_old(values: dict) -> tuple[str, Settings]:
+    """Read the flat settings that config.json held before recipes.
+
+    Returns:
+        The recipe's name, and its settings.
+    """
+    # names and values as they are today
+    named = {RENAMED.get(name, name): value for name, value in values.items()}
+    for name, renamed in OLD_VALUES.items():
+        parts = [str(renamed.get(part, part)) for part in str(named.get(name, "")).split("+")]
+        if name in named:
+            named[name] = renamed.get(named[name], ",".join(parts))
+    named["questions"] = named.pop("about", "")
+    named["width"] = named.pop("patch_size", SideChannelConfig.width)
+
+    # which recipe it was
+    if named.get("modalities"):
+        return "crema", settings_from_flat(CremaSettings, named)
+    if named.get("side") or named["questions"]:
+        for name in ("layers", "rope"):
+            named[name] = named.pop(f"patch_{name}", getattr(SideChannelConfig, name))
+        return "pave", settings_from_flat(PaveSettings, named)
+    if named.get("stage") or named.get("masks"):
+        settings = settings_from_flat(CrabSettings, {**named, "stage": named.get("stage") or "unified"})
+        settings.masks = MaskDecoderConfig(decoder=bool(named.get("masks")))
+        for name in OLD_MASK_FIELDS:
+            default = getattr(MaskDecoderConfig, name)
+            setattr(settings.masks, name, named.get(f"mask_{name}", default))
+        return "crab", settings
+    return "crab_plus", settings_from_flat(Settings, named)
