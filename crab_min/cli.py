@@ -1,38 +1,164 @@
-"""What the commands share: flags made from dataclass fields, errors printed as one line, files that are there whole or not at all, workers that end with them."""
+"""The command line: flags from settings, in headed groups, and one line per error."""
+
 import argparse
-import ctypes
-import os
-import signal
+import difflib
 import sys
-from dataclasses import MISSING, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import Field, fields
+
+from crab_min.config import RENAMED, groups_of
+from crab_min.recipes.presets import PRESETS, SETTINGS, Preset, with_values
+
+# Flags that are gone, and what does their work now.
+REMOVED = {
+    "about": "the built-in world asks about the channels of --side",
+    "depth": "tutorials/07_crema.py registers a depth encoder",
+    "encoder-adapters": "the released ones never trained",
+    "feature-cache": "--cache-features keeps features in memory",
+    "masks": "crab-tiny --stage masks trains the mask decoder",
+    "max-tokens": "lower --batch-size and raise --grad-accum",
+    "patch-size": "a preset says it (crab_min/recipes/presets.py)",
+    "separate": "a converted run says how its prompts are laid out",
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors say in one line what is wrong and where help is."""
+    """An ArgumentParser whose errors are one line with the command that helps."""
+
+    def __init__(self, **options):
+        super().__init__(add_help=False, allow_abbrev=False, **options)
 
     def error(self, message: str):
         print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
+    def check_flags(self, arguments: list[str], flags: list[str], renamed: dict[str, str]) -> None:
+        """Stop at the first flag that is not among `flags`, and say what to give instead.
 
-def add_flags(parser: argparse.ArgumentParser, config: type, defaults: dict) -> None:
-    """A flag for every field of a dataclass: --field-name value, booleans as --x / --no-x. `defaults` replace the fields' own."""
-    for f in fields(config):
-        default = defaults.get(f.name, f.default if f.default is not MISSING else f.default_factory())
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": f.type, "choices": f.metadata.get("choices")}
-        shown = "on" if default is True else "off" if default is False else default if default != "" else "none"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f"{f.metadata['help']} (default: {shown})", **kind)
+        Args:
+            flags: names without dashes.
+            renamed: old name of a flag -> the new one, both without dashes.
+        """
+        for name in given_flags(arguments):
+            if name in flags:
+                continue
+            if name in renamed:
+                self.error(f"--{name} is now --{renamed[name]}")
+            if name in REMOVED:
+                self.error(f"--{name} is gone: {REMOVED[name]}")
+            close = difflib.get_close_matches(name, flags, 1)
+            hint = f", did you mean --{close[0]}?" if close else ""
+            self.error(f"unknown flag --{name}{hint}")
 
 
-def from_flags(config: type, arguments: argparse.Namespace):
-    return config(**{f.name: getattr(arguments, f.name) for f in fields(config)})
+def given_flags(arguments: list[str]) -> list[str]:
+    """Return the names of the flags among command-line arguments, `--no-x=1` as x."""
+    flags = [argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")]
+    return [flag.removeprefix("no-") for flag in flags]
 
 
-def run_command(run, debug: bool) -> int:
-    """Run a command; an error that the user can mend becomes one line and exit code 2, a traceback only with --debug."""
+def flag_name(field_name: str) -> str:
+    """Return the flag of a field, without dashes in front."""
+    return field_name.replace("_", "-")
+
+
+def flag_fields(settings: type) -> list[Field]:
+    """Return the fields of a settings class that are flags, over all its groups."""
+    groups = groups_of(settings).values()
+    return [f for group in groups for f in fields(group) if "help" in f.metadata]
+
+
+def add_flag(parser, f: Field, default, shown: bool) -> None:
+    """Add the flag of a field; one that is not shown works, but stands in no help."""
+    value = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+    text = f"{f.metadata['help']} (default: {'none' if value == '' else value})"
+    options = {"default": default, "help": text if shown else argparse.SUPPRESS}
+    if isinstance(f.default, bool):
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": f.type, "choices": f.metadata["choices"]}
+    parser.add_argument("--" + flag_name(f.name), **options)
+
+
+# --- train.py ----------------------------------------------------------------------------------
+
+COMMANDS = {
+    "help": "show the basic flags of this preset",
+    "help-all": "show all flags of this preset",
+    "list": "list the presets",
+    "plan": "print parameters, memory and the GPUs that are large enough; downloads nothing",
+    "debug": "show a traceback where something goes wrong",
+}
+
+
+def parse_train(arguments: list[str]) -> argparse.Namespace:
+    """Parse the arguments of train.py; the preset may stand anywhere among the flags.
+
+    Returns:
+        The values of the flags, and `preset`.
+    """
+    # a first pass that knows the flags of all presets finds the preset and Crab's stage
+    presets_of: dict[str, str] = {}
+    first = command_parser()
+    for name, preset in PRESETS.items():
+        for f in flag_fields(SETTINGS[preset.recipe]):
+            if flag_name(f.name) not in presets_of:
+                presets_of[flag_name(f.name)] = name
+                add_flag(first, f, f.default, shown=False)
+    renamed = {flag_name(old): flag_name(new) for old, new in RENAMED.items()}
+    first.check_flags(arguments, [*COMMANDS, *presets_of], renamed)
+    known = first.parse_args(arguments)
+    if known.preset not in PRESETS:
+        first.error(f"unknown preset {known.preset!r}; choose from {', '.join(PRESETS)}")
+
+    # the second pass knows the flags and the defaults of that preset alone
+    preset = PRESETS[known.preset]
+    settings = SETTINGS[preset.recipe]
+    own = [flag_name(f.name) for f in flag_fields(settings)]
+    for name in given_flags(arguments):
+        if name in presets_of and name not in own:
+            first.error(f"{known.preset} has no --{name}; {presets_of[name]} has")
+    parser = command_parser(f"{known.preset}: {preset.description}")
+    values = values_of(preset, known.stage)
+    for name, group in groups_of(settings).items():
+        heading = parser.add_argument_group(name, group.__doc__)
+        for f in fields(group):
+            if "help" in f.metadata:
+                shown = known.help_all or f.metadata["basic"]
+                add_flag(heading, f, values.get(name, {}).get(f.name, f.default), shown)
+
+    if known.help or known.help_all:
+        parser.print_help()
+        sys.exit(0)
+    if known.list:
+        for name, preset in PRESETS.items():
+            print(f"{name:<16} {preset.description}")
+        sys.exit(0)
+    return parser.parse_args(arguments)
+
+
+def command_parser(description: str = "") -> Parser:
+    """Return a parser of train.py that knows the preset and COMMANDS, and no setting yet."""
+    presets = "presets: " + ", ".join(PRESETS)
+    parser = Parser(prog="train.py", description=description, epilog=presets)
+    parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")
+    for flag, text in COMMANDS.items():
+        parser.add_argument("--" + flag, action="store_true", help=text)
+    return parser
+
+
+def values_of(preset: Preset, stage: str) -> dict[str, dict]:
+    """Return the values of a preset by group, with those of a stage."""
+    return with_values(preset.values, **preset.stages.get(stage, {}))
+
+
+def run_command(command: Callable[[], None], debug: bool) -> int:
+    """Run a command and return its exit code.
+
+    An error that the user can mend becomes one line and exit code 2; with `debug` it is a traceback.
+    """
     try:
-        run()
+        command()
         return 0
     except (ValueError, OSError) as error:
         if debug:
@@ -40,21 +166,5 @@ def run_command(run, debug: bool) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last saved state", file=sys.stderr)
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a file beside and rename it, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def exit_with_parent(*_) -> None:
-    """What a worker process begins with: it ends when the one that started it does, by whatever signal (on Linux; elsewhere it may wait for ever after a SIGKILL)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                            # PR_SET_PDEATHSIG

@@ -1,7 +1,8 @@
 """The settings of a run: one dataclass per concern, one class of them per recipe.
 
-A field made with `flag` is a flag of train.py: `batch_size` is `--batch-size`. Other fields are set by presets
-and converters alone. Nothing here imports torch, so that `--help` and a wrong flag are answered at once.
+A field made with `flag` is a flag of train.py: `batch_size` is `--batch-size`. Other fields are set
+by presets and converters alone. Nothing here imports torch, so that `--help` and a wrong flag are
+answered at once.
 """
 
 import os
@@ -21,7 +22,7 @@ def flag(default, text: str, choices: list[str] | None = None, basic: bool = Fal
     return field(default=default, metadata={"help": text, "choices": choices, "basic": basic})
 
 
-# --- what every recipe has --------------------------------------------------------------------------------
+# --- what every recipe has --------------------------------------------------
 
 
 @dataclass
@@ -67,15 +68,16 @@ class BackboneConfig:
 
     backbone: str = flag(
         "composed",
-        "composed (encoders + Q-Formers + LM), omni (Qwen2.5-Omni), llava_onevision, or blip2 (CREMA)",
+        "composed (encoders + Q-Formers + LM), omni (Qwen2.5-Omni), llava_onevision, "
+        "or blip2 (CREMA)",
         choices=["composed", "omni", "llava_onevision", "blip2"],
     )
-    base: str = flag("", "composed, blip2: folder of a base, or random (default: the shipped tiny base)")
+    base: str = flag("", "composed, blip2: folder of a base, or random (default: the shipped base)")
     vision: str = flag("", "composed, instead of a base: CLIP or SigLIP")
     audio: str = flag(
         "",
-        "BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt): composed, instead of a "
-        "base; llava_onevision and blip2, for sound beside a video",
+        "BEATs checkpoint (BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt): composed, instead of "
+        "a base; llava_onevision and blip2, for sound beside a video",
     )
     llm: str = flag("", "composed, instead of a base: a causal LM for chat in Llama 2's format")
     weights: str = flag(
@@ -85,7 +87,9 @@ class BackboneConfig:
         basic=True,
     )
     load_in_4bit: bool = flag(
-        False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes", basic=True
+        False,
+        "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes",
+        basic=True,
     )
     # Text between two videos or two sounds of a prompt; the released Crab+ runs them together.
     separate_media: bool = True
@@ -98,7 +102,9 @@ class AdapterConfig:
     adapter: str = flag("ilora", "adapter on the LM", choices=["ilora", "lora", "none"], basic=True)
     r: int = flag(8, "rank of the adapter", basic=True)
     alpha: float = flag(16, "adapter scale: the update is multiplied by alpha / r", basic=True)
-    heads: int = flag(3, "heads of I-LoRA: one B each, weighted token by token by the router", basic=True)
+    heads: int = flag(
+        3, "heads of I-LoRA: one B each, weighted token by token by the router", basic=True
+    )
     dropout: float = flag(0.05, "dropout before A")
 
 
@@ -108,8 +114,8 @@ class TrainingConfig:
 
     trainable: str = flag(
         "adapter,connectors,embeddings",
-        "comma-separated parts that learn: adapter, connectors (Q-Formers), embeddings, mask_decoder, "
-        "mask_tokens, or the name of one connector",
+        "comma-separated parts that learn: adapter, connectors (Q-Formers), embeddings, "
+        "mask_decoder, mask_tokens, or the name of one connector",
         basic=True,
     )
     init_from: str = flag("", "run folder whose trained parts are the starting point")
@@ -119,14 +125,22 @@ class TrainingConfig:
         "--things or --data)",
         basic=True,
     )
-    epochs: float = flag(0, "passes over the training rows, instead of a number of steps", basic=True)
-    batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes", basic=True)
+    epochs: float = flag(
+        0, "passes over the training rows, instead of a number of steps", basic=True
+    )
+    batch_size: int = flag(
+        16, "samples per batch; effective: times --grad-accum times processes", basic=True
+    )
     grad_accum: int = flag(1, "batches per step and process", basic=True)
     group_by_length: bool = flag(False, "batches of samples of about one length: less padding")
     lr: float = flag(4e-3, "peak learning rate of the adapter", basic=True)
-    connector_lr: float = flag(5e-4, "peak learning rate of everything else that learns", basic=True)
+    connector_lr: float = flag(
+        5e-4, "peak learning rate of everything else that learns", basic=True
+    )
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
-    beta2: float = flag(0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder")
+    beta2: float = flag(
+        0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder"
+    )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     task_sampling_exponent: float = flag(0.5, "p(task) ~ rows ** exponent (0: uniform, 1: by rows)")
     bf16: bool = flag(True, "matrix products in bfloat16 where the hardware has them")
@@ -150,11 +164,15 @@ class TrainingConfig:
 class RunConfig:
     """The run folder: where it is, what it keeps, how the run is evaluated."""
 
-    out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)", basic=True)
+    out: str = flag(
+        "", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)", basic=True
+    )
     save_every: int = flag(100, "steps between two checkpoints")
     keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
     eval_every: int = flag(
-        0, "steps between two evaluations on held-out training rows; the best stays in RUN/best (0: none)"
+        0,
+        "steps between two evaluations on held-out training rows; the best stays in RUN/best "
+        "(0: none)",
     )
     eval_rows: int = flag(64, "held-out rows for --eval-every")
     eval_mode: str = flag(
@@ -176,7 +194,7 @@ class Settings:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-# --- what one paper needs ---------------------------------------------------------------------------------
+# --- what one paper needs --------------------------------------------------
 
 
 @dataclass
@@ -185,7 +203,8 @@ class StageConfig:
 
     stage: str = flag(
         "visual",
-        "visual or audio (align that connector on captions), unified (all tasks), masks (the mask decoder)",
+        "visual or audio (align that connector on captions), unified (all tasks), "
+        "masks (the mask decoder)",
         choices=["visual", "audio", "unified", "masks"],
         basic=True,
     )
@@ -200,7 +219,9 @@ class MaskDecoderConfig:
     width: int = 256
     heads: int = 8
     queries: int = 300
-    chained: bool = True  # layers of the query generator read one another; released: the learned queries
+    chained: bool = (
+        True  # layers of the query generator read one another; released: the learned queries
+    )
     bce: float = 1.0  # weight of the cross-entropy of a mask's pixels
     dice: float = 0.5  # weight of the dice loss
 
@@ -211,12 +232,16 @@ class SideChannelConfig:
 
     side: str = flag(
         "audio",
-        "comma-separated side channels: audio, fast (25 frames per second), depth, view, or a name that rows of "
-        'a .jsonl have under "sides"; none: no sound in the prompt and no patch',
+        "comma-separated side channels: audio, fast (25 frames per second), depth, view, or a name "
+        'that rows of a .jsonl have under "sides"; none: no sound in the prompt and no patch',
         basic=True,
     )
-    compare_lora: bool = flag(False, "train LoRA alone first, and print both beside the frozen model", basic=True)
-    questions: str = ""  # the channels that questions of the built-in world are about; "": those of `side`
+    compare_lora: bool = flag(
+        False, "train LoRA alone first, and print both beside the frozen model", basic=True
+    )
+    questions: str = (
+        ""  # the channels that questions of the built-in world are about; "": those of `side`
+    )
     width: int = 512
     layers: int = 2
     rope: bool = False  # rotary positions in time, row and column
@@ -235,27 +260,35 @@ class ModalityConfig:
 
     modalities: str = flag(
         "rgb,audio",
-        "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or a name that "
-        'rows have under "sides" or that encoders.register names',
+        "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
+        'a name that rows have under "sides" or that encoders.register names',
         basic=True,
     )
     fusion: str = flag(
-        "concat", "fused tokens behind the video's, or added to them", choices=["concat", "add"], basic=True
+        "concat",
+        "fused tokens behind the video's, or added to them",
+        choices=["concat", "add"],
+        basic=True,
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
-    modality_dropout: float = flag(0.0, "share of its side modalities that a training sample goes without")
+    modality_dropout: float = flag(
+        0.0, "share of its side modalities that a training sample goes without"
+    )
     modality_sequential: bool = flag(
         True, "one update per modality and batch; else one joint update", basic=True
     )
     exit_threshold: float = flag(
-        1.8, "tau: a modality exits when its gradient norm exceeds tau times its mean (0: never)", basic=True
+        1.8,
+        "tau: a modality exits when its gradient norm exceeds tau times its mean (0: never)",
+        basic=True,
     )
 
     def __post_init__(self):
         names = self.names
         if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
             raise RunError(
-                f"--modalities {self.modalities}: name rgb, the video, first, and each other modality once"
+                f"--modalities {self.modalities}: name rgb, the video, first, and each other "
+                "modality once"
             )
 
     @property
@@ -308,7 +341,7 @@ class BaseSettings:
     base: BaseConfig = field(default_factory=BaseConfig)
 
 
-# --- settings from values, and back -----------------------------------------------------------------------
+# --- settings from values, and back --------------------------------------------------
 
 
 def groups_of(settings: type) -> dict[str, type]:
@@ -368,7 +401,11 @@ OLD_VALUES = {
     "backbone": {"native": "omni", "llava": "llava_onevision", "crema": "blip2"},
     "eval_mode": {"text": "generate", "options": "rank"},
     "load_in_4bit": {"4bit": True, "": False},
-    "trainable": {"decoder": "mask_decoder", "masks": "mask_decoder,mask_tokens", "words": "embeddings"},
+    "trainable": {
+        "decoder": "mask_decoder",
+        "masks": "mask_decoder,mask_tokens",
+        "words": "embeddings",
+    },
 }
 OLD_MASK_FIELDS = ["width", "heads", "queries", "chained", "bce", "dice"]
 
@@ -396,7 +433,9 @@ def settings_from_old(values: dict) -> tuple[str, Settings]:
             named[name] = named.pop(f"patch_{name}", getattr(SideChannelConfig, name))
         return "pave", settings_from_flat(PaveSettings, named)
     if named.get("stage") or named.get("masks"):
-        settings = settings_from_flat(CrabSettings, {**named, "stage": named.get("stage") or "unified"})
+        settings = settings_from_flat(
+            CrabSettings, {**named, "stage": named.get("stage") or "unified"}
+        )
         settings.masks = MaskDecoderConfig(decoder=bool(named.get("masks")))
         for name in OLD_MASK_FIELDS:
             default = getattr(MaskDecoderConfig, name)
