@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 
-from crab_min.config import RENAMED, groups_of
-from crab_min.recipes.presets import PRESETS, SETTINGS, Preset, with_values
+from crab_min.config import RECIPES, RENAMED, groups_of
+from crab_min.recipes.presets import PRESETS, Preset, with_values
 
 # Flags that are gone, and what does their work now.
 REMOVED = {
@@ -80,7 +80,7 @@ def add_flag(parser, f: Field, default, shown: bool) -> None:
     parser.add_argument("--" + flag_name(f.name), **options)
 
 
-# --- train.py ----------------------------------------------------------------------------------
+# --- train.py --------------------------------------------------------------
 
 COMMANDS = {
     "help": "show the basic flags of this preset",
@@ -101,7 +101,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     presets_of: dict[str, str] = {}
     first = command_parser()
     for name, preset in PRESETS.items():
-        for f in flag_fields(SETTINGS[preset.recipe]):
+        for f in flag_fields(RECIPES[preset.recipe]):
             if flag_name(f.name) not in presets_of:
                 presets_of[flag_name(f.name)] = name
                 add_flag(first, f, f.default, shown=False)
@@ -113,7 +113,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
 
     # the second pass knows the flags and the defaults of that preset alone
     preset = PRESETS[known.preset]
-    settings = SETTINGS[preset.recipe]
+    settings = RECIPES[preset.recipe]
     own = [flag_name(f.name) for f in flag_fields(settings)]
     for name in given_flags(arguments):
         if name in presets_of and name not in own:

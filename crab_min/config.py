@@ -341,6 +341,16 @@ class BaseSettings:
     base: BaseConfig = field(default_factory=BaseConfig)
 
 
+# The settings class of each recipe; the recipe is the module of that name in crab_min.recipes.
+RECIPES = {
+    "crab": CrabSettings,
+    "crab_plus": Settings,
+    "crema": CremaSettings,
+    "pave": PaveSettings,
+    "tinybase": BaseSettings,
+}
+
+
 # --- settings from values, and back --------------------------------------------------
 
 

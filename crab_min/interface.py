@@ -142,3 +142,11 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
 # --- gold answers --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PromptLayout:
+    """How every prompt of a model is laid out, around the parts that build_prompt makes."""
+
+    before: str = ""  # text before the prompt: a system text, the opening of a chat template
+    after: str = "\n"  # text between the prompt and the answer
+    # text between two videos or two sounds that follow one another; released Crab+ runs them together
+    separate_media: bool = True

@@ -2,17 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from crab_min import config
-
-# The settings class of each recipe; the recipe itself is the module of that name in this package.
-SETTINGS = {
-    "crab": config.CrabSettings,
-    "crab_plus": config.Settings,
-    "crema": config.CremaSettings,
-    "pave": config.PaveSettings,
-    "tinybase": config.BaseSettings,
-}
-
 
 @dataclass
 class Preset:

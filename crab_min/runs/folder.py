@@ -1,68 +1,56 @@
-"""The run folder: which one it is, whose, and the states in it, from which a run that was killed goes on as if nothing had happened.
+"""The run folder: choosing and locking it, and the checkpoints from which a killed run continues.
 
-state/step_N/ holds all that the next step depends on: trained weights, optimizer moments, the random state of every process, how many batches were
-taken. A state, and what a run leaves at its end, appears whole or not at all: it is written beside and renamed.
+checkpoints/step_N/ holds all that the next step depends on: trained weights, optimizer moments, the
+random state of every process, and how many batches were taken. A checkpoint, and what a run leaves
+at its end, appears whole or not at all: it is written beside and renamed.
 """
+
 import fcntl
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from crab_min.cli import atomic_write
+from crab_min.config import RECIPES, Settings, settings_from, settings_from_old
 from crab_min.errors import RunError
-from crab_min.model import AVLanguageModel
+from crab_min.interface import PromptLayout
 from crab_min.runs import processes
 
-
-def choose_folder(wanted: dict, out: str, name: str) -> Path:
-    """The folder of a run with these settings, checked but not touched: a new one, or that of an interrupted run of the same command. Raises RunError."""
-    for number in itertools.count(1):
-        folder = Path(out or f"runs/{name}" + (f"-{number}" if number > 1 else ""))
-        if not folder.exists() or not any(folder.iterdir()):
-            return folder
-        try:
-            found = json.loads((folder / "config.json").read_text())["train"]
-        except (OSError, ValueError, KeyError):
-            raise RunError(f"{folder}: exists and is not a run of train.py; choose another --out or remove it") from None
-        differs = [k for k in wanted if found.get(k) != wanted[k]]
-        if not (folder / "metrics.json").exists() and not differs:
-            return folder
-        if out and differs and not (folder / "metrics.json").exists():
-            raise RunError(f"{folder}: an interrupted run with another --{differs[0].replace('_', '-')} ({found.get(differs[0])!r}, now {wanted[differs[0]]!r}); "
-                           "use its value to continue it, or another --out")
-        if out:
-            raise RunError(f"{folder}: this run is finished and will not be overwritten; choose another --out or remove it")
+# Settings that change nothing that is learned: a run continues with other values of these.
+FREE = {"data": ["max_bad", "workers"], "run": ["out", "save_every", "keep_checkpoints"]}
 
 
-def lock_run(folder: Path, needed: int):
-    """Make the folder and hold it until the process ends. Raises RunError: another process holds it, it cannot be written, fewer than `needed` bytes are free."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                       # not flock, which the worker processes would hold on to after a kill
-    except OSError:
-        raise RunError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
-    if (free := shutil.disk_usage(folder).free) + sum(file.stat().st_size for file in folder.rglob("*")) < needed:             # states that are there make room for others
-        raise RunError(f"{folder}: {free / 1e6:.0f} MB are free there, and the states of this run want {needed / 1e6:.0f} MB; free some, lower --keep, or choose another --out")
-    return file
+# --- files that appear whole or not at all -------------------------------------------------------
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
 
 
 def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside, then put it, whole and on the disk, in the place of `final`."""
+    """Let `write` fill a folder beside `final`, flush it to the disk and put it in its place.
+
+    Raises:
+        RunError: the disk is full or cannot be written; `final` stays as it was.
+    """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -70,55 +58,239 @@ def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
                     os.fsync(written.fileno())
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{final}: cannot be written ({error}); free some space, then the same command goes on from the last state") from error
+        raise RunError(
+            f"{final}: cannot be written ({error}); free some space, then the same command "
+            "continues from the last checkpoint"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
 
 
-def save_trained(folder: Path, model: AVLanguageModel) -> None:
-    """adapter/, patches/ and modules.safetensors of a run, each whole."""
+# --- config.json ---------------------------------------------------------------------------------
+
+
+@dataclass
+class SavedRun:
+    """What config.json says of a run.
+
+    Attributes:
+        recipe: module of crab_min.recipes that made the run.
+        layout: how its prompts are laid out; None in runs of older versions.
+        token_limits: answer tokens at most, by task.
+    """
+
+    preset: str
+    recipe: str
+    settings: Settings
+    steps: int = 0
+    token_limits: dict[str, int] = field(default_factory=dict)
+    layout: PromptLayout | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write config.json."""
+        atomic_write(folder / "config.json", json.dumps(asdict(self), indent=1))
+
+
+def load_saved_run(folder: Path) -> SavedRun:
+    """Read config.json of a run, also of one that was made before settings were grouped.
+
+    Raises:
+        RunError: it is missing or is not that of a run.
+    """
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "train" in saved:
+            recipe, settings = settings_from_old(saved["train"])
+            return SavedRun(
+                saved.get("preset", ""), recipe, settings, saved.get("steps", 0), saved["limits"]
+            )
+        settings = settings_from(RECIPES[saved["recipe"]], saved["settings"])
+        layout = PromptLayout(**saved["layout"]) if saved["layout"] else None
+        return SavedRun(**{**saved, "settings": settings, "layout": layout})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{folder}: not a run of train.py ({type(error).__name__}: {error}); give a finished "
+            "run with --run, or train one: python train.py"
+        ) from None
+
+
+def difference(old: Settings, new: Settings) -> str:
+    """Name the first setting in which two runs differ, with both values; "" if there is none."""
+    old_groups, new_groups = asdict(old), asdict(new)
+    for group, values in new_groups.items():
+        for name, value in values.items():
+            before = old_groups.get(group, {}).get(name)
+            if before != value and name not in FREE.get(group, []):
+                return f"--{name.replace('_', '-')} ({before!r}, now {value!r})"
+    return ""
+
+
+# --- choosing and locking ------------------------------------------------------------------------
+
+
+def choose_folder(settings: Settings, name: str) -> Path:
+    """Find the folder of a run: a new one, or that of the same command if it was interrupted.
+
+    Nothing is written. Without --out it is runs/NAME, or the next free runs/NAME-2, ...
+
+    Raises:
+        RunError: --out names a finished run, a run with other settings, or something else.
+    """
+    out = settings.run.out
+    for number in itertools.count(1):
+        suffix = f"-{number}" if number > 1 else ""
+        folder = Path(out or f"runs/{name}{suffix}")
+        if not folder.exists() or not any(folder.iterdir()):
+            return folder
+        try:
+            saved = load_saved_run(folder)
+        except RunError:
+            raise RunError(
+                f"{folder}: exists and is not a run of train.py; choose another --out or remove it"
+            ) from None
+
+        finished = (folder / "metrics.json").exists()
+        differs = difference(saved.settings, settings)
+        if not finished and not differs:
+            return folder
+        if out and finished:
+            raise RunError(
+                f"{folder}: this run is finished and will not be overwritten; choose another "
+                "--out or remove it"
+            )
+        if out:
+            raise RunError(
+                f"{folder}: an interrupted run with another {differs}; use its value to continue "
+                "it, or another --out"
+            )
+
+
+def lock_run(folder: Path):
+    """Make the folder and lock it until the process ends; return the open lock file.
+
+    Raises:
+        RunError: another process has locked it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise RunError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --out"
+        ) from None
+    try:
+        # lockf, not flock: worker processes that outlive a kill would keep a flock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(
+            f"{folder}: in use by another process; wait for it, or choose another --out"
+        ) from None
+    return file
+
+
+# --- what a run keeps ----------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        batches: batches taken so far, by all processes.
+        best: the best metric on held-out rows so far.
+        step_state: state of the step object (CREMA's early exit).
+    """
+
+    step: int = 0
+    batches: int = 0
+    best: float | None = None
+    step_state: dict = field(default_factory=dict)
+
+
+def save_trained(folder: Path, model: nn.Module) -> None:
+    """Put the trained parts of a model into its run folder, each whole."""
     atomic_replace(folder / "trained", model.save_trained)
     for new in (folder / "trained").iterdir():
-        if (old := folder / new.name).is_dir():
+        old = folder / new.name
+        if old.is_dir():
             shutil.rmtree(old)
         new.rename(old)
     (folder / "trained").rmdir()
 
 
-def save_state(folder: Path, progress: dict, model: AVLanguageModel, optimizer: torch.optim.Optimizer, keep: int = 1) -> None:
-    """state/step_N/, N = progress["step"]; the newest `keep` stay. Every process calls it, the first writes."""
-    dice = processes.gather({"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})})
-    if processes.rank():
-        return
-    moments = {f"{i}.{key}": torch.as_tensor(value) for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+def save_best(folder: Path, model: nn.Module, progress: Progress) -> None:
+    """Write RUN/best, a run folder of its own with the best weights so far."""
 
     def write(temporary: Path) -> None:
         model.save_trained(temporary)
-        save_file({**moments, **{f"rng.{r}.{device}": state for r, each in enumerate(dice) for device, state in each.items()}}, temporary / "optimizer.safetensors")
-        atomic_write(temporary / "progress.json", json.dumps(progress))
-    atomic_replace(folder / "state" / f"step_{progress['step']}", write)
-    for old in states_of(folder)[:-keep]:
+        shutil.copy(folder / "config.json", temporary)
+        atomic_write(temporary / "progress.json", json.dumps(asdict(progress)))
+
+    if processes.rank() == 0:
+        atomic_replace(folder / "best", write)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, the newest last."""
+    found = (folder / "checkpoints").glob("step_*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> None:
+    """Write checkpoints/step_N/; the newest `keep` stay.
+
+    Every process calls it, for its random state; the first one writes.
+    """
+    random_state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    random_states = processes.gather(random_state)
+    if processes.rank():
+        return
+
+    tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"{index}.{key}"] = torch.as_tensor(value)
+    for rank, states in enumerate(random_states):
+        for device, state in states.items():
+            tensors[f"rng.{rank}.{device}"] = state
+
+    def write(temporary: Path) -> None:
+        model.save_trained(temporary)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        atomic_write(temporary / "progress.json", json.dumps(asdict(progress)))
+
+    atomic_replace(folder / "checkpoints" / f"step_{progress.step}", write)
+    for old in checkpoints_of(folder)[:-keep]:
         shutil.rmtree(old)
 
 
-def states_of(folder: Path) -> list[Path]:
-    """The states of a run, the newest last."""
-    return sorted((folder / "state").glob("step_*"), key=lambda p: int(p.name[5:]))
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore the newest checkpoint into model, optimizer and random generators.
 
+    With more processes than it was written by, the new ones keep the random state they have.
 
-def load_state(folder: Path, model: AVLanguageModel, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the newest state into model, optimizer and random generators; its progress ({}: there is none). With more processes than then, the new ones keep their random state."""
-    if not (states := states_of(folder)):
-        return {}
-    model.restore_trained(states[-1])
-    state: dict = {}
-    for name, value in load_file(states[-1] / "optimizer.safetensors").items():
+    Returns:
+        How far the run was; Progress() if there is no checkpoint.
+    """
+    checkpoints = checkpoints_of(folder)
+    if not checkpoints:
+        return Progress()
+    newest = checkpoints[-1]
+    model.restore_trained(newest)
+
+    moments: dict[int, dict] = {}
+    for name, value in load_file(newest / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
         if index != "rng":
-            state.setdefault(int(index), {})[key] = value
+            moments.setdefault(int(index), {})[key] = value
         elif key == f"{processes.rank()}.cpu":
             torch.set_rng_state(value)
         elif key == f"{processes.rank()}.cuda" and torch.cuda.is_available():
             torch.cuda.set_rng_state(value)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((states[-1] / "progress.json").read_text())
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return Progress(**json.loads((newest / "progress.json").read_text(encoding="utf-8")))

@@ -1,84 +1,116 @@
-"""What a run tells while it goes: log.csv, the bar, and how it is stopped.
+"""log.csv, the text of the progress bar, and stopping with Ctrl-C."""
 
-places: tokens of a step with padding, what the LM computes on; tokens: those of the answers, which are learned.
-"""
 import csv
-import re
 import resource
 import signal
 import threading
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from tqdm import tqdm
 
-from crab_min.cli import atomic_write
 from crab_min.runs import processes
+from crab_min.runs.folder import atomic_write
 
-HEADER = ["step", "loss", "tokens", "lr", "grad_norm", "seconds", "wait", "rows", "places", "metric", "live"]
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}         # bfloat16 operations a second, dense
+
+@dataclass
+class LogRow:
+    """A line of log.csv: one optimizer step, over all processes."""
+
+    step: int
+    lr: float
+    seconds: float
+    wait: float  # of the seconds, those spent waiting for data
+    metric: float | None  # on held-out rows, where the step was evaluated
+    loss: float  # mean cross-entropy per answer token
+    answer_tokens: int
+    rows: int
+    padded_tokens: int  # tokens that the LM computed on
+    grad_norm: float  # before clipping
+    active: str  # CREMA: the modalities that were trained
 
 
 class RunLog:
-    """log.csv, a line a step, whole to the last: what an interrupted run wrote after its last state is dropped."""
+    """log.csv and the progress bar of a run that has done some of its steps.
 
-    def __init__(self, folder: Path, done: int):
-        self.path, self.last = folder / "log.csv", deque(maxlen=50)
-        if processes.rank() == 0:
-            kept = list(csv.reader(self.path.read_text().splitlines()))[1:done + 1] if self.path.exists() and done else []
-            atomic_write(self.path, "\n".join(",".join(row) for row in [HEADER, *kept]) + "\n")
+    The file is complete to its last line; lines after the last checkpoint are dropped.
+    """
+
+    def __init__(self, folder: Path, done: int, steps: int):
+        self.path, self.done, self.steps = folder / "log.csv", done, steps
+        self.recent: deque[LogRow] = deque(maxlen=50)
 
     def __enter__(self) -> "RunLog":
-        self.file = open(self.path, "a", buffering=1) if processes.rank() == 0 else None
+        self.file = None
+        if processes.rank() == 0:
+            kept: list[list[str]] = []
+            if self.path.exists() and self.done:
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                kept = list(csv.reader(lines))[1 : self.done + 1]
+            header = [f.name for f in fields(LogRow)]
+            text = "\n".join(",".join(row) for row in [header, *kept])
+            atomic_write(self.path, text + "\n")
+            self.file = open(self.path, "a", buffering=1, encoding="utf-8")
+        self.bar = tqdm(desc="training", unit="step", initial=self.done, total=self.steps)
         return self
 
     def __exit__(self, *_) -> None:
+        self.bar.close()
         if self.file:
             self.file.close()
 
-    def add(self, **values) -> None:
-        """A line, with the columns of HEADER."""
-        self.last.append({name: float(values[name]) for name in ("loss", "seconds", "wait", "rows", "places")})
+    def add(self, row: LogRow) -> None:
+        """Write a line and move the bar."""
+        self.recent.append(row)
         if self.file:
-            self.file.write(",".join(str(values[name]) for name in HEADER) + "\n")
+            self.file.write(",".join(map(cell, asdict(row).values())) + "\n")
+        self.bar.set_postfix_str(self.summary(), refresh=False)
+        self.bar.update()
 
-    def said(self, size: int) -> str:
-        """Loss, samples and places a second, memory, and the share of the time that went with waiting for data, of the last steps; where the GPU's peak is
-        known MFU: the share of it that an LM with `size` weights to multiply uses (4 operations a weight and place: forward, and backward without its weights' gradients)."""
-        seconds, wait, rows, places = (sum(each[name] for each in self.last) for name in ("seconds", "wait", "rows", "places"))
-        words = [f"loss {self.last[-1]['loss']:.3f}", f"{rows / seconds:.1f} samples/s", f"{places / seconds:,.0f} places/s", f"{memory() / 1e9:.1f} GB", f"waiting {wait / seconds:.0%}"]
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        if peak := next((peak for name, peak in PEAK.items() if name in gpu), 0):
-            words.append(f"MFU {4 * size * places / seconds / peak / processes.count():.0%}")
-        return ", ".join(words)
+    def summary(self) -> str:
+        """Describe the last 50 steps: loss, speed, memory, share of the time spent waiting."""
+        seconds = sum(row.seconds for row in self.recent)
+        waiting = sum(row.wait for row in self.recent) / seconds
+        samples = sum(row.rows for row in self.recent) / seconds
+        tokens = sum(row.padded_tokens for row in self.recent) / seconds
+        return (
+            f"loss {self.recent[-1].loss:.3f}, {samples:.1f} samples/s, {tokens:,.0f} tokens/s, "
+            f"{memory() / 1e9:.1f} GB, waiting {waiting:.0%}"
+        )
 
 
-def multiplied(llm: nn.Module) -> int:
-    """The frozen weights of an LM that each of its places is multiplied with: those of its linears, without encoders and adapters."""
-    return sum(m.in_features * m.out_features for name, m in llm.named_modules() if isinstance(m, nn.Linear) and not re.search("visual|vision|audio_tower|lora_", name))
+def cell(value) -> str:
+    """Write a value of a LogRow; numbers with seven digits, None as nothing."""
+    if value is None:
+        return ""
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def memory() -> int:
-    """Bytes: of the GPU at most so far, without one of this process."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return the peak memory so far in bytes: of the GPU, or without one of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager
-def asked_to_stop():
-    """A list that is empty until Ctrl-C is pressed; pressed again, it interrupts at once."""
-    asked: list[bool] = []
+def stop_requested():
+    """Yield a list that is empty until Ctrl-C is pressed; pressed again, it interrupts at once."""
+    requested: list[bool] = []
 
-    def note(number, frame):
-        if asked:
+    def handler(number, frame):
+        if requested:
             raise KeyboardInterrupt
-        asked.append(True)
+        requested.append(True)
+
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield requested
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        yield asked
+        yield requested
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,0 +1,151 @@
+"""Scores of answers, by task: numbers, tables and predictions/TASK.jsonl.
+
+Nothing is skipped: an answer that does not parse counts as wrong and lowers the column `parsed`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from crab_min.answers import Answer
+from crab_min.data import Sample
+from crab_min.evaluation.metrics import best_constant, score
+from crab_min.runs.folder import atomic_write
+from crab_min.tasks import Task
+
+Pairs = list[tuple[Answer, Answer]]  # what the model answered, and the gold answer
+
+
+def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
+    """Score answers by task.
+
+    Returns:
+        task -> "name" of the metric, "metric", "parsed" (share), "n", "all" (further numbers),
+        "exact" (share of answers equal to the target text, where there is one) and "types" (by
+        type of question, where the task has some).
+    """
+    results = {}
+    for task, rows in by_task(samples, texts).items():
+        pairs = [(task.parse(text), sample.gold) for sample, text in rows]
+        result = score(task, *map(list, zip(*pairs)))
+        result["name"] = task.metric
+        with_target = [(sample.target, text) for sample, text in rows if sample.target]
+        if with_target:
+            same = [target.strip() == text.strip() for target, text in with_target]
+            result["exact"] = sum(same) / len(same)
+        types = score_types(task, rows)
+        if types:
+            result["types"] = types
+        results[task.name] = result
+    return results
+
+
+def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
+    """Score the answers of a task by type of question; {} if its rows name no types."""
+    groups: dict[str, Pairs] = {}
+    for sample, text in rows:
+        groups.setdefault(question_type(sample), []).append((task.parse(text), sample.gold))
+    if set(groups) == {""}:
+        return {}
+    types = {}
+    for name, pairs in sorted(groups.items()):
+        answers, golds = map(list, zip(*pairs))
+        result = score(task, answers, golds)
+        constant = best_constant(task, golds, golds)[0]
+        types[name] = {"metric": result["metric"], "n": result["n"], "constant": constant}
+    return types
+
+
+def question_type(sample: Sample) -> str:
+    """Return the type of a sample's question, "" if its row names none."""
+    names = [str(sample.row.get(field, "")) for field in sample.task.types]
+    return " ".join(re.sub(r'[][",]', "", name) for name in names)
+
+
+def by_task(samples: list[Sample], texts: list) -> dict[Task, list[tuple]]:
+    """Group samples and what goes with them by task, in the order in which tasks appear."""
+    groups: dict[Task, list[tuple]] = {}
+    for sample, text in zip(samples, texts):
+        groups.setdefault(sample.task, []).append((sample, text))
+    return groups
+
+
+def constants(train: list[Sample], test: list[Sample]) -> dict[str, float]:
+    """Return what the best single answer, given to every test sample, scores in each task.
+
+    Candidates are the golds of the training rows, and for multiple choice "always the first
+    option" and its like.
+    """
+    scores = {}
+    for task, rows in by_task(test, test).items():
+        golds = [sample.gold for sample, _ in rows]
+        candidates = [sample.gold for sample in train if sample.task.name == task.name]
+        candidates += [Answer(choice=str(i)) for i in range(len(golds[0].choices))]
+        scores[task.name] = best_constant(task, candidates, golds)[0]
+    return scores
+
+
+def chance(samples: list[Sample], count_options) -> dict[str, float]:
+    """Return what guessing scores, for the tasks all of whose samples have options.
+
+    Args:
+        count_options: a function from a sample to its number of options.
+    """
+    chances = {}
+    for task, rows in by_task(samples, samples).items():
+        counts = [count_options(sample) for sample, _ in rows]
+        if all(counts):
+            chances[task.name] = sum(1 / count for count in counts) / len(counts)
+    return chances
+
+
+def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> None:
+    """Write TASK.jsonl: per sample its id, the text, the target, and whether and why not it parses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, rows in by_task(samples, texts).items():
+        lines = []
+        for sample, text in rows:
+            reason = task.parse(text).error
+            line = {
+                "id": sample.id,
+                "task": task.name,
+                "text": text,
+                "target": sample.target or task.format(sample.gold),
+                "parsed": reason is None,
+            }
+            if reason:
+                line["reason"] = reason
+            lines.append(json.dumps(line, ensure_ascii=False))
+        atomic_write(folder / f"{task.name}.jsonl", "\n".join(lines) + "\n")
+
+
+def training_table(results: dict[str, dict]) -> str:
+    """Format the table that training ends with; `results` as in metrics.json under "tasks"."""
+    lines = ["task      metric              base  trained  constant  parsed     n"]
+    for task, r in results.items():
+        lines.append(
+            f"{task:<9} {r['name']:<17} {r['base']:>6.3f} {r['metric']:>8.3f} "
+            f"{r['constant']:>9.3f} {r['parsed']:>7.2f} {r['n']:>5}"
+        )
+    better = sum(result["metric"] > result["constant"] for result in results.values())
+    lines.append(f"better than the best constant answer: {better} of {len(results)} tasks")
+    return "\n".join(lines)
+
+
+def evaluation_table(results: dict[str, dict]) -> str:
+    """Format the table of `infer.py --eval`, with further numbers and types of questions."""
+    lines = ["task      metric             score  exact  parsed     n"]
+    for task, r in results.items():
+        exact = f"{r['exact']:.2f}" if "exact" in r else "-"
+        lines.append(
+            f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {exact:>6} {r['parsed']:>7.2f} "
+            f"{r['n']:>5}"
+        )
+        if r["all"]:
+            lines.append(
+                "  " + "  ".join(f"{name} {value:.3f}" for name, value in r["all"].items())
+            )
+        for name, t in r.get("types", {}).items():
+            constant = f"(best constant answer {t['constant']:.3f})"
+            lines.append(f"  {name:<25} {t['metric']:>6.3f}  {constant} {t['n']:>5}")
+    return "\n".join(lines)

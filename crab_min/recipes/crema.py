@@ -1,0 +1,216 @@
+"""CREMA (2402.05889): any modality through one Q-Former, self-gated fusion, sequential training.
+
+python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal (crema-xl)
+"""
+
+import json
+import math
+from pathlib import Path
+
+from crab_min.backbones import load
+from crab_min.config import CremaSettings, ModalityConfig, TrainingConfig
+from crab_min.crema import EarlyExit
+from crab_min.data import Sample
+from crab_min.errors import RunError
+from crab_min.evaluation.answering import generate_answers
+from crab_min.evaluation.pictures import draw_subsets
+from crab_min.evaluation.report import Evaluation, evaluate
+from crab_min.evaluation.scores import score_all
+from crab_min.model import AVLanguageModel, Batch
+from crab_min.recipes.common import (
+    Run,
+    begin,
+    finish,
+    load_rows,
+    open_run,
+    side_channel_width,
+    train_model,
+)
+from crab_min.runs import processes
+from crab_min.runs.folder import atomic_write
+from crab_min.side_channels import add_side_channels, count_missing, limit_frames
+from crab_min.trainer import JointStep, StepResult, backward, update
+from crab_min.world.side_channels import CHANNELS, build_side_world
+
+
+def train(settings: CremaSettings, preset: str) -> dict:
+    """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
+    sequential, training = settings.crema.modality_sequential, settings.training
+    if sequential and training.grad_accum > 1:
+        raise RunError(
+            f"--grad-accum {training.grad_accum}: with --modality-sequential a batch is passed "
+            "once per modality; give --grad-accum 1, or --no-modality-sequential"
+        )
+    run = open_run("crema", preset, settings)
+
+    # the frozen video LM; the sound leaves the prompt, modalities stand beside their video
+    run.model = load_model(settings).to(run.device)
+    load_rows(run, built_in_data, prepare_samples)
+
+    # what learns: per modality an adapter in the Q-Former, queries and a projection; the fusion
+    run.model.add_adapter(settings.adapter)
+    run.model.configure(settings.crema)
+    for name in settings.crema.names[1:]:
+        width = side_channel_width(run.features, run.rows.train, name)
+        run.model.add_side_channel(name, width, settings.crema)
+    begin(run)
+    if sequential:
+        step = SequentialStep(settings.crema, steps_per_epoch(run))
+        train_model(run, step=step)
+        if processes.rank() == 0:
+            atomic_write(run.folder / "exits.json", json.dumps(step.state(), indent=1))
+    else:
+        train_model(run)
+    return report(run)
+
+
+def steps_per_epoch(run: Run) -> int:
+    """Return how many steps pass over all training rows."""
+    training = run.settings.training
+    samples_per_step = training.batch_size * training.grad_accum * processes.count()
+    return math.ceil(len(run.rows.train) / samples_per_step)
+
+
+class SequentialStep(JointStep):
+    """Modality-sequential training: per batch one update per modality, on its own parameters.
+
+    A modality leaves when its gradient has grown: modality-adaptive early exit.
+    """
+
+    def __init__(self, config: ModalityConfig, steps_per_epoch: int):
+        self.exits = EarlyExit(config.names, config.exit_threshold)
+        self.steps_per_epoch = steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return not self.exits.live
+
+    def __call__(
+        self, model: AVLanguageModel, batches: list[Batch], optimizer, config: TrainingConfig
+    ) -> StepResult:
+        result = None
+        with model.frozen_tokens():
+            for name in self.exits.live:
+                model.set_active_modalities([name])
+                result = backward(model, batches, config.bf16)
+                self.exits.note(name, model.gradient_norm(name))
+                result.grad_norm = update(model, optimizer, config.max_grad_norm)
+        result.active = "+".join(self.exits.live)
+        return result
+
+    def end(self, step: int) -> None:
+        self.exits.end_step(step % self.steps_per_epoch == 0)
+
+    def state(self) -> dict:
+        return self.exits.state()
+
+    def restore(self, state: dict) -> None:
+        if state:
+            self.exits.restore(state)
+
+
+# --- what each modality is worth -----------------------------------------------------------------
+
+
+def report(run: Run) -> dict:
+    """Evaluate the run with all modalities and with fewer, and write its end."""
+    settings, test = run.settings, run.rows.test
+    evaluation = evaluate_model(run.model, run.features, test, run.decoding, settings)
+    if test:
+        subsets = score_subsets(run, evaluation)
+        missing = count_missing(test, settings.crema.names[1:])
+        evaluation.numbers |= {"subsets": subsets, "missing": missing}
+        evaluation.tables.append(subset_table(subsets))
+        if processes.rank() == 0:
+            draw_subsets(run.folder / "modalities.png", subsets)
+    return finish(run, evaluation)
+
+
+def score_subsets(run: Run, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Score the test rows with the video alone, with each modality beside it, and with all.
+
+    Returns:
+        "rgb", "rgb+audio", ... -> type of question -> metric.
+    """
+    names = run.settings.crema.names
+    subsets = [["rgb"], *(["rgb", name] for name in names[1:]), names]
+    scores = {}
+    for subset in subsets:
+        title = "+".join(subset)
+        if title in scores:
+            continue
+        results = evaluation.scores
+        if subset != names:
+            rows = add_side_channels(run.rows.test, subset[1:], needed=False)
+            texts = generate_answers(run.model, run.features, rows, run.decoding, title)
+            results = score_all(rows, texts)
+        scores[title] = {}
+        for task, result in results.items():
+            types = result.get("types") or {task: result}
+            scores[title] |= {name: by_type["metric"] for name, by_type in types.items()}
+    return scores
+
+
+def subset_table(subsets: dict[str, dict[str, float]]) -> str:
+    """Format what score_subsets returns: one row per subset, one column per type of question."""
+    types = sorted({name for scores in subsets.values() for name in scores})
+    widths = {name: max(9, len(name) + 2) for name in types}
+    first = max(map(len, subsets)) + 2
+    header = "".join(f"{name:>{widths[name]}}" for name in types)
+    lines = [f"{'modalities':<{first}}{header}"]
+    for title, scores in subsets.items():
+        cells = "".join(f"{scores[name]:>{widths[name]}.3f}" for name in types)
+        lines.append(f"{title:<{first}}{cells}")
+    return "\n".join(lines)
+
+
+# --- what infer.py and --plan call ---------------------------------------------------------------
+
+
+def load_model(settings: CremaSettings) -> AVLanguageModel:
+    """Load the frozen backbone.
+
+    Raises:
+        RunError: it is not one with a Q-Former for several modalities.
+    """
+    if settings.backbone.backbone != "blip2":
+        raise RunError(
+            f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
+            "--backbone blip2; for a side channel on another backbone train a pave preset"
+        )
+    return load.load_model(settings.backbone)
+
+
+def prepare_samples(
+    samples: list[Sample], settings: CremaSettings, side_channels: list[str] | None = None
+) -> list[Sample]:
+    """Put samples into CREMA's form: no sound in the prompt, modalities beside the video.
+
+    Args:
+        side_channels: names that replace those of the run.
+    """
+    names = settings.crema.names[1:] if side_channels is None else side_channels
+    return limit_frames(add_side_channels(samples, names, needed=False), settings.data.frames)
+
+
+def built_in_data(settings: CremaSettings) -> Path:
+    """Build the world with one question per modality; return its train.jsonl.
+
+    Raises:
+        RunError: the built-in world has no such modality.
+    """
+    world, names = settings.world, settings.crema.names[1:] or ["audio"]
+    if set(names) - set(CHANNELS):
+        raise RunError(
+            f"--modalities {settings.crema.modalities}: the built-in world has "
+            f"{', '.join(CHANNELS)}; for others give --data"
+        )
+    size, seed = (world.world_clips, world.world_test), settings.training.seed
+    return build_side_world(world.things, *size, seed, names, together=True)
+
+
+def evaluate_model(
+    model, features, samples, decoding, settings: CremaSettings, **options
+) -> Evaluation:
+    """Answer and score samples; arguments as of report.evaluate."""
+    return evaluate(model, features, samples, decoding, **options)

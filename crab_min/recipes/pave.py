@@ -1,0 +1,157 @@
+"""PAVE (2503.19794): a patch adds a side channel to the video tokens of a frozen video LLM.
+
+python train.py pave-tiny --side audio (fast, depth, view; pave-0.5b, pave-7b)
+
+With --compare-lora LoRA alone is trained first, on the same questions without the side channel.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from crab_min.backbones import load
+from crab_min.config import PaveSettings
+from crab_min.data import Sample
+from crab_min.errors import RunError
+from crab_min.evaluation.report import Evaluation, evaluate
+from crab_min.model import AVLanguageModel
+from crab_min.recipes.common import (
+    begin,
+    finish,
+    load_rows,
+    open_run,
+    side_channel_width,
+    train_model,
+)
+from crab_min.runs.folder import load_saved_run
+from crab_min.side_channels import add_side_channels, limit_frames
+from crab_min.world.side_channels import CHANNELS, build_side_world
+
+
+def train(settings: PaveSettings, preset: str) -> dict:
+    """Train a patch and LoRA, by default in runs/PRESET-SIDE; return metrics.json."""
+    if settings.patch.compare_lora:
+        return compare(settings, preset)
+    return train_patch(settings, f"{preset}-{settings.patch.side}")
+
+
+def train_patch(settings: PaveSettings, name: str) -> dict:
+    """Train one run in runs/NAME."""
+    run = open_run("pave", name, settings)
+
+    # the frozen video LLM; the sound leaves the prompt, side channels stand beside their video
+    run.model = load_model(settings).to(run.device)
+    load_rows(run, built_in_data, prepare_samples)
+
+    # what learns: LoRA on the LM, and a patch per side channel
+    run.model.add_adapter(settings.adapter)
+    for channel in settings.patch.channels:
+        width = side_channel_width(run.features, run.rows.train, channel)
+        run.model.add_side_channel(channel, width, settings.patch)
+    begin(run)
+    train_model(run)
+    test = run.rows.test
+    return finish(run, evaluate_model(run.model, run.features, test, run.decoding, settings))
+
+
+# --- LoRA alone beside the patch -----------------------------------------------------------------
+
+
+def compare(settings: PaveSettings, preset: str) -> dict:
+    """Train LoRA alone, then LoRA with the patch, and print both beside the frozen model.
+
+    A run that an earlier command has finished is not trained again.
+    """
+    side, out = settings.patch.side, settings.run.out
+    settings = replace(settings, patch=replace(settings.patch, compare_lora=False))
+    alone = replace(
+        settings,
+        patch=replace(settings.patch, side="none", questions=side),
+        run=replace(settings.run, out=out and f"{out}-without"),
+    )
+    name = f"{preset}-{side}"
+    lora = finished(alone, f"{name}-without")
+    if lora is None:
+        lora = train_patch(alone, f"{name}-without")
+    patch = finished(settings, name)
+    if patch is None:
+        patch = train_patch(settings, name)
+    if patch:  # {} on all processes but the first
+        print(comparison_table(lora, patch))
+    return patch
+
+
+def finished(settings: PaveSettings, name: str) -> dict | None:
+    """Return the metrics of this very run if an earlier command has finished it."""
+    folder = Path(settings.run.out or f"runs/{name}")
+    try:
+        same = asdict(load_saved_run(folder).settings) == asdict(settings)
+        metrics = (folder / "metrics.json").read_text(encoding="utf-8")
+    except (OSError, RunError):
+        return None
+    return json.loads(metrics) if same else None
+
+
+def comparison_table(lora: dict, patch: dict) -> str:
+    """Format the scores by type of question: chance, frozen model, LoRA alone, with the patch."""
+    lines = ["questions about      chance    base     LoRA alone  with the patch     n"]
+    for task, result in patch["tasks"].items():
+        guess = result.get("chance", result["constant"])
+        lora_types = types_of(lora["tasks"][task])
+        base_types = types_of(lora["base"][task])
+        for name, with_patch in types_of(result).items():
+            lines.append(
+                f"{name or task:<18}{guess:>9.3f}{base_types[name]['metric']:>8.3f}"
+                f"{lora_types[name]['metric']:>15.3f}{with_patch['metric']:>16.3f}"
+                f"{with_patch['n']:>6}"
+            )
+    return "\n".join(lines)
+
+
+def types_of(result: dict) -> dict[str, dict]:
+    """Return the scores by type of question; without types, all under ""."""
+    return result.get("types") or {"": result}
+
+
+# --- what infer.py and --plan call ---------------------------------------------------------------
+
+
+def load_model(settings: PaveSettings) -> AVLanguageModel:
+    """Load the frozen backbone."""
+    return load.load_model(settings.backbone)
+
+
+def prepare_samples(
+    samples: list[Sample], settings: PaveSettings, side_channels: list[str] | None = None
+) -> list[Sample]:
+    """Put samples into PAVE's form: no sound in the prompt, side channels beside the video.
+
+    Args:
+        side_channels: names that replace those of the run.
+    """
+    names = settings.patch.channels if side_channels is None else side_channels
+    return limit_frames(add_side_channels(samples, names), settings.data.frames)
+
+
+def built_in_data(settings: PaveSettings) -> Path:
+    """Build the world whose questions only the side channels answer; return its train.jsonl.
+
+    Raises:
+        RunError: the built-in world has no such side channel.
+    """
+    patch, world = settings.patch, settings.world
+    names = patch.questions.split(",") if patch.questions else patch.channels
+    if not names or set(names) - set(CHANNELS):
+        raise RunError(
+            f"--side {patch.side}: the built-in world has the side channels {', '.join(CHANNELS)}; "
+            "for others give --data"
+        )
+    seed = settings.training.seed
+    return build_side_world(world.things, world.world_clips, world.world_test, seed, names)
+
+
+def evaluate_model(
+    model, features, samples, decoding, settings: PaveSettings, **options
+) -> Evaluation:
+    """Answer and score samples; arguments as of report.evaluate."""
+    return evaluate(model, features, samples, decoding, **options)

@@ -1,0 +1,126 @@
+"""Side channels of a video in its prompt: sound, flow, depth, a dense stream (PAVE, CREMA).
+
+In these two papers the prompt has no sound. What stands beside a video becomes a part of the prompt
+right behind it, with a name and without tokens of its own.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from crab_min.data import Sample
+from crab_min.encoders import ENCODERS
+from crab_min.errors import DataError
+from crab_min.interface import PromptPart
+from crab_min.media.arrays import POINTS
+
+AUDIO_MARKER = re.compile(r"\s*audio( one| two)?: ")  # what build_prompt writes before a sound
+VISUAL = ("video", "view", "flow", "array")  # kinds that have a number of frames
+
+
+def add_side_channels(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
+    """Put the prompts of samples into the form of PAVE and CREMA.
+
+    Args:
+        names: side channels, each right behind the video (or image) that it belongs to; none: the
+            sound is left out, and that is all.
+        needed: every sample must have at least one of them.
+
+    Raises:
+        DataError: a sample with several videos or sounds, or without a side channel.
+    """
+    return [add_to_prompt(sample, names, needed) for sample in samples]
+
+
+def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
+    """Do the work of `add_side_channels` for one sample."""
+    sounds = [part for part in sample.media if part.kind == "audio"]
+    pictures = [part for part in sample.media if part.kind in ("video", "image")]
+    files = side_files(sample, pictures, sounds)
+    sides = [side_part(name, files[name], pictures, sounds) for name in names if name in files]
+    if names and (len(pictures) != 1 or len(sounds) > 1 or (needed and not sides)):
+        raise DataError(
+            f"{sample.id}: {len(pictures)} videos or images, {len(sounds)} sounds and the side "
+            f"channels {', '.join(files) or 'none'}; {','.join(names)} want one video with at "
+            'least one of them (rows of a .jsonl name their files under "sides")'
+        )
+
+    parts = []
+    for part in without_sound(sample.parts):
+        parts.append(part)
+        if part.kind in ("video", "image"):
+            parts.extend(sides)
+    return replace(sample, parts=parts)
+
+
+def side_files(
+    sample: Sample, pictures: list[PromptPart], sounds: list[PromptPart]
+) -> dict[str, str]:
+    """Return the file of each side channel that a sample has, by name.
+
+    A row names files under "sides"; without that, "audio" is the sample's sound and "fast" its
+    video. "flow" and what an encoder is registered for are always made of the video.
+    """
+    files: dict[str, str] = {}
+    video = pictures[0].path if pictures and pictures[0].kind == "video" else ""
+    if video:
+        files |= dict.fromkeys(["flow", *ENCODERS], video)
+    if sample.row.get("sides"):
+        return files | {name: str(path) for name, path in sample.row["sides"].items() if path}
+    if sounds:
+        files["audio"] = sounds[0].path
+    if video:
+        files["fast"] = video
+    return files
+
+
+def without_sound(parts: list[PromptPart]) -> list[PromptPart]:
+    """Leave sounds, the markers before them and earlier side channels out of a prompt."""
+    kept = []
+    for index, part in enumerate(parts):
+        following = parts[index + 1].kind if index + 1 < len(parts) else ""
+        is_marker = part.kind == "text" and AUDIO_MARKER.fullmatch(part.text)
+        if part.side or part.kind == "audio" or (is_marker and following == "audio"):
+            continue
+        kept.append(part)
+    return kept
+
+
+def side_part(
+    name: str, path: str, pictures: list[PromptPart], sounds: list[PromptPart]
+) -> PromptPart:
+    """Make the prompt part of a side channel, of the kind that its file is."""
+    ending = Path(path).suffix
+    frames = pictures[0].frames if pictures else PromptPart.frames
+    if name == "fast":
+        return PromptPart("fast", path=path, side=name)
+    if ending == ".npz" or POINTS[0] in path:
+        return PromptPart("points", path=path, side=name)
+    if ending in (".npy", ".pt", ".safetensors"):
+        return PromptPart("array", path=path, frames=frames, side=name)
+    if name == "audio":
+        sound = sounds[0] if sounds else PromptPart("audio")
+        return replace(sound, path=path, side=name)
+    made_of_video = name == "flow" and pictures and path == pictures[0].path
+    return PromptPart("flow" if made_of_video else "view", path=path, frames=frames, side=name)
+
+
+def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:
+    """Give every video, and what is seen beside it, this many frames; 0 changes nothing."""
+    if not frames:
+        return samples
+    limited = []
+    for sample in samples:
+        parts = [replace(p, frames=frames) if p.kind in VISUAL else p for p in sample.parts]
+        limited.append(replace(sample, parts=parts))
+    return limited
+
+
+def count_missing(samples: list[Sample], names: list[str]) -> dict[str, int]:
+    """Count the samples that lack each side channel."""
+    missing = dict.fromkeys(names, 0)
+    for sample in samples:
+        there = {part.side for part in sample.media}
+        for name in names:
+            missing[name] += name not in there
+    return missing

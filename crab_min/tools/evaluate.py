@@ -1,0 +1,120 @@
+"""Answer and score a whole split: `python infer.py --eval`."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+from crab_min.data import Sample, pick_tasks, read_samples
+from crab_min.evaluation.ablation import ablate_modality
+from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding
+from crab_min.evaluation.pictures import draw_sheet
+from crab_min.evaluation.report import some_of_each_task
+from crab_min.evaluation.scores import evaluation_table, write_predictions
+from crab_min.features import Features
+from crab_min.interface import load_prompts
+from crab_min.runs.folder import atomic_write
+from crab_min.side_channels import count_missing
+from crab_min.tools.ask import LoadedRun, apply_model_flags, load_run, mask_maker, prepare
+
+
+def evaluate_split(given: Namespace) -> None:
+    """Answer and score a split of --data, by default of the world that the run was trained on.
+
+    An evaluation that was killed continues behind the answers it has.
+    """
+    run = load_run(given.run)
+    apply_model_flags(run, given)
+    root, samples = read_split(given, run)
+    limits = {
+        name: given.max_new_tokens or run.saved.token_limits.get(name, DEFAULT_LIMIT)
+        for name in sorted({sample.task.name for sample in samples})
+    }
+    decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, given.batch_size)
+
+    # what the answers depend on; unfinished answers of other settings are dropped
+    suffix = f"_without_{given.ablate}" if given.ablate else ""
+    out = Path(given.out or run.folder / f"eval_{given.split}{suffix}")
+    out.mkdir(parents=True, exist_ok=True)
+    described = describe(given, run, root, samples, decoding)
+    partial = out / "answers.partial.jsonl"
+    if (out / "decoding.json").exists():
+        before = json.loads((out / "decoding.json").read_text(encoding="utf-8"))
+        if before != described:
+            partial.unlink(missing_ok=True)
+    atomic_write(out / "decoding.json", json.dumps(described, indent=1))
+
+    # answers and scores
+    strict = not given.allow_missing
+    features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
+    readable = features.prepare(samples, strict)
+    evaluation = run.recipe.evaluate_model(
+        run.model,
+        features,
+        samples,
+        decoding,
+        run.settings,
+        make_masks=mask_maker(given, run.model),
+        partial=partial,
+        strict=strict,
+    )
+
+    # files and tables
+    write_predictions(out / "predictions", samples, evaluation.texts)
+    for task, cells in some_of_each_task(evaluation).items():
+        draw_sheet(out / "sheets" / f"{task}.png", cells)
+    partial.unlink()
+    missing = len(samples) - len(readable)
+    metrics = {
+        "decoding": described,
+        "tasks": evaluation.scores,
+        **evaluation.numbers,
+        "missing": missing,
+        "without": count_missing(samples, run.model.side_names),
+        "unreadable": list(features.unreadable.values()),
+    }
+    atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+    print("\n".join([evaluation_table(evaluation.scores), *evaluation.tables]))
+    print(f"{missing} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
+
+
+def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
+    """Return the data's path, and its samples in the form of the run."""
+    settings = run.settings
+    if given.data:
+        root = Path(given.data)
+    else:
+        world = replace(settings.world, things=given.things or settings.world.things)
+        root = run.recipe.built_in_data(replace(settings, world=world))
+        if root.suffix == ".jsonl":
+            root = root.with_name(f"{given.split}.jsonl")
+    tasks = pick_tasks(given.task or given.tasks)
+    prompts = load_prompts(given.prompts) if given.prompts else None
+    target = settings.data.target
+    samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
+    samples = prepare(samples, given, run)
+    if given.ablate:  # also of a sound that is a side channel
+        samples = ablate_modality(samples, given.ablate)
+    return root, samples
+
+
+def describe(
+    given: Namespace, run: LoadedRun, root: Path, samples: list[Sample], decoding: Decoding
+) -> dict:
+    """Return all that answers depend on, for decoding.json."""
+    how = {"rank": "likeliest option"}.get(decoding.mode, "greedy")
+    if given.beams > 1 and decoding.mode != "rank":
+        how = f"{given.beams} beams"
+    return {
+        "run": str(run.folder),
+        "data": str(root),
+        "split": given.split,
+        "ablate": given.ablate,
+        "prompts": bool(given.prompts),
+        "limits": decoding.limits,
+        "batch_size": given.batch_size,
+        "masks": given.masks,
+        "sides": sorted({part.side for sample in samples for part in sample.media if part.side}),
+        "decoding": how,
+        "skip": sorted(given.skip),
+    }
