@@ -16,9 +16,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from crab_min.answers import (
+    CHOICE,
     GRID,
     MASK_TOKENS,
+    TEXT,
     Answer,
+    GoldLabel,
     mask_box,
 )
 from crab_min.cli import exit_with_parent
@@ -90,8 +93,14 @@ def read_samples(root: str | Path, tasks: list[str], split: str, target: str = "
 
 # One's own data: what a model says, as text; or a label, where every line's answer has an <answer> tag.
 # "options" makes it a multiple choice, "sides" {name: file} names side channels (PAVE).
-CUSTOM_TASKS = {"text": Task("own", "own", "", "", ("text", "target"), parser="text", metric="rouge_l", sets=("cider",)),
-       "choice": Task("own", "own", "", "", ("target", "target"), sets=("by_class",), types=("type",))}
+CUSTOM_TASKS = {
+    "text": Task(
+        name="own", family="own", instruction="", target="", form=TEXT,
+        gold=GoldLabel(TEXT.parse, "target"), metric="rouge_l", set_metrics=("cider",)),
+    "choice": Task(
+        name="own", family="own", instruction="", target="", form=CHOICE,
+        gold=GoldLabel(CHOICE.parse, "target"), set_metrics=("by_class",), types=("type",)),
+}
 
 
 def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
@@ -202,7 +211,7 @@ def keep_modality(samples: list[Sample], kind: str) -> list[Sample]:
     return changed
 
 
-MASKED = ("s4", "ms3", "ref_avs", "avss")               # tasks that have masks
+MASKED = tuple(name for name, task in TASKS.items() if task.mask_head)
 
 
 def add_mask_tokens(samples: list[Sample], tokens: bool = True) -> list[Sample]:
