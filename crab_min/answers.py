@@ -1,297 +1,489 @@
-"""TODO."""
+"""Crab+'s unified output interface: one grammar for the answers of all tasks.
+
+Crab+ (arXiv 2603.04128) trains every task as text, with one vocabulary and one loss. A target text
+begins with explicit reasoning (Crab, arXiv 2503.13068): prose that says what happens, where and
+when. The label follows in a form that a program can read:
+
+    form        label after the reasoning                                   e.g. task
+    CHOICE      <answer> yes</answer>                                       avqa
+    EVENT       <event> dog, (0 3)(7 10)</event>                            ave
+    EVENTS      <event> dog, (0 3)</event> <event> cat, (2 5)</event>       unav
+    AV_EVENTS   <visual_event> dog, (0 3)</visual_event>                    avvp
+                <audio_event> dog, (2 5)</audio_event>
+    BOX         [12,30,200,180]                                             arig
+    BOXES       [12,30,200,180] [75,121],[153,103],[160,90]                 s4, ms3
+    EXISTS      <answer> true</answer> and then as BOXES                    ref_avs
+    TEXT        the whole text, without a tag                               avcap
+
+Times are whole seconds: the span (0 3) covers the seconds 0, 1 and 2. A box is [x1,y1,x2,y2] and a
+point [x,y], integers on a grid of 224 x 224; the points of a box follow it. A model with a mask
+decoder writes <mask_0> ... <mask_5> after its boxes (masks.py). With `--target label` a model is
+trained on the label alone, without reasoning.
+
+An OutputForm holds both directions: `format` writes the label of an Answer, `parse` reads a model's
+text. `parse` also takes what models really write: odd spaces and case, no closing tag, a repeated
+tag, <range>0,3</range>. Where a text holds no label it raises ParseError. Task.parse keeps the
+reason in `Answer.error`; such an answer is scored wrong and counted, never dropped.
+
+What differs from the released code: the gold labels of training and test rows have one form. The
+released a2v rows say "one" in training and 1 in the test.
+"""
+
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-from crab_min.errors import DataError
+GRID = 224  # boxes and points are integers from 0 to GRID
+MASK_TOKENS = tuple(f"<mask_{index}>" for index in range(6))
 
-GRID = 224                                             # boxes and points are integers 0 .. GRID
+Span = tuple[int, int]  # (start, end) in whole seconds, without the second `end`
+Event = tuple[str, list[Span]]  # a label and the spans in which it happens
+Box = tuple[int, int, int, int]  # (x1, y1, x2, y2)
+Point = tuple[int, int]  # (x, y)
 
 
-MASK_TOKENS = tuple(f"<mask_{k}>" for k in range(6))
+class ParseError(ValueError):
+    """A text or a field of a row that holds no answer; the message says why."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What a model said, or should have said. `error`: why a text does not parse, None when it does.
+    """The label of one sample, predicted or gold. Each output form fills its own fields."""
 
-    An event is (label, [(start, end), ...]) in whole seconds. `text` holds a caption, or the text that did not parse.
-    """
     choice: str | None = None
-    exists: bool | None = None
-    events: list = field(default_factory=list)
-    audio_events: list = field(default_factory=list)
-    visual_events: list = field(default_factory=list)
-    boxes: list = field(default_factory=list)          # (x1, y1, x2, y2)
-    points: list = field(default_factory=list)         # (x, y)
-    text: str = ""
-    error: str | None = None
-    mask: np.ndarray | None = field(default=None, compare=False)   # (H, W) scores in [0, 1], or of avss classes, where the model makes masks
-    owners: list = field(default_factory=list, compare=False)      # for each point, the index of its box
-    choices: tuple = field(default=(), compare=False)              # golds: the options of the row (avqa_thu, nextqa), or all right texts (scanqa, sqa3d)
+    exists: bool | None = None  # EXISTS: whether the object is in the image
+    events: list[Event] = field(default_factory=list)
+    audio_events: list[Event] = field(default_factory=list)
+    visual_events: list[Event] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    text: str = ""  # TEXT: a caption or a free answer; with an error, the text that was not parsed
+    error: str | None = None  # why the text could not be parsed; None where it could
 
-    def objects(self) -> list:
-        """[(box, its points), ...]; without `owners` the points are dealt out evenly, in order."""
-        total = len(self.points)
-        owners = self.owners or [i * len(self.boxes) // total for i in range(total)]
-        return [(box, [p for p, owner in zip(self.points, owners) if owner == i]) for i, box in enumerate(self.boxes)]
+    # The remaining fields do not count when two answers are compared.
+    # The mask (H, W) that goes with the answer: scores in [0, 1], or class numbers (avss).
+    mask: np.ndarray | None = field(default=None, compare=False)
+    # For each point, the index of its box.
+    owners: list[int] = field(default_factory=list, compare=False)
+    # Gold answers alone: the options of a row with options, or all right texts of an open question.
+    choices: tuple[str, ...] = field(default=(), compare=False)
+
+    def objects(self) -> list[tuple[Box, list[Point]]]:
+        """Pair each box with its points.
+
+        Without `owners`, as in gold answers, the points are dealt out evenly and in order.
+        """
+        # Point i of n belongs to box i * (number of boxes) // n.
+        owners = self.owners
+        if not owners:
+            n_points = len(self.points)
+            owners = [index * len(self.boxes) // n_points for index in range(n_points)]
+        objects = []
+        for index, box in enumerate(self.boxes):
+            points = [point for point, owner in zip(self.points, owners) if owner == index]
+            objects.append((box, points))
+        return objects
 
 
-def row_field(task, row: dict, names: tuple, expected: str):
-    """The value of the first of the fields `names` that the row has. Raises DataError."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise DataError(f"{task.name}: the row has no field {' or '.join(map(repr, names))}; expected {expected}; "
-                         f"its fields: {', '.join(row) or 'none'}")
+# --- writing --------------------------------------------------------------------------------------
+def answer_tag(choice: str) -> str:
+    """Write a label in its tag.
 
-
-def answer_tag(choice) -> str:
-    """With a space before the label, so that it is the same token as in the prose before it (" dog", not "dog")."""
+    The space before the label makes it the same token as in the prose before it (" dog").
+    """
     return f"<answer> {choice}</answer>"
 
 
-def event_tag(kind: str, label: str, spans) -> str:
-    """kind: event, audio_event or visual_event; spans: (start, end) in whole seconds."""
-    return f"<{kind}> {label}, {''.join(f'({start} {end})' for start, end in spans)}</{kind}>"
+def event_tag(kind: str, label: str, spans: Iterable[Span]) -> str:
+    """Write an event in its tag; kind: "event", "audio_event" or "visual_event"."""
+    times = "".join(f"({start} {end})" for start, end in spans)
+    return f"<{kind}> {label}, {times}</{kind}>"
 
 
-def mask_box(mask: np.ndarray) -> tuple | None:
-    """The box (x1, y1, x2, y2) of a mask (H, W) on the grid; None where the mask is empty."""
-    ys, xs = np.nonzero(mask)
-    if not len(xs):
-        return None
-    h, w = mask.shape
-    return tuple(round(GRID * float(v)) for v in (xs.min() / w, ys.min() / h, (xs.max() + 1) / w, (ys.max() + 1) / h))
+def box_text(box: Iterable[float]) -> str:
+    """Write a box (x1, y1, x2, y2) or a point (x, y) as integers in square brackets."""
+    return "[" + ",".join(str(int(number)) for number in box) + "]"
 
 
-def box_text(box) -> str:
-    return "[" + ",".join(str(int(v)) for v in box) + "]"
-
-
-def points_text(points) -> str:
+def points_text(points: Iterable[Point]) -> str:
+    """Write points as "[75,121],[153,103]"."""
     return ",".join(map(box_text, points))
 
 
-def format_answer(task, answer: Answer) -> str:
-    """The answer without prose: parse(task, write(task, answer)) gives it back."""
-    if task.parser == "choice":
-        return answer_tag(answer.choice)
-    if task.parser == "text":
-        return answer.text
-    if "event" in task.parser:
-        kinds = {"event": answer.events, "visual_event": answer.visual_events, "audio_event": answer.audio_events}
-        tags = [event_tag(kind, *event) for kind, events in kinds.items() for event in events]
-        return " ".join(tags) or ("<audio_event></audio_event>" if task.parser == "av_events" else "<event></event>")
-    exists = [answer_tag(str(answer.exists).lower())] if task.parser == "exists" else []
-    boxes = [f"{box_text(box)} {points_text(points)}".strip() for box, points in answer.objects()]
-    return " ".join(exists + boxes)
+def mask_box(mask: np.ndarray) -> Box | None:
+    """Return the box of a mask (H, W) on the grid, None where the mask is empty."""
+    ys, xs = np.nonzero(mask)  # (number of pixels,) each
+    if not len(xs):
+        return None
+    height, width = mask.shape
+    # A pixel ends one pixel after it begins: hence + 1 at the right and bottom edges.
+    edges = (xs.min() / width, ys.min() / height, (xs.max() + 1) / width, (ys.max() + 1) / height)
+    return tuple(round(GRID * float(edge)) for edge in edges)
 
 
-TAG = re.compile(r"<\s*(\w+)\s*>([^<]*)")              # an opening tag and what follows, up to the next tag or the end
+# The functions of the output forms: an Answer -> its label as text. An answer without events is an
+# empty tag: a text without any tag does not count as an answer.
+def format_choice(answer: Answer) -> str:
+    return answer_tag(answer.choice)
 
 
-PAIR = r"(?<![\d.])(\d{1,4})[\s,-]+(\d{1,4})(?!\.?\d)"
+def format_events(answer: Answer) -> str:
+    tags = [event_tag("event", label, spans) for label, spans in answer.events]
+    return " ".join(tags) or "<event></event>"
 
 
-SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
+def format_av_events(answer: Answer) -> str:
+    tags = [event_tag("visual_event", label, spans) for label, spans in answer.visual_events]
+    tags += [event_tag("audio_event", label, spans) for label, spans in answer.audio_events]
+    return " ".join(tags) or "<audio_event></audio_event>"
 
 
-NUMBERS = re.compile(r"\[\s*(-?\d{1,4}(?:[\s,]+-?\d{1,4})*)\s*\]")
+def format_boxes(answer: Answer) -> str:
+    objects = []
+    for box, points in answer.objects():
+        objects.append(f"{box_text(box)} {points_text(points)}".strip())
+    return " ".join(objects)
 
 
-WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen twenty").split()
+def format_exists(answer: Answer) -> str:
+    tag = answer_tag(str(answer.exists).lower())
+    return f"{tag} {format_boxes(answer)}".strip()
 
 
+def format_text(answer: Answer) -> str:
+    return answer.text
+
+
+# --- labels in canonical form ---------------------------------------------------------------------
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+).split()
 PUNCTUATION = " \t\r\n.,;:"
 
 
-class Unreadable(Exception):
-    """Inside this module: why there is no answer in a text or a field."""
+@lru_cache(maxsize=100_000, typed=True)  # typed: 1 and True are different labels
+def normalize_label(label: str | int, choices: tuple = ()) -> str:
+    """Return the canonical form in which labels are compared.
 
+    Args:
+        label: a label as annotated or as a model wrote it.
+        choices: the options of a question. A letter or an index (from 0) that is not itself an
+            option stands for the option it points at.
 
-@lru_cache(100_000, typed=True)                        # 1 and True are different labels
-def normalize_label(label, choices: tuple = ()) -> str:
-    """The form in which labels are compared: PlayingViolin == playing_violin, " Yes." == yes, 2 == two.
-
-    choices: the options of a question; an index (from 0) or letter that is not itself an option becomes its text.
+    >>> normalize_label("PlayingViolin"), normalize_label(" Yes. "), normalize_label(2)
+    ('playing violin', 'yes', 'two')
+    >>> normalize_label("(B)", ("rain", "Dog")), normalize_label("1", ("rain", "Dog"))
+    ('dog', 'dog')
     """
+    # Separate the words, in lower case, with one space after a comma and no signs around them.
     text = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s_-]+", " ", str(label)).lower()
     text = re.sub(r" ?, ?", ", ", text).strip(PUNCTUATION + "!?\"'`*")
-    text = WORDS[int(text)] if re.fullmatch("1?[0-9]|20", text) else text
-    options, key = [normalize_label(choice) for choice in choices], text.strip("()")
-    if text not in options:
-        place = WORDS.index(key) if key in WORDS else ord(key) - ord("a") if len(key) == 1 else -1
-        text = options[place] if 0 <= place < len(options) else text
+    if re.fullmatch("1?[0-9]|20", text):  # 0 to 20
+        text = NUMBER_WORDS[int(text)]
+
+    # The text of an option goes before its index: "2" is "two" among one, two, three.
+    options = [normalize_label(choice) for choice in choices]
+    if text in options:
+        return text
+    index = option_index(text.strip("()"))
+    if 0 <= index < len(options):
+        return options[index]
     return text
 
 
-def parse_answer(task, text: str) -> Answer:
-    """Read a model's text. Never raises: without a valid answer, `error` says why and `text` holds the text."""
-    try:
-        return PARSERS[task.parser](task, text)
-    except Unreadable as reason:
-        return Answer(text=text, error=str(reason))
+def option_index(text: str) -> int:
+    """Return the index that a number word or a letter names ("one" and "b": 1), else -1."""
+    if text in NUMBER_WORDS:
+        return NUMBER_WORDS.index(text)
+    if len(text) == 1:
+        return ord(text) - ord("a")
+    return -1
 
 
-def parse_choice(task, text: str) -> Answer:
-    found = [content.strip(PUNCTUATION) for tag, content in TAG.findall(text) if tag.lower() == "answer"]
-    forms = {normalize_label(choice): choice for choice in reversed(found) if normalize_label(choice)}     # the first spelling wins
-    if len(forms) != 1:
-        raise Unreadable(f"{len(forms)} different answers" if forms else "no <answer>")
-    (form, choice), = forms.items()
-    if task.options and form not in task.options:
-        raise Unreadable(f"answer {form!r}, expected {' or '.join(task.options)}")
-    return Answer(choice=form if task.options else choice)
+def check_option(label: str, options: tuple[str, ...]) -> None:
+    """Raise ParseError unless a label in canonical form is one of the options."""
+    if label not in options:
+        raise ParseError(f"answer {label!r}, expected {' or '.join(options)}")
 
 
-def spans(text: str) -> list:
-    return [(min(pair), max(pair)) for pair in ((int(a), int(b)) for a, b in re.findall(PAIR, text))]
+# --- parsing --------------------------------------------------------------------------------------
+# The functions of the output forms: a text -> an Answer, or a ParseError. All take `options`, the
+# only labels that a task has, so that all can be called alike; parse_choice alone looks at them.
+
+# An opening tag and what follows it, up to the next tag or the end of the text.
+TAG = re.compile(r"<\s*(\w+)\s*>([^<]*)")
+# Two whole numbers, "0 3" or "0,3" or "0-3", that are not part of a decimal number.
+PAIR = r"(?<![\d.])(\d{1,4})[\s,-]+(\d{1,4})(?!\.?\d)"
+# One or more pairs in parentheses: "(0 3)(7 10)".
+SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
+# Whole numbers in square brackets: "[12, 30, 200, 180]".
+BRACKETS = re.compile(r"\[\s*(-?\d{1,4}(?:[\s,]+-?\d{1,4})*)\s*\]")
 
 
-def read_events(text: str) -> list:
-    """"A, b, (0 3)(4 5) and C,(1 2)" -> [("A, b", [(0, 3), (4, 5)]), ("C", [(1, 2)])]; [] for a label without times."""
-    events, position = [], 0
-    for run in SPANS.finditer(text):
-        events.append((text[position:run.start()], spans(run[0])))
-        position = run.end()
+def parse_choice(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse the one label in <answer>; with `options`, the label must be one of them."""
+    # Collect the different labels by canonical form. Of a repeated one the first spelling counts.
+    spellings: dict[str, str] = {}
+    for tag, content in TAG.findall(text):
+        label = content.strip(PUNCTUATION)
+        if tag.lower() == "answer" and normalize_label(label):
+            spellings.setdefault(normalize_label(label), label)
+    if not spellings:
+        raise ParseError("no <answer>")
+    if len(spellings) > 1:
+        raise ParseError(f"{len(spellings)} different answers")
+
+    # Without options the label stays as it was written.
+    canonical, spelling = spellings.popitem()
+    if not options:
+        return Answer(choice=spelling)
+    check_option(canonical, options)
+    return Answer(choice=canonical)
+
+
+def parse_spans(text: str) -> list[Span]:
+    """Return all pairs of numbers of a text as spans."""
+    spans = []
+    for first, second in re.findall(PAIR, text):
+        start, end = sorted((int(first), int(second)))  # models also write (5 2)
+        spans.append((start, end))
+    return spans
+
+
+def split_events(text: str) -> list[Event]:
+    """Split a list of labels and times into events.
+
+    >>> split_events("A, b, (0 3)(4 5) and C,(1 2)")
+    [('A, b', [(0, 3), (4, 5)]), ('C', [(1, 2)])]
+    >>> split_events("a label without times")
+    [('a label without times', [])]
+    """
+    events = []
+    position = 0  # where the next label begins
+    for times in SPANS.finditer(text):
+        events.append((text[position : times.start()], parse_spans(times[0])))
+        position = times.end()
     if text[position:].strip(PUNCTUATION):
         events.append((text[position:], []))
-    return [(re.sub(r"^and\s+", "", label.strip(PUNCTUATION)), times) for label, times in events]
+    # Remove the signs around a label and the "and" before the last one.
+    return [(re.sub(r"^and\s+", "", label.strip(PUNCTUATION)), spans) for label, spans in events]
 
 
-def merge(events: list) -> list:
-    """One event a label, in the order they come, its spans in order of time and no span twice."""
-    merged: dict = {}
-    for label, times in events:
-        if not label or not times:
-            raise Unreadable(f"event {label!r} without times" if label else "times without a label")
-        merged.setdefault(normalize_label(label), (label, set()))[1].update(times)
-    return [(label, sorted(times)) for label, times in merged.values()]
+def merge_events(events: list[Event]) -> list[Event]:
+    """Merge events of the same label; sort their spans and drop repeated ones."""
+    merged: dict[str, tuple[str, set[Span]]] = {}
+    for label, spans in events:
+        if not label:
+            raise ParseError("times without a label")
+        if not spans:
+            raise ParseError(f"event {label!r} without times")
+        _, all_spans = merged.setdefault(normalize_label(label), (label, set()))
+        all_spans.update(spans)
+    return [(label, sorted(spans)) for label, spans in merged.values()]
 
 
-def tagged_events(text: str, kind: str) -> list | None:
-    """The events in the tags of this kind, None if there is no such tag. A <range> belongs to the event before it."""
-    events, found = [], False
+def tagged_events(text: str, kind: str) -> list[Event] | None:
+    """Return the events in all tags of one kind, None where there is no such tag.
+
+    A model may give the times in a tag of their own: <event>dog</event> <range>0,3</range>.
+    """
+    events: list[Event] = []
+    has_tag = False
     for tag, content in TAG.findall(text):
         if tag.lower() == kind:
-            events, found = events + read_events(content), True
+            has_tag = True
+            events += split_events(content)
         elif tag.lower() == "range" and events:
-            events[-1][1].extend(spans(content))
-    return merge(events) if found else None
+            _, spans = events[-1]
+            spans.extend(parse_spans(content))
+    return merge_events(events) if has_tag else None
 
 
-def parse_events(task, text: str) -> Answer:
+def parse_events(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse any number of events, none in an empty <event></event>."""
     events = tagged_events(text, "event")
-    if events is None or task.parser == "event" and len(events) != 1:
-        raise Unreadable(f"{len(events)} different events, expected one" if events else "no <event>")
+    if events is None:
+        raise ParseError("no <event>")
     return Answer(events=events)
 
 
-def parse_av_events(task, text: str) -> Answer:
-    audio, visual = tagged_events(text, "audio_event"), tagged_events(text, "visual_event")
-    if audio is None and visual is None:
-        raise Unreadable("no <audio_event> and no <visual_event>")
-    return Answer(audio_events=audio or [], visual_events=visual or [])
-
-
-def check_box(box) -> tuple:
-    x1, y1, x2, y2 = (round(v) for v in box)
-    if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID):
-        raise Unreadable(f"box {box_text((x1, y1, x2, y2))} is not x1 <= x2, y1 <= y2 in 0 .. {GRID}")
-    return x1, y1, x2, y2
-
-
-def parse_boxes(task, text: str) -> Answer:
-    answer = Answer(exists=True if task.parser == "exists" else None)
-    if task.parser == "exists" and parse_choice(task, text).choice == "false":
-        return Answer(exists=False)
-    owner = 0                                          # the box that was named last
-    for numbers in NUMBERS.findall(text):
-        values = tuple(map(int, re.findall(r"-?\d+", numbers)))
-        if len(values) == 4:
-            answer.boxes += [check_box(values)] if values not in answer.boxes else []
-            owner = answer.boxes.index(values)
-        elif len(values) == 2 and task.parser != "box":
-            if not all(0 <= v <= GRID for v in values):
-                raise Unreadable(f"point {box_text(values)} outside of 0 .. {GRID}")
-            answer.points.append(values)
-            answer.owners.append(owner)
-    if not answer.boxes:
-        raise Unreadable("no box")
+def parse_event(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse exactly one event."""
+    answer = parse_events(text)
+    if not answer.events:
+        raise ParseError("no <event>")
+    if len(answer.events) > 1:
+        raise ParseError(f"{len(answer.events)} different events, expected one")
     return answer
 
 
-def parse_text(task, text: str) -> Answer:
+def parse_av_events(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse audible and visible events; one of the two kinds may be missing."""
+    audio = tagged_events(text, "audio_event")
+    visual = tagged_events(text, "visual_event")
+    if audio is None and visual is None:
+        raise ParseError("no <audio_event> and no <visual_event>")
+    return Answer(audio_events=audio or [], visual_events=visual or [])
+
+
+def check_box(box: Iterable[float]) -> Box:
+    """Return a box as integers; raise ParseError unless it lies on the grid."""
+    x1, y1, x2, y2 = (round(number) for number in box)
+    if not (0 <= x1 <= x2 <= GRID and 0 <= y1 <= y2 <= GRID):
+        corners = box_text((x1, y1, x2, y2))
+        raise ParseError(f"box {corners} is not x1 <= x2, y1 <= y2 in 0 .. {GRID}")
+    return x1, y1, x2, y2
+
+
+def parse_boxes(text: str, options: tuple[str, ...] = (), with_points: bool = True) -> Answer:
+    """Parse one or more boxes, each with the points that follow it."""
+    answer = Answer()
+    last_box = 0  # index of the box that was named last
+    for brackets in BRACKETS.findall(text):
+        numbers = tuple(int(number) for number in re.findall(r"-?\d+", brackets))
+        # Four numbers are a box. A box may be named again before more of its points.
+        if len(numbers) == 4:
+            if numbers not in answer.boxes:
+                answer.boxes.append(check_box(numbers))
+            last_box = answer.boxes.index(numbers)
+        # Two numbers are a point of that box.
+        elif len(numbers) == 2 and with_points:
+            if not 0 <= min(numbers) <= max(numbers) <= GRID:
+                raise ParseError(f"point {box_text(numbers)} outside of 0 .. {GRID}")
+            answer.points.append(numbers)
+            answer.owners.append(last_box)
+    if not answer.boxes:
+        raise ParseError("no box")
+    return answer
+
+
+def parse_box(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse boxes and ignore points."""
+    return parse_boxes(text, with_points=False)
+
+
+def parse_exists(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Parse whether the object is in the image, and if so its box and points."""
+    if parse_choice(text, ("true", "false")).choice == "false":
+        return Answer(exists=False)
+    answer = parse_boxes(text)
+    answer.exists = True
+    return answer
+
+
+def parse_text(text: str, options: tuple[str, ...] = ()) -> Answer:
+    """Take the whole text as the answer."""
     if not text.strip():
-        raise Unreadable("no text")
+        raise ParseError("no text")
     return Answer(text=text.strip())
 
 
-PARSERS = {"choice": parse_choice, "event": parse_events, "events": parse_events, "av_events": parse_av_events,
-           "box": parse_boxes, "boxes": parse_boxes, "exists": parse_boxes, "text": parse_text}
+# --- the output forms -----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OutputForm:
+    """One way to write a label after the reasoning: a function for each direction.
 
-
-def gold_answer(task, row: dict, split: str = "test") -> Answer:
-    """The right answer of an annotation row. Raises DataError naming the task, the field and what is expected.
-
-    Test rows of s4, ms3 and ref_avs have a mask file instead of boxes: the data reader puts its boxes (a list, empty
-    where the mask is) into row["gold_boxes"] before it calls this.
+    `parse(text, options)` raises ParseError; form.parse(form.format(answer)) == answer.
     """
-    reader, *names = task.gold_train if split == "train" and task.gold_train else task.gold
-    read, expected = GOLDS[reader]
-    values = [row_field(task, row, (name,), expected) for name in names]
-    try:
-        return read(task, *values)
-    except (Unreadable, TypeError, ValueError, AttributeError, OverflowError) as reason:   # of another type
-        raise DataError(f"{task.name}: field {', '.join(map(repr, names))} must be {expected}, got "
-                             f"{', '.join(map(repr, values))} ({reason})") from None
+
+    name: str
+    parse: Callable[[str, tuple[str, ...]], Answer]
+    format: Callable[[Answer], str]
 
 
-def gold_option(task, index: int, choices: list) -> Answer:
-    if not isinstance(choices, list) or not 0 <= index < len(choices):
-        raise Unreadable("no such option")
-    return Answer(choice=str(choices[index]), choices=tuple(map(str, choices)))
+# fmt: off
+CHOICE    = OutputForm("choice",    parse_choice,    format_choice)
+EVENT     = OutputForm("event",     parse_event,     format_events)
+EVENTS    = OutputForm("events",    parse_events,    format_events)
+AV_EVENTS = OutputForm("av_events", parse_av_events, format_av_events)
+BOX       = OutputForm("box",       parse_box,       format_boxes)
+BOXES     = OutputForm("boxes",     parse_boxes,     format_boxes)
+EXISTS    = OutputForm("exists",    parse_exists,    format_exists)
+TEXT      = OutputForm("text",      parse_text,      format_text)
+# fmt: on
 
 
-def gold_event(task, label: str, start: int, end: int) -> Answer:
+# --- gold labels ----------------------------------------------------------------------------------
+# A reader takes the values of some fields of a row and returns the gold Answer, or raises
+# ParseError. Where a field holds the label in its output form, the form's `parse` is the reader.
+def read_label(label: str | int) -> Answer:
+    """Read a label into its canonical form; numbers become words."""
+    return parse_choice(answer_tag(normalize_label(label)))
+
+
+def read_option(index: int, options: list) -> Answer:
+    if not isinstance(options, list) or not 0 <= index < len(options):
+        raise ParseError("no such option")
+    return Answer(choice=str(options[index]), choices=tuple(map(str, options)))
+
+
+def read_event(label: str, start: int, end: int) -> Answer:
     if int(end) < int(start):
-        raise Unreadable("ends before it starts")
-    return Answer(events=merge([(label, [(int(start), int(end))])]))
+        raise ParseError("ends before it starts")
+    return Answer(events=merge_events([(label, [(int(start), int(end))])]))
 
 
-def gold_av_events(task, text: str) -> Answer:
-    """"audio: A,(0 3) B, (2 5)(6 7) visual: A,(0 10)": a part may be missing; each has labels and then their spans."""
+def read_av_events(text: str) -> Answer:
+    """Read "audio: A,(0 3) B, (2 5)(6 7) visual: A,(0 10)"; a part may be missing."""
+    # "", "audio", its events, "visual", its events
     before, *pieces = re.split(r"\b(audio|visual)\s*:", text, flags=re.IGNORECASE)
-    found = {name.lower(): merge(read_events(part)) for name, part in zip(pieces[::2], pieces[1::2])}
-    if before.strip() or not any(found.values()):
-        raise Unreadable("no part with an event")
-    return Answer(audio_events=found.get("audio", []), visual_events=found.get("visual", []))
+    events = {"audio": [], "visual": []}
+    for kind, part in zip(pieces[::2], pieces[1::2]):
+        events[kind.lower()] = merge_events(split_events(part))
+    if before.strip() or not any(events.values()):
+        raise ParseError("no part with an event")
+    return Answer(audio_events=events["audio"], visual_events=events["visual"])
 
 
-def gold_boxes(task, boxes: list) -> Answer:
-    return Answer(boxes=[check_box(box) for box in boxes], exists=bool(boxes) if task.parser == "exists" else None)
+def read_boxes(boxes: list) -> Answer:
+    return Answer(boxes=[check_box(box) for box in boxes])
 
 
-def gold_texts(task, answers: list) -> Answer:
-    """Several right answers: the first is the text, all of them are the choices. Released as texts or as {"answer": text}."""
+def read_corners(top_left: list, bottom_right: list) -> Answer:
+    return read_boxes([(*top_left, *bottom_right)])
+
+
+def read_exists(boxes: list) -> Answer:
+    answer = read_boxes(boxes)
+    answer.exists = bool(boxes)
+    return answer
+
+
+def read_texts(answers: list) -> Answer:
+    """Read several right answers: texts, or objects with a text under "answer"."""
     if not isinstance(answers, list) or not answers:
-        raise Unreadable("no list with an answer in it")
-    texts = [parse_text(task, a.get("answer", "") if isinstance(a, dict) else a).text for a in answers]
+        raise ParseError("no list with an answer in it")
+    texts = []
+    for answer in answers:
+        if isinstance(answer, dict):
+            answer = answer.get("answer", "")
+        texts.append(parse_text(answer).text)
     return Answer(text=texts[0], choices=tuple(texts))
 
 
-GOLDS = {                                              # reader of a gold field, and what it reads
-    "choice": (lambda task, label: parse_choice(task, answer_tag(normalize_label(label))), "a label"),
-    "option": (gold_option, "the index of the right option (from 0) and the list of options"),
-    "event": (gold_event, "the event, its start and its end in seconds"),
-    "av_events": (gold_av_events, "a text such as 'audio: Dog,(0 3) visual: Dog,(0 2),(5 10)'"),
-    "corners": (lambda task, first, last: gold_boxes(task, [(*first, *last)]), f"[x1, y1] and [x2, y2], 0 to {GRID}"),
-    "boxes": (gold_boxes, "the boxes of the row's mask (read_samples derives them)"),
-    "text": (parse_text, "a text"),
-    "texts": (gold_texts, 'a list of texts, or of objects with a text under "answer"'),
-    "target": (lambda task, text: PARSERS[task.parser](task, text), "a text with the label in its tag or box"),
+TAGGED_TEXT = "a text with the label in its tag or box"
+MASK_BOXES = "the boxes of the row's mask (read_samples derives them)"
+EXPECTED = {  # reader: what its fields hold, for the error text
+    read_label: "a label",
+    read_option: "the index of the right option (from 0) and the list of options",
+    read_event: "the event, its start and its end in seconds",
+    read_av_events: "a text such as 'audio: Dog,(0 3) visual: Dog,(0 2),(5 10)'",
+    read_corners: f"[x1, y1] and [x2, y2], 0 to {GRID}",
+    read_boxes: MASK_BOXES,
+    read_exists: MASK_BOXES,
+    read_texts: 'a list of texts, or of objects with a text under "answer"',
+    parse_text: "a text",
 }
+
+
+class GoldLabel:
+    """Where rows keep their gold label: the fields, and the function that reads them."""
+
+    def __init__(self, read: Callable[..., Answer], *fields: str):
+        self.read = read  # takes the value of each field
+        self.fields = fields
+        self.expected = EXPECTED.get(read, TAGGED_TEXT)

@@ -13,13 +13,13 @@ import re
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from crab_min.answers import Answer, mask_box
+from crab_min.answers import CHOICE, TEXT, Answer, GoldLabel, mask_box
 from crab_min.errors import DataError, MediaError
 from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.arrays import point_code, read_array, read_points
@@ -197,9 +197,18 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
 
 # Answers are text, or a label if every line's answer has an <answer> tag. A row's "options" make it
 # multiple choice, its "sides" {name: file} name side channels.
+CUSTOM = Task(
+    name="own", family="own", instruction="", target="", gold=GoldLabel(TEXT.parse, "target")
+)
 CUSTOM_TASKS = {
-    "text": Task.custom(parser="text", metric="rouge_l", sets=("cider",)),
-    "choice": Task.custom(parser="choice", metric="accuracy", sets=("by_class",)),
+    "text": replace(CUSTOM, form=TEXT, metric="rouge_l", set_metrics=("cider",)),
+    "choice": replace(
+        CUSTOM,
+        form=CHOICE,
+        gold=GoldLabel(CHOICE.parse, "target"),
+        set_metrics=("by_class",),
+        types=("type",),
+    ),
 }
 MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
 ROW_FORM = (

@@ -1,20 +1,36 @@
-"""I-LoRA, interaction-aware LoRA (Crab 2503.13068, section 3.3; Crab+ 2603.04128), as a method of PEFT.
+"""I-LoRA, interaction-aware LoRA, as a method of PEFT.
+
+Papers: Crab (2503.13068) and Crab+ (2603.04128), "Interaction-aware LoRA". LoRA adds one low-rank
+update to a linear. I-LoRA adds several, which share their matrix A, and a router that weighs them
+for every token, so that each head can serve another interaction of sound and picture:
 
     y = W x + b + (alpha / r) * sum_k w_k B_k A dropout(x),        w = softmax(R x)
 
-Every adapted linear gets one A (r x in), K heads B_k (out x r) and a router R (K x in). The router looks at each token
-by itself and at the input without dropout; its softmax is taken in float32. Every B_k is zero at the start, so a fresh
-adapter changes nothing. The heads stand side by side in one matrix B (out x K r), and their sum is one product:
+    symbol      variable                      shape
+    x           x                             (..., D_in)     tokens; any leading axes
+    W, b        base_layer                    (D_out, D_in)   frozen
+    A           ilora_A[name].weight          (r, D_in)
+    B_1 .. B_K  ilora_B[name].weight          (D_out, K r)    side by side; zero at the start
+    R           ilora_router[name].weight     (K, D_in)
+    w           w                             (..., K)        sums to 1 over the heads
+    alpha / r   scaling[name]
 
-    sum_k w_k B_k (A x) = B [w_1 A x; ...; w_K A x]
+Every B_k starts at zero, so a new adapter changes nothing. The router reads each token by itself,
+without dropout, and its softmax is taken in float32. With one head w is 1: that is LoRA.
 
-Importing this module registers the method, and PEFT does the rest: `get_peft_model(model, ILoraConfig(...))` on any
-Hugging Face model, saving, several adapters, switching, disabling, modules_to_save. What differs from the released
-code: one dropout mask for all heads, as in the equation and in Crab+ (Crab draws one a head and computes A x K times);
-an adapter can be disabled, and one with a single head, which is plain LoRA, can be merged (both releases refuse).
+The sum over the heads (`loop_form`) is computed as one product (`stacked_form`):
 
-Shapes: (..., D_in) tokens, R rank, K heads.
+    sum_k w_k B_k (A x) = [B_1 ... B_K] [w_1 A x; ...; w_K A x]
+
+Importing this module registers the method. PEFT does the rest: `get_peft_model(model,
+ILoraConfig(...))` on any Hugging Face model, saving, several adapters, switching, disabling,
+modules_to_save.
+
+What differs from the released code: all heads share one dropout mask, as in the equation and in
+Crab+ (Crab draws one mask per head and computes A x K times); an adapter can be disabled, and one
+with a single head can be merged (both releases refuse).
 """
+
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -28,79 +44,96 @@ from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crab_min.errors import ModelError
 
-class ILoraError(ValueError):
-    """A setting or a module that I-LoRA cannot work with: the value, what was expected, what to do."""
+
+class ILoraError(ModelError):
+    """A setting or a module that I-LoRA cannot work with."""
 
 
 class MergeError(ILoraError, NotImplementedError):
-    """A merge that cannot be; also a NotImplementedError, which PEFT raises for methods without merging."""
+    """An impossible merge; PEFT expects a NotImplementedError of methods without merging."""
 
 
-@dataclass
-class ILoraConfig(PeftConfig):
-    """Defaults are Crab's; Crab+ takes r 128, alpha 256, dropout .1. Raises ILoraError."""
-    r: int = field(default=8, metadata={"help": "rank"})
-    alpha: float = field(default=16, metadata={"help": "the update is multiplied by alpha / r"})
-    heads: int = field(default=3, metadata={"help": "number of B matrices that the router mixes"})
-    dropout: float = field(default=0.05, metadata={"help": "dropout before A; the router sees the input without it"})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "linears to adapt: ends of names, a regex of whole names, or all-linear"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "linears to leave alone"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "only these layers"})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "name of the layer list that layers_to_transform counts in"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
+# --- the equation ---------------------------------------------------------------------------------
+def route(logits: Tensor) -> Tensor:
+    """Return the routing weights w (..., K) in float32 for the router's logits R x (..., K)."""
+    return F.softmax(logits, dim=-1, dtype=torch.float32)
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = PeftType.ILORA
-        if self.r < 1 or self.heads < 1:
-            raise ILoraError(f"r={self.r}, heads={self.heads}: both must be 1 or more")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ILoraError(f"layers_to_transform={self.layers_to_transform} has no effect on target_modules="
-                             f"{self.target_modules!r}; put the layers into the regex, or give a list of names")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ILoraError(f"layers_pattern={self.layers_pattern!r} has no effect alone; set layers_to_transform too")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+
+def loop_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Add the update head by head, as the equation reads. The layer uses `stacked_form`.
+
+    Args:
+        y: output of the frozen linear, W x + b (..., D_out).
+        low: A dropout(x) (..., r).
+        w: routing weights (..., K).
+        B: all heads side by side (D_out, K r).
+        scaling: alpha / r.
+
+    Returns:
+        y + scaling * sum_k w_k B_k low (..., D_out).
+    """
+    update = torch.zeros_like(y)
+    for k, B_k in enumerate(B.chunk(w.shape[-1], dim=1)):  # B_k (D_out, r)
+        update = update + w[..., k : k + 1] * (low @ B_k.T)  # (..., D_out)
+    return y + scaling * update
+
+
+def stacked_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Add the update with one product over all heads. Same arguments and result as `loop_form`."""
+    # every head's share of A x, one behind the other: [w_1 A x; ...; w_K A x]
+    weighted = w[..., :, None] * low[..., None, :]  # (..., K, r)
+    stacked = weighted.reshape(-1, B.shape[1])  # (n, K r)
+
+    # the product adds to y as it goes, so that no second array of the size of y is made
+    if torch.is_autocast_enabled(y.device.type) or y.dtype == stacked.dtype:
+        return torch.addmm(y.reshape(-1, len(B)), stacked, B.T, alpha=scaling).view(y.shape)
+    # addmm wants one type: a half-precision base with a float32 adapter adds in two steps
+    return y + (scaling * (stacked @ B.T)).view(y.shape).to(y.dtype)
 
 
 class ILoraLayer(nn.Module, BaseTunerLayer):
-    """A linear and its adapters: `ilora_A`, `ilora_router` and `ilora_B` hold a small linear for each adapter name."""
+    """A frozen linear and its adapters: one A, one router and one B for each adapter name."""
 
+    # PEFT finds the parts of an adapter by these names
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
     other_param_names = ("scaling", "ilora_dropout")
 
-    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: ILoraConfig):
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: "ILoraConfig"):
         super().__init__()
         self.base_layer = base_layer
-        self.ilora_A, self.ilora_B, self.ilora_router, self.ilora_dropout = (nn.ModuleDict() for _ in range(4))
+        self.ilora_A = nn.ModuleDict()
+        self.ilora_B = nn.ModuleDict()
+        self.ilora_router = nn.ModuleDict()
+        self.ilora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self._disable_adapters, self.merged_adapters = False, []
+        # state that BaseTunerLayer reads
+        self._disable_adapters = False
+        self.merged_adapters = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    def update_layer(self, name: str, config: ILoraConfig) -> None:
-        """Add (or start anew) the adapter `name`."""
+    def update_layer(self, name: str, config: "ILoraConfig") -> None:
+        """Add the adapter `name`, or start it anew."""
         d_in, d_out = self.base_layer.in_features, self.base_layer.out_features
         self.ilora_A[name] = nn.Linear(d_in, config.r, bias=False)
         self.ilora_router[name] = nn.Linear(d_in, config.heads, bias=False)
-        self.ilora_B[name] = nn.Linear(config.heads * config.r, d_out, bias=False)     # B_k is columns k R to (k + 1) R
+        self.ilora_B[name] = nn.Linear(config.heads * config.r, d_out, bias=False)
+        self.ilora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.scaling[name] = config.alpha / config.r
+
         nn.init.kaiming_uniform_(self.ilora_A[name].weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.ilora_router[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.ilora_B[name].weight)
-        self.ilora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.scaling[name] = config.alpha / config.r
+
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)                                         # W x + b
+        y = self.base_layer(x, *args, **kwargs)  # W x + b
         if self.disable_adapters or self.merged:
             return y
         for name in self.active_adapters:
@@ -109,33 +142,32 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
         return y
 
     def add_update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """y + (alpha / r) * sum_k w_k B_k A dropout(x) for tokens x (..., D_in), y (..., D_out).
-
-        The last product adds to y as it goes, so that no second array of the size of y is made.
-        """
+        """Add the update of the adapter `name` for tokens x (..., D_in) to y (..., D_out)."""
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, self.ilora_A[name].weight.dtype)
-        low = self.ilora_A[name](self.ilora_dropout[name](x))                           # (..., R)
-        w = route(self.ilora_router[name](x)).to(low.dtype)                             # (..., K)
-        mixed = (w[..., None] * low[..., None, :]).reshape(-1, w.shape[-1] * low.shape[-1])                 # (n, K R)
-        B = self.ilora_B[name].weight
-        if torch.is_autocast_enabled(x.device.type) or y.dtype == mixed.dtype:
-            return torch.addmm(y.reshape(-1, len(B)), mixed, B.T, alpha=self.scaling[name]).view(y.shape)
-        return y + (self.scaling[name] * (mixed @ B.T)).view(y.shape).to(y.dtype)
+        low = self.ilora_A[name](self.ilora_dropout[name](x))  # (..., r)
+        w = route(self.ilora_router[name](x)).to(low.dtype)  # (..., K)
+        return stacked_form(y, low, w, self.ilora_B[name].weight, self.scaling[name])
 
+    # --- merging, possible with one head
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the update to the base weight, which only a single head allows. Raises MergeError."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.ilora_A]
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ilora_A]
         for name in names:
-            if (heads := self.ilora_router[name].out_features) > 1:
-                raise MergeError(f"adapter {name!r} has {heads} heads, and the router mixes them anew for every token, "
-                                 f"so no single weight does the same; keep the adapter beside the model, it can be "
-                                 f"saved and loaded with PEFT (only an adapter with heads=1 can be merged)")
+            heads = self.ilora_router[name].out_features
+            if heads > 1:
+                raise MergeError(
+                    f"adapter {name!r} has {heads} heads, and the router mixes them anew for every "
+                    f"token, so no single weight does the same; keep the adapter beside the model, "
+                    f"PEFT saves and loads it (only an adapter with heads=1 can be merged)"
+                )
         for name in names:
             weight = self.base_layer.weight.data + self.get_delta_weight(name)
             if safe_merge and not weight.isfinite().all():
-                raise MergeError(f"adapter {name!r}: merged weights would not be finite; train it again, or take an "
-                                 f"earlier state")
+                raise MergeError(
+                    f"adapter {name!r}: merged weights would not be finite; train it again, or "
+                    f"take an earlier state"
+                )
             self.base_layer.weight.data = weight
             self.merged_adapters.append(name)
 
@@ -144,58 +176,38 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
             self.base_layer.weight.data -= self.get_delta_weight(self.merged_adapters.pop())
 
     def get_delta_weight(self, name: str) -> Tensor:
-        """(alpha / r) B A (D_out, D_in) of an adapter with one head, whose w is 1."""
-        delta = self.scaling[name] * self.ilora_B[name].weight.data @ self.ilora_A[name].weight.data
+        """Return (alpha / r) B A (D_out, D_in) of an adapter with one head, whose w is 1."""
+        A, B = self.ilora_A[name].weight.data, self.ilora_B[name].weight.data
+        delta = self.scaling[name] * B @ A
         return delta.to(self.base_layer.weight.dtype)
 
 
 class ILoraLinear(ILoraLayer):
-    """The layer under the name that PEFT needs: `all-linear` finds an adapted linear by `Linear` in its class name."""
+    """The layer under a name with `Linear` in it, by which PEFT's `all-linear` finds it again."""
 
 
-class ILoraModel(BaseTuner):
-    """Puts an adapter into every targeted linear; matching, freezing, saving and switching are BaseTuner's."""
-
-    prefix, tuner_layer_cls, target_module_mapping = "ilora_", ILoraLayer, {}
-
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
-            linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            ends = Counter(name.split(".")[-1] for name in linears)
-            raise ILoraError(f"{error} This model's linears end in {', '.join(f'{end} ({n})' for end, n in ends.items())}; "
-                             f"give a list of such ends, or a regex of whole names like {linears[0]!r}") from error
-
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if isinstance(target, ILoraLayer):
-            return target.update_layer(adapter_name, peft_config)
-        if not isinstance(target, nn.Linear):
-            raise ILoraError(f"{current_key} is a {type(target).__name__}, and I-LoRA adapts nn.Linear only; narrow "
-                             f"target_modules={peft_config.target_modules} or set exclude_modules")
-        layer = ILoraLinear(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-
-def route(logits: Tensor) -> Tensor:
-    """w (..., K), float32, of the router's logits R x."""
-    return F.softmax(logits, dim=-1, dtype=torch.float32)
-
-
+# --- looking at the routers -----------------------------------------------------------------------
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Keep what the routers say: `with record_routing(model) as weights: model(...)`.
+    """Record the routing weights: `with record_routing(model) as weights: model(...)`.
 
-    weights: name of the adapted linear in `model` -> w (..., K) of its last forward, float32, without gradient.
+    Yields:
+        name of the adapted linear in `model` -> w (..., K) of its last forward, in float32,
+        without gradient.
     """
-    weights, hooks = {}, []
+    weights: dict[str, Tensor] = {}
+
+    def recorder(name: str):
+        def hook(router: nn.Module, inputs: tuple, logits: Tensor) -> None:
+            weights[name] = route(logits.detach())
+
+        return hook
+
+    hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, ILoraLayer):
-            def keep(router, inputs, logits, name=name):
-                weights[name] = route(logits.detach())
-            hooks += [router.register_forward_hook(keep) for router in layer.ilora_router.values()]
+            for router in layer.ilora_router.values():
+                hooks.append(router.register_forward_hook(recorder(name)))
     try:
         yield weights
     finally:
@@ -203,15 +215,110 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
+# --- settings -------------------------------------------------------------------------------------
+def option(default, text: str):
+    """Return a dataclass field with a help text."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ILoraConfig(PeftConfig):
+    """Sizes and targets of an adapter. Raises ILoraError for settings without sense.
+
+    The defaults are Crab's; Crab+ takes r=128, alpha=256, dropout=0.1.
+    """
+
+    r: int = option(8, "rank")
+    alpha: float = option(16, "the update is multiplied by alpha / r")
+    heads: int = option(3, "number of B matrices that the router mixes")
+    dropout: float = option(0.05, "dropout before A; the router sees the input without it")
+    target_modules: list[str] | str | None = option(
+        None, "linears to adapt: ends of names, a regex of whole names, or all-linear"
+    )
+    exclude_modules: list[str] | str | None = option(None, "linears to leave alone")
+    layers_to_transform: list[int] | int | None = option(None, "only these layers")
+    layers_pattern: list[str] | str | None = option(
+        None, "name of the layer list that layers_to_transform counts in"
+    )
+    modules_to_save: list[str] | None = option(None, "modules trained and saved whole")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.ILORA
+        if self.r < 1 or self.heads < 1:
+            raise ILoraError(f"r={self.r}, heads={self.heads}: both must be 1 or more")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ILoraError(
+                f"layers_to_transform={self.layers_to_transform} has no effect on target_modules="
+                f"{self.target_modules!r}; put the layers into the regex, or give a list of names"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ILoraError(
+                f"layers_pattern={self.layers_pattern!r} has no effect alone; "
+                f"set layers_to_transform too"
+            )
+        # as PEFT keeps them
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+
+# --- the method in PEFT ---------------------------------------------------------------------------
+class ILoraModel(BaseTuner):
+    """Puts an adapter into every targeted linear; BaseTuner matches, freezes and saves."""
+
+    prefix = "ilora_"
+    tuner_layer_cls = ILoraLayer
+    target_module_mapping = {}
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise ILoraError(f"{error} {describe_linears(model)}") from error
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ):
+        # a second adapter on the same linear
+        if isinstance(target, ILoraLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if not isinstance(target, nn.Linear):
+            raise ILoraError(
+                f"{current_key} is a {type(target).__name__}, and I-LoRA adapts nn.Linear only; "
+                f"narrow target_modules={peft_config.target_modules} or set exclude_modules"
+            )
+        layer = ILoraLinear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def describe_linears(model: nn.Module) -> str:
+    """Say which linears a model has, for an error about targets that match none."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    ends = Counter(name.split(".")[-1] for name in names)
+    listed = ", ".join(f"{end} ({count})" for end, count in ends.items())
+    return (
+        f"This model's linears end in {listed}; "
+        f"give a list of such ends, or a regex of whole names like {names[0]!r}"
+    )
+
+
 def register() -> None:
-    """Make PEFT know the method: its enum is closed, so one member is added; PEFT's own registration does the rest."""
-    if "ILORA" not in PeftType.__members__:
-        member = str.__new__(PeftType, "ILORA")
-        member._name_ = member._value_ = "ILORA"
-        setattr(PeftType, "ILORA", member)
-        PeftType._member_names_.append("ILORA")
-        PeftType._member_map_["ILORA"] = PeftType._value2member_map_["ILORA"] = member
-        register_peft_method(name="ilora", config_cls=ILoraConfig, model_cls=ILoraModel)
+    """Make PEFT know the method. Its enum of methods is closed, so a member is added to it."""
+    if "ILORA" in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, "ILORA")
+    member._name_ = "ILORA"
+    member._value_ = "ILORA"
+    PeftType.ILORA = member
+    PeftType._member_names_.append("ILORA")
+    PeftType._member_map_["ILORA"] = member
+    PeftType._value2member_map_["ILORA"] = member
+    register_peft_method(name="ilora", config_cls=ILoraConfig, model_cls=ILoraModel)
 
 
 register()

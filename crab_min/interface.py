@@ -1,18 +1,16 @@
-"""The unified interface: one prompt builder and one output grammar for the 19 AV-UIE v2 folders (and what v1, PAVE and CREMA add).
+"""Crab+'s unified input interface: from an annotation row to a prompt.
 
-Crab+ (2603.04128) trains all its tasks through text: media and an instruction go in, out come reasoning in prose and
-then the label in a tag. A dataset is a row of TASKS (papers/crab.md 2.5, 6.1), which training, evaluation and infer.py
-share.
+Crab+ (arXiv 2603.04128) asks every task in one way: the media, each after a marker in words, and
+then an instruction. `build_prompt` makes a list of PromptPart of them for training, evaluation and
+infer.py alike. Later the backbone's chat template goes around the text, and features of each
+medium take the place of its part (model.py).
 
-Output grammar, after free prose, with whole seconds (end exclusive) and integers on a 224 x 224 grid:
-    <answer>yes</answer>   <event>label, (0 3)(7 10)</event>   <audio_event>...   <visual_event>...
-    [x1,y1,x2,y2] a box, [x,y] a point; where there are several objects, each box is followed by its points
-    <mask_0> ... <mask_5> a mask, where the model has a decoder for it (segment.py)
-`parse` also takes what models really write: odd spaces and case, no closing tag, repeated tags, <range>0,3</range>.
+The sound of a clip is heard in pieces. Which pieces depends on the dataset: see `audio_windows`.
 
-Differs from the released code: the instructions are ours; every medium follows a marker (the released a2v prompt does
-not say where its first video ends); test golds look like training labels (released a2v: "one" and 1).
+What differs from the released code: the instructions are worded by us (`--prompts FILE` replaces
+them), and every medium has a marker. The released a2v prompt runs its two videos together.
 """
+
 import json
 import os
 import re
@@ -20,133 +18,217 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from crab_min.answers import row_field
 from crab_min.errors import DataError
-from crab_min.tasks import TASKS, Task
+from crab_min.tasks import TASKS, Medium, Task
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
     """One piece of a prompt: text, or a medium to be decoded."""
-    kind: str                                          # "text", "video", "audio", "image"; of a side channel also "view", "flow", "fast", "array", "points"
+
+    # "text", "video", "audio" or "image"; a side channel also "view", "flow", "fast", "array" or
+    # "points" (data.py).
+    kind: str
     text: str = ""
     path: str = ""
-    frames: int = 10                                   # of a video
-    window: str = "tenths"                             # of an audio file, see audio_windows
-    index: int = 0                                     # which piece of the audio goes with the image ("fifth", "tenth")
-    side: str = ""                                     # side channel of the video before it (PAVE): its name; no tokens of its own
+    frames: int = 10  # of a video
+    window: str = "tenths"  # of a sound, a name of audio_windows
+    index: int = 0  # of a sound that goes with one frame: which fifth or tenth of it
+    side: str = ""  # name of a side channel of the video before it (PAVE, CREMA)
 
 
-# --- the tasks -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PromptLayout:
+    """How every prompt of a model is laid out, around the parts that build_prompt makes.
+
+    A run keeps it in its config.json, so that it is asked in the form in which it was trained.
+    """
+
+    before: str = ""  # text before the prompt: a system text, the opening of a chat template
+    after: str = "\n"  # text between the prompt and the answer
+    # Text between two videos or two sounds; the released Crab+ runs them together.
+    separate_media: bool = True
 
 
-# --- prompts -------------------------------------------------------------------------------------------------------
+# --- from a row to a prompt -----------------------------------------------------------------------
+def build_prompt(
+    task: Task, row: dict, root: str = "", prompts: dict[str, str] | None = None
+) -> list[PromptPart]:
+    r"""Return the prompt of one row: each medium after its marker, then the instruction.
+
+    Args:
+        task: the row of TASKS.
+        row: an annotation row of either split, or one made from command-line arguments.
+        root: the folder of the task folders.
+        prompts: instructions that replace ours, by task name.
+
+    Raises:
+        DataError: a field is missing, or an instruction lacks a placeholder.
+
+    >>> row = {"video_path": "7.mp4", "audio_path": "7.wav", "question": "How many drums?"}
+    >>> parts = build_prompt(TASKS["avqa"], row, root="data")
+    >>> for part in parts:
+    ...     print(part.kind, repr(part.path or part.text))
+    text 'video: '
+    video 'data/avqa/video/7.mp4'
+    text '\naudio: '
+    audio 'data/avqa/audio/7.wav'
+    text '\nQuestion: How many drums?'
+    >>> print(prompt_text(parts))
+    video: <video 7.mp4>
+    audio: <audio 7.wav>
+    Question: How many drums?
+    """
+    # The media, each on a line of its own after its marker.
+    parts = []
+    for medium in task.media:
+        line_break = "\n" if parts else ""
+        parts.append(text_part(f"{line_break}{medium.marker}: "))
+        parts.append(media_part(task, medium, row, root))
+    # The instruction: that of the task, or the user's.
+    if prompts is None:
+        prompts = {}
+    instruction = check_prompts(prompts).get(task.name, task.instruction)
+    return [*parts, text_part("\n" + fill_slots(task, instruction, row))]
 
 
-def media_path(root: str, task: Task, value: str, subfolder: str) -> str:
-    """Where a file is: `value` is relative to ROOT/TASK/SUBFOLDER and may leave it ("../../ave/video/x.mp4")."""
-    return os.path.normpath(os.path.join(root, task.name, subfolder, value))
+@lru_cache(maxsize=1024)
+def text_part(text: str) -> PromptPart:
+    """Return a text part. The cache lets 200,000 rows share the few different texts there are."""
+    return PromptPart("text", text=text)
 
 
-def check_prompts(prompts: dict) -> dict:
-    """`prompts` {task name: instruction}, if each has exactly the placeholders of its task. Raises DataError."""
-    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-        raise DataError('prompts must be an object of task names and texts, such as {"ks": "What is done?"}')
+def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
+    """Return the part of one medium of a row."""
+    value = task.read_field(row, medium.fields, f"the path of the {medium.kind} file")
+    # A path may leave the folder of its task: "../../ave/video/x.mp4".
+    path = os.path.normpath(os.path.join(root, task.name, medium.subfolder, str(value)))
+    if medium.kind != "audio":
+        return PromptPart(medium.kind, path=path, frames=task.frames)
+    # Rows of AV-UIE v1 have a window of their own: Crab hears more of some sounds than Crab+.
+    window = row.get("window", task.audio)
+    return PromptPart("audio", path=path, window=window, index=frame_index(task, row, window))
+
+
+def fill_slots(task: Task, instruction: str, row: dict) -> str:
+    """Put the row's texts in the place of the instruction's placeholders, options as a list."""
+    slot_values = {}
+    for slot in task.slots:
+        value = task.read_field(row, slot.fields, f"the {slot.name}")
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        slot_values[slot.name] = "; ".join(str(text).strip() for text in texts)
+    # Replace all at once, so that {braces} in a question stay as they are.
+    return re.sub(r"\{(\w+)\}", lambda match: slot_values[match[1]], instruction)
+
+
+def prompt_text(parts: list[PromptPart]) -> str:
+    """Return a prompt as one string to look at, with <kind file name> for each medium."""
+    pieces = []
+    for part in parts:
+        if part.kind == "text":
+            pieces.append(part.text)
+        else:
+            pieces.append(f"<{part.side or part.kind} {Path(part.path).name}>")
+    return "".join(pieces)
+
+
+# --- the file of --prompts ------------------------------------------------------------------------
+def check_prompts(prompts: dict[str, str]) -> dict[str, str]:
+    """Return `prompts` {task name: instruction} if it can be used.
+
+    Raises:
+        DataError: a task is unknown, or an instruction has other placeholders than its task.
+    """
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) for p in prompts.values()):
+        raise DataError(
+            'prompts must be an object of task names and texts, such as {"ks": "What is done?"}'
+        )
     for name, text in prompts.items():
         if name not in TASKS:
             raise DataError(f"prompts: unknown task {name!r}; choose from {', '.join(TASKS)}")
-        wanted, found = {slot for slot, _ in TASKS[name].slots}, set(re.findall(r"\{(\w+)\}", text))
-        if wanted != found:
-            raise DataError(f"prompts: {name} needs placeholders {sorted(wanted)}, has {sorted(found)}: {text!r}")
+        # Exactly the placeholders of the task: one too few would hide the question.
+        needed = {slot.name for slot in TASKS[name].slots}
+        placeholders = set(re.findall(r"\{(\w+)\}", text))
+        if needed != placeholders:
+            raise DataError(
+                f"prompts: {name} needs placeholders {sorted(needed)}, "
+                f"has {sorted(placeholders)}: {text!r}"
+            )
     return prompts
 
 
-def load_prompts(path: str) -> dict:
-    """Read and check the file of `--prompts`. Raises DataError."""
+def load_prompts(path: str) -> dict[str, str]:
+    """Read and check the file of --prompts. Raises DataError."""
     try:
         return check_prompts(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def build_prompt(task: Task, row: dict, root: str = "", prompts: dict | None = None) -> list[PromptPart]:
-    """The prompt of one row: each medium after its marker ("video: ", "audio two: "), then the instruction.
-
-    row: an annotation row of either split, or one made from command-line arguments; root: the folder of the task
-    folders; prompts: instructions that replace ours, by task name. Raises DataError for what is missing.
-    """
-    parts, words = [], {}
-    for kind, names, subfolder in task.media:
-        value = row_field(task, row, names, f"the path of the {kind} file")
-        number = " one" if "1" in names[0] else " two" if "2" in names[0] else ""
-        parts.append(text_part("\n" * bool(parts) + kind + number + ": "))
-        path = media_path(root, task, str(value), subfolder)
-        window = row.get("window", task.audio)         # Crab hears more of some tasks than Crab+
-        parts.append(PromptPart(kind, path=path, window=window, index=frame_index(task, row, window)) if kind == "audio" else
-                     PromptPart(kind, path=path, frames=task.frames))
-    for slot, names in task.slots:
-        value = row_field(task, row, names, f"the {slot}")
-        values = value if isinstance(value, (list, tuple)) else [value]
-        words[slot] = "; ".join(str(v).strip() for v in values)
-    ask = check_prompts(prompts or {}).get(task.name, task.ask)
-    return parts + [text_part("\n" + re.sub(r"\{(\w+)\}", lambda slot: words[slot[1]], ask))]
-
-
-@lru_cache(maxsize=1024)
-def text_part(text: str) -> PromptPart:
-    """A text part; hundreds of thousands of rows share the few texts there are."""
-    return PromptPart("text", text=text)
-
-
-PIECES = {"fifth": 5, "tenth": 10}                     # audio windows that depend on the frame index
-
-
-def frame_index(task: Task, row: dict, window: str) -> int:
-    """Which fifth or tenth of the sound goes with the image, from 0; 0 for tasks that hear all of it.
-
-    Field frame_idx or idx, or else the image's file name (training rows of s4). Raises DataError.
-    """
-    if window not in PIECES:
-        return 0
-    image = Path(str(row_field(task, row, task.media[0][1], "the path of the image file"))).stem
-    value = next((row[name] for name in ("frame_idx", "idx") if row.get(name) is not None), image)
-    if not str(value).isdecimal() or int(value) >= PIECES[window]:
-        raise DataError(f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
-                             f"number 0 to {PIECES[window] - 1}, got {value!r}")
-    return int(value)
+# --- audio windows --------------------------------------------------------------------------------
+PARTS = {"tenths": 10, "fifths": 5}  # all of the sound, in so many equal parts
+ONE_PART = {"tenth": 10, "fifth": 5}  # one such part: that of the frame in the prompt
 
 
 def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float, float]]:
-    """The (start, end) in seconds of the pieces of a sound file that a task hears; outside of the file is silence.
+    """Return the pieces (start, end) of a sound, in seconds, that a task hears.
 
-    tenths, fifths: all of it in equal parts; fifth, tenth: the index-th of them (s4, ms3; ref_avs); first4: 4 x 1 s
-    (emotion); spread (avqa): 2 s around every tenth, [i - 0.5, i + 1.5] for i = 0, 6, ..., 54 in a minute. Below 20 s
-    these would overlap, and spread is tenths; the released code scales time instead (a window lasts length / 30).
+    A piece may leave the file, where there is silence. Names:
+
+        tenths, fifths   the whole sound in 10 or 5 equal parts
+        tenth, fifth     the index-th of these parts: ref_avs; s4 and ms3
+        first4           the first four seconds, one by one: emotion
+        spread           10 windows of 2 seconds around equal steps: avqa, which in a minute of
+                         music hears [i - 0.5, i + 1.5] for i = 0, 6, ..., 54
+
+    Below 20 seconds the windows of "spread" would overlap, and it is "tenths". The released code
+    scales time instead: there, a window is a thirtieth of the sound.
+
+    Args:
+        name: one of the names above.
+        seconds: length of the sound.
+        index: from 0, for "tenth" and "fifth".
+
+    Raises:
+        DataError: a sound without length.
     """
-    if not seconds > 0:
+    if not seconds > 0:  # also refuses nan
         raise DataError(f"a sound of {seconds} s has no windows; expected a positive length")
     if name == "first4":
-        return [(float(i), i + 1.) for i in range(4)]
-    if name == "spread" and seconds >= 20:
-        return [(i * seconds / 10 - .5, i * seconds / 10 + 1.5) for i in range(10)]
-    count = {"tenths": 10, "fifths": 5, "spread": 10, **PIECES}[name]
-    return [(i * seconds / count, (i + 1) * seconds / count) for i in ([index] if name in PIECES else range(count))]
+        return [(float(second), second + 1.0) for second in range(4)]
+    if name == "spread":
+        if seconds >= 20:
+            return [(i * seconds / 10 - 0.5, i * seconds / 10 + 1.5) for i in range(10)]
+        name = "tenths"
+    if name in ONE_PART:
+        return [part_window(seconds, ONE_PART[name], index)]
+    return [part_window(seconds, PARTS[name], i) for i in range(PARTS[name])]
 
 
-# --- the output grammar: writing -----------------------------------------------------------------------------------
+def part_window(seconds: float, n_parts: int, index: int) -> tuple[float, float]:
+    """Return (start, end) of one of the equal parts of a sound."""
+    return index * seconds / n_parts, (index + 1) * seconds / n_parts
 
 
-# --- the output grammar: reading -----------------------------------------------------------------------------------
+def frame_index(task: Task, row: dict, window: str) -> int:
+    """Return which fifth or tenth of the sound goes with the image; 0 where a task hears it all.
 
+    It is the field frame_idx or idx, else the image's file name (training rows of s4).
 
-# --- gold answers --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PromptLayout:
-    """How every prompt of a model is laid out, around the parts that build_prompt makes."""
-
-    before: str = ""  # text before the prompt: a system text, the opening of a chat template
-    after: str = "\n"  # text between the prompt and the answer
-    # text between two videos or two sounds that follow one another; released Crab+ runs them together
-    separate_media: bool = True
+    Raises:
+        DataError: the number is missing or too large.
+    """
+    if window not in ONE_PART:
+        return 0
+    # frame_idx goes before idx, and idx before the name of the image.
+    image = task.read_field(row, task.media[0].fields, "the path of the image file")
+    number = Path(str(image)).stem
+    for name in ("idx", "frame_idx"):
+        if row.get(name) is not None:
+            number = row[name]
+    if not str(number).isdecimal() or int(number) >= ONE_PART[window]:
+        raise DataError(
+            f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
+            f"number 0 to {ONE_PART[window] - 1}, got {number!r}"
+        )
+    return int(number)

@@ -1,110 +1,303 @@
-"""TODO."""
+"""The datasets: one row of TASKS says all that crab_min has to know about a dataset.
+
+Crab+ (arXiv 2603.04128) puts seven families of tasks behind one unified interface: media and an
+instruction go in, explicit reasoning and a label come out. What differs from dataset to dataset is
+data, not code: which media, how many frames, which instruction, which form the label has, which
+fields of an annotation row hold the label. Training, evaluation and infer.py read the same row. A
+new dataset is a new row.
+
+The folders of AV-UIE v2 (Crab+) come first, then what AV-UIE v1 (Crab, arXiv 2503.13068), PAVE
+(arXiv 2503.19794) and CREMA (arXiv 2402.05889) add. The instructions are worded by us; `--prompts`
+replaces any of them.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from crab_min.answers import Answer, format_answer, gold_answer, parse_answer
-
-VIDEO, AUDIO = ("video", ("video_path",), "video"), ("audio", ("audio_path",), "audio")       # kind, fields, subfolder
-
-
-IMAGE, SOUND = ("image", ("image_path", "visual_path"), ""), ("audio", ("audio_path",), "")   # visual_path: test rows
+from crab_min.answers import (
+    AV_EVENTS,
+    BOX,
+    BOXES,
+    CHOICE,
+    EVENT,
+    EVENTS,
+    EXISTS,
+    TEXT,
+    Answer,
+    GoldLabel,
+    OutputForm,
+    ParseError,
+    check_option,
+    read_av_events,
+    read_boxes,
+    read_corners,
+    read_event,
+    read_exists,
+    read_label,
+    read_option,
+    read_texts,
+)
+from crab_min.errors import DataError
 
 
 @dataclass(frozen=True)
-class Task:
-    """One dataset: a folder of AV-UIE v2, or a source of v1, of PAVE (2503.19794) or of CREMA (2402.05889)."""
+class Medium:
+    """One medium of a prompt, and where a row names its file."""
+
+    kind: str  # "video", "audio" or "image"
+    marker: str  # what the prompt writes before it
+    fields: tuple[str, ...]  # the path is in the first of them that the row has
+    subfolder: str  # of the task's folder; the path begins there
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A {placeholder} of an instruction, and where a row has the text for it."""
+
     name: str
-    family: str                                        # one of the paper's seven tasks
-    ask: str                                           # the instruction, with the placeholders of `slots`
-    target: str                                        # the field that holds the text of a training row
-    gold: tuple                                        # how the label of a row is read: a key of GOLDS, its fields
-    gold_train: tuple = ()                             # the same for training rows, where they differ
-    parser: str = "choice"                             # a key of PARSERS
-    metric: str = "accuracy"                           # a key of metrics.METRICS
-    sets: tuple = ()                                   # numbers of a whole set beside it: keys of metrics.SETS
-    media: tuple = (VIDEO, AUDIO)                      # in the order of the prompt
-    frames: int = 10                                   # of each video
-    audio: str = "tenths"                              # audio window
-    slots: tuple = ()                                  # (placeholder, accepted fields)
-    options: tuple = ()                                # the only answers there are, in canonical form
-    types: tuple = ()                                  # fields that name the type of a question, scored apart too
-    splits: tuple = ("train", "test")
-    v2: bool = True                                    # a folder of AV-UIE v2; else of v1, PAVE or CREMA alone
+    fields: tuple[str, ...]  # the text is in the first of them that the row has
+
+
+# fmt: off
+VIDEO     = Medium("video", "video",     fields=("video_path",),  subfolder="video")
+VIDEO_ONE = Medium("video", "video one", fields=("video1_path",), subfolder="video")
+VIDEO_TWO = Medium("video", "video two", fields=("video2_path",), subfolder="video")
+AUDIO     = Medium("audio", "audio",     fields=("audio_path",),  subfolder="audio")
+AUDIO_ONE = Medium("audio", "audio one", fields=("audio1_path",), subfolder="audio")
+AUDIO_TWO = Medium("audio", "audio two", fields=("audio2_path",), subfolder="audio")
+
+# An image and its sound lie anywhere in the task's folder. Test rows say visual_path.
+IMAGE       = Medium("image", "image", fields=("image_path", "visual_path"), subfolder="")
+IMAGE_AUDIO = Medium("audio", "audio", fields=("audio_path",),               subfolder="")
+
+QUESTION    = Slot("question",    fields=("question", "question_text"))
+CHOICES     = Slot("choices",     fields=("multi_choice",))
+DESCRIPTION = Slot("description", fields=("description", "object"))
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One dataset: its prompts, its answers, and how they are scored."""
+
+    name: str  # of its folder below the data folder
+    family: str  # one of Crab+'s seven families of tasks
+    v2: bool = True  # a folder of AV-UIE v2; else of AV-UIE v1, PAVE or CREMA
+    splits: tuple[str, ...] = ("train", "test")
+
+    # Unified input interface
+    instruction: str  # with a {placeholder} for each slot
+    slots: tuple[Slot, ...] = ()
+    media: tuple[Medium, ...] = (VIDEO, AUDIO)  # in the order of the prompt
+    frames: int = 10  # per video
+    audio: str = "tenths"  # which part of the sound, a name of interface.audio_windows
+
+    # Unified output interface
+    form: OutputForm = CHOICE
+    options: tuple[str, ...] = ()  # CHOICE: the only labels there are, in canonical form
+    target: str = "label"  # the field with the target text of a training row
+    gold: GoldLabel
+    gold_train: GoldLabel | None = None  # of training rows, where they differ from test rows
+    mask_head: str = ""  # "binary", or "classes": a mask with one class per pixel; "": no masks
+
+    # Scores: names from evaluation/metrics.py
+    metric: str = "accuracy"  # of one sample
+    set_metrics: tuple[str, ...] = ()  # further numbers, of a whole test set
+    types: tuple[str, ...] = ()  # fields with the type of a question; each type is scored apart too
 
     def parse(self, text: str) -> Answer:
-        return parse_answer(self, text)
+        """Read a model's text. Where it does not parse, `error` says why; nothing is raised."""
+        try:
+            return self.form.parse(text, self.options)
+        except ParseError as reason:
+            return Answer(text=text, error=str(reason))
 
     def format(self, answer: Answer) -> str:
-        return format_answer(self, answer)
+        """Write the label of an answer, without reasoning."""
+        return self.form.format(answer)
 
-    def gold_answer(self, row: dict, split: str = "test") -> Answer:
-        return gold_answer(self, row, split)
+    def gold_answer(self, row: dict[str, Any], split: str = "test") -> Answer:
+        """Return the gold answer of an annotation row.
 
+        Test rows of s4, ms3 and ref_avs have a mask file instead of boxes; data.py puts the boxes
+        of the mask (none where it is empty) into row["gold_boxes"] first.
 
-TWO_VIDEOS = ("video", ("video1_path",), "video"), ("video", ("video2_path",), "video")
+        Raises:
+            DataError: a field is missing or holds something else; the text says which and what.
+        """
+        gold = self.gold
+        if split == "train" and self.gold_train:
+            gold = self.gold_train
+        values = [self.read_field(row, (name,), gold.expected) for name in gold.fields]
+        try:
+            answer = gold.read(*values)
+            if self.options:
+                check_option(answer.choice, self.options)
+            return answer
+        # A value of another type fails in many ways.
+        except (ParseError, TypeError, ValueError, AttributeError, OverflowError) as reason:
+            fields = ", ".join(map(repr, gold.fields))
+            actual = ", ".join(map(repr, values))
+            raise DataError(
+                f"{self.name}: field {fields} must be {gold.expected}, got {actual} ({reason})"
+            ) from None
 
+    def read_field(self, row: dict[str, Any], names: Sequence[str], expected: str) -> Any:
+        """Return the value of the first of the fields `names` that the row has.
 
-TWO_AUDIOS = ("audio", ("audio1_path",), "audio"), ("audio", ("audio2_path",), "audio")
-
-
-QUESTION = "question", ("question", "question_text")
-
-
-IN_TEXT, IN_MASK = ("target", "label_content"), ("boxes", "gold_boxes")
+        Raises:
+            DataError: the row has none of them; expected: what the fields hold, for the text.
+        """
+        for name in names:
+            if row.get(name) is not None:
+                return row[name]
+        missing = " or ".join(map(repr, names))
+        raise DataError(
+            f"{self.name}: the row has no field {missing}; expected {expected}; "
+            f"its fields: {', '.join(row) or 'none'}"
+        )
 
 
 EMOTION = "Which emotion does the person show?"
+MASK_BOXES = GoldLabel(read_boxes, "gold_boxes")
 
-
-FACE = dict(frames=4, audio="first4", sets=("by_class",))
-
-
+# fmt: off
 TASKS = {task.name: task for task in (
-    Task("a2v", "matching", "Which video goes with the audio, one or two?", "label", ("choice", "correct_video"),
-         media=(AUDIO, *TWO_VIDEOS), options=("one", "two")),
-    Task("v2a", "matching", "Which audio goes with the video, one or two?", "label", ("choice", "correct_audio"),
-         media=(VIDEO, *TWO_AUDIOS), options=("one", "two")),
-    Task("ks", "action", "What is being done?", "label", ("choice", "action")),
-    Task("ucf", "action", "Which action is shown?", "new_label", ("choice", "label")),
-    Task("meld", "emotion", EMOTION, "label", ("choice", "Emotion"), **FACE),
-    Task("mer24", "emotion", EMOTION, "label", ("choice", "discrete"), **FACE, splits=("train",)),
-    Task("cremad", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
-    Task("mafw", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
-    Task("dfew", "emotion", EMOTION, "label", ("choice", "emotion"), **FACE),
-    Task("avqa", "qa", "Question: {question}", "label", ("choice", "answer"), audio="spread", slots=(QUESTION,),
-         types=("type",), sets=("substring_released", "part_of_gold")),
-    Task("avqa_thu", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
-         slots=(QUESTION, ("choices", ("multi_choice",))), types=("question_relation", "question_type")),
-    Task("ave", "localisation", "Which event is both seen and heard, and when?", "label_content",
-         ("event", "event", "start_time", "end_time"), parser="event", metric="segments"),
-    Task("unav", "localisation", "Which events happen, and when?", "label_content", IN_TEXT,
-         parser="events", metric="event_f", splits=("train",)),
-    Task("avvp", "localisation", "Which events are seen, which are heard, and when?", "label_content",
-         ("av_events", "event"), parser="av_events", metric="av_event_f"),
-    Task("s4", "segmentation", "Which thing sounds? Give its box and three points.", "label_content", IN_MASK, IN_TEXT,
-         parser="boxes", metric="first_box", media=(IMAGE, SOUND), audio="fifth"),
-    Task("ms3", "segmentation", "Which things sound? Give a box and three points for each.", "label_content", IN_MASK,
-         IN_TEXT, parser="boxes", metric="all_boxes", media=(IMAGE, SOUND), audio="fifth"),
-    Task("ref_avs", "segmentation", "Is {description} in the image? If true, give its box and three points.", "output",
-         IN_MASK, ("target", "output"), parser="exists", metric="exists_box", media=(IMAGE, SOUND), audio="tenth",
-         slots=(("description", ("description", "object")),), options=("true", "false")),
-    Task("arig", "segmentation", "Which thing sounds? Give its box.", "label_content",
-         ("corners", "top_left", "bottom_right"), IN_TEXT, parser="box", metric="first_box", media=(IMAGE, SOUND),
-         audio="fifths"),
-    Task("avcap", "captioning", "Say what is seen and heard.", "label_content", ("text", "label_content"),
-         parser="text", metric="rouge_l", sets=("cider",), splits=("train",)),
-    Task("avss", "segmentation", "Which things sound? Give a box and three points for each.", "label_content", IN_MASK,
-         IN_TEXT, parser="boxes", metric="all_boxes", media=(IMAGE, SOUND), audio="tenth", v2=False),
-    Task("audiocaps", "captioning", "Say what is heard.", "label_content", ("text", "label_content"), parser="text",
-         metric="rouge_l", sets=("cider",), media=(SOUND,), v2=False),
-    Task("lvis", "segmentation", "Where is the {name}? Give its box.", "label_content", IN_MASK, parser="box",
-         metric="first_box", media=(IMAGE,), slots=(("name", ("name",)),), v2=False),
-    Task("avsd", "qa", "Answer the last question of the dialogue. {dialogue}", "answer", ("text", "answer"), parser="text",
-         metric="rouge_l", sets=("cider",), slots=(("dialogue", ("dialogue",)),), v2=False),
-    Task("scanqa", "qa", "Answer in a few words: {question}", "answer", ("texts", "answers"), parser="text",
-         metric="exact_match", sets=("refined",), media=(VIDEO,), slots=(QUESTION,), v2=False),
-    Task("sqa3d", "qa", "Answer in a few words: {situation} {question}", "answer", ("texts", "answers"), parser="text",
-         metric="exact_match", sets=("refined", "substring_of_gold"), media=(VIDEO,),
-         slots=(("situation", ("situation",)), QUESTION), types=("type",), v2=False),
-    Task("nextqa", "qa", "Question: {question} Options: {choices}", "label", ("option", "answer", "multi_choice"),
-         media=(VIDEO,), slots=(QUESTION, ("choices", ("multi_choice",))), types=("type",), v2=False),
+    # --- matching -----------------------------------------------------------------------------
+    # A sound and two videos: the video that the sound belongs to.
+    Task(name="a2v", family="matching",
+         instruction="Which video goes with the audio, one or two?",
+         media=(AUDIO, VIDEO_ONE, VIDEO_TWO), options=("one", "two"),
+         gold=GoldLabel(read_label, "correct_video")),
+    # A video and two sounds: the sound that the video belongs to.
+    Task(name="v2a", family="matching",
+         instruction="Which audio goes with the video, one or two?",
+         media=(VIDEO, AUDIO_ONE, AUDIO_TWO), options=("one", "two"),
+         gold=GoldLabel(read_label, "correct_audio")),
+
+    # --- action recognition -------------------------------------------------------------------
+    # Kinetics-Sounds: actions of Kinetics that can be seen and heard.
+    Task(name="ks", family="action", instruction="What is being done?",
+         gold=GoldLabel(read_label, "action")),
+    # UCF-101: sports, music and everyday actions.
+    Task(name="ucf", family="action", instruction="Which action is shown?",
+         target="new_label", gold=GoldLabel(read_label, "label")),
+
+    # --- emotion recognition: four frames and the first four seconds of sound -----------------
+    # MELD: dialogues of a television series.
+    Task(name="meld", family="emotion", instruction=EMOTION, frames=4, audio="first4",
+         gold=GoldLabel(read_label, "Emotion"), set_metrics=("by_class",)),
+    # MER 2024: the data of a challenge in multimodal emotion recognition; it has no test rows.
+    Task(name="mer24", family="emotion", instruction=EMOTION, frames=4, audio="first4",
+         gold=GoldLabel(read_label, "discrete"), set_metrics=("by_class",), splits=("train",)),
+    # CREMA-D: actors who speak given sentences.
+    Task(name="cremad", family="emotion", instruction=EMOTION, frames=4, audio="first4",
+         gold=GoldLabel(read_label, "emotion"), set_metrics=("by_class",)),
+    # MAFW: faces "in the wild", from films and other videos.
+    Task(name="mafw", family="emotion", instruction=EMOTION, frames=4, audio="first4",
+         gold=GoldLabel(read_label, "emotion"), set_metrics=("by_class",)),
+    # DFEW: faces from films.
+    Task(name="dfew", family="emotion", instruction=EMOTION, frames=4, audio="first4",
+         gold=GoldLabel(read_label, "emotion"), set_metrics=("by_class",)),
+
+    # --- question answering -------------------------------------------------------------------
+    # MUSIC-AVQA: questions about a minute of music, nine types of them.
+    Task(name="avqa", family="qa", instruction="Question: {question}", slots=(QUESTION,),
+         audio="spread", gold=GoldLabel(read_label, "answer"),
+         set_metrics=("substring_released", "part_of_gold"), types=("type",)),
+    # AVQA: questions about everyday videos, with options.
+    Task(name="avqa_thu", family="qa", instruction="Question: {question} Options: {choices}",
+         slots=(QUESTION, CHOICES), gold=GoldLabel(read_option, "answer", "multi_choice"),
+         types=("question_relation", "question_type")),
+
+    # --- temporal localisation ----------------------------------------------------------------
+    # AVE: one event that is both seen and heard, in 10 seconds.
+    Task(name="ave", family="localisation",
+         instruction="Which event is both seen and heard, and when?",
+         form=EVENT, target="label_content",
+         gold=GoldLabel(read_event, "event", "start_time", "end_time"), metric="segments"),
+    # UnAV-100: several events; AV-UIE v2 has 10 seconds of each video, and no test rows.
+    Task(name="unav", family="localisation", instruction="Which events happen, and when?",
+         form=EVENTS, target="label_content", gold=GoldLabel(EVENTS.parse, "label_content"),
+         metric="event_f", splits=("train",)),
+    # LLP (audio-visual video parsing, AVVP): events seen, events heard, in 10 seconds.
+    Task(name="avvp", family="localisation",
+         instruction="Which events are seen, which are heard, and when?",
+         form=AV_EVENTS, target="label_content", gold=GoldLabel(read_av_events, "event"),
+         metric="av_event_f"),
+
+    # --- segmentation and grounding: an image and its sound -----------------------------------
+    # AVSBench S4: a single sounding object.
+    Task(name="s4", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifth",
+         instruction="Which thing sounds? Give its box and three points.",
+         form=BOXES, target="label_content", gold=MASK_BOXES,
+         gold_train=GoldLabel(BOXES.parse, "label_content"),
+         mask_head="binary", metric="first_box"),
+    # AVSBench MS3: multiple sounding objects.
+    Task(name="ms3", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifth",
+         instruction="Which things sound? Give a box and three points for each.",
+         form=BOXES, target="label_content", gold=MASK_BOXES,
+         gold_train=GoldLabel(BOXES.parse, "label_content"),
+         mask_head="binary", metric="all_boxes"),
+    # Ref-AVS: the object of a description, which may not be there.
+    Task(name="ref_avs", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="tenth",
+         instruction="Is {description} in the image? If true, give its box and three points.",
+         slots=(DESCRIPTION,),
+         form=EXISTS, target="output", gold=GoldLabel(read_exists, "gold_boxes"),
+         gold_train=GoldLabel(EXISTS.parse, "output"),
+         mask_head="binary", metric="exists_box"),
+    # ARIG (audio-referred image grounding): the box of the sounding object, on images of S4.
+    Task(name="arig", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifths",
+         instruction="Which thing sounds? Give its box.",
+         form=BOX, target="label_content",
+         gold=GoldLabel(read_corners, "top_left", "bottom_right"),
+         gold_train=GoldLabel(BOX.parse, "label_content"), metric="first_box"),
+
+    # --- captioning ---------------------------------------------------------------------------
+    # VALOR: captions of what is seen and heard; it has no test rows.
+    Task(name="avcap", family="captioning", instruction="Say what is seen and heard.",
+         form=TEXT, target="label_content", gold=GoldLabel(TEXT.parse, "label_content"),
+         metric="rouge_l", set_metrics=("cider",), splits=("train",)),
+
+    # --- what AV-UIE v1 adds (Crab) -----------------------------------------------------------
+    # AVSBench, semantic: sounding objects of 70 classes.
+    Task(name="avss", family="segmentation", v2=False, media=(IMAGE, IMAGE_AUDIO), audio="tenth",
+         instruction="Which things sound? Give a box and three points for each.",
+         form=BOXES, target="label_content", gold=MASK_BOXES,
+         gold_train=GoldLabel(BOXES.parse, "label_content"),
+         mask_head="classes", metric="all_boxes"),
+    # AudioCaps: captions of sounds, for pretraining.
+    Task(name="audiocaps", family="captioning", v2=False, media=(IMAGE_AUDIO,),
+         instruction="Say what is heard.",
+         form=TEXT, target="label_content", gold=GoldLabel(TEXT.parse, "label_content"),
+         metric="rouge_l", set_metrics=("cider",)),
+    # LVIS: boxes of named objects in photographs, for pretraining.
+    Task(name="lvis", family="segmentation", v2=False, media=(IMAGE,),
+         instruction="Where is the {name}? Give its box.", slots=(Slot("name", ("name",)),),
+         form=BOX, target="label_content", gold=MASK_BOXES, metric="first_box"),
+
+    # --- what PAVE and CREMA add --------------------------------------------------------------
+    # AVSD: a dialogue about a video (PAVE).
+    Task(name="avsd", family="qa", v2=False,
+         instruction="Answer the last question of the dialogue. {dialogue}",
+         slots=(Slot("dialogue", ("dialogue",)),),
+         form=TEXT, target="answer", gold=GoldLabel(TEXT.parse, "answer"),
+         metric="rouge_l", set_metrics=("cider",)),
+    # ScanQA: questions about a scanned room (PAVE).
+    Task(name="scanqa", family="qa", v2=False, media=(VIDEO,),
+         instruction="Answer in a few words: {question}", slots=(QUESTION,),
+         form=TEXT, target="answer", gold=GoldLabel(read_texts, "answers"),
+         metric="exact_match", set_metrics=("refined",)),
+    # SQA3D: questions asked from a described place in a scanned room (PAVE, CREMA).
+    Task(name="sqa3d", family="qa", v2=False, media=(VIDEO,),
+         instruction="Answer in a few words: {situation} {question}",
+         slots=(Slot("situation", ("situation",)), QUESTION),
+         form=TEXT, target="answer", gold=GoldLabel(read_texts, "answers"),
+         metric="exact_match", set_metrics=("refined", "substring_of_gold"), types=("type",)),
+    # NExT-QA: questions about why and when, with five options (CREMA).
+    Task(name="nextqa", family="qa", v2=False, media=(VIDEO,),
+         instruction="Question: {question} Options: {choices}", slots=(QUESTION, CHOICES),
+         gold=GoldLabel(read_option, "answer", "multi_choice"), types=("type",)),
 )}
+# fmt: on

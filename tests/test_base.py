@@ -10,7 +10,7 @@ import train
 from crab_min.answers import GRID, mask_box
 from crab_min.tasks import TASKS
 from crab_min.tinybase import make as base
-from crab_min.tinybase.captions import annotated, in_short, pair_statements, statements
+from crab_min.tinybase.captions import content_words, pair_statements, scene_statements, with_keywords_or_recap
 from crab_min.world.questions import at
 from crab_min.world.scenes import Renderer
 from crab_min.world.things import SECONDS
@@ -44,7 +44,7 @@ def test_statements_are_true(renderer):
     rng, checked = random.Random(0), Counter()
     for index in range(80):
         scene = renderer.scene("base", "many", index, 0)
-        for text in statements(renderer, scene, rng, None, True, range(SECONDS)) + statements(renderer, scene, rng, 4.5, True, None):
+        for text in scene_statements(renderer, scene, rng, True, None, range(SECONDS)) + scene_statements(renderer, scene, rng, True, 4.5):
             named = [o for label in re.findall(r"[Tt]he ([a-z]+)", text) for o in scene.objects if o.label == label]
             if match := re.fullmatch(r"The \w+ is heard from (\d+) to (\d+).", text):
                 assert named[0].heard == [(int(match[1]), int(match[2]))]
@@ -88,23 +88,23 @@ def test_a_lesson_says_one_form_of_statement_about_each_thing(renderer):
     rng = random.Random(0)
     for index in range(20):
         scene = renderer.scene("base", "many", index, 0)
-        said = statements(renderer, scene, rng, None, True, range(SECONDS), ("sounds",))
+        said = scene_statements(renderer, scene, rng, True, None, range(SECONDS), ("sounds",))
         assert sorted(said) == sorted(f"The {o.label} is {'heard' if o.heard else 'silent'}." for o in scene.seen)
-        said = statements(renderer, scene, rng, None, True, range(SECONDS), ("shown",))
+        said = scene_statements(renderer, scene, rng, True, None, range(SECONDS), ("shown",))
         assert sorted(said) == sorted(f"The {o.label} is " + (f"{at(o.side)}." if o.seen else "not in the picture.") for o in scene.heard)
 
 
 def test_keywords_and_recaps_are_words_of_the_statements():
     rng, said = random.Random(0), ["The dog is heard from 2 to 7.", "On the left is the cat, silent."]
-    assert in_short(said[0]) == ["dog", "heard", "2", "7"]
-    made = {annotated(said, rng) for _ in range(200)}
+    assert content_words(said[0]) == ["dog", "heard", "2", "7"]
+    made = {with_keywords_or_recap(said, rng) for _ in range(200)}
     assert ("", " ".join(said)) in made and ("\ndog; cat", " ".join(said)) in made
     assert ("\n7; left", " ".join(said) + " In short: dog heard 2 7, left cat silent.") in made
 
 
 def test_statements_say_nothing_in_the_words_of_a_task(renderer):
-    rng, asks = random.Random(1), [task.ask for task in TASKS.values() if not task.slots]
+    rng, asks = random.Random(1), [task.instruction for task in TASKS.values() if not task.slots]
     scenes = [renderer.scene("base", kind, index, 0) for kind in ("one", "many", "action", "face") for index in range(25)]
-    lines = [line for scene in scenes for line in statements(renderer, scene, rng, None, True, range(SECONDS))]
+    lines = [line for scene in scenes for line in scene_statements(renderer, scene, rng, True, None, range(SECONDS))]
     lines += [line for three in zip(scenes[:25], scenes[1:25], scenes[2:25]) for line in pair_statements(three[:2], three[2], "video", rng)]
     assert not [line for line in lines if "<" in line or "?" in line or any(ask in line for ask in asks)]

@@ -1,7 +1,26 @@
-"""What is true of a scene, in words: the statements from which the tiny base learns to read its own eyes and ears.
+"""True statements about a scene: the text from which the tiny base learns what its encoders report.
 
-No statement is an instruction, a question or an answer of a task, and none carries a tag (base.py).
+No statement is an instruction, a question or an answer of a task, and none carries a tag (make.py).
+A statement is a sentence made of one clause. Clauses are grouped by form: a form tells one thing by
+the name of another, so a lesson of pretrain_lm.py can practise one kind of lookup at a time.
+
+    form             clause
+    ""               two things are seen; at 3 the dog can be heard     (no lookup, never a lesson)
+    all              the dog and the cat can be seen
+    place, movement  the place is beach; the movement is spinning
+    side, there      the dog is on the left; on the left is the dog
+    height, box      the dog is high; the dog is at 10 20 60 80         (pixels on the 224 grid)
+    seen, span       the dog is seen from 2 to 7; the dog is heard from 2 to 7           (seconds)
+    order, ranked    the dog is heard first; heard first is the dog
+    compare          (both spans) and next to the cat the dog is heard longer
+    off, both        the dog is not in the picture; the dog is seen and heard
+    sounds           the dog is silent                                  (of each thing seen)
+    shown            the dog is not in the picture                      (of each thing heard)
+    placed, found    the dog is on the left and is silent; on the left is the dog, silent
+    which            the dog is in video one
 """
+
+import itertools
 import random
 
 from crab_min.answers import mask_box
@@ -31,155 +50,365 @@ from crab_min.world.questions import (
 from crab_min.world.scenes import Object, Renderer, Scene
 from crab_min.world.things import SECONDS, SIZE
 
-FUNCTION_WORDS = {"the", "a", "is", "are", "be", "can", "at", "in", "on", "from", "to", "and", "of", "for", "next"}
-COMMONPLACE = {"heard", "seen", "person", "feels", "place", "video", "audio", "has"}       # words that tell of no statement what it is about
+Facts = dict[str, list[str]]  # form -> clauses
 
-Facts = dict[str, list[str]]                           # clauses by form: what is looked up by name (side, span ...), or the name by it (all, there, ranked)
-
-
-def amount(count: int, what: str) -> str:
-    return f"{NUMBERS[count]} {what} is" if count == 1 else f"{NUMBERS[count]} {what}s are"
+FUNCTION_WORDS = set("the a is are be can at in on from to and of for next".split())
+# words that do not tell which statement is meant, so they are no keywords
+UNSPECIFIC_WORDS = set("heard seen person feels place video audio has".split())
 
 
-def eyes(renderer: Renderer, scene: Scene, visible: list[Object], seen_at: float | None) -> Facts:
-    """What the frame at second `seen_at` shows, or the whole clip: things, movement, sides, boxes on the 224 grid, seconds."""
-    facts = {"": [f"{amount(len(visible), 'thing')} seen"], "all": [f"{named(visible)} can be seen"]}
+# --- clauses of one scene -------------------------------------------------------------------------
+def visual_facts(
+    renderer: Renderer, scene: Scene, visible: list[Object], frame_at: float | None
+) -> Facts:
+    """Collect what one frame or the whole clip shows.
+
+    Args:
+        visible: the objects in the frame or clip, from left to right.
+        frame_at: the second of the frame, None for the whole clip.
+    """
+    facts = {
+        "": [f"{counted(len(visible), 'thing')} seen"],
+        "all": [f"{named(visible)} can be seen"],
+    }
     if scene.movement:
-        thing = renderer.things[scene.objects[0].thing]
-        facts["movement"] = [f"the movement is {scene.movement}", f"the {thing.label} {MOVES[scene.movement]}", f"the action is {thing.action}"] * (seen_at is None)
+        # the only object of this kind of scene moves about, so its side and box say nothing
+        facts["movement"] = movement_clauses(renderer, scene) if frame_at is None else []
         return facts
-    facts["side"] = [f"the {o.label} is {at(o.side)}" for o in visible]
-    facts["there"] = [f"{at(o.side)} is the {o.label}" for o in visible]
-    if seen_at is None:
-        facts["seen"] = ["the {} is seen from {} to {}".format(o.label, *o.seen[0]) for o in visible]
+    facts["side"] = [f"the {obj.label} is {at(obj.side)}" for obj in visible]
+    facts["there"] = [f"{at(obj.side)} is the {obj.label}" for obj in visible]
+
+    # when an object is seen takes the whole clip; exactly where it is takes one frame
+    if frame_at is None:
+        facts["seen"] = [seen_clause(obj) for obj in visible]
     else:
-        boxes = [(o.label, mask_box(renderer.mask(scene, o, seen_at))) for o in visible]
-        facts["height"] = [f"the {o.label} is {'high' if o.y < SIZE / 2 else 'low'}" for o in visible]
-        facts["box"] = ["the {} is at {} {} {} {}".format(label, *box) for label, box in boxes if box]
+        boxes = [box_clause(renderer, scene, obj, frame_at) for obj in visible]
+        facts["height"] = [height_clause(obj) for obj in visible]
+        facts["box"] = [clause for clause in boxes if clause]
     return facts
 
 
-def ears(audible: list[Object], known: list[Object], whole: bool, rng: random.Random) -> Facts:
-    """What is heard, and of a whole sound track when, and which of the things `known` (seen, or else heard) longer or earlier than which."""
-    facts = {"": [f"{amount(len(audible), 'sound')} heard"], "all": [f"{named(audible)} can be heard"]}
+def audio_facts(
+    audible: list[Object], known: list[Object], whole: bool, rng: random.Random
+) -> Facts:
+    """Collect what is heard, and from a whole sound track also when.
+
+    Args:
+        audible: the objects that are heard, in the order in which they begin.
+        known: the objects to compare: those seen, or without a picture those heard.
+        whole: all ten seconds are heard.
+    """
+    facts = {
+        "": [f"{counted(len(audible), 'sound')} heard"],
+        "all": [f"{named(audible)} can be heard"],
+    }
     if not whole:
         return facts
-    facts["span"] = [hears(o) for o in audible]
-    facts[""] += [f"at {second} {named([o for o in audible if o.heard_at(second)])} can be heard" for second in rng.sample(range(SECONDS), 2)]
-    facts[""] += [listing([*map(hears, audible)])] * (len(audible) > 1)
-    best = {order: o for order, key in ORDERS.items() if (o := only(audible, key))}
-    facts["order"] = [f"the {o.label} is heard {order}" for order, o in best.items()]
-    facts["ranked"] = [f"heard {order} is the {o.label}" for order, o in best.items()]
-    pairs = [(a, b) for a in known for b in known if a.label != b.label]
-    longer = [(a, b, LONGER) for a, b in pairs if length(a) != length(b)]
-    earlier = [(a, b, EARLIER) for a, b in pairs if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]]
-    facts["compare"] = [listing([hears(a), hears(b), compared(a, b, *how)]) for a, b, how in longer + earlier]
+
+    # spans, and what is heard at two random seconds
+    facts["span"] = [hears(obj) for obj in audible]
+    for second in rng.sample(range(SECONDS), 2):
+        heard_now = [obj for obj in audible if obj.heard_at(second)]
+        facts[""].append(f"at {second} {named(heard_now)} can be heard")
+    if len(audible) > 1:
+        facts[""].append(listing(facts["span"]))
+
+    # what is heard first, last and longest, where this is one object
+    facts["order"], facts["ranked"] = [], []
+    for order, key in ORDERS.items():
+        obj = only(audible, key)
+        if obj is not None:
+            facts["order"].append(f"the {obj.label} is heard {order}")
+            facts["ranked"].append(f"heard {order} is the {obj.label}")
+
+    facts["compare"] = comparisons(known)
     return facts
 
 
-def together(visible: list[Object], audible: list[Object], seconds: range, still: bool) -> Facts:
-    """What only eyes and ears together know: what is both seen and heard, and where something sounds."""
-    both = [o for o in visible if o in audible]
-    facts = {"off": [f"the {o.label} is {PLACES_TO_CHOOSE['']}" for o in audible if o not in visible], "both": [f"the {o.label} is seen and heard" for o in both]}
-    if not still:
-        return facts
-    facts["sounds"] = [sounds(o, o in audible) for o in visible]
-    facts["shown"] = [f"the {o.label} is {PLACES_TO_CHOOSE[o.side if o in visible else '']}" for o in audible]
-    facts[""] = [sounding(both)] * bool(both) + [listing(facts["sounds"])] * (len(visible) > 1)
-    if len(seconds) == SECONDS:
-        facts["placed"] = [placed(o) for o in visible]
-        facts["found"] = [found(o) for o in visible]
-        facts[""] += [listing([*map(hears, visible)])] * (len(visible) > 1)
-    elif len(seconds) == 1:
-        facts["placed"] = [placed_at(o, seconds[0] + .5) for o in visible]
-    return facts
+def av_facts(
+    visible: list[Object], audible: list[Object], seconds: range, fixed_places: bool
+) -> Facts:
+    """Collect what only picture and sound together tell: what is seen and heard, where it sounds.
 
-
-def statements(renderer: Renderer, scene: Scene, rng: random.Random, seen_at: float | None, sees: bool, seconds: range | None,
-               forms: tuple[str, ...] = ()) -> list[str]:
-    """True sentences about what was shown: the frame at second `seen_at` or the whole clip, and the sound of `seconds`.
-
-    forms: say all that is true in one of these forms, as far as there is any ("side": where each thing is), instead of a mixture.
+    Args:
+        seconds: the seconds of the sound that is heard.
+        fixed_places: each object keeps its place, so that its side can be told.
     """
-    hears_it = seconds is not None
+    seen_and_heard = [obj for obj in visible if obj in audible]
+    off_screen = [obj for obj in audible if obj not in visible]
+    facts = {
+        "off": [f"the {obj.label} is {PLACES_TO_CHOOSE['']}" for obj in off_screen],
+        "both": [f"the {obj.label} is seen and heard" for obj in seen_and_heard],
+    }
+    if not fixed_places:
+        return facts
+    facts["sounds"] = [sounds(obj, obj in audible) for obj in visible]
+    facts["shown"] = [shown_clause(obj, obj in visible) for obj in audible]
+    facts[""] = []
+    if seen_and_heard:
+        facts[""].append(sounding(seen_and_heard))
+    if len(visible) > 1:
+        facts[""].append(listing(facts["sounds"]))
+
+    # with all of the sound: when; with one second of it: heard or silent in this second
+    if len(seconds) == SECONDS:
+        facts["placed"] = [placed(obj) for obj in visible]
+        facts["found"] = [found(obj) for obj in visible]
+        if len(visible) > 1:
+            facts[""].append(listing([hears(obj) for obj in visible]))
+    elif len(seconds) == 1:
+        facts["placed"] = [placed_at(obj, seconds[0] + 0.5) for obj in visible]
+    return facts
+
+
+def counted(count: int, noun: str) -> str:
+    """Return "one thing is" or "two things are"."""
+    if count == 1:
+        return f"{NUMBERS[1]} {noun} is"
+    return f"{NUMBERS[count]} {noun}s are"
+
+
+def movement_clauses(renderer: Renderer, scene: Scene) -> list[str]:
+    thing = renderer.things[scene.objects[0].thing]
+    return [
+        f"the movement is {scene.movement}",
+        f"the {thing.label} {MOVES[scene.movement]}",
+        f"the action is {thing.action}",
+    ]
+
+
+def seen_clause(obj: Object) -> str:
+    start, end = obj.seen[0]
+    return f"the {obj.label} is seen from {start} to {end}"
+
+
+def height_clause(obj: Object) -> str:
+    height = "high" if obj.y < SIZE / 2 else "low"
+    return f"the {obj.label} is {height}"
+
+
+def box_clause(renderer: Renderer, scene: Scene, obj: Object, second: float) -> str:
+    """Return the clause of an object's box, or "" where its mask is empty."""
+    box = mask_box(renderer.mask(scene, obj, second))
+    if box is None:
+        return ""
+    return "the {} is at {} {} {} {}".format(obj.label, *box)
+
+
+def shown_clause(obj: Object, visible: bool) -> str:
+    where = PLACES_TO_CHOOSE[obj.side if visible else ""]
+    return f"the {obj.label} is {where}"
+
+
+def comparisons(objects: list[Object]) -> list[str]:
+    """Compare every two objects by how long they are heard, then by which is heard earlier."""
+    longer, earlier = [], []
+    for a, b in itertools.permutations(objects, 2):
+        if length(a) != length(b):
+            longer.append(listing([hears(a), hears(b), compared(a, b, *LONGER)]))
+        if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]:
+            earlier.append(listing([hears(a), hears(b), compared(a, b, *EARLIER)]))
+    return longer + earlier
+
+
+# --- statements -----------------------------------------------------------------------------------
+def scene_statements(
+    renderer: Renderer,
+    scene: Scene,
+    rng: random.Random,
+    video: bool = True,
+    frame_at: float | None = None,
+    audio: range | None = None,
+    forms: tuple[str, ...] = (),
+) -> list[str]:
+    """Sample true statements about what is shown of one scene.
+
+    Args:
+        video: frames are shown.
+        frame_at: the second of the only frame; None: frames of the whole clip.
+        audio: the seconds of the sound that is heard; None: no sound.
+        forms: state all that is true in one of these forms, as far as there is any; (): a mixture.
+    """
     if scene.kind == "face":
-        facts = [f"the place is {scene.place}"] * sees
-        facts += [f"the face is {scene.emotion}"] * (sees and not scene.masked) + [f"the voice is {scene.emotion}"] * hears_it
-        facts += [f"the person is {'masked' if scene.masked else 'not masked'}"] * sees + [f"the person feels {scene.emotion}"] * hears_it
-        return [sentence(fact) for fact in rng.sample(facts, rng.randint(1, min(3, len(facts))))]
-    visible = [o for o in scene.seen if seen_at is None or o.seen_at(seen_at)] if sees else []
-    audible = [o for o in scene.heard if hears_it and any(start < seconds.stop and end > seconds.start for start, end in o.heard)]
-    groups = [{"place": [f"the place is {scene.place}"]}] * sees
-    if sees:
-        groups.append(eyes(renderer, scene, visible, seen_at))
-    if hears_it:
-        groups.append(ears(audible, visible or audible, len(seconds) == SECONDS, rng))
-    if sees and hears_it:
-        groups.append(together(visible, audible, seconds, not scene.movement))
-    return drawn(groups, forms, rng)
+        return face_statements(scene, rng, video, audio is not None)
+    visible, audible = [], []
+    if video:
+        visible = [obj for obj in scene.seen if frame_at is None or obj.seen_at(frame_at)]
+    if audio:
+        audible = [obj for obj in scene.heard if heard_during(obj, audio)]
+
+    # one group of clauses per sense, in this order: it decides what a seed samples
+    groups: list[Facts] = []
+    if video:
+        groups.append({"place": [f"the place is {scene.place}"]})
+        groups.append(visual_facts(renderer, scene, visible, frame_at))
+    if audio:
+        groups.append(audio_facts(audible, visible or audible, len(audio) == SECONDS, rng))
+    if video and audio:
+        groups.append(av_facts(visible, audible, audio, fixed_places=not scene.movement))
+    return sample_statements(groups, forms, rng)
 
 
-def pair_statements(scenes: list[Scene], third: Scene, kind: str, rng: random.Random, forms: tuple[str, ...] = ()) -> list[str]:
-    """True sentences about two media of one kind ("video", "audio"), numbered one and two, and the third scene's medium of the other kind."""
-    facts, (sense, alone) = {"": [], "which": []}, {"video": ("seen", "heard"), "audio": ("heard", "seen")}[kind]
-    labels = [[o.label for o in getattr(scene, sense)] for scene in scenes]
-    for number, scene, mine, other in zip(NUMBERS[1:], scenes, labels, labels[::-1]):
-        facts[""].append(f"{kind} {number} has {named(getattr(scene, sense))}")
-        facts["which"] += [f"the {label} is in {kind} {number}" for label in mine if label not in other]
-    facts["which"] += [f"the {o.label} is in neither" for o in getattr(third, alone) if o.label not in labels[0] + labels[1]]
-    facts[""] += [f"the {label} is in both" for label in labels[0] if label in labels[1]]
-    facts[""] += [f"{named(getattr(third, alone))} can be {alone}"] + [hears(o) for o in third.heard] * (alone == "heard")
-    facts[""] += [listing(some) for some in [rng.sample(facts["which"], min(2, len(facts["which"])))] if some]
-    return drawn([facts], forms, rng)
+def heard_during(obj: Object, seconds: range) -> bool:
+    return any(start < seconds.stop and end > seconds.start for start, end in obj.heard)
 
 
-def drawn(groups: list[Facts], forms: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Three to eight sentences of any form, those to be looked up twice as often; or all of one form of `forms`, in any order, if there are any."""
+def face_statements(scene: Scene, rng: random.Random, video: bool, audio: bool) -> list[str]:
+    """Sample one to three true statements about a face, its voice, or both."""
+    facts = []
+    if video:
+        facts.append(f"the place is {scene.place}")
+    if video and not scene.masked:
+        facts.append(f"the face is {scene.emotion}")
+    if audio:
+        facts.append(f"the voice is {scene.emotion}")
+    if video:
+        facts.append(f"the person is {'masked' if scene.masked else 'not masked'}")
+    if audio:
+        facts.append(f"the person feels {scene.emotion}")
+    count = rng.randint(1, min(3, len(facts)))
+    return [sentence(fact) for fact in rng.sample(facts, count)]
+
+
+def pair_statements(
+    scenes: list[Scene],
+    third: Scene,
+    kind: str,
+    rng: random.Random,
+    forms: tuple[str, ...] = (),
+) -> list[str]:
+    """Sample true statements about two media of one kind and a third medium of the other kind.
+
+    Args:
+        scenes: the two scenes; their media are numbered one and two.
+        third: the scene of the medium of the other kind.
+        kind: "video" or "audio", the kind of the two.
+        forms: see `scene_statements`.
+    """
+    if kind == "video":
+        first, second = [scene.seen for scene in scenes]
+        others, sense = third.heard, "heard"
+    else:
+        first, second = [scene.heard for scene in scenes]
+        others, sense = third.seen, "seen"
+    first_labels = [obj.label for obj in first]
+    second_labels = [obj.label for obj in second]
+
+    # what each medium has, and which things are in one of the two only, or in neither
+    mixed = [f"{kind} one has {named(first)}", f"{kind} two has {named(second)}"]
+    which = [f"the {name} is in {kind} one" for name in first_labels if name not in second_labels]
+    which += [f"the {name} is in {kind} two" for name in second_labels if name not in first_labels]
+    for obj in others:
+        if obj.label not in first_labels + second_labels:
+            which.append(f"the {obj.label} is in neither")
+    mixed += [f"the {name} is in both" for name in first_labels if name in second_labels]
+
+    # the third medium, and two of the lookups in one statement
+    mixed.append(f"{named(others)} can be {sense}")
+    if sense == "heard":
+        mixed += [hears(obj) for obj in others]
+    lookups = rng.sample(which, min(2, len(which)))
+    if lookups:
+        mixed.append(listing(lookups))
+    return sample_statements([{"": mixed, "which": which}], forms, rng)
+
+
+def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.Random) -> list[str]:
+    """Sample at most four clauses of one form, or three to eight of any form, as sentences.
+
+    One of `forms` is used if any of them has clauses, otherwise all forms are.
+    """
     usable = [form for form in forms if any(group.get(form) for group in groups)]
+    facts = []
     if usable:
         form = rng.choice(usable)
-        facts = [fact for group in groups for fact in group.get(form, [])]
-        return [sentence(fact) for fact in rng.sample(facts, min(4, len(facts)))]
-    facts = [fact for group in groups for form, some in group.items() for fact in some * (2 if form else 1)]
-    return [sentence(fact) for fact in dict.fromkeys(rng.sample(facts, rng.randint(min(3, len(facts)), min(8, len(facts)))))]
+        for group in groups:
+            facts += group.get(form, [])
+        sampled = rng.sample(facts, min(4, len(facts)))
+    else:
+        # lookups stand in the list twice, so that they are sampled twice as often
+        for group in groups:
+            for form, clauses in group.items():
+                facts += 2 * clauses if form else clauses
+        count = rng.randint(min(3, len(facts)), min(8, len(facts)))
+        sampled = list(dict.fromkeys(rng.sample(facts, count)))  # each one once
+    return [sentence(fact) for fact in sampled]
 
 
-def in_short(statement: str) -> list[str]:
-    """The words of a statement that carry its meaning: dog, heard, 2, 7 of "The dog is heard from 2 to 7."."""
-    return [word for word in statement.lower().replace(",", "").strip(".").split() if word not in FUNCTION_WORDS]
+def content_words(statement: str) -> list[str]:
+    """Return dog, heard, 2, 7 of "The dog is heard from 2 to 7."."""
+    words = statement.lower().replace(",", "").strip(".").split()
+    return [word for word in words if word not in FUNCTION_WORDS]
 
 
-def annotated(said: list[str], rng: random.Random) -> tuple[str, str]:
-    """(end of the prompt, target) for some statements.
+def with_keywords_or_recap(statements: list[str], rng: random.Random) -> tuple[str, str]:
+    """Return (the end of the prompt, the target) for some statements.
 
-    Half of the time the prompt ends with a keyword of each, and half of the time the target ends with some of them in short.
+    Half of the time the prompt ends with one keyword per statement. Half of the time the target
+    ends with the content words of some statements. Both make the LM look at words, not only at
+    media tokens.
     """
-    keywords, target = "", " ".join(said)
-    if rng.random() < .5:
-        keywords = "\n" + "; ".join(rng.choice([w for w in in_short(one) if w not in COMMONPLACE]) for one in said)
-    if rng.random() < .5:
-        kept = sorted(rng.sample(range(len(said)), rng.randint(1, min(4, len(said)))))
-        target += f" In short: {', '.join(' '.join(in_short(said[i])) for i in kept)}."
-    return keywords, target
+    prompt_end, target = "", " ".join(statements)
+    if rng.random() < 0.5:
+        keywords = []
+        for statement in statements:
+            specific = [word for word in content_words(statement) if word not in UNSPECIFIC_WORDS]
+            keywords.append(rng.choice(specific))
+        prompt_end = "\n" + "; ".join(keywords)
+    if rng.random() < 0.5:
+        count = rng.randint(1, min(4, len(statements)))
+        repeated = sorted(rng.sample(range(len(statements)), count))
+        recaps = [" ".join(content_words(statements[i])) for i in repeated]
+        target += f" In short: {', '.join(recaps)}."
+    return prompt_end, target
 
 
-COMMON = """a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech speaking talking singing laughing crying
-walking running standing sitting dancing playing performing holding looking moving driving riding cutting cooking washing eating drinking music song
-instrument guitar piano flute drum violin saxophone accordion cello trumpet stage street road house kitchen room garden field forest tree water river sea
-beach rain wind storm fire engine motor machine truck train bus boat airplane helicopter motorcycle bicycle siren alarm horn chainsaw lawn mower hammer
-animal dog cat horse cow sheep goat pig chicken rooster duck bird lion elephant black white red green blue yellow brown dark bright small large big little
-old young long short high low loud quiet soft sharp happy sad angry surprised afraid disgusted neutral joy sadness anger fear first second third last left
-right middle top bottom before after while during then when where which what who how many more less than between from until always never only both other
-another picture image video audio sound sounds clip scene camera background there is are was were has have the this that these those with without and or
-but not of in on at to for by its their his her it they he she making produces heard seen shown continues starts ends begins time range object event""".replace("\n", " ")
+# --- the tokenizer's corpus -----------------------------------------------------------------------
+# English that users' own annotations may need
+COMMON_ENGLISH = " ".join(
+    """
+a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech
+speaking talking singing laughing crying walking running standing sitting dancing playing performing
+holding looking moving driving riding cutting cooking washing eating drinking music song instrument
+guitar piano flute drum violin saxophone accordion cello trumpet stage street road house kitchen
+room garden field forest tree water river sea beach rain wind storm fire engine motor machine truck
+train bus boat airplane helicopter motorcycle bicycle siren alarm horn chainsaw lawn mower hammer
+animal dog cat horse cow sheep goat pig chicken rooster duck bird lion elephant black white red
+green blue yellow brown dark bright small large big little old young long short high low loud quiet
+soft sharp happy sad angry surprised afraid disgusted neutral joy sadness anger fear first second
+third last left right middle top bottom before after while during then when where which what who how
+many more less than between from until always never only both other another picture image video
+audio sound sounds clip scene camera background there is are was were has have the this that these
+those with without and or but not of in on at to for by its their his her it they he she making
+produces heard seen shown continues starts ends begins time range object event
+""".split()
+)
 
 
 def corpus(renderer: Renderer, seed: int) -> list[str]:
-    """What the tokenizer (not the model) learns its merges from: statements, and the words that tasks are put and answered in."""
-    rng = random.Random(seed)                                                 # COMMON: English a user's own annotations may need
-    scenes = {kind: [renderer.scene("base", kind, i, seed) for i in range(300)] for kind in ("one", "many", "action", "face")}
-    lines = [" ".join(annotated(statements(renderer, s, rng, None, True, range(SECONDS)), rng)) for group in scenes.values() for s in group]
-    lines += [" ".join(pair_statements([a, b], c, kind, rng)) for kind in ("video", "audio")
-              for a, b, c in zip(*(scenes["one"][start::3] for start in range(3)))]
+    """Return the lines from which the tokenizer, not the model, learns its merges.
+
+    They are statements, and the words in which the tasks are put and answered.
+    """
+    rng = random.Random(seed)
+    scenes = {}
+    for kind in ("one", "many", "action", "face"):
+        scenes[kind] = [renderer.scene("base", kind, index, seed) for index in range(300)]
+
+    # statements about whole clips, and about three clips at a time
+    lines = []
+    for scene in itertools.chain(*scenes.values()):
+        statements = scene_statements(renderer, scene, rng, audio=range(SECONDS))
+        lines.append(" ".join(with_keywords_or_recap(statements, rng)))
+    first, second, third = (scenes["one"][start::3] for start in range(3))
+    for kind in ("video", "audio"):
+        for a, b, c in zip(first, second, third):
+            lines.append(" ".join(pair_statements([a, b], c, kind, rng)))
+
+    # answers, questions and instructions of the tasks
     rows = clip_rows(renderer, scenes, rng, 100)
-    return lines + [row["text"] for task in rows.values() for row in task] + [row.get("question", "") for row in rows["avqa"]] + [task.ask for task in TASKS.values() if task.v2] + [COMMON] * 3
+    for task_rows in rows.values():
+        lines += [row["text"] for row in task_rows]
+    lines += [row.get("question", "") for row in rows["avqa"]]
+    lines += [task.instruction for task in TASKS.values() if task.v2]
+    return lines + [COMMON_ENGLISH] * 3

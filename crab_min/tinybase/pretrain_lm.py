@@ -22,7 +22,7 @@ from crab_min.backbones.composed import SPECIALS, ComposedModel
 from crab_min.encoders import MediaFeatures
 from crab_min.evaluation.metrics import iou
 from crab_min.interface import PromptPart
-from crab_min.tinybase.captions import annotated, pair_statements, statements
+from crab_min.tinybase.captions import pair_statements, scene_statements, with_keywords_or_recap
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
 from crab_min.world.questions import ORDERS, at, only, times
 from crab_min.world.scenes import Renderer, Scene
@@ -89,7 +89,7 @@ def show(model: ComposedModel, renderer: Renderer, scene: Scene, rng: random.Ran
         piece = int(seen_at) // seconds
         hears = range(piece * seconds, (piece + 1) * seconds)
         add("audio", audio(scene, seconds, range(piece, piece + 1)))
-    shown.say = partial(statements, renderer, scene, rng, seen_at if view in ("image", "moment", "still") else None, view != "audio", hears)
+    shown.say = partial(scene_statements, renderer, scene, rng, view != "audio", seen_at if view in ("image", "moment", "still") else None, hears)
     return shown
 
 
@@ -184,7 +184,7 @@ def train_read(model: ComposedModel, renderer: Renderer, practice: float, steps:
             notes, targets = [""] * len(batch), [" ".join(s.say(forms=lesson.forms)) for s in batch]
         else:
             batch = batch_of(step, *rng.choice(GENERAL), 24)
-            notes, targets = zip(*(annotated(s.say(), rng) for s in batch))
+            notes, targets = zip(*(with_keywords_or_recap(s.say(), rng) for s in batch))
         prompts = [[*s.parts, PromptPart("text", text=note)] if note else s.parts for s, note in zip(batch, notes)]
         batch = model.collate(prompts, [s.media for s in batch], targets)
         if lesson.view and not lesson.names:                                  # which thing comes next is chance, and would be most of the loss

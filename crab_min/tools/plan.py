@@ -41,7 +41,7 @@ from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion
 from crab_min.data import MASKED, pick_tasks
 from crab_min.encoders import ATTENTION, FAMILIES
 from crab_min.interface import audio_windows
-from crab_min.masks import EACH, SCALES, MaskDecoder
+from crab_min.masks import MASK_TOKEN_COUNT, SCALES, MaskDecoder
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.pave import Patch, PatchConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
@@ -252,7 +252,7 @@ def decoder_bytes(sizes: Sizes, config: TrainConfig) -> int:
         pretend(decoder)
         features = [torch.zeros(config.batch_size, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size) for _ in range(SCALES)]
         with storages(decoder, False) as kept:
-            logits = decoder(torch.zeros(config.batch_size, SCALES * EACH, make_config(sizes).hidden_size), features)
+            logits = decoder(torch.zeros(config.batch_size, MASK_TOKEN_COUNT, make_config(sizes).hidden_size), features)
     return sum(size for size, _ in kept.values()) if logits is not None else 0
 
 
@@ -313,7 +313,7 @@ def patch_costs(sizes: Sizes, config: TrainConfig, tokens: int) -> dict[str, tup
 def media_tokens(sizes: Sizes, task: Task, config: TrainConfig) -> int:
     """Tokens of the media of one prompt."""
     total = 0
-    for kind, *_ in task.media:
+    for kind in [medium.kind for medium in task.media]:
         if (config.side or config.modalities) and kind == "audio":            # a side channel has none
             continue
         if config.modalities:
@@ -336,7 +336,7 @@ def media_tokens(sizes: Sizes, task: Task, config: TrainConfig) -> int:
 
 def text_tokens(task: Task) -> int:
     """About how many tokens the words of a prompt are: four characters each, 20 for what fills a slot, 30 for the chat format."""
-    return len(task.ask) // 4 + 20 * len(task.slots) + 8 * len(task.media) + 30
+    return len(task.instruction) // 4 + 20 * len(task.slots) + 8 * len(task.media) + 30
 
 
 SHARE = .3                                             # of a GPU's peak that a training run is taken to use: a guess, until train.py shows its own (MFU)
@@ -353,7 +353,7 @@ def plan(config: TrainConfig, preset: str) -> dict:
     parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0], config if config.modalities else None)
     if masks:
         with torch.device("meta"):
-            parts["mask decoder and tokens"] = (sum(p.numel() for p in make_decoder(sizes, config).parameters()) + 2 * SCALES * EACH * make_config(sizes).hidden_size, 0)
+            parts["mask decoder and tokens"] = (sum(p.numel() for p in make_decoder(sizes, config).parameters()) + 2 * MASK_TOKEN_COUNT * make_config(sizes).hidden_size, 0)
     lengths = {name: media_tokens(sizes, task, config) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2
                and (tasks == "all" or name in pick_tasks(tasks)) and not ((config.side or config.modalities) and name in ("a2v", "v2a"))}
     trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
