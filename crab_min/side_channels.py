@@ -13,6 +13,7 @@ from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.media.arrays import POINTS
+from crab_min.tasks import Task
 
 AUDIO_MARKER = re.compile(r"\s*audio( one| two)?: ")  # what build_prompt writes before a sound
 VISUAL = ("video", "view", "flow", "array")  # kinds that have a number of frames
@@ -91,7 +92,7 @@ def side_part(
 ) -> PromptPart:
     """Make the prompt part of a side channel, of the kind that its file is."""
     ending = Path(path).suffix
-    frames = pictures[0].frames if pictures else PromptPart.frames
+    frames = pictures[0].frames if pictures else Task.frames
     if name == "fast":
         return PromptPart("fast", path=path, side=name)
     if ending == ".npz" or POINTS[0] in path:
