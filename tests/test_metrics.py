@@ -5,7 +5,8 @@ import time
 import pytest
 
 from crab_min.answers import Answer
-from crab_min.evaluation.metrics import best_constant, cleaned, score
+from crab_min.evaluation.canonical import canonical_text
+from crab_min.evaluation.metrics import best_constant, score
 from crab_min.tasks import TASKS
 
 ERROR = Answer(error="no tag", text="...")
@@ -136,7 +137,7 @@ def answers(*texts):
 
 def test_free_answers_are_compared_without_articles_signs_and_digits():
     same = {"The 2 chairs.": "two chairs", " A brown_chair,\nleft": "brown chair left", "20": "twenty", "21": "21", "a": "a", "?!": "", "The theatre": "theatre"}
-    assert {text: cleaned(text) for text in same} == same
+    assert {text: canonical_text(text) for text in same} == same
 
 
 def test_a_scene_answer_is_right_if_any_gold_is_equal_and_refined_if_one_is_part_of_the_other():
@@ -169,15 +170,15 @@ def test_an_answer_in_a_dialogue_is_scored_like_a_caption():
 
 def random_gold(task, rng):
     spans, label, x = [sorted(rng.sample(range(11), 2))], rng.choice(["dog", "cat", "bell"]), rng.randint(0, 100)
-    if task.parser in ("event", "events"):
+    if task.form.name in ("event", "events"):
         return event(label, *spans)
-    if task.parser == "av_events":
+    if task.form.name == "av_events":
         return Answer(audio_events=[(label, spans)], visual_events=[("dog", spans)])
-    if task.parser == "text":
+    if task.form.name == "text":
         return Answer(text=" ".join(rng.choices("a the dog cat barks sleeps under table".split(), k=12)))
-    if task.parser == "choice":
+    if task.form.name == "choice":
         return Answer(choice=rng.choice(["one", "two", "two"]))
-    exists = rng.random() < .6 if task.parser == "exists" else None
+    exists = rng.random() < .6 if task.form.name == "exists" else None
     return boxes(exists=False) if exists is False else boxes((x, x, x + 50, x + 60), exists=exists)
 
 

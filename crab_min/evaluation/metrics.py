@@ -1,316 +1,475 @@
-"""A metric for every task, as pure functions on (prediction, gold) Answers (papers/crab.md 2.7 and 5). Of masks: mask_metrics.py.
+"""Strict metrics of answers, one function each: (prediction, gold) -> numbers in [0, 1].
 
-accuracy    canonical labels are equal                   segments    AVE: share of the 10 seconds with the right event
-event_f     UnAV: F over seconds, mean over classes      av_event_f  AVVP: event_f for audio, visual and both at once
-first_box   arig, s4: IoU of the first box               all_boxes   MS3: matched IoUs over the larger number of boxes
-exists_box  Ref-AVS: IoU, or rightly "false"             rouge_l     F1 of the longest common subsequence of words
-exact_match ScanQA, SQA3D: a cleaned text equals a gold
+    key          main number
+    accuracy     1 where the canonical labels are equal
+    segments     AVE: share of the 10 seconds that have the right label
+    event_f      UnAV: F over seconds, averaged over classes
+    av_event_f   AVVP: segment F, averaged over audio, visual and audio-visual events
+    first_box    ARIG, S4: IoU of the first box
+    all_boxes    MS3: matched IoUs over the larger number of boxes
+    exists_box   Ref-AVS: IoU, or 1 for a correct "false"
+    rouge_l      captions: F1 of the longest common subsequence of words
+    exact_match  ScanQA, SQA3D: 1 where the canonical text is one of the gold texts
 
-Beside the main number stand others that papers report: each sample's own, and those of a whole set (SETS: recall and F1
-by class for emotions, CIDEr for captions). A prediction that does not parse is scored 0 and counted, never dropped, and
-the end of a span is exclusive. Released scorers differ: AVE's takes unparsed clips for ten right background seconds and
-ends inclusive (segment_accuracy_released), MUSIC-AVQA's leaves out answers outside of its vocabulary and looks for the
-answer as a substring (substring_released), CREMA's for the answer in gold (part_of_gold); PAVE's and CREMA's take parts of
-3D answers (refined, substring_of_gold). AVVP's agrees.
+A metric returns its main number under "metric", with other numbers that papers report. Numbers that
+need a whole set of answers, such as CIDEr, are in the table SETS. An answer that does not parse
+scores 0; it is counted, never dropped. The end of a span is exclusive, and only the seconds 0 to 9
+of a clip are scored. Scorers that differ, as the authors released them, are in released_metrics.py;
+the metrics of masks are in mask_metrics.py.
 """
+
 import math
 import re
 from collections import Counter
-from functools import lru_cache
+from itertools import pairwise
 from statistics import fmean, median_low
+from typing import NamedTuple
 
-from crab_min.answers import WORDS, Answer, normalize_label
+from crab_min.answers import EXISTS, Answer, Box, normalize_label
+from crab_min.errors import DataError
+from crab_min.evaluation.canonical import (
+    canonical_choice,
+    canonical_text,
+    label_per_second,
+    seconds_by_class,
+)
+from crab_min.evaluation.released_metrics import (
+    UNPARSED_SCORES,
+    part_of_gold,
+    refined,
+    segment_accuracy_released,
+    substring_of_gold,
+    substring_released,
+)
 from crab_min.tasks import Task
 
-SECONDS = 10                                           # AVE and LLP clips, and UnAV as cut for AV-UIE v2
+
+# --- labels ---------------------------------------------------------------------------------------
+def accuracy(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Compare two labels; the options of the question are those of the gold answer."""
+    predicted_label = normalize_label(prediction.choice, gold.choices)
+    gold_label = normalize_label(gold.choice, gold.choices)
+    return {"metric": float(predicted_label == gold_label)}
 
 
-# --- choices -------------------------------------------------------------------------------------------------------
-def accuracy(prediction: Answer, gold: Answer) -> dict:
-    return {"metric": float(normalize_label(prediction.choice, gold.choices) == normalize_label(gold.choice, gold.choices))}
+def by_class(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Return UAR and weighted F1 of a set of emotion labels; WAR is the accuracy.
 
-
-# --- events --------------------------------------------------------------------------------------------------------
-def seconds_of(spans, inclusive: bool = False) -> set:
-    """The seconds 0 .. 9 that the spans cover; inclusive: second `end` too, as the released AVE scorer has it."""
-    return {t for start, end in spans for t in range(start, end + inclusive) if t < SECONDS}
-
-
-def timeline(events, inclusive: bool = False) -> list:
-    """For each second the label of the one event, None where it does not happen."""
-    (label, spans), = events
-    on = seconds_of(spans, inclusive)
-    return [normalize_label(label) if t in on else None for t in range(SECONDS)]
-
-
-def segments(prediction: Answer, gold: Answer) -> dict:
-    """AVE segment accuracy: the share of the seconds with the right label or rightly without one."""
-    shares = [fmean(p == g for p, g in zip(timeline(prediction.events, inclusive), timeline(gold.events, inclusive)))
-              for inclusive in (False, True)]
-    return {"metric": shares[0], "segment_accuracy_released": shares[1]}
-
-
-def one_to_one(pairs: list) -> list:
-    """The overlaps that are left of (overlap, i, j) when each i and each j is used once, the largest overlap first."""
-    held, used_i, used_j = [], set(), set()
-    for overlap, i, j in sorted(pairs, reverse=True):
-        if i not in used_i and j not in used_j:
-            held, used_i, used_j = [*held, overlap], used_i | {i}, used_j | {j}
-    return held
-
-
-def class_seconds(events) -> dict:
-    return {normalize_label(label): seconds_of(spans) for label, spans in events}
-
-
-def runs(seconds: set) -> list:
-    """Seconds -> maximal (start, end)."""
-    starts = sorted(t for t in seconds if t - 1 not in seconds)
-    return list(zip(starts, sorted(t + 1 for t in seconds if t + 1 not in seconds)))
-
-
-def segment_counts(prediction: set, gold: set) -> tuple:
-    """(predicted and right, predicted, gold) seconds of one class."""
-    return len(prediction & gold), len(prediction), len(gold)
-
-
-def event_counts(prediction: set, gold: set) -> tuple:
-    """The same for whole events: maximal runs of seconds, right if the IoU with one of gold is at least 1/2."""
-    found, wanted = ([set(range(*run)) for run in runs(seconds)] for seconds in (prediction, gold))
-    return sum(any(2 * len(p & g) >= len(p | g) for g in wanted) for p in found), len(found), len(wanted)
-
-
-def f_score(counts: list) -> float:
-    """Mean over classes of F = 2 right / (predicted + gold); classes in neither are left out, 1 if there is none."""
-    scores = [2 * right / (predicted + wanted) for right, predicted, wanted in counts if predicted + wanted]
-    return fmean(scores) if scores else 1.
-
-
-def span_ious(prediction: Answer, gold: Answer) -> list:
-    """(IoU, index of the predicted span, index of the gold span) of all pairs of one label that overlap."""
-    found, wanted = ([(normalize_label(label), *span) for label, spans in a.events for span in spans] for a in (prediction, gold))
-    pairs = []
-    for i, (label, start, end) in enumerate(found):
-        for j, (other, first, last) in enumerate(wanted):
-            both = min(end, last) - max(start, first)
-            if label == other and both > 0:
-                pairs.append((both / (end - start + last - first - both), i, j))
-    return pairs
-
-
-def event_f(prediction: Answer, gold: Answer) -> dict:
-    """UnAV: F over seconds; F1 over whole spans, each matched once where the IoU is .3, .5, .7 or more; mean IoU of the gold spans."""
-    found, wanted = class_seconds(prediction.events), class_seconds(gold.events)
-    spans = sum(len(s) for _, s in prediction.events), sum(len(s) for _, s in gold.events)
-    overlaps = span_ious(prediction, gold)
-    held, best = one_to_one(overlaps), [max((overlap for overlap, _, other in overlaps if other == j), default=0.) for j in range(spans[1])]
-    return {"metric": f_score([segment_counts(found.get(c, set()), wanted.get(c, set())) for c in found | wanted]),
-            "miou": fmean(best) if best else float(not spans[0]),
-            **{f"f1_at_{name}": 2 * sum(overlap >= least for overlap in held) / sum(spans) if sum(spans) else 1.
-               for name, least in (("30", .3), ("50", .5), ("70", .7))}}
-
-
-
-def av_f_scores(found: dict, wanted: dict, counts) -> dict:
-    """One video's F for audio, visual, audio_visual (seconds where both hold) and all (counts of audio + of visual).
-
-    found, wanted: {"audio" | "visual": {class: seconds}}; counts: segment_counts or event_counts.
+    UAR: recall, averaged over the gold classes. Weighted F1: F1 of each gold class, weighted by the
+    number of its samples.
     """
-    rows: dict = {"audio": [], "visual": [], "audio_visual": [], "all": []}
-    for c in set().union(*found.values(), *wanted.values()):
-        audio, visual = ((found[side].get(c, set()), wanted[side].get(c, set())) for side in ("audio", "visual"))
-        rows["audio"].append(counts(*audio))
-        rows["visual"].append(counts(*visual))
-        rows["audio_visual"].append(counts(audio[0] & visual[0], audio[1] & visual[1]))
-        rows["all"].append(tuple(a + v for a, v in zip(counts(*audio), counts(*visual))))
-    return {name: f_score(row) for name, row in rows.items()}
+    # Numbers of samples of each class
+    predicted_labels = [canonical_choice(prediction) for prediction in predictions]
+    gold_labels = [canonical_choice(gold) for gold in golds]
+    predicted, expected = Counter(predicted_labels), Counter(gold_labels)
+    correct = Counter(g for p, g in zip(predicted_labels, gold_labels) if p == g)
+
+    recalls, weighted_f1s = [], []
+    for label, n in expected.items():
+        recalls.append(correct[label] / n)
+        weighted_f1s.append(n * 2 * correct[label] / (predicted[label] + n))
+    return {"uar": fmean(recalls), "weighted_f1": sum(weighted_f1s) / len(golds)}
 
 
-def av_event_f(prediction: Answer, gold: Answer) -> dict:
-    """AVVP: type average (the mean of audio, visual and audio-visual segment F) as the main number."""
-    found, wanted = ({"audio": class_seconds(a.audio_events), "visual": class_seconds(a.visual_events)}
-                     for a in (prediction, gold))
-    scores = {f"{level}_{name}": value for level, counts in (("segment", segment_counts), ("event", event_counts))
-              for name, value in av_f_scores(found, wanted, counts).items()}
-    return {"metric": fmean(scores[f"segment_{name}"] for name in ("audio", "visual", "audio_visual")), **scores}
+# --- events ---------------------------------------------------------------------------------------
+def segment_accuracy(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return the share of the seconds that have the right label, for AVE.
 
-
-# --- boxes ---------------------------------------------------------------------------------------------------------
-def iou(a, b) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    def area(x1, y1, x2, y2):
-        return max(x2 - x1, 0) * max(y2 - y1, 0)
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return both / max(area(*a) + area(*b) - both, 1e-9)
-
-
-def first_box(prediction: Answer, gold: Answer) -> dict:
-    """IoU of the first predicted box with the gold box (the best of them, where a mask has several).
-
-    As VGG-SS counts, for ARIG: the share of IoU >= 1/2, and the area under that share over the thresholds 0, .05 ... 1.
+    A second without the event is right where the gold answer has none there either.
     """
-    overlap = max((iou(first, box) for first in prediction.boxes[:1] for box in gold.boxes), default=0.)
-    reached = sum(overlap >= i / 20 for i in range(21))
-    return {"metric": overlap, "iou_at_50": float(overlap >= .5), "auc": (reached - .5 - .5 * (reached == 21)) / 20}
+    correct = [p == g for p, g in zip(label_per_second(prediction), label_per_second(gold))]
+    released = segment_accuracy_released(prediction, gold)
+    return {"metric": fmean(correct), "segment_accuracy_released": released}
 
 
-def all_boxes(prediction: Answer, gold: Answer) -> dict:
-    """Boxes are matched one to one, the largest IoU first; the sum of the IoUs over the larger number of boxes."""
-    pairs = [(iou(p, g), i, j) for i, p in enumerate(prediction.boxes) for j, g in enumerate(gold.boxes)]
-    return {"metric": sum(one_to_one(pairs)) / max(len(prediction.boxes), len(gold.boxes), 1)}
+class Counts(NamedTuple):
+    """Numbers of seconds, or of whole events, of one class."""
+
+    correct: int
+    predicted: int
+    gold: int
 
 
-def exists_box(prediction: Answer, gold: Answer) -> dict:
-    """IoU where there is an object and one is predicted; 1 for a right "false", 0 for a wrong true or false."""
-    right = prediction.exists == gold.exists
-    overlap = first_box(prediction, gold)["metric"] if right and gold.exists else float(right)
-    return {"metric": overlap, "existence": float(right)}
+def segment_counts(predicted: set[int], gold: set[int]) -> Counts:
+    """Count the seconds of one class."""
+    return Counts(len(predicted & gold), len(predicted), len(gold))
 
 
-# --- captions ------------------------------------------------------------------------------------------------------
-def rouge_l(prediction: Answer, gold: Answer) -> dict:
-    """F1 of the longest common subsequence of lower-case words."""
-    a, b = (re.findall(r"\w+", answer.text.lower()) for answer in (prediction, gold))
-    row = [0] * (len(b) + 1)                           # row[j]: longest common subsequence of a[:i] and b[:j]
-    for word in a:
-        last, row = row, [0]
-        for j, other in enumerate(b):
-            row.append(last[j] + 1 if word == other else max(last[j + 1], row[j]))
-    return {"metric": 2 * row[-1] / max(len(a) + len(b), 1)}
+def event_counts(predicted: set[int], gold: set[int]) -> Counts:
+    """Count the events of one class.
 
-
-# --- short free answers --------------------------------------------------------------------------------------------
-@lru_cache(100_000)
-def cleaned(text: str) -> str:
-    """The form in which free answers are compared: "The 2 chairs." == "two chairs".
-
-    Lower case, every sign that is no letter or digit a blank, 0 to 20 in words, without a, an, the (unless that is all
-    there is). LEO's clean_answer, which PAVE uses, also mends slips of its data and takes none for zero: numbers differ a
-    little.
+    A predicted event is correct if its IoU with any gold event is .5 or more.
     """
-    words = [WORDS[int(w)] if re.fullmatch("1?[0-9]|20", w) else w for w in re.findall(r"[^\W_]+", text.lower())]
-    return " ".join([w for w in words if w not in ("a", "an", "the")] or words)
+    predicted_events, gold_events = consecutive(predicted), consecutive(gold)
+    correct = 0
+    for event in predicted_events:
+        correct += any(2 * len(event & other) >= len(event | other) for other in gold_events)
+    return Counts(correct, len(predicted_events), len(gold_events))
 
 
-def exact_match(prediction: Answer, gold: Answer) -> dict:
-    """EM@1: 1 where the cleaned answer is one of the cleaned golds (choices, else the text); an empty one is none of them."""
-    said = cleaned(prediction.text)
-    return {"metric": float(bool(said) and said in map(cleaned, gold.choices or (gold.text,)))}
+def consecutive(seconds: set[int]) -> list[set[int]]:
+    """Split seconds into events, which are maximal sets of consecutive seconds."""
+    events: list[set[int]] = []
+    for second in sorted(seconds):
+        if second - 1 in seconds:
+            events[-1].add(second)
+        else:
+            events.append({second})
+    return events
 
 
-# --- a whole set ---------------------------------------------------------------------------------------------------
-def said(answer: Answer) -> str:
-    """The canonical choice, "" where there is none."""
-    return "" if answer.error or answer.choice is None else normalize_label(answer.choice, answer.choices)
+def f1(correct: int, predicted: int, gold: int) -> float:
+    """Return F1 = 2 correct / (predicted + gold), or 1 where both of these are 0."""
+    return 2 * correct / (predicted + gold) if predicted + gold else 1.0
 
 
-def by_class(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """Emotions: UAR, the mean over gold classes of their recall, and F1 by class, weighted by the classes' samples. WAR is the accuracy."""
-    pairs = [(said(p), said(g)) for p, g in zip(predictions, golds)]
-    right, found, wanted = Counter(g for p, g in pairs if p == g), Counter(p for p, _ in pairs), Counter(g for _, g in pairs)
-    return {"uar": fmean(right[c] / n for c, n in wanted.items()),
-            "weighted_f1": sum(n * 2 * right[c] / (found[c] + n) for c, n in wanted.items()) / len(pairs)}
+def class_f(counts: list[Counts]) -> float:
+    """Average F1 over the classes that are predicted or gold; 1 if there is none."""
+    scores = [f1(*c) for c in counts if c.predicted + c.gold]
+    return fmean(scores) if scores else 1.0
 
 
-def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """MUSIC-AVQA's released scorer: right if gold is part of the answer ("no" in "piano"); answers that are nobody's gold are not counted."""
-    vocabulary = {said(g) for g in golds}
-    counted = [(p, g) for p, g in zip(predictions, golds) if said(p) in vocabulary]
-    return {"substring_released": fmean(str(g.choice).lower() in str(p.choice).lower() for p, g in counted) if counted else 0.,
-            "counted_released": len(counted) / len(golds)}
+def event_f(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return F over seconds for UnAV, and what detection papers report of whole spans.
 
-
-def part_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """What CREMA calls accuracy on MUSIC-AVQA: right too if the answer is part of the gold ("guitar" of "acoustic guitar", "a" of "piano").
-
-    No answer reads "unanswerable". Compared in canonical form, where CREMA writes 1 to 10 in words and gold's underscores as blanks.
+    metric: F over seconds, averaged over classes. miou: the best IoU of each gold span, averaged.
+    f1_at_30, f1_at_50, f1_at_70: F1 of the spans, matched one to one at this IoU or more.
     """
-    return {"part_of_gold": fmean((said(p) or "unanswerable") in said(g) for p, g in zip(predictions, golds))}
+    # F over seconds, by class
+    predicted_seconds = seconds_by_class(prediction.events)
+    gold_seconds = seconds_by_class(gold.events)
+    counts = []
+    for label in predicted_seconds.keys() | gold_seconds.keys():
+        predicted_here = predicted_seconds.get(label, set())
+        gold_here = gold_seconds.get(label, set())
+        counts.append(segment_counts(predicted_here, gold_here))
+    scores = {"metric": class_f(counts)}
+
+    # The best IoU of each gold span
+    predicted_spans, gold_spans = labelled_spans(prediction), labelled_spans(gold)
+    overlaps = span_overlaps(predicted_spans, gold_spans)
+    best_ious = [0.0] * len(gold_spans)
+    for overlap, _, j in overlaps:
+        best_ious[j] = max(best_ious[j], overlap)
+    scores["miou"] = fmean(best_ious) if best_ious else float(not predicted_spans)
+
+    # F1 of whole spans
+    matched = match_one_to_one(overlaps)
+    for percent, threshold in ((30, 0.3), (50, 0.5), (70, 0.7)):
+        correct = sum(overlap >= threshold for overlap in matched)
+        scores[f"f1_at_{percent}"] = f1(correct, len(predicted_spans), len(gold_spans))
+    return scores
 
 
-def refined(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """PAVE's (LEO's) lenient EM, as released: right too where, without blanks, a gold is part of the answer or the answer part of a gold.
+def labelled_spans(answer: Answer) -> list[tuple[str, int, int]]:
+    """Return (canonical label, start, end) for each span of the events of an answer."""
+    return [(normalize_label(label), *span) for label, spans in answer.events for span in spans]
 
-    So "no" is right for "piano", and so is an empty answer, which is part of everything and wrong for exact_match.
+
+def span_overlaps(predicted: list[tuple], gold: list[tuple]) -> list[tuple[float, int, int]]:
+    """Return (IoU, index in predicted, index in gold) for the spans of one label that overlap."""
+    overlaps = []
+    for i, (label, start, end) in enumerate(predicted):
+        for j, (gold_label, gold_start, gold_end) in enumerate(gold):
+            intersection = min(end, gold_end) - max(start, gold_start)
+            if label == gold_label and intersection > 0:
+                union = end - start + gold_end - gold_start - intersection
+                overlaps.append((intersection / union, i, j))
+    return overlaps
+
+
+def match_one_to_one(overlaps: list[tuple[float, int, int]]) -> list[float]:
+    """Match predictions to golds, the largest IoU first, and return the IoUs of the matches.
+
+    overlaps: (IoU, index of the prediction, index of the gold); each index is matched once.
     """
-    texts = [[cleaned(text).replace(" ", "") for text in (p.text, *(g.choices or (g.text,)))] for p, g in zip(predictions, golds)]
-    return {"refined": fmean(any(answer in right or right in answer for right in rights) for answer, *rights in texts)}
+    matched = []
+    matched_predictions, matched_golds = set(), set()
+    for overlap, i, j in sorted(overlaps, reverse=True):
+        if i not in matched_predictions and j not in matched_golds:
+            matched.append(overlap)
+            matched_predictions.add(i)
+            matched_golds.add(j)
+    return matched
 
 
-def substring_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """What CREMA calls EM on SQA3D, as released: right if the answer is part of the first gold ("a" of "table"), as an empty one is.
+def av_event_f(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return AVVP's segment and event F, as avvp_eval_metrics.py of Crab and Crab+ does.
 
-    The answer: its first line in lower case, without commas; where the gold is one word, its last word; 1 to 10 in words.
+    metric: "type@AV" of segments, the mean of their audio, visual and audio-visual F.
     """
-    def answer(p: Answer, g: Answer) -> str:
-        line = p.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
-        word = line.split(" ")[-1] if " " not in g.text else line
-        return WORDS[int(word)] if re.fullmatch("[1-9]|10", word) else word
-    return {"substring_of_gold": fmean(answer(p, g) in g.text for p, g in zip(predictions, golds))}
+    predicted, expected = av_seconds(prediction), av_seconds(gold)
+    segment = av_f_scores(predicted, expected, segment_counts)
+    event = av_f_scores(predicted, expected, event_counts)
+    scores = {"metric": fmean(segment[kind] for kind in ("audio", "visual", "audio_visual"))}
+    scores |= {f"segment_{kind}": value for kind, value in segment.items()}
+    scores |= {f"event_{kind}": value for kind, value in event.items()}
+    return scores
 
 
-def cider(predictions: list[Answer], golds: list[Answer]) -> dict:
-    """CIDEr-D (Vedantam et al. 2015) with one reference each, times 10 as usual.
+def av_seconds(answer: Answer) -> dict[str, dict[str, set[int]]]:
+    """Return {"audio" or "visual": {label: seconds}}."""
+    return {
+        "audio": seconds_by_class(answer.audio_events),
+        "visual": seconds_by_class(answer.visual_events),
+    }
 
-    The words are runs of letters and digits, where papers use a Java tokenizer, hence the name: numbers differ a little from theirs.
+
+def av_f_scores(predicted: dict, gold: dict, count) -> dict[str, float]:
+    """Return the F of one video for audio, visual, audio_visual and all events.
+
+    audio_visual: seconds in which a class is both heard and seen. all: audio and visual counts of a
+    class added up.
+
+    Args:
+        predicted, gold: {"audio" or "visual": {label: seconds}}.
+        count: `segment_counts` or `event_counts`.
     """
-    def grams(text: str) -> list[Counter]:
-        words = re.findall(r"\w+", text.lower())
-        return [Counter(zip(*(words[k:] for k in range(n)))) for n in (1, 2, 3, 4)]
-    references = [grams(g.text) for g in golds]
-    frequency = Counter(gram for reference in references for counts in reference for gram in counts)
+    counts: dict[str, list[Counts]] = {"audio": [], "visual": [], "audio_visual": [], "all": []}
+    for label in set().union(*predicted.values(), *gold.values()):
+        # The seconds of this class, (predicted, gold)
+        audio = predicted["audio"].get(label, set()), gold["audio"].get(label, set())
+        visual = predicted["visual"].get(label, set()), gold["visual"].get(label, set())
+        both = audio[0] & visual[0], audio[1] & visual[1]
 
-    def vector(counts: Counter) -> dict:
-        return {gram: n * (math.log(len(golds)) - math.log(max(1, frequency[gram]))) for gram, n in counts.items()}
+        audio_counts, visual_counts = count(*audio), count(*visual)
+        counts["audio"].append(audio_counts)
+        counts["visual"].append(visual_counts)
+        counts["audio_visual"].append(count(*both))
+        counts["all"].append(Counts(*(a + v for a, v in zip(audio_counts, visual_counts))))
+    return {kind: class_f(class_counts) for kind, class_counts in counts.items()}
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+def iou(a: Box, b: Box) -> float:
+    """Return the intersection over union of two boxes; 0 where neither has an area."""
+    overlap = max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+    intersection = area(*overlap)
+    union = area(*a) + area(*b) - intersection
+    return intersection / max(union, 1e-9)
+
+
+def area(x1: float, y1: float, x2: float, y2: float) -> float:
+    """Return the area of a box, 0 where it is inside out (boxes that do not overlap)."""
+    return max(x2 - x1, 0) * max(y2 - y1, 0)
+
+
+def first_box(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return the IoU of the first box with the gold box, the best one where the mask has several.
+
+    For ARIG as VGG-SS scores it: iou_at_50, whose mean is the share of IoUs of .5 or more (cIoU),
+    and auc, the area under this share as a function of the threshold 0, .05, ..., 1.
+    """
+    if prediction.boxes and gold.boxes:
+        best = max(iou(prediction.boxes[0], box) for box in gold.boxes)
+    else:
+        best = 0.0
+    reached = [float(best >= i / 20) for i in range(21)]
+    trapezoids = [(left + right) / 2 for left, right in pairwise(reached)]
+    return {"metric": best, "iou_at_50": float(best >= 0.5), "auc": sum(trapezoids) / 20}
+
+
+def all_boxes(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Match boxes one to one and return the sum of their IoUs over the larger number of boxes."""
+    overlaps = []
+    for i, predicted_box in enumerate(prediction.boxes):
+        for j, gold_box in enumerate(gold.boxes):
+            overlaps.append((iou(predicted_box, gold_box), i, j))
+    n = max(len(prediction.boxes), len(gold.boxes), 1)
+    return {"metric": sum(match_one_to_one(overlaps)) / n}
+
+
+def exists_box(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return the IoU where the object exists and 1 where it does not, if the answer knows which.
+
+    An answer that is wrong about the existence scores 0.
+    """
+    correct = prediction.exists == gold.exists
+    if correct and gold.exists:
+        value = first_box(prediction, gold)["metric"]
+    else:
+        value = float(correct)
+    return {"metric": value, "existence": float(correct)}
+
+
+# --- texts ----------------------------------------------------------------------------------------
+def words_of(answer: Answer) -> list[str]:
+    """Return the words of a caption: runs of letters and digits, in lower case."""
+    return re.findall(r"\w+", answer.text.lower())
+
+
+def rouge_l(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return F1 of the longest common subsequence (LCS) of words."""
+    predicted, expected = words_of(prediction), words_of(gold)
+    # lcs[j]: length of the LCS of the predicted words so far and expected[:j]
+    lcs = [0] * (len(expected) + 1)
+    for word in predicted:
+        previous, lcs = lcs, [0]
+        for j, other in enumerate(expected):
+            longest = previous[j] + 1 if word == other else max(previous[j + 1], lcs[j])
+            lcs.append(longest)
+    return {"metric": 2 * lcs[-1] / max(len(predicted) + len(expected), 1)}
+
+
+def exact_match(prediction: Answer, gold: Answer) -> dict[str, float]:
+    """Return EM@1: is the canonical text one of the gold texts? An empty one never is."""
+    gold_texts = [canonical_text(text) for text in gold.choices or (gold.text,)]
+    text = canonical_text(prediction.text)
+    return {"metric": float(text != "" and text in gold_texts)}
+
+
+def cider(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Return CIDEr-D (Vedantam et al. 2015) of captions with one reference each, times 10.
+
+    CIDEr-D is the cosine of tf-idf vectors of n-grams, averaged over n = 1 to 4. The weight of a
+    predicted n-gram is clipped at its weight in the reference, and a Gaussian punishes differences
+    in length. The factor 10 is customary. Papers use a Java tokenizer, hence the key
+    `cider_own_words`: their numbers differ a little.
+    """
+    # In how many references each n-gram occurs
+    references = [ngrams(words_of(gold)) for gold in golds]
+    frequency: Counter = Counter()
+    for reference in references:
+        for counts in reference:
+            frequency.update(counts.keys())
+
+    def tf_idf(counts: Counter) -> dict[tuple, float]:
+        log_n = math.log(len(golds))
+        return {g: n * (log_n - math.log(max(1, frequency[g]))) for g, n in counts.items()}
+
     scores = []
-    for prediction, reference in zip((grams("" if p.error else p.text) for p in predictions), references):
-        shorter, sums = math.exp(-(prediction[1].total() - reference[1].total()) ** 2 / (2 * 6 ** 2)), 0.
-        for p, r in zip(map(vector, prediction), map(vector, reference)):
-            norm = math.hypot(*p.values()) * math.hypot(*r.values())
-            sums += shorter * sum(min(v, r[gram]) * r[gram] for gram, v in p.items() if gram in r) / norm if norm else 0.
-        scores.append(10 * sums / 4)
+    for prediction, reference in zip(predictions, references):
+        candidate = ngrams([] if prediction.error else words_of(prediction))
+        # The released CIDEr-D measures lengths in bigrams; sigma is 6
+        difference = candidate[1].total() - reference[1].total()
+        length_penalty = math.exp(-(difference**2) / (2 * 6**2))
+        cosines = 0.0
+        for candidate_counts, reference_counts in zip(candidate, reference):
+            x, y = tf_idf(candidate_counts), tf_idf(reference_counts)
+            norm = math.hypot(*x.values()) * math.hypot(*y.values())
+            product = sum(min(weight, y[g]) * y[g] for g, weight in x.items() if g in y)
+            cosines += length_penalty * product / norm if norm else 0.0
+        scores.append(10 * cosines / 4)
     return {"cider_own_words": fmean(scores)}
 
 
-# --- a task --------------------------------------------------------------------------------------------------------
-METRICS = {f.__name__: f for f in (accuracy, segments, event_f, av_event_f, first_box, all_boxes, exists_box, rouge_l, exact_match)}
-SETS = {f.__name__: f for f in (by_class, substring_released, part_of_gold, refined, substring_of_gold, cider)}
+def ngrams(words: list[str]) -> list[Counter]:
+    """Count the n-grams of a text, for n = 1, 2, 3, 4."""
+    counts = []
+    for n in (1, 2, 3, 4):
+        shifted = [words[k:] for k in range(n)]
+        counts.append(Counter(zip(*shifted)))
+    return counts
 
 
-def score(task: Task, predictions: list[Answer], golds: list[Answer], labels: list[str] | None = None, whole: bool = True) -> dict:
-    """{"metric": main number, "parsed": share of readable predictions, "n": samples, "all": numbers}, as fractions.
+# --- a task ---------------------------------------------------------------------------------------
+# Keys as in tasks.py and metrics.json. Of one sample: (prediction, gold) -> numbers
+METRICS = {
+    "accuracy": accuracy,
+    "segments": segment_accuracy,
+    "event_f": event_f,
+    "av_event_f": av_event_f,
+    "first_box": first_box,
+    "all_boxes": all_boxes,
+    "exists_box": exists_box,
+    "rouge_l": rouge_l,
+    "exact_match": exact_match,
+}
+# Of a whole set: (predictions, golds) -> numbers
+SETS = {
+    "by_class": by_class,
+    "cider": cider,
+    "substring_released": substring_released,
+    "part_of_gold": part_of_gold,
+    "refined": refined,
+    "substring_of_gold": substring_of_gold,
+}
 
-    labels: the classes of `ave`, if known: an event that is none of them counts as unparsed, as in the released scorer.
-    whole: with the numbers of the whole set (SETS), which take longer.
-    Raises ValueError where the lists differ in length or are empty.
+
+def score(
+    task: Task,
+    predictions: list[Answer],
+    golds: list[Answer],
+    labels: list[str] | None = None,
+    whole: bool = True,
+) -> dict:
+    """Score the answers of one task.
+
+    Args:
+        predictions, golds: answers of the same samples.
+        labels: the classes of `ave`, if known. An event of another class counts as an answer that
+            does not parse, as in the released scorer.
+        whole: compute the numbers of the whole set (SETS) too, which take longer.
+
+    Returns:
+        {"metric": main number, "parsed": share of answers that parse, "n": samples, "all": the
+        other numbers by name}, as fractions.
+
+    Raises:
+        ValueError: the lists differ in length or are empty.
     """
     if len(predictions) != len(golds) or not golds:
-        raise ValueError(f"{task.name}: {len(predictions)} predictions for {len(golds)} golds; expected one for each")
-    known, measure, results, parsed = {normalize_label(c) for c in labels or ()}, METRICS[task.metric], [], []
+        raise ValueError(
+            f"{task.name}: {len(predictions)} predictions for {len(golds)} golds; "
+            f"expected one for each"
+        )
+    measure = METRICS[task.metric]
+    classes = {normalize_label(label) for label in labels or ()}
+
+    # The numbers of each sample
+    results, parsed = [], []
     for prediction, gold in zip(predictions, golds):
-        events = {normalize_label(label) for label, _ in prediction.events}
-        parsed.append(prediction.error is None and (not known or events <= known))
-        results.append(measure(prediction, gold) if parsed[-1] else dict.fromkeys(measure(gold, gold), 0.))
-        if task.metric == "segments" and not parsed[-1]:
-            results[-1]["segment_accuracy_released"] = 1.
-    everything = {name: fmean(result[name] for result in results) for name in results[0]}
-    for name in task.sets if whole else ():
-        everything |= SETS[name](predictions, golds)
-    return {"metric": everything.pop("metric"), "parsed": fmean(parsed), "n": len(golds), "all": everything}
+        is_parsed = prediction.error is None and has_known_labels(prediction, classes)
+        if is_parsed:
+            result = measure(prediction, gold)
+        else:
+            result = {name: UNPARSED_SCORES.get(name, 0.0) for name in measure(gold, gold)}
+        parsed.append(is_parsed)
+        results.append(result)
+
+    # Their means, and the numbers of the set
+    numbers = {}
+    for name in results[0]:
+        numbers[name] = fmean(result[name] for result in results)
+    main_number = numbers.pop("metric")
+    if whole:
+        for name in task.set_metrics:
+            numbers |= SETS[name](predictions, golds)
+    return {"metric": main_number, "parsed": fmean(parsed), "n": len(golds), "all": numbers}
 
 
-def best_constant(task: Task, candidates: list[Answer], golds: list[Answer]) -> tuple[float, Answer]:
-    """The best that one answer for all samples can score, and that answer.
+def has_known_labels(answer: Answer, classes: set[str]) -> bool:
+    """Tell whether all events have labels of `classes`; every label does if `classes` is empty."""
+    return not classes or all(normalize_label(label) in classes for label, _ in answer.events)
 
-    candidates: training answers; the 50 most frequent are tried and, for boxes, the median of each coordinate.
+
+def best_constant(
+    task: Task, candidates: list[Answer], golds: list[Answer]
+) -> tuple[float, Answer]:
+    """Find the one answer that scores best when it is given to all samples.
+
+    candidates: training answers. The 50 most frequent are tried and, for boxes, the median of each
+    coordinate. Returns its score and the answer. Raises DataError where there are no candidates.
     """
-    counts, by_text = Counter(task.format(answer) for answer in candidates), {task.format(a): a for a in candidates}
-    constants = [by_text[text] for text, _ in counts.most_common(50)]
+    # The most frequent answers
+    by_text = {task.format(answer): answer for answer in candidates}
+    frequency = Counter(task.format(answer) for answer in candidates)
+    constants = [by_text[text] for text, _ in frequency.most_common(50)]
+
+    # The median box
     boxes = [answer.boxes[0] for answer in candidates if answer.boxes]
     if boxes:
-        middle = tuple(median_low(values) for values in zip(*boxes))
-        constants.append(Answer(boxes=[middle], exists=True if task.parser == "exists" else None))
+        median_box = tuple(median_low(coordinates) for coordinates in zip(*boxes))
+        exists = True if task.form is EXISTS else None
+        constants.append(Answer(boxes=[median_box], exists=exists))
+
     if not constants:
-        raise ValueError(f"{task.name}: no answers to choose a constant from")
-    scores = [score(task, [answer] * len(golds), golds, whole=False)["metric"] for answer in constants]
-    return max(scores), constants[scores.index(max(scores))]
+        raise DataError(
+            f"{task.name}: no answers to choose a constant from; expected training rows of the task"
+        )
+    scores = []
+    for constant in constants:
+        result = score(task, [constant] * len(golds), golds, whole=False)
+        scores.append(result["metric"])
+    best = max(scores)
+    return best, constants[scores.index(best)]

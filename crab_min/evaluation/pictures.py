@@ -1,240 +1,425 @@
-"""Pictures: an answer over its clip, the scores of a run, a sheet of its answers, the routes of I-LoRA.
+"""Pictures: an answer with its media, scores and curves of a run, a sheet of answers, routing.
 
-Boxes and points are on the 224 x 224 grid, times in seconds. matplotlib draws without a display.
+Functions that take `axes` draw into them; functions that take `path` write a PNG file. A medium is
+(name, kind, arrays, seconds) with kind "image", "video" or "audio", as `data.load_for_figure` gives
+it. Boxes and points are on the 224 x 224 grid, times are in seconds. matplotlib needs no display.
 """
+
 import csv
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
-from crab_min.answers import GRID, Answer
+from crab_min.answers import GRID, Answer, Box, Event
 from crab_min.evaluation.routing import KINDS, RoutingStats
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
-RATE = 16000
+RED, TEAL, YELLOW = COLOURS[:3]
+GREY = "#b8bcc4"
+GOLD_BOX = "#3ddc4b"
+CORRECT, WRONG = "#2e7d32", "#b3261e"
 
 
-def draw_frames(axes, frames: np.ndarray, seconds: float) -> None:
-    """A strip of frames (T, H, W, 3), left to right, each over the stretch of time that it stands for."""
-    for i, frame in enumerate(frames):
-        axes.imshow(frame, extent=(i * seconds / len(frames), (i + .97) * seconds / len(frames), 0, 1), aspect="auto")
-    axes.set(xlim=(0, seconds), ylim=(0, 1), yticks=[])
-
-
-def draw_wave(axes, segments: list, seconds: float) -> None:
-    """The loudness of the sound (list of waves at 16 kHz), stretched over `seconds`."""
-    wave = np.concatenate(segments)
-    size = max(1, len(wave) // 600)
-    peaks = np.abs(wave[:len(wave) // size * size]).reshape(-1, size).max(1) if len(wave) else np.zeros(1)
-    times = np.linspace(0, seconds, len(peaks))
-    axes.fill_between(times, -peaks, peaks, color="#5c677d", linewidth=0)
-    axes.set(xlim=(0, seconds), yticks=[])
-
-
-def draw_events(axes, answer: Answer, seconds: float) -> None:
-    """A row a label, a bar a span."""
-    rows = [(f"{label} ({kind})" if kind else label, spans) for kind, events in
-            (("", answer.events), ("seen", answer.visual_events), ("heard", answer.audio_events)) for label, spans in events]
-    for i, (_, spans) in enumerate(rows):
-        for start, end in spans:
-            axes.barh(i, end - start, left=start, height=.6, color=COLOURS[i % len(COLOURS)])
-            axes.text(start + .1, i, f"{start}-{end} s", va="center", fontsize=8, color="white")
-    axes.set(xlim=(0, max([seconds] + [e for _, spans in rows for _, e in spans])), ylim=(len(rows) - .5, -.5), xlabel="seconds")
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-
-
-def draw_image(axes, image: np.ndarray, answer: Answer, gold: Answer) -> None:
-    """One image (H, W, 3) with the mask, boxes and points of an answer, and dashed the right boxes; beside it, where there is one, the right mask."""
-    axes.imshow(tinted(image, answer.mask), extent=(0, GRID, GRID, 0))
-    if gold.mask is not None:
-        axes.imshow(tinted(image, gold.mask), extent=(GRID + 6, 2 * GRID + 6, GRID, 0))
-        axes.set(xlim=(0, 2 * GRID + 6), ylim=(GRID, 0))
-    for x1, y1, x2, y2 in gold.boxes:
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.8, linestyle="--", edgecolor="#3ddc4b"))
-    for i, (box, points) in enumerate(answer.objects()):
-        x1, y1, x2, y2 = box
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2.5, edgecolor=COLOURS[i % len(COLOURS)]))
-        if points:
-            axes.scatter(*zip(*points), s=60, color=COLOURS[i % len(COLOURS)], edgecolors="white", zorder=3)
-    axes.set(xticks=[], yticks=[])
-
-
-def tinted(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """An image (H, W, 3) with a mask (h, w) over it, a colour a class; scores count from a half."""
-    if mask is None:
-        return image
-    h, w = image.shape[:2]
-    classes = mask if mask.dtype.kind == "i" else (mask > .5).astype(int)
-    classes = classes[(np.arange(h) * mask.shape[0] // h)[:, None], np.arange(w) * mask.shape[1] // w]
-    colours = np.array([[int(c[i:i + 2], 16) for i in (1, 3, 5)] for c in COLOURS])
-    return np.where(classes[..., None] > 0, image // 2 + colours[classes % len(COLOURS)] // 2, image).astype(np.uint8)
-
-
-def draw_medium(axes, kind: str, arrays, seconds: float, answer: Answer, gold: Answer = Answer()) -> None:
-    """An image with boxes, a strip of frames, or a sound's loudness; arrays as data.load_media gives them."""
-    if kind == "image":
-        draw_image(axes, arrays[0], answer, gold)
-    elif kind == "video":
-        draw_frames(axes, arrays, seconds)
-    else:
-        draw_wave(axes, arrays, seconds)
-
-
-def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text: str) -> None:
-    """Write the picture of one answer: each medium, the time line of its events, the question and the text.
-
-    media: (name, kind, arrays, seconds) in the order of the prompt, arrays as data.load_media gives them.
-    """
-    timeline = bool(answer.events or answer.visual_events or answer.audio_events)
-    heights = [4.2 if kind == "image" else 1.1 for _, kind, _, _ in media] + [.45 * max(1, len(answer.events + answer.visual_events + answer.audio_events))] * timeline
-    words = textwrap.fill(shown(text + (f"   [does not parse: {answer.error}]" if answer.error else "")), 110)
-    figure = Figure(figsize=(10, sum(heights) + .55 * len(heights) + .9 + .22 * words.count("\n")), layout="constrained")
-    FigureCanvasAgg(figure)
-    rows = figure.subplots(len(heights), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
-    for axes, (name, kind, arrays, seconds) in zip(rows, media):
-        draw_medium(axes, kind, arrays, seconds, answer)
-        axes.set_title(name, fontsize=9, loc="left")
-    if timeline:
-        draw_events(rows[-1], answer, max(seconds for *_, seconds in media))
-    figure.suptitle("\n".join(textwrap.wrap(shown(title), 100)), fontsize=12, x=.01, ha="left")
-    figure.supxlabel(words, fontsize=10, x=.01, ha="left")
-    save(figure, path)
-
-
-def shown(text: str) -> str:
-    """Text of a model as matplotlib can draw it: no control characters, and a dollar is a dollar."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text).replace("$", r"\$")
+# --- figures and texts ----------------------------------------------------------------------------
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches, that needs no display and no pyplot."""
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.rename(path)
 
 
-def draw_scores(path: Path, results: dict) -> None:
-    """Three bars a task: best constant answer, frozen base, trained; `results` as in metrics.json under "tasks"."""
-    figure = Figure(figsize=(max(5, .75 * len(results) + 1.5), 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, places = figure.subplots(), np.arange(len(results))
-    for i, (key, label, colour) in enumerate((("blind", "best constant answer", "#b8bcc4"), ("base", "frozen base", "#edae49"), ("metric", "trained", "#00798c"))):
-        axes.bar(places + .27 * (i - 1), [r[key] for r in results.values()], .27, label=label, color=colour)
-    axes.set_xticks(places, [f"{task}\n{r['name'].replace('_', ' ')}" for task, r in results.items()], fontsize=8)
+def printable(text: str) -> str:
+    """Return a model's text as matplotlib can draw it, without control characters.
+
+    A dollar sign stays one; matplotlib would begin a formula with it.
+    """
+    for character in set(text):
+        if not character.isprintable() and character not in "\n\t":
+            text = text.replace(character, "?")
+    return text.replace("$", r"\$")
+
+
+def wrapped(text: str, columns: int) -> str:
+    """Return a model's text in lines of at most `columns` characters."""
+    return "\n".join(textwrap.wrap(printable(text), columns))
+
+
+# --- media ----------------------------------------------------------------------------------------
+def draw_frames(axes: Axes, frames: np.ndarray, seconds: float) -> None:
+    """Draw frames (T, H, W, 3) as a strip, each over the time for which it stands."""
+    duration = seconds / len(frames)
+    for i, frame in enumerate(frames):
+        axes.imshow(frame, extent=(i * duration, (i + 0.97) * duration, 0, 1), aspect="auto")
+    axes.set(xlim=(0, seconds), ylim=(0, 1), yticks=[])
+
+
+def draw_wave(axes: Axes, segments: list[np.ndarray], seconds: float) -> None:
+    """Draw the loudness of audio segments (waves at any rate), spread over `seconds`."""
+    # The peak of each of about 600 pieces
+    wave = np.concatenate(segments)
+    size = max(1, len(wave) // 600)
+    whole = wave[: len(wave) // size * size]
+    peaks = np.abs(whole).reshape(-1, size).max(1) if len(wave) else np.zeros(1)
+
+    times = np.linspace(0, seconds, len(peaks))
+    axes.fill_between(times, -peaks, peaks, color="#5c677d", linewidth=0)
+    axes.set(xlim=(0, seconds), yticks=[])
+
+
+def draw_image(axes: Axes, image: np.ndarray, answer: Answer, gold: Answer) -> None:
+    """Draw an image (H, W, 3) with the mask, boxes and points of an answer.
+
+    The gold boxes are dashed. A gold mask is drawn on a copy of the image to the right.
+    """
+    axes.imshow(tinted(image, answer.mask), extent=(0, GRID, GRID, 0))
+    if gold.mask is not None:
+        left, right = GRID + 6, 2 * GRID + 6
+        axes.imshow(tinted(image, gold.mask), extent=(left, right, GRID, 0))
+        axes.set(xlim=(0, right), ylim=(GRID, 0))
+
+    for box in gold.boxes:
+        draw_box(axes, box, GOLD_BOX, linewidth=1.8, linestyle="--")
+    for i, (box, points) in enumerate(answer.objects()):
+        colour = COLOURS[i % len(COLOURS)]
+        draw_box(axes, box, colour, linewidth=2.5)
+        if points:
+            axes.scatter(*zip(*points), s=60, color=colour, edgecolors="white", zorder=3)
+    axes.set(xticks=[], yticks=[])
+
+
+def draw_box(axes: Axes, box: Box, colour: str, **line) -> None:
+    x1, y1, x2, y2 = box
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, **line))
+
+
+def tinted(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Return an image (H, W, 3) with a mask (h, w) over it, in one colour per class.
+
+    mask: integer classes, where 0 is left as it is; or truth values or scores, drawn above .5.
+    """
+    if mask is None:
+        return image
+    # The class of each pixel, from the nearest pixel of the mask
+    height, width = image.shape[:2]
+    classes = mask if mask.dtype.kind == "i" else (mask > 0.5).astype(int)
+    rows = np.arange(height) * mask.shape[0] // height
+    columns = np.arange(width) * mask.shape[1] // width
+    classes = classes[rows[:, None], columns]  # (H, W)
+
+    # Half image, half colour
+    colours = np.array([list(bytes.fromhex(colour[1:])) for colour in COLOURS])
+    blended = image // 2 + colours[classes % len(COLOURS)] // 2
+    return np.where(classes[..., None] > 0, blended, image).astype(np.uint8)
+
+
+def draw_medium(
+    axes: Axes, kind: str, arrays, seconds: float, answer: Answer, gold: Answer | None = None
+) -> None:
+    """Draw an image with boxes, the frames of a video, or the loudness of audio."""
+    if kind == "image":
+        draw_image(axes, arrays[0], answer, gold or Answer())
+    elif kind == "video":
+        draw_frames(axes, arrays, seconds)
+    else:
+        draw_wave(axes, arrays, seconds)
+
+
+# --- one answer -----------------------------------------------------------------------------------
+def draw_answer(path: Path, media: list[tuple], title: str, answer: Answer, text: str) -> None:
+    """Draw one answer: the question, each medium, a time line of the events, the text.
+
+    media: (name, kind, arrays, seconds) in the order of the prompt.
+    """
+    problem = f"   [does not parse: {answer.error}]" if answer.error else ""
+    caption = textwrap.fill(printable(text + problem), 110)
+    rows = event_rows(answer)
+
+    # One row of the figure for each medium, and one for the time line
+    height_of = {"image": 4.2, "video": 1.1, "audio": 1.1}
+    heights = [height_of[kind] for _, kind, _, _ in media]
+    if rows:
+        heights.append(0.45 * len(rows))
+    margins = 0.55 * len(heights) + 0.9 + 0.22 * caption.count("\n")
+    figure = new_figure(10, sum(heights) + margins)
+    all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+
+    # The media, the time line, and the texts around them
+    for axes, (name, kind, arrays, seconds) in zip(all_axes, media):
+        draw_medium(axes, kind, arrays, seconds, answer)
+        axes.set_title(name, fontsize=9, loc="left")
+    if rows:
+        draw_events(all_axes[-1], rows, max(seconds for *_, seconds in media))
+    figure.suptitle(wrapped(title, 100), fontsize=12, x=0.01, ha="left")
+    figure.supxlabel(caption, fontsize=10, x=0.01, ha="left")
+    save(figure, path)
+
+
+def event_rows(answer: Answer) -> list[Event]:
+    """Return the events of an answer; for AVVP the labels say whether they are visual or audio."""
+    rows = list(answer.events)
+    rows += [(f"{label} (visual)", spans) for label, spans in answer.visual_events]
+    rows += [(f"{label} (audio)", spans) for label, spans in answer.audio_events]
+    return rows
+
+
+def draw_events(axes: Axes, rows: list[Event], seconds: float) -> None:
+    """Draw a time line with one row per event and one bar per span."""
+    last = seconds
+    for i, (_, spans) in enumerate(rows):
+        colour = COLOURS[i % len(COLOURS)]
+        for start, end in spans:
+            axes.barh(i, end - start, left=start, height=0.6, color=colour)
+            axes.text(start + 0.1, i, f"{start}-{end} s", va="center", fontsize=8, color="white")
+            last = max(last, end)
+    axes.set(xlim=(0, last), ylim=(len(rows) - 0.5, -0.5), xlabel="seconds")
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+
+
+# --- a sheet of answers ---------------------------------------------------------------------------
+class SheetCell(NamedTuple):
+    """One answer on a sheet."""
+
+    title: str
+    media: list[tuple]  # as for draw_answer
+    answer: Answer
+    text: str  # of the model
+    gold: Answer
+    gold_text: str
+    score: float  # in [0, 1]
+
+
+def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
+    """Draw many answers on one page.
+
+    cells: `SheetCell`s, or tuples of its fields.
+    """
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    figure = new_figure(5.4 * columns, 3.3 * rows)
+    subfigures = figure.subfigures(rows, columns, squeeze=False)
+    for subfigure, cell in zip(subfigures.flat, cells):
+        draw_cell(subfigure, SheetCell(*cell))
+    save(figure, path)
+
+
+def draw_cell(figure: SubFigure, cell: SheetCell) -> None:
+    """Draw one answer of a sheet; its text is green where the score is above a half."""
+    # The media
+    height_of = {"image": 3, "video": 1.4, "audio": 0.5}
+    heights = [height_of[kind] for _, kind, _, _ in cell.media]
+    all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (_, kind, arrays, seconds) in zip(all_axes, cell.media):
+        if kind == "video":  # about five frames
+            arrays = arrays[:: max(1, len(arrays) // 5)]
+        draw_medium(axes, kind, arrays, seconds, cell.answer, cell.gold)
+        axes.set(xticks=[])
+
+    # The texts
+    answer, gold = wrapped(f"answer: {cell.text}", 80), wrapped(f"gold: {cell.gold_text}", 80)
+    caption = f"{answer}\n{gold}\nscore {cell.score:.2f}"
+    colour = CORRECT if cell.score > 0.5 else WRONG
+    figure.suptitle(wrapped(cell.title, 72), fontsize=9, x=0.02, ha="left")
+    figure.supxlabel(caption, fontsize=8, x=0.02, ha="left", color=colour)
+
+
+# --- numbers of a run -----------------------------------------------------------------------------
+def draw_scores(path: Path, results: dict[str, dict]) -> None:
+    """Draw three bars per task: the best constant answer, the frozen base, the trained model.
+
+    results: {task: numbers} as in metrics.json under "tasks".
+    """
+    bars = (
+        ("blind", "best constant answer", GREY),
+        ("base", "frozen base", YELLOW),
+        ("metric", "trained", TEAL),
+    )
+    figure = new_figure(max(5, 0.75 * len(results) + 1.5), 4)
+    axes = figure.subplots()
+    positions = np.arange(len(results))
+    for i, (key, label, colour) in enumerate(bars):
+        values = [result[key] for result in results.values()]
+        axes.bar(positions + 0.27 * (i - 1), values, 0.27, label=label, color=colour)
+
+    names = [f"{task}\n{result['name'].replace('_', ' ')}" for task, result in results.items()]
+    axes.set_xticks(positions, names, fontsize=8)
     axes.set(ylim=(0, 1), ylabel="score on test clips")
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(.5, 1.12), frameon=False)
-    axes.grid(axis="y", alpha=.3)
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    axes.grid(axis="y", alpha=0.3)
     save(figure, path)
 
 
 def draw_curves(path: Path, log: Path) -> None:
-    """How a run went, from its log.csv: loss and its running mean, held-out metric, learning rate, norm of the gradient, speed and waiting."""
+    """Draw the course of a run from its log.csv; nothing where it has fewer than two rows.
+
+    Four plots: the loss, the metric on held-out rows (the gradient norm where it was not measured),
+    the learning rate, the speed.
+    """
     rows = list(csv.DictReader(log.read_text().splitlines())) if log.exists() else []
     if len(rows) < 2:
         return
-    column = {name: np.array([float(row[name] or "nan") for row in rows]) for name in ("step", "loss", "lr", "grad_norm", "seconds", "wait", "places", "metric")}
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    columns = {}  # an empty cell is NaN
+    for name in ("step", "loss", "lr", "grad_norm", "seconds", "wait", "places", "metric"):
+        columns[name] = np.array([float(row[name] or "nan") for row in rows])
+    step = columns["step"]
+
+    # Top: loss, metric or gradient norm
+    figure = new_figure(10, 6)
     (loss, metric), (rate, speed) = figure.subplots(2, 2, sharex=True)
-    step, width = column["step"], max(1, len(rows) // 50)
-    mean = np.convolve(column["loss"], np.ones(width) / width, "valid")
-    loss.plot(step, column["loss"], color="#b8bcc4", lw=.8)
-    loss.plot(step[width - 1:], mean, color="#00798c")
-    loss.set(ylabel="loss a token", yscale="log" if column["loss"].min() > 0 else "linear")
-    there = ~np.isnan(column["metric"])
-    if there.any():
-        metric.plot(step[there], column["metric"][there], "o-", color="#00798c")
-        metric.set(ylabel="mean metric, held-out rows", ylim=(0, 1))
+    draw_loss(loss, step, columns["loss"])
+    if np.isnan(columns["metric"]).all():
+        metric.plot(step, columns["grad_norm"], color=GREY, lw=0.8)
+        metric.set(ylabel="gradient norm")
     else:
-        metric.plot(step, column["grad_norm"], color="#b8bcc4", lw=.8)
-        metric.set(ylabel="norm of the gradient")
-    rate.plot(step, column["lr"], color="#d1495b")
+        measured = ~np.isnan(columns["metric"])
+        metric.plot(step[measured], columns["metric"][measured], "o-", color=TEAL)
+        metric.set(ylabel="mean metric, held-out rows", ylim=(0, 1))
+
+    # Bottom: learning rate, speed
+    rate.plot(step, columns["lr"], color=RED)
     rate.set(xlabel="step", ylabel="learning rate")
-    speed.plot(step, column["places"] / column["seconds"], color="#00798c", lw=.8)
-    speed.set(xlabel="step", ylabel="tokens a second, with padding", title=f"{column['wait'].sum() / column['seconds'].sum():.0%} of the time went with waiting for data")
+    waiting = columns["wait"].sum() / columns["seconds"].sum()
+    speed.plot(step, columns["places"] / columns["seconds"], color=TEAL, lw=0.8)
+    speed.set(xlabel="step", ylabel="tokens per second, with padding")
+    speed.set_title(f"waiting for data: {waiting:.0%} of the time", fontsize=9, loc="left")
     for axes in (loss, metric, rate, speed):
-        axes.grid(alpha=.3)
+        axes.grid(alpha=0.3)
     save(figure, path)
 
 
+def draw_loss(axes: Axes, step: np.ndarray, loss: np.ndarray) -> None:
+    """Draw the loss of each step and its running mean."""
+    window = max(1, len(loss) // 50)
+    running_mean = np.convolve(loss, np.ones(window) / window, "valid")
+    axes.plot(step, loss, color=GREY, lw=0.8)
+    axes.plot(step[window - 1 :], running_mean, color=TEAL)
+    axes.set(ylabel="loss per token", yscale="log" if loss.min() > 0 else "linear")
+
+
 def draw_subsets(path: Path, subsets: dict[str, dict[str, float]]) -> None:
-    """The picture of sides.score_subsets."""
-    figure = Figure(figsize=(2.6 + .9 * len(next(iter(subsets.values()))), 1.2 + .42 * len(subsets)), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the accuracies of a CREMA model on sets of its modalities, as for draw_grid."""
+    n_kinds = len(next(iter(subsets.values())))
+    figure = new_figure(2.6 + 0.9 * n_kinds, 1.2 + 0.42 * len(subsets))
     draw_grid(figure.subplots(), subsets)
     save(figure, path)
 
 
-def draw_grid(axes, subsets: dict[str, dict[str, float]]) -> None:
-    """A map of accuracies: a row a set of modalities, a column a kind of question."""
-    kinds = sorted({kind for row in subsets.values() for kind in row})
-    axes.imshow([[row[kind] for kind in kinds] for row in subsets.values()], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(subsets.values()):
-        for j, kind in enumerate(kinds):
-            axes.text(j, i, f"{row[kind]:.2f}", ha="center", va="center", fontsize=9, color="white" if row[kind] > .6 else "black")
+def draw_grid(axes: Axes, subsets: dict[str, dict[str, float]]) -> None:
+    """Draw a table of accuracies: {set of modalities: {kind of question: accuracy}}."""
+    kinds = sorted({kind for accuracies in subsets.values() for kind in accuracies})
+    table = np.zeros((len(subsets), len(kinds)))
+    for i, accuracies in enumerate(subsets.values()):
+        table[i] = [accuracies[kind] for kind in kinds]
+    axes.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
+        colour = "white" if value > 0.6 else "black"
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color=colour)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_yticks(range(len(subsets)), subsets)
     axes.set_title("accuracy by kind of question", fontsize=9, loc="left")
 
 
-def draw_sheet(path: Path, cells: list[tuple], columns: int = 3) -> None:
-    """A contact sheet: what was seen and heard, asked and answered, three a row, green where the score is above a half.
+# --- routing --------------------------------------------------------------------------------------
+@dataclass
+class RoutingGrid:
+    """What the maps of one figure have in common."""
 
-    cells: (title, media as for draw_answer, answer, text, gold, gold text, score in 0..1).
+    kinds: list[str]  # of tokens: one map each
+    layers: list[int]  # the rows of a map
+    linears: list[str]  # the columns of a map, each with `heads` cells
+    heads: int
+
+
+def draw_routing(path: Path, stats: dict[str, RoutingStats]) -> None:
+    """Draw the routing of I-LoRA as maps, one per entry of `stats` and kind of token.
+
+    A map has one row per layer and one column per linear and head. Its values are the mean weights
+    of the heads; 1 / heads is white. At the right of each row stands the entropy of the routers by
+    layer: 0, one head alone; 1, all heads alike.
+
+    stats: by title, such as the name of a task.
     """
-    columns = min(columns, len(cells))
-    rows = -(-len(cells) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.3 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for part, (title, media, answer, text, gold, gold_text, score) in zip(figure.subfigures(rows, columns, squeeze=False).flat, cells):
-        heights = [3 if kind == "image" else 1.4 if kind == "video" else .5 for _, kind, _, _ in media]
-        for axes, (_, kind, arrays, seconds) in zip(part.subplots(len(media), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0], media):
-            draw_medium(axes, kind, arrays[::max(1, len(arrays) // 5)] if kind == "video" else arrays, seconds, answer, gold)
-            axes.set(xticks=[])
-        part.suptitle("\n".join(textwrap.wrap(shown(title), 72)), fontsize=9, x=.02, ha="left")
-        part.supxlabel("\n".join(textwrap.wrap(shown(f"says: {text}"), 80) + textwrap.wrap(shown(f"gold: {gold_text}"), 80) + [f"score {score:.2f}"]), fontsize=8, x=.02, ha="left",
-                       color="#2e7d32" if score > .5 else "#b3261e")
-    save(figure, path)
+    # One row per entry: a map for each kind of token, then the entropy
+    grid = routing_grid(list(stats.values()))
+    map_width = 0.17 * grid.heads * len(grid.linears)
+    row_height = 1.3 + 0.16 * len(grid.layers)
+    figure = new_figure(3.5 + map_width * len(grid.kinds), 0.6 + row_height * len(stats))
+    widths = [map_width] * len(grid.kinds) + [2]
+    all_axes = figure.subplots(len(stats), len(widths), squeeze=False, width_ratios=widths)
 
-
-def draw_routing(path: Path, routes: dict[str, RoutingStats]) -> None:
-    """What routes.record_routes collected, by title (a task's name): a row each, and in it a map for each kind of token.
-
-    A map has a row a layer, a column a linear and head: the head's mean weight, white where it is one over the number of heads. At the
-    end of the row, how undecided the router of each layer is: 0, one head alone; 1, all alike.
-    """
-    first = next(iter(routes.values())).share
-    kinds = [k for k in KINDS if any(key[0] == k for each in routes.values() for key in each.share)]
-    layers, linears = sorted({layer for _, layer, _ in first}), list(dict.fromkeys(linear for *_, linear in first))
-    heads, every = len(next(iter(first.values()))), max(1, len(layers) // 8)
-    width = .17 * heads * len(linears)
-    figure = Figure(figsize=(1 + width * len(kinds) + 2.5, .6 + (1.3 + .16 * len(layers)) * len(routes)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(routes), len(kinds) + 1, squeeze=False, width_ratios=[width] * len(kinds) + [2])
-    for (title, each), (*maps, last) in zip(routes.items(), grid):
-        share, entropy = each.share, each.entropy
-        for i, (axes, kind) in enumerate(zip(maps, kinds)):
-            if (kind, layers[0], linears[0]) not in share:                      # no such token in this task
+    for (title, task_stats), (*maps, entropy_axes) in zip(stats.items(), all_axes):
+        for axes, kind in zip(maps, grid.kinds):
+            n_tokens = task_stats.token_counts.get((kind, grid.layers[0], grid.linears[0]))
+            if n_tokens is None:  # this entry has no such tokens
                 axes.axis("off")
                 continue
-            weights = [np.concatenate([share[kind, layer, linear] for linear in linears]) for layer in layers]   # (layers, linears * heads)
-            image = axes.imshow(weights, cmap="RdBu_r", vmin=0, vmax=2 / heads, aspect="auto")
-            axes.set_xticks(np.arange(len(linears)) * heads + (heads - 1) / 2, [linear.split(".")[-1].removesuffix("_proj") for linear in linears], fontsize=7)
-            axes.set_yticks(range(0, len(layers), every), layers[::every], fontsize=7)
-            axes.vlines(np.arange(1, len(linears)) * heads - .5, -.5, len(layers) - .5, color="black", linewidth=.6)
-            axes.set_title(f"{title}: {each.counts[kind, layers[0], linears[0]]} {kind} tokens", fontsize=8, loc="left")
-            undecided = [np.mean([entropy[kind, layer, linear] for linear in linears]) for layer in layers]
-            last.plot(undecided, range(len(layers)), marker=".", color=COLOURS[i], label=kind)
+            image = draw_routing_map(axes, task_stats, kind, grid)
+            axes.set_title(f"{title}: {n_tokens} {kind} tokens", fontsize=8, loc="left")
         maps[0].set_ylabel("layer", fontsize=8)
-        last.set(xlim=(0, 1.02), ylim=(len(layers) - .5, -.5), yticks=[])
-        last.set_title("entropy", fontsize=8)
-        last.tick_params(labelsize=7)
-        last.legend(fontsize=6, loc="lower left")
-    bar = figure.colorbar(image, ax=grid[:, :-1], shrink=.8, pad=.01)
-    bar.set_label(f"mean weight of each of {heads} heads", fontsize=7)
+        draw_entropy(entropy_axes, task_stats, grid)
+
+    # The maps share one scale
+    bar = figure.colorbar(image, ax=all_axes[:, :-1], shrink=0.8, pad=0.01)
+    bar.set_label(f"mean weight of each of {grid.heads} heads", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     save(figure, path)
+
+
+def routing_grid(all_stats: list[RoutingStats]) -> RoutingGrid:
+    """Return the kinds of tokens in any statistics, and the layers and linears of the first."""
+    share = all_stats[0].share
+    kinds = {key[0] for stats in all_stats for key in stats.token_counts}
+    return RoutingGrid(
+        kinds=[kind for kind in KINDS if kind in kinds],
+        layers=sorted({layer for _, layer, _ in share}),
+        linears=list(dict.fromkeys(linear for _, _, linear in share)),
+        heads=len(next(iter(share.values()))),
+    )
+
+
+def draw_routing_map(axes: Axes, stats: RoutingStats, kind: str, grid: RoutingGrid) -> AxesImage:
+    """Draw the mean weight of each head for one kind of token."""
+    share = stats.share
+    table = []
+    for layer in grid.layers:
+        table.append(np.concatenate([share[kind, layer, linear] for linear in grid.linears]))
+    # (layers, linears * heads)
+    image = axes.imshow(table, cmap="RdBu_r", vmin=0, vmax=2 / grid.heads, aspect="auto")
+
+    # A name under the heads of each linear and a line between linears; at most about 8 layer names
+    firsts = np.arange(len(grid.linears)) * grid.heads
+    names = [linear.split(".")[-1].removesuffix("_proj") for linear in grid.linears]
+    axes.set_xticks(firsts + (grid.heads - 1) / 2, names, fontsize=7)
+    bottom = len(grid.layers) - 0.5
+    axes.vlines(firsts[1:] - 0.5, -0.5, bottom, color="black", linewidth=0.6)
+    every = max(1, len(grid.layers) // 8)
+    axes.set_yticks(range(0, len(grid.layers), every), grid.layers[::every], fontsize=7)
+    return image
+
+
+def draw_entropy(axes: Axes, stats: RoutingStats, grid: RoutingGrid) -> None:
+    """Draw the entropy of the routers of each layer, one line per kind of token."""
+    entropy = stats.entropy
+    for kind, colour in zip(grid.kinds, COLOURS):
+        if (kind, grid.layers[0], grid.linears[0]) not in entropy:
+            continue
+        means = []
+        for layer in grid.layers:
+            means.append(np.mean([entropy[kind, layer, linear] for linear in grid.linears]))
+        axes.plot(means, range(len(grid.layers)), marker=".", color=colour, label=kind)
+    axes.set(xlim=(0, 1.02), ylim=(len(grid.layers) - 0.5, -0.5), yticks=[])
+    axes.set_title("entropy", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=6, loc="lower left")

@@ -1,53 +1,113 @@
-"""TODO."""
+"""SAM2 as the second stage of segmentation in Crab+ (2603.04128): box and points -> mask.
+
+The LM answers with a box and three points for each object, as text on the 224 x 224 grid. SAM2
+(2408.00714), frozen and without training on the task, makes the mask of them. It is the model of
+the transformers library, unmodified.
+
+As in the released Crab+: every point is positive, SAM2 gives one mask for each object
+(`multimask_output=False`), and the paper's checkpoint is SAM2.1 Hiera-L. What differs:
+
+* Each object has its own box and points. There, one prompt of the first box and the last three
+  points makes the mask; with two objects these belong to different ones.
+* The image keeps its own size. There, it is resized to 224 x 224.
+* A box without points is accepted in all tasks. There, it is invalid in S4 and MS3.
+* An answer without a box gives an empty mask, which is scored. There, an invalid answer is left out
+  of the mean.
+* SAM2 runs in float32. There, under bf16 autocast.
+"""
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import Sam2Model, Sam2Processor
+from transformers import BatchEncoding, Sam2Model, Sam2Processor
 
 from crab_min.answers import GRID, Answer
 from crab_min.model import missing_weights
 
 
 def box_mask(answer: Answer, height: int, width: int) -> np.ndarray:
-    """The boxes of an answer, filled (H, W) bool."""
+    """Return the filled boxes of an answer as a mask (height, width) bool, to compare SAM2 with."""
     mask = np.zeros((height, width), bool)
     for x1, y1, x2, y2 in answer.boxes:
-        mask[y1 * height // GRID:-(-y2 * height // GRID), x1 * width // GRID:-(-x2 * width // GRID)] = True
+        # Every pixel that the box touches: the start is rounded down, the end up
+        rows = slice(y1 * height // GRID, -(-y2 * height // GRID))
+        columns = slice(x1 * width // GRID, -(-x2 * width // GRID))
+        mask[rows, columns] = True
     return mask
 
 
 class Sam2:
-    """An answer's boxes and points -> a mask of the image's own size, by SAM2 (2408.00714) as transformers has it.
+    """SAM2 with prompts on the 224 x 224 grid.
 
-    name: path or hub id of any SAM2 checkpoint. Raises ModelError. As in Crab+ (papers/crab.md 2.6) points are all positive and one mask is
-    taken. What differs: each object has its own box and points (there the first box and the last three points), the image comes in its own size
-    (there squashed to 224 x 224), a box without points counts in all tasks, an answer without a box is an empty mask (there it is left out).
+    Args:
+        name: path or hub id of a SAM2 checkpoint.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
     """
-    DEFAULT = "facebook/sam2.1-hiera-large"            # the paper's
+
+    DEFAULT = "facebook/sam2.1-hiera-large"
 
     def __init__(self, name: str = DEFAULT):
         try:
-            self.processor, self.model = Sam2Processor.from_pretrained(name), Sam2Model.from_pretrained(name).eval()
+            self.processor = Sam2Processor.from_pretrained(name)
+            self.model = Sam2Model.from_pretrained(name).eval()
         except (OSError, ValueError, SafetensorError) as error:
             raise missing_weights("SAM2", name, error) from error
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
+    def mask(self, image: np.ndarray, answer: Answer) -> np.ndarray:
+        """Return the mask (H, W) bool of all objects of an answer; it is empty without objects."""
+        return self.masks(image, answer.objects()).any(0)
+
     @torch.no_grad()
     def masks(self, image: np.ndarray, objects: list[tuple]) -> np.ndarray:
-        """A mask (n, H, W) bool for each of the objects (box, points), on the 224 x 224 grid, of an image (H, W, 3); it is encoded once."""
-        h, w = image.shape[:2]
-        scale, found, embedded = np.array([w / GRID, h / GRID]), np.zeros((len(objects), h, w), bool), None
-        for count in sorted({len(points) for _, points in objects}):                             # together where nothing needs padding
-            which = [i for i, (_, points) in enumerate(objects) if len(points) == count]
-            boxes = [(np.reshape(objects[i][0], (2, 2)) * scale).flatten().tolist() for i in which]
-            points = [(np.reshape(objects[i][1], (-1, 2)) * scale).tolist() for i in which]
-            said = {"input_points": [points], "input_labels": [[[1] * count for _ in which]]} if count else {}
-            x = self.processor(images=image, input_boxes=[boxes], **said, return_tensors="pt").to(self.model.device)
-            embedded = self.model.get_image_embeddings(x["pixel_values"]) if embedded is None else embedded
-            out = self.model(image_embeddings=embedded, **{name: x[name] for name in ("input_boxes", *said)}, multimask_output=False)
-            found[which] = self.processor.post_process_masks(out.pred_masks, x["original_sizes"])[0][:, 0].cpu().numpy()
-        return found
+        """Return the mask of each object.
 
-    def mask(self, image: np.ndarray, answer: Answer) -> np.ndarray:
-        """The mask (H, W) bool of all objects of an answer; empty where it has none."""
-        return self.masks(image, answer.objects()).any(0)
+        Args:
+            image: (H, W, 3) uint8, of any size.
+            objects: (box, points) on the 224 x 224 grid, as `Answer.objects` gives them.
+
+        Returns:
+            (number of objects, H, W) bool.
+        """
+        height, width = image.shape[:2]
+        masks = np.zeros((len(objects), height, width), bool)
+        embeddings = None
+
+        # SAM2 takes several objects at once if they have equally many points
+        for n_points in sorted({len(points) for _, points in objects}):
+            chosen = [i for i, (_, points) in enumerate(objects) if len(points) == n_points]
+            inputs = self.prepare_inputs(image, [objects[i] for i in chosen])
+            prompts = {name: x for name, x in inputs.items() if name.startswith("input_")}
+            if embeddings is None:  # the image is encoded once
+                embeddings = self.model.get_image_embeddings(inputs["pixel_values"])
+
+            out = self.model(image_embeddings=embeddings, multimask_output=False, **prompts)
+            sizes = inputs["original_sizes"]
+            [resized] = self.processor.post_process_masks(
+                out.pred_masks, sizes
+            )  # (objects, 1, H, W)
+            masks[chosen] = resized[:, 0].cpu().numpy()
+        return masks
+
+    def prepare_inputs(self, image: np.ndarray, objects: list[tuple]) -> BatchEncoding:
+        """Return the inputs of SAM2 for one image and objects (box, points) on the 224 x 224 grid.
+
+        All objects have equally many points, perhaps none.
+        """
+        # From the grid to the pixels of the image
+        height, width = image.shape[:2]
+        scale = np.array([width / GRID, height / GRID])
+        boxes = [(np.reshape(box, (2, 2)) * scale).flatten().tolist() for box, _ in objects]
+        points = [(np.reshape(points, (-1, 2)) * scale).tolist() for _, points in objects]
+        n_points = len(points[0])
+
+        # The outer lists are over images
+        prompts: dict[str, list] = {"input_boxes": [boxes]}
+        if n_points:
+            positive = 1
+            prompts["input_points"] = [points]
+            prompts["input_labels"] = [[[positive] * n_points for _ in objects]]
+        inputs = self.processor(images=image, **prompts, return_tensors="pt")
+        return inputs.to(self.model.device)

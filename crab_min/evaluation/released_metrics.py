@@ -1,0 +1,92 @@
+"""Scorers as their authors released them, where they are lenient or odd.
+
+Each stands beside a strict metric of metrics.py, so that a run can be compared with published
+numbers. Crab and Crab+ release no scorer for AVE and MUSIC-AVQA; those here are MokA's, from the
+same laboratory. Functions of a whole set take lists of predicted and gold Answers and return
+numbers in [0, 1]; `segment_accuracy_released` takes one pair.
+"""
+
+import re
+from statistics import fmean
+
+from crab_min.answers import NUMBER_WORDS, Answer
+from crab_min.evaluation.canonical import canonical_choice, canonical_text, label_per_second
+
+# The score of an answer that does not parse, where it is not 0. The AVE scorer fills its arrays for
+# parsed clips alone and divides by all: the others count as ten correct background seconds.
+UNPARSED_SCORES = {"segment_accuracy_released": 1.0}
+
+
+def segment_accuracy_released(prediction: Answer, gold: Answer) -> float:
+    """Score AVE as MokA's ave_eval.py does: a span includes the second at its end."""
+    predicted = label_per_second(prediction, end_inclusive=True)
+    expected = label_per_second(gold, end_inclusive=True)
+    return fmean(p == g for p, g in zip(predicted, expected))
+
+
+def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Score MUSIC-AVQA as MokA's avqa_eval.py does: is the gold label part of the answer?
+
+    "piano" is right for "no". Answers outside the vocabulary, here the gold labels of the set, are
+    left out; `counted_released` is the share of the answers that are not. PAVE's calculate_acc.py
+    has the same test without a vocabulary.
+    """
+    vocabulary = {canonical_choice(gold) for gold in golds}
+    correct = []
+    for prediction, gold in zip(predictions, golds):
+        if canonical_choice(prediction) in vocabulary:
+            correct.append(str(gold.choice).lower() in str(prediction.choice).lower())
+    return {
+        "substring_released": fmean(correct) if correct else 0.0,
+        "counted_released": len(correct) / len(golds),
+    }
+
+
+def part_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Score MUSIC-AVQA as CREMA's task `gqa` does: is the answer part of the gold label?
+
+    "guitar" is right for "acoustic guitar", and "a" for "piano". A missing answer is compared as
+    "unanswerable". Labels are in canonical form, where CREMA writes 1 to 10 as words and the
+    underscores of the gold label as spaces.
+    """
+    correct = []
+    for prediction, gold in zip(predictions, golds):
+        predicted_label = canonical_choice(prediction) or "unanswerable"
+        correct.append(predicted_label in canonical_choice(gold))
+    return {"part_of_gold": fmean(correct)}
+
+
+def refined(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Score ScanQA and SQA3D by the refined exact match of PAVE's scanqa_evaluator.py, from LEO.
+
+    Without spaces, a gold text is part of the answer or the answer is part of a gold text. "no" is
+    right for "piano", and so is an empty answer, which is part of everything.
+    """
+    correct = []
+    for prediction, gold in zip(predictions, golds):
+        predicted_text = without_spaces(prediction.text)
+        gold_texts = [without_spaces(text) for text in gold.choices or (gold.text,)]
+        correct.append(any(predicted_text in text or text in predicted_text for text in gold_texts))
+    return {"refined": fmean(correct)}
+
+
+def without_spaces(text: str) -> str:
+    return canonical_text(text).replace(" ", "")
+
+
+def substring_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+    """Score SQA3D as CREMA's task `sqa3d` does under the name EM: is the answer part of the gold?
+
+    "a" is right for "table", and so is an empty answer. Only the first gold text counts. Of the
+    answer only the first line counts, and where the gold text is one word only the last word of
+    this line; it is compared in lower case, without commas, with 1 to 10 as words.
+    """
+    correct = []
+    for prediction, gold in zip(predictions, golds):
+        line = prediction.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
+        gold_is_one_word = " " not in gold.text
+        predicted_text = line.split(" ")[-1] if gold_is_one_word else line
+        if re.fullmatch("[1-9]|10", predicted_text):
+            predicted_text = NUMBER_WORDS[int(predicted_text)]
+        correct.append(predicted_text in gold.text)
+    return {"substring_of_gold": fmean(correct)}
