@@ -7,11 +7,8 @@ a prompt in parts, the text to learn, and the gold answer. Nothing is decoded be
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
-import ctypes
 import json
 import re
-import signal
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from crab_min.errors import DataError, MediaError
 from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
+from crab_min.media.workers import exit_with_parent
 from crab_min.sources.av_uie import (
     annotation_file,
     mask_classes,
@@ -403,13 +401,3 @@ def decode_ahead(
         collate_fn=list,
         worker_init_fn=exit_with_parent,
     )
-
-
-def exit_with_parent(*_) -> None:
-    """Make a worker process end when the one that started it does, by whatever signal.
-
-    On Linux; elsewhere a worker may outlive a SIGKILL.
-    """
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

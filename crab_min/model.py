@@ -1,282 +1,504 @@
-"""What every audio-visual LM here has in common: media tokens in a prompt, an adapter on the LM, files.
+"""An audio-visual language model: media tokens in the prompt of a Hugging Face LM, an adapter on the LM.
 
-What the encoders make of the media takes the place of placeholders in the prompt, and a Hugging Face LM answers in text. Only the
-adapter (I-LoRA, Crab 2503.13068, eq. 3-5; Crab+ 2603.04128) and, where asked, parts beside it are trained. The LM is not modified:
-tokens go in through `inputs_embeds`, answers come out of its own `generate`. The two kinds of backbone say how media become tokens:
-composed.py (CLIP + BEATs + Q-Formers + any causal LM) and native.py (Qwen2.5-Omni, which has encoders of its own).
+Frozen encoders turn media into features, a backbone turns features into tokens as wide as the LM's
+embeddings, and these tokens take the place of placeholders in the prompt:
 
-Shapes: B samples, L length, D width of the LM, T frames or sound segments, S tokens each.
+    prompts, media -> collate -> Batch -> embed -> LM -> token_losses, forward (training) | generate
+
+Only the adapter is trained (I-LoRA of Crab, 2503.13068, and Crab+, 2603.04128, or LoRA), and parts beside
+it where they are asked for. The LM is not modified: tokens go in through `inputs_embeds`, and answers come
+from its own `generate`. What differs between backbones (backbones/) is how media become features and tokens.
+
+Shapes: B samples, L length, D width of the LM, V words, T frames or sound segments.
 """
+
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from crab_min import trained_parts
+from crab_min.config import AdapterConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
+from crab_min.interface import PromptLayout, PromptPart
+from crab_min.trained_parts import SavedPart
 
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")       # peft's own call, nothing a user can change
+# PEFT calls a method that transformers has deprecated; a user cannot change that
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+
 ASSETS = Path(__file__).parent / "assets"
-LINEARS = r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-LLM_LINEARS = r"model\.(language_model\.)?" + LINEARS                          # the seven linears of every layer of the LM
-# Crab+'s release names them without a path, which in Qwen2.5-Omni also fits q, k, v of the audio encoder and the MLPs of the vision encoder
-RELEASED_LINEARS = rf"({LLM_LINEARS}|model\.audio_tower\.layers\.\d+\.self_attn\.[qkv]_proj|model\.visual\.blocks\.\d+\.mlp\.(gate|up|down)_proj)"
+# the seven linears of every layer of the LM
+LLM_LINEARS = (
+    r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+)
+NO_LABEL = -100  # of tokens that are not learned, as in transformers
 
 
 @dataclass
-class AdapterConfig:
-    """The adapter on the LM: which method, and its size (Crab: r 8, alpha 16, dropout .05, 3 heads; Crab+: r 128, alpha 256, dropout .1)."""
-    adapter: str = field(default="ilora", metadata={"help": "adapter on the LM", "choices": ["ilora", "lora", "none"]})
-    r: int = field(default=8, metadata={"help": "rank of the adapter"})
-    alpha: float = field(default=16, metadata={"help": "adapter scale: the update is multiplied by alpha / r"})
-    heads: int = field(default=3, metadata={"help": "heads of I-LoRA (one B each, chosen by the router token by token)"})
-    dropout: float = field(default=0.05, metadata={"help": "dropout before A"})
-    encoder_adapters: bool = field(default=False, metadata={"help": "adapters in Qwen2.5-Omni's encoders too, as in the released Crab+ (where they never trained)"})
+class MediaTokens:
+    """Token ids of a kind of medium: before it, its placeholder (repeated for each token), after it."""
 
-    def build(self):
-        """The PEFT config of this adapter, or None."""
-        targets = RELEASED_LINEARS if self.encoder_adapters else LLM_LINEARS
-        if self.adapter == "ilora":
-            return ILoraConfig(r=self.r, alpha=self.alpha, heads=self.heads, dropout=self.dropout, target_modules=targets)
-        if self.adapter == "lora":
-            return LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
-        return None
+    before: list[int]
+    placeholder: int
+    after: list[int]
+
+
+@dataclass
+class Batch:
+    """Samples as the LM takes them, padded on the left."""
+
+    ids: Tensor  # (B, L)
+    attention: Tensor  # (B, L), 0 for padding
+    # (B, L) the answers, NO_LABEL elsewhere; of an LM with an encoder (B, longest answer)
+    labels: Tensor
+    media: list[MediaFeatures]  # of all rows, in reading order
+    media_counts: list[int]  # media of each row
+    media_index: list[
+        int
+    ]  # of each medium: 0 for the first of its kind in its prompt, 1 for the second
+    keys: list[str] = field(default_factory=list)  # ids of the samples, where masks learn
+    # gold masks of the rows, where masks learn: (1, H, W) 0. or 1., or long for classes, or None
+    masks: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """The number of samples."""
+        return len(self.ids)
+
+    @property
+    def padded_tokens(self) -> int:
+        """The number of tokens that the LM computes on, padding included."""
+        return self.ids.numel()
+
+    @property
+    def answer_tokens(self) -> int:
+        """The number of tokens that are learned."""
+        return int((self.labels != NO_LABEL).sum())
+
+    @property
+    def longest_answer(self) -> int:
+        """The number of learned tokens of the row that has most."""
+        return int((self.labels != NO_LABEL).sum(1).max())
 
 
 class AVLanguageModel(nn.Module):
-    """Encoders + LM. `encode` makes what can be kept (data.Features), `forward` gives the loss, `generate` the answers.
+    """Encoders and an LM; each backbone is a subclass.
 
-    A backbone defines: `frame_size` (pixels of the square frames it takes), `encode`, `count`, `tokens`, what its LM wants to know
-    beside the embeddings (`extra_lm_inputs`, `logits`), and `patches` (fusion.Patches) with the widths of the video tokens they serve.
-    llm: a transformers LM, wrapped by PEFT once it has an adapter. marks: kind -> (token ids before a medium, its placeholder, ids after).
-    ends: token ids that begin every prompt, and the one that ends an answer. template: text before and after every prompt.
+    A subclass defines `frame_size`, `encode`, `token_count` and `tokens`, what its LM takes beside the
+    embeddings (`extra_lm_inputs`), and its parts that can be trained (`trainable_modules`).
+
+    Args:
+        llm: a transformers LM; PEFT wraps it once it has an adapter.
+        media_tokens: the token ids of each kind of medium that may stand in a prompt.
+        bos_ids: token ids that begin every prompt.
+        eos_id: the token that ends an answer.
+        layout: text before and after every prompt.
     """
-    frame_size: int
-    patches: nn.ModuleDict                             # side channel -> patch (PAVE); a clip without that channel is left as it is
-    patch_widths: tuple[int, int]                      # of a video's tokens before the projector, and in the LM
-    masks: nn.Module | None                            # segment.MaskBranch, of a composed model that answers with masks
 
-    def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, marks: dict, ends: tuple[list[int], int], template: list[str]):
+    frame_size: int  # pixels per side of the square frames that it takes
+    connectors: tuple[str, ...] = ()  # the trainable modules between encoders and LM
+    predicts_masks = False
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        media_tokens: dict[str, MediaTokens],
+        bos_ids: list[int],
+        eos_id: int,
+        layout: PromptLayout,
+    ):
         super().__init__()
-        self.llm, self.tokenizer, self.marks, self.ends, self.template, self.masks = llm, tokenizer, marks, ends, template, None
-        self.loaded: set[str] = set()                  # parts beside the adapter that came from a run folder, and go on into the next
-
-    @property
-    def side_names(self) -> list[str]:
-        """The side channels that it can read."""
-        return list(self.patches)
-
-    @property
-    def stops(self) -> list[int]:
-        """Token ids after which an answer ends: the end token, and the last mask token."""
-        return [self.ends[1], self.masks.first + len(self.masks.read) - 1] if self.masks else [self.ends[1]]
+        self.llm = llm
+        self.tokenizer = tokenizer
+        self.media_tokens = media_tokens
+        self.bos_ids = bos_ids
+        self.eos_id = eos_id
+        self.layout = layout
+        self.loaded_parts: set[str] = set()  # those that came from a run folder
 
     @property
     def device(self) -> torch.device:
         return self.llm.get_input_embeddings().weight.device
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Token ids after which an answer ends."""
+        return [self.eos_id]
+
     # --- what a backbone defines
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
-        """Features of several media of one kind.
+        """Encode several media of one kind; the result can be kept, since encoders are frozen.
 
-        media: frames uint8 (T, H, W, 3) each, all with the same T, H, W ("video", "image"), or lists of T waves (N,) ("audio");
-        seconds: how long each is.
+        Args:
+            kind: "video", "image" or "audio".
+            media: frames (T, H, W, 3) uint8 each, all of the same shape, or T waves (N,) each.
+            seconds: length of each medium.
         """
         raise NotImplementedError
 
-    def count(self, media: MediaFeatures) -> int:
-        """Tokens of a medium in the prompt."""
+    def token_count(self, medium: MediaFeatures) -> int:
+        """Return the number of tokens of a medium in the prompt."""
         raise NotImplementedError
 
-    def place(self, media: MediaFeatures) -> list[int]:
-        """What stands in the prompt for a medium: token ids, with as many placeholders as it has tokens."""
-        before, placeholder, after = self.marks[media.kind]
-        return [*before, *[placeholder] * self.count(media), *after]
+    def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
+        """Compute the tokens (token_count, D) of each medium.
 
-    def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
-        """The tokens (count, D) of each medium; numbers: whether it is the first (0), second ... of its kind in its prompt."""
+        Args:
+            media_index: for each medium whether it is the first (0), second (1) ... of its kind.
+        """
         raise NotImplementedError
 
-    def extra_lm_inputs(self, batch: dict) -> dict:
-        """What the LM's forward and generate take beside `inputs_embeds` and `attention_mask`."""
+    def extra_lm_inputs(self, batch: Batch) -> dict:
+        """Return what the LM takes beside `inputs_embeds` and `attention_mask`."""
         return {}
 
-    def logits(self, batch: dict, keep: int) -> Tensor:
-        """(B, keep, V) at the last `keep` places."""
-        return self.llm(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], logits_to_keep=keep).logits
+    def logits(self, batch: Batch, last: int) -> Tensor:
+        """Compute the logits (B, last, V) at the last positions alone."""
+        embeddings = self.embed(batch)
+        output = self.llm(
+            inputs_embeds=embeddings, attention_mask=batch.attention, logits_to_keep=last
+        )
+        return output.logits
 
     # --- from prompts to batches
-    def collate(self, prompts: list[list], media: list[list[MediaFeatures]], targets: list[str] | None = None) -> dict:
-        """A left-padded batch: ids, attention (B, L), labels (B, L; -100 outside the answer) and its media in reading order.
+    def collate(
+        self,
+        prompts: list[list[PromptPart]],
+        media: list[list[MediaFeatures]],
+        targets: list[str] | None = None,
+    ) -> Batch:
+        """Make a batch of prompts, their media and, in training, their answers.
 
-        prompts: the parts of each sample (interface.build_prompt); media: the features of its media parts, in order.
+        Args:
+            prompts: the parts of each sample (interface.build_prompt).
+            media: the features of the media parts of each sample, in order.
+            targets: the answers that are learned; None to generate.
         """
-        rows, labels, (begin, end) = [], [], self.ends
-        prompts, media = zip(*(attach_side_channels(parts, list(found)) for parts, found in zip(prompts, media)))
-        for i, parts in enumerate(prompts):
-            queue, ids = iter(media[i]), [*begin, *self.encode_text(self.template[0])]
-            for part in parts:
-                if part.kind == "text":
-                    ids += self.encode_text(part.text)
-                else:
-                    ids += self.place(next(queue))
-            ids += self.encode_text(self.template[1])
-            answer = self.encode_text(targets[i]) if targets else []
-            answer += [end] * (bool(targets) and answer[-1:] != self.stops[1:])
-            rows.append(ids + answer)
-            labels.append([-100] * len(ids) + answer)
-        longest = max(map(len, rows))
-        pad = [longest - len(row) for row in rows]
-        return {"ids": torch.tensor([[self.tokenizer.pad_token_id] * p + row for p, row in zip(pad, rows)], device=self.device),
-                "attention": torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pad, rows)], device=self.device),
-                "labels": torch.tensor([[-100] * p + row for p, row in zip(pad, labels)], device=self.device),
-                "media": [m for sample in media for m in sample], "counts": [len(sample) for sample in media],
-                "numbers": [[n.kind for n in sample[:i]].count(m.kind) for sample in media for i, m in enumerate(sample)]}
+        # prompts as they are laid out: some media have no tokens of their own
+        samples = [self.arrange(parts, list(features)) for parts, features in zip(prompts, media)]
+        media = [features for _, features in samples]
+
+        # token ids: the prompt, then the answer, which alone is learned
+        rows, labels = [], []
+        for number, (parts, features) in enumerate(samples):
+            prompt = self.prompt_ids(parts, features)
+            answer = self.answer_ids(targets[number]) if targets else []
+            rows.append(prompt + answer)
+            labels.append([NO_LABEL] * len(prompt) + answer)
+
+        # left padding: all answers begin behind the same number of tokens that are not padding
+        return Batch(
+            ids=self.pad_left(rows, self.tokenizer.pad_token_id),
+            attention=self.pad_left([[1] * len(row) for row in rows], 0),
+            labels=self.pad_left(labels, NO_LABEL),
+            media=[medium for features in media for medium in features],
+            media_counts=[len(features) for features in media],
+            media_index=[index for features in media for index in index_by_kind(features)],
+        )
+
+    def arrange(
+        self, parts: list[PromptPart], media: list[MediaFeatures]
+    ) -> tuple[list[PromptPart], list[MediaFeatures]]:
+        """Return the parts and the media of a prompt as the LM is shown them."""
+        return attach_side_channels(parts, media)
+
+    def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
+        """Return the token ids of a prompt, with placeholders for its media."""
+        ids = [*self.bos_ids, *self.encode_layout(self.layout.before)]
+        remaining = iter(media)
+        for part in parts:
+            if part.kind == "text":
+                ids += self.encode_text(part.text)
+            else:
+                ids += self.placeholder_ids(next(remaining))
+        return ids + self.encode_layout(self.layout.after)
+
+    def placeholder_ids(self, medium: MediaFeatures) -> list[int]:
+        """Return the token ids that stand in a prompt for a medium."""
+        marks = self.media_tokens[medium.kind]
+        placeholders = [marks.placeholder] * self.token_count(medium)
+        return [*marks.before, *placeholders, *marks.after]
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the token ids of an answer and its end."""
+        return [*self.encode_text(text), self.eos_id]
 
     def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text of a sample; what looks like a special token stays text."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def encode_layout(self, text: str) -> list[int]:
+        """Return the token ids of a text of the layout, whose special tokens are meant."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def embed(self, batch: dict) -> Tensor:
-        """Prompt embeddings (B, L, D) with the media tokens in the place of their placeholders."""
-        places = torch.isin(batch["ids"], torch.tensor([placeholder for _, placeholder, _ in self.marks.values()], device=batch["ids"].device))
-        x = self.llm.get_input_embeddings()(batch["ids"].masked_fill(places, 0))                 # (B, L, D); a placeholder needs no row of its own
-        if batch["media"]:
-            names = [(id(m.features), n, *sorted((name, id(side.features)) for name, side in m.sides.items())) for m, n in zip(batch["media"], batch["numbers"])]
-            media = dict(zip(names, zip(batch["media"], batch["numbers"])))                      # rows that share a medium share its tokens
-            tokens = dict(zip(media, self.tokens(*map(list, zip(*media.values())))))
-            x = x.masked_scatter(places[..., None], torch.cat([tokens[name] for name in names]).to(x.dtype))
-        return x
+    def pad_left(self, rows: list[list[int]], value: int) -> Tensor:
+        """Return rows of unequal length as one tensor (B, L)."""
+        longest = max(len(row) for row in rows)
+        padded = [[value] * (longest - len(row)) + row for row in rows]
+        return torch.tensor(padded, device=self.device)
 
-    def losses(self, batch: dict) -> Tensor:
-        """(B, places) the cross-entropy of each answer token, 0 where there is none."""
-        keep = int((batch["labels"] != -100).sum(1).max()) + 1                                   # left padding: answers end the rows
-        return cross_entropy(self.logits(batch, keep), batch["labels"])
+    # --- from batches to losses and answers
+    def embed(self, batch: Batch) -> Tensor:
+        """Compute input embeddings (B, L, D): of words, with media tokens in the place of placeholders."""
+        placeholders = [marks.placeholder for marks in self.media_tokens.values()]
+        is_placeholder = torch.isin(batch.ids, torch.tensor(placeholders, device=batch.ids.device))
+        # an embedding of the placeholders is never used, and need not exist
+        words = batch.ids.masked_fill(is_placeholder, 0)
+        embeddings = self.llm.get_input_embeddings()(words)  # (B, L, D)
+        if batch.media:
+            tokens = torch.cat(self.shared_tokens(batch))  # (all placeholders, D), in reading order
+            tokens = tokens.to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(is_placeholder[..., None], tokens)
+        return embeddings
 
-    def forward(self, batch: dict) -> tuple[Tensor, int]:
-        """(sum of the cross-entropy over the answer tokens of the batch, their number)."""
-        return self.losses(batch).sum(), int((batch["labels"] != -100).sum())
+    def shared_tokens(self, batch: Batch) -> list[Tensor]:
+        """Compute the tokens of each medium of a batch, once for rows that share a clip.
+
+        Rows of a batch often ask different questions about one clip, and so do the options of a question
+        that are compared. Their features are then the same tensors in memory.
+        """
+        unique: list[int] = []  # positions of the media whose tokens are computed
+        source: list[int] = []  # for each medium of the batch the number of its tokens among these
+        for i, medium in enumerate(batch.media):
+            for number, j in enumerate(unique):
+                same_index = batch.media_index[i] == batch.media_index[j]
+                if same_index and same_tensors(medium, batch.media[j]):
+                    source.append(number)
+                    break
+            else:
+                source.append(len(unique))
+                unique.append(i)
+        media = [batch.media[i] for i in unique]
+        tokens = self.tokens(media, [batch.media_index[i] for i in unique])
+        return [tokens[number] for number in source]
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Compute the cross-entropy (B, longest answer) of each answer token, 0 where there is none."""
+        # answers end the rows, so that only the last logits are needed, and one before them
+        return cross_entropy(self.logits(batch, batch.longest_answer + 1), batch.labels)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Compute the loss, summed over the answer tokens of the batch."""
+        return self.token_losses(batch).sum()
 
     @torch.no_grad()
-    def generate(self, batch: dict, limit: int, streamer=None, beams: int = 1) -> list[str]:
-        """Answers of at most `limit` tokens each: greedy, or the best that a search with several beams finds."""
-        beside = self.extra_lm_inputs(batch)
-        out = self.llm.generate(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], **beside, max_new_tokens=limit, do_sample=False, num_beams=beams,
-                                streamer=streamer, pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.stops)
-        out = out[:, batch["ids"].shape[1]:] if "input_ids" in beside else out
-        return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+    def generate(
+        self, batch: Batch, max_new_tokens: int, streamer=None, beams: int = 1
+    ) -> list[str]:
+        """Answer: greedily, or with the best sequence that a search with several beams finds."""
+        extra = self.extra_lm_inputs(batch)
+        ids = self.llm.generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            **extra,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=beams,
+            streamer=streamer,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.stop_ids,
+        )
+        if "input_ids" in extra:  # an LM that is given the prompt's ids returns them too
+            ids = ids[:, batch.ids.shape[1] :]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    # --- side channels (PAVE, CREMA)
+    @property
+    def side_names(self) -> list[str]:
+        """The side channels of a video that it reads."""
+        return []
+
+    def add_side_channel(self, name: str, width: int, settings) -> None:
+        """Add what reads the features, `width` wide, of a side channel.
+
+        Raises:
+            ModelError: a backbone that reads none, or a name that it cannot have.
+        """
+        raise ModelError(f"side channel {name}: this backbone reads none")
+
+    def load_patch(self, file: Path | str) -> None:
+        """Add the patch of a side channel from a file of a run (PAVE).
+
+        Raises:
+            ModelError: a backbone without patches, or a file that does not fit.
+        """
+        raise ModelError(f"{file}: this backbone takes no patches; use another backbone's run")
 
     # --- what is trained
     def add_adapter(self, config: AdapterConfig) -> None:
-        """Freeze everything and put the adapter on the LM."""
+        """Freeze everything and put a new adapter on the LM."""
         self.requires_grad_(False)
-        if (peft_config := config.build()) is not None:
-            self.llm = get_peft_model(self.llm, peft_config)
+        adapter = peft_config(config)
+        if adapter is not None:
+            self.llm = get_peft_model(self.llm, adapter)
 
     def trainable_modules(self) -> dict[str, nn.Module]:
-        """What can be trained beside the adapter, by its name in modules.safetensors."""
-        words = self.llm.get_input_embeddings()
-        return {"words": words.words, "masks": self.masks} if self.masks else {"words": words}
+        """Return what can be trained beside the adapter, by name."""
+        return {"embeddings": self.llm.get_input_embeddings()}
 
-    def set_trainable(self, parts: str) -> None:
-        """Train more than the adapter: parts of `beside`, joined by +; "connectors" are all but the words (the embeddings, as Crab's segmentation stage)."""
-        for name, module in self.trainable_modules().items():
-            if ("words" if name == "words" else "connectors") in parts.split("+") or name in parts.split("+"):
+    def set_trainable(self, parts: list[str]) -> None:
+        """Choose what learns, after the adapter and everything else has been added.
+
+        Args:
+            parts: "adapter" (without it the LM is frozen with its adapter), "connectors", "embeddings",
+                or names of `trainable_modules`. Patches and modalities always learn.
+
+        Raises:
+            ModelError: a name that this model does not have.
+        """
+        modules = self.trainable_modules()
+        known = list(dict.fromkeys(["adapter", "connectors", "embeddings", *modules]))
+        unknown = [name for name in parts if name not in known]
+        if unknown:
+            raise ModelError(
+                f"--trainable {unknown[0]}: this model has no such part, but {', '.join(known)}"
+            )
+        if "adapter" not in parts:
+            self.llm.requires_grad_(False)
+        for name, module in modules.items():
+            is_chosen_connector = name in self.connectors and "connectors" in parts
+            if name in parts or is_chosen_connector:
                 module.requires_grad_(True)
-        if "decoder" in parts.split("+"):                                      # masks without what is read, so that no gradient passes the LM
-            self.masks.requires_grad_(True)
-            self.masks.read.requires_grad_(False)
 
-    # --- files
+    # --- files (trained_parts.py)
     def save_trained(self, folder: Path) -> None:
-        """adapter/ (PEFT), patches/ and modules.safetensors (what was trained beside them), the model part of a run folder."""
-        if isinstance(self.llm, PeftModel):
-            self.llm.save_pretrained(folder / "adapter")
-        self.patches.save(folder / "patches")
-        state = {f"{name}.{key}": value.contiguous() for name, module in self.trainable_modules().items()
-                 for key, value in module.state_dict().items() if name in self.loaded or any(p.requires_grad for p in module.parameters())}
-        if state:
-            save_file(state, folder / "modules.safetensors")
+        """Write adapter/ and parts/ into a folder: the model's share of a run folder."""
+        trained_parts.save_trained(self, Path(folder))
 
     def load_trained(self, folder: Path) -> None:
-        """Read back what `save_trained` wrote: a new adapter on the LM, and the modules beside it. Raises ModelError."""
-        folder = Path(folder)
-        if (folder / "adapter").is_dir():
-            self.llm = get_peft_model(self.llm, PeftConfig.from_pretrained(str(folder / "adapter")))
-        elif not any((folder / name).exists() for name in ("patches", "modules.safetensors")):
-            raise ModelError(f"{folder}: neither adapter/ nor patches/ nor modules.safetensors; give a finished run of train.py")
-        self.restore_trained(folder)
+        """Put a new adapter and the parts of a run folder onto a fresh model.
+
+        Raises:
+            ModelError: nothing to load, or weights that do not fit.
+        """
+        trained_parts.load_trained(self, Path(folder))
 
     def restore_trained(self, folder: Path) -> None:
-        """Put the values that `save_trained` wrote into the adapter, the patches and the modules that are already there. Raises ModelError."""
-        for file in sorted((folder / "patches").glob("*.safetensors")):
-            self.patches.load(file, *self.patch_widths)
-        self.patches.to(self.device)
-        if (folder / "adapter").is_dir() and isinstance(self.llm, PeftModel):
-            file = folder / "adapter" / "adapter_model.safetensors"
-            state = load_file(file)
-            check_fit(state, get_peft_model_state_dict(self.llm, save_embedding_layers=False), file)
-            set_peft_model_state_dict(self.llm, state)
-        if (file := folder / "modules.safetensors").exists():
-            states: dict = {}
-            for key, value in load_file(file).items():
-                name, key = key.split(".", 1)
-                states.setdefault(name, {})[key] = value
-            for name, state in states.items():
-                if name not in self.trainable_modules():
-                    raise ModelError(f"{file}: a module this model does not have: {name}; it has {', '.join(self.trainable_modules())}")
-                check_fit(state, self.trainable_modules()[name].state_dict(), f"{file}, {name}")
-                self.trainable_modules()[name].load_state_dict(state)
-                self.loaded.add(name)
+        """Put the values of a run folder into the adapter and the parts that are there.
+
+        Raises:
+            ModelError: weights that do not fit.
+        """
+        trained_parts.restore_trained(self, Path(folder))
+
+    def parts_to_save(self) -> list[str]:
+        """Return the parts that differ from the base: those that learn, and those that were loaded."""
+        names = []
+        for name, module in self.trainable_modules().items():
+            learns = any(parameter.requires_grad for parameter in module.parameters())
+            if learns or name in self.loaded_parts:
+                names.append(name)
+        return names
+
+    def part_state(self, name: str) -> dict[str, Tensor]:
+        """Return the weights of a part by their names in its file; they share the model's memory."""
+        return self.trainable_modules()[name].state_dict()
+
+    def part_config(self, name: str) -> dict:
+        """Return what a part's file says of it beside its weights."""
+        return {}
+
+    def prepare_part(self, part: SavedPart) -> None:
+        """Make the model ready to take the weights of a part.
+
+        Raises:
+            ModelError: a part that this model does not have.
+        """
+        names = self.trainable_modules()
+        if part.name not in names:
+            raise ModelError(
+                f"{part.source}: a module this model does not have: {part.name}; it has {', '.join(names)}"
+            )
+
+
+def peft_config(config: AdapterConfig) -> PeftConfig | None:
+    """Return the PEFT config of an adapter on all linears of the LM, or None for no adapter."""
+    if config.adapter == "ilora":
+        return ILoraConfig(
+            r=config.r,
+            alpha=config.alpha,
+            heads=config.heads,
+            dropout=config.dropout,
+            target_modules=LLM_LINEARS,
+        )
+    if config.adapter == "lora":
+        return LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=LLM_LINEARS,
+        )
+    return None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, n - 1) of the last n - 1 labels (B, L) under the logits (B, n, V) before each, 0 where there is none."""
-    return F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1 - logits.shape[1]:], ignore_index=-100, reduction="none")
+    """Compute the losses (B, n - 1) of the last n - 1 labels, 0 where there is no label.
+
+    Args:
+        logits: (B, n, V) at the last n positions; each predicts the label after it.
+        labels: (B, L).
+    """
+    targets = labels[:, 1 - logits.shape[1] :]  # (B, n - 1)
+    predictions = logits[:, :-1].mT.float()  # (B, V, n - 1)
+    return F.cross_entropy(predictions, targets, ignore_index=NO_LABEL, reduction="none")
 
 
-def attach_side_channels(parts: list, media: list[MediaFeatures]) -> tuple[list, list[MediaFeatures]]:
-    """A prompt without its side channels, which go to the video or image that they follow: they have no tokens of their own."""
-    kept: list[MediaFeatures] = []
-    for part, features in zip([p for p in parts if p.kind != "text"], media):
+def attach_side_channels(
+    parts: list[PromptPart], media: list[MediaFeatures]
+) -> tuple[list[PromptPart], list[MediaFeatures]]:
+    """Take side channels out of a prompt and attach each to the video or image before it."""
+    media_parts = [part for part in parts if part.kind != "text"]
+    in_prompt: list[MediaFeatures] = []
+    for part, features in zip(media_parts, media):
         if part.side:
-            kept[-1] = replace(kept[-1], sides={**kept[-1].sides, part.side: features})
+            sides = {**in_prompt[-1].sides, part.side: features}
+            in_prompt[-1] = replace(in_prompt[-1], sides=sides)
         else:
-            kept.append(features)
-    return [p for p in parts if not p.side], kept
+            in_prompt.append(features)
+    return [part for part in parts if not part.side], in_prompt
 
 
-def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | str) -> None:
-    """Raises ModelError unless the weights `state` have the names and shapes of the model's `own`."""
-    wrong = [f"{name} is {tuple(value.shape)}, expected {tuple(own[name].shape)}" for name, value in state.items() if name in own and value.shape != own[name].shape]
-    found = {"missing": sorted(own.keys() - state.keys()), "unknown": sorted(state.keys() - own.keys()), "of another shape": wrong}
-    said = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in found.items() if names]
-    if said:
-        raise ModelError(f"{where}: of the {len(own)} weights expected, {'; '.join(said)}. Is it of another base, --adapter, --r (rows of A) or --heads (rows of the "
-                         "router), or not whole?")
+def index_by_kind(media: list[MediaFeatures]) -> list[int]:
+    """Return for each medium of a prompt how many of its kind come before it."""
+    before = Counter()
+    indices = []
+    for medium in media:
+        indices.append(before[medium.kind])
+        before[medium.kind] += 1
+    return indices
+
+
+def same_tensors(one: MediaFeatures, other: MediaFeatures) -> bool:
+    """Whether two media are one clip with the same side channels: the same tensors, not equal ones."""
+    if one.features is not other.features or one.sides.keys() != other.sides.keys():
+        return False
+    return all(side.features is other.sides[name].features for name, side in one.sides.items())
 
 
 def bf16_autocast(wanted: bool = True) -> torch.autocast:
-    """A context in which matrix products are in bfloat16, where the machine is faster at them than at float32."""
+    """Return a context with matrix products in bfloat16, where the hardware is faster at them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device, torch.bfloat16, enabled=wanted and fast)
+    if device == "cuda":
+        is_fast = torch.cuda.is_bf16_supported()
+    else:
+        is_fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=wanted and is_fast)
 
 
 def missing_weights(what: str, name: str, error: Exception) -> ModelError:
-    """Weights that are not there and cannot be fetched: what to do."""
-    return ModelError(f"{what} {name}: cannot be loaded ({str(error).splitlines()[0].rstrip('.')}). Where there is a network, `hf download {name} --local-dir "
-                      "FOLDER` fetches it (some need an account that has accepted a licence); then name the FOLDER instead")
+    """Return the error for weights that are not there and cannot be fetched; it says what to do."""
+    reason = str(error).splitlines()[0].rstrip(".")
+    return ModelError(
+        f"{what} {name}: cannot be loaded ({reason}). Where there is a network, "
+        f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has accepted a "
+        "licence); then name the FOLDER instead"
+    )

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
-from crab_min.model import check_fit
+from crab_min.trained_parts import check_fit
 
 ROPE_SECTIONS, ROPE_BASE = (16, 24, 24), 1e4           # frequencies of time, row, column in a head of 128 (Qwen2-VL)
 

@@ -8,7 +8,7 @@ from transformers import Blip2QFormerModel
 
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.errors import ModelError
-from crab_min.model import check_fit
+from crab_min.trained_parts import check_fit
 from crab_min.tools.convert import convert, from_blip2, missing_modalities, revert
 
 WIDTHS = {"rgb": 24, "flow": 24, "audio": 20, "norm": 24}                       # `norm` (surface normals) is a module's name too

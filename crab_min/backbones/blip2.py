@@ -1,307 +1,525 @@
-"""CREMA (2402.05889): any modality beside a video in a frozen LM, through one Q-Former, in as many tokens however many modalities there are.
+"""CREMA (2402.05889): any modality beside a video, through one frozen Q-Former, in a frozen LM.
 
-    [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question        join = "concat": Zbar behind the video, as released
-    [P_t, Z_t + Zbar_t]_t, question                    join = "add": Zbar on top of it
+    [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question        fusion "concat": Zbar behind the video, as released
+    [P_t, Z_t + Zbar_t]_t, question                    fusion "add": Zbar on top of it
 
-Z_t: the Q tokens of frame t; Zbar_t: those of all other modalities as one (fusion.GatedFusion); P_t: the words "Frame t: ". A modality is a
-side channel of the video: what an encoder made of a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything
-that encoders.register names. A clip without a modality has zero tokens in its place (data.lacking counts them).
+Z_t are the Q tokens of frame t, Zbar_t those of all other modalities, fused into as many tokens however many
+modalities there are (self-gated fusion, crema.py), and P_t the words "Frame t: ". A modality is a side
+channel of the video: what an encoder makes of a sound, of pictures (flow, depth, normals, thermal, touch), of
+3D points, or of anything that encoders.register names. A clip without a modality has zero tokens in its place.
 
-`learn` and `EarlyExit` are CREMA's modality-sequential training: for each batch a step a modality, on its own parts and the fusion, until
-the norm g of its gradient grows beyond tau times the mean of the epochs before. Differs from the released code: g is the mean over an epoch (there
-the last step's alone counts); steps of sound are aligned with the frames (there their mean stands at each; `aligned=False`).
+In modality-sequential training each batch gives one update per modality, of its own parameters and the fusion
+(`set_active_modalities`). The passes of one batch share the tokens of the modalities that do not learn
+(`frozen_tokens`).
 
-Shapes: T frames, S encoder tokens, W their width, Q queries, D width of the LM.
+What differs from the released code: the steps of a sound are aligned with the frames; there their mean
+stands at each frame (`aligned=False`).
+
+Shapes: T frames, S encoder tokens, W their width, Q queries, D LM width.
 """
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-import tokenizers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoTokenizer,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.backbones.composed import PLACEHOLDERS, ComposedModel, coded, load_base, padded
+from crab_min.backbones.common import encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.composed import (
+    PLACEHOLDERS,
+    ComposedModel,
+    add_embeddings,
+    load_base,
+    pad_tokens,
+)
 from crab_min.backbones.sizes import TINY_MODEL
+from crab_min.backbones.tiny_random import same_random_weights, tiny_blip2
+from crab_min.config import ModalityConfig
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.model import AVLanguageModel, check_fit, missing_weights
-from crab_min.pave import Patches
-
-
-@dataclass
-class CremaConfig:
-    """How modalities are joined and trained."""
-    modalities: str = field(default="", metadata={"help": "CREMA: comma-separated, rgb first: rgb,audio,flow,depth,normals,thermal,touch,points, or any name that rows have "
-                                                          "under \"sides\" or that encoders.register names"})
-    join: str = field(default="concat", metadata={"help": "CREMA: the fused modalities behind the video's tokens, or added to them", "choices": ["concat", "add"]})
-    modality_rank: int = field(default=64, metadata={"help": "CREMA: rank of a modality's adapter in the Q-Former"})
-    modality_dropout: float = field(default=0., metadata={"help": "CREMA: share of the side modalities that a training sample goes without, so that any few of them will do"})
-    sequential: bool = field(default=True, metadata={"help": "CREMA: a step a modality for each batch; else all of them in one"})
-    temperature: float = field(default=1.8, metadata={"help": "CREMA: a modality exits when its gradient grows beyond this many times its mean (0: never)"})
+from crab_min.interface import PromptLayout, PromptPart
+from crab_min.model import NO_LABEL, AVLanguageModel, Batch, MediaTokens
+from crab_min.trained_parts import SavedPart
 
 
 class CremaModel(AVLanguageModel):
-    """A vision and an audio encoder, one Q-Former for all modalities, and an LM, all frozen; "rgb" is there from the beginning."""
+    """Encoders, one Q-Former for all modalities and an LM, all frozen; "rgb", the video, is always there.
 
-    def __init__(self, llm: nn.Module, tokenizer: PreTrainedTokenizerFast, ends: tuple, template: list[str], vision: VisionEncoder, audio: AudioEncoder | None,
-                 multimodal: MultimodalQFormer, prefix: str = "Frame {}: ", time: nn.Embedding | None = None, number: nn.Embedding | None = None):
-        """prefix: the words before a frame. time, number: codes that a base was trained with (composed.coded)."""
-        place = tokenizer.convert_tokens_to_ids(PLACEHOLDERS["video"])
-        super().__init__(llm, tokenizer, {"video": ([], place, []), "image": ([], place, [])}, ends, template)
-        self.vision, self.audio, self.multimodal, self.prefix, self.time, self.number = vision, audio, multimodal, prefix, time, number
-        self.frame_size, self.patches, self.fusion = vision.size, Patches(), None
-        self.join, self.aligned, self.skipped = "concat", True, set()          # skipped: modalities without their adapters (zero-shot)
-        self.dropout = 0.                              # of whole modalities, in training
-        self.learned: set[str] = set()                 # the modalities that are trained now
-        self.held: dict[str, tuple[list[Tensor], Tensor]] = {}                 # what the others have read of this batch, for its next pass
-        self.kept: set[str] = set()                    # weights of the frozen Q-Former that came with a converted run, and go on into the next
+    Args:
+        frame_prefix: the words before a frame.
+        time, number: embeddings that a base was trained with (composed.add_embeddings).
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        bos_ids: list[int],
+        eos_id: int,
+        layout: PromptLayout,
+        vision: VisionEncoder,
+        audio: AudioEncoder | None,
+        multimodal: MultimodalQFormer,
+        frame_prefix: str = "Frame {}: ",
+        time: nn.Embedding | None = None,
+        number: nn.Embedding | None = None,
+    ):
+        placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDERS["video"])
+        media_tokens = {kind: MediaTokens([], placeholder, []) for kind in ("video", "image")}
+        super().__init__(llm, tokenizer, media_tokens, bos_ids, eos_id, layout)
+        self.vision = vision
+        self.audio = audio
+        self.multimodal = multimodal
+        self.frame_prefix = frame_prefix
+        self.time = time
+        self.number = number
+        self.frame_size = vision.size
+
+        # how modalities are fused
+        self.fusion: SelfGatedFusion | None = None  # there is none before the first side modality
+        self.fusion_mode = "concat"
+        self.aligned = True
+        # how they are trained, and which of them are read without their adapters (zero-shot)
+        self.modality_dropout = 0.0
+        self.active_modalities: set[str] = set()
+        self.skipped_modalities: set[str] = set()
+        self.cached_tokens: dict[str, Tensor] | None = None  # inside of `frozen_tokens`
 
     @property
-    def side_names(self) -> list[str]:
-        return self.fusion.names if self.fusion else []
+    def is_encoder_decoder(self) -> bool:
+        """Whether the LM reads the prompt with an encoder (T5)."""
+        return self.llm.config.is_encoder_decoder
 
     @torch.no_grad()
-    def encode(self, kind: str, media: list, seconds: list[float] | None = None) -> list[MediaFeatures]:
-        """Frozen features (T, S, W) of several media of one kind; all but sounds are pictures. Raises ModelError."""
+    def encode(
+        self, kind: str, media: list, seconds: list[float] | None = None
+    ) -> list[MediaFeatures]:
+        """Encode several media of one kind, all but sounds as pictures: features (T, S, W) of each.
+
+        Raises:
+            ModelError: sound without a BEATs.
+        """
         if kind == "audio":
-            if self.audio is None:
-                raise ModelError("modality audio: no audio encoder; name a BEATs checkpoint with --audio, or give features as files (.npy, .pt) under \"sides\"")
-            heard = [self.audio([torch.as_tensor(wave) for wave in waves]) for waves in media]
-            return [MediaFeatures(kind, x[0], mask[0]) for x, mask in heard]
-        return [MediaFeatures(kind, x) for x in self.vision(torch.stack([torch.as_tensor(m) for m in media]))]
+            return encode_sounds(self.audio, media)
+        frames = torch.stack([torch.as_tensor(medium) for medium in media])  # (M, T, H, W, 3)
+        return [MediaFeatures(kind, features) for features in self.vision(frames)]
 
     # --- prompts
-    def count(self, media: MediaFeatures) -> int:
-        return len(media.features) * self.multimodal.config.queries * (2 if self.fusion and self.join == "concat" else 1)
+    @property
+    def appends_fused(self) -> bool:
+        """Whether fused tokens have places of their own behind the video's."""
+        return self.fusion is not None and self.fusion_mode == "concat"
 
-    def place(self, media: MediaFeatures) -> list[int]:
-        frames, (_, placeholder, _) = len(media.features), self.marks[media.kind]
-        queries, words = [placeholder] * self.multimodal.config.queries, [self.encode_text(self.prefix.format(t + 1)) for t in range(frames)]
-        ids = [i for P in words for i in P + queries]
-        return ids + sum(words, []) + queries * frames if self.fusion and self.join == "concat" else ids
+    def token_count(self, medium: MediaFeatures) -> int:
+        video = len(medium.features) * self.multimodal.config.queries
+        return 2 * video if self.appends_fused else video
 
-    def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
-        """Tokens (count, D) of each video: its own and, where there is a fusion, those of its other modalities."""
-        lengths = [len(m.features) for m in media]
-        streams = [self.read("rgb", media)]                                # (sum of T, Q, D) each
-        if self.fusion:
-            more = self.fuse([m.sides for m in media], lengths)
-            streams = [streams[0] + more] if self.join == "add" else [*streams, more]
-        streams = [coded(x, lengths, numbers, self.time, self.number).split(lengths) for x in streams]
-        return [torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*streams)]
+    def placeholder_ids(self, medium: MediaFeatures) -> list[int]:
+        frames = len(medium.features)
+        placeholder = self.media_tokens[medium.kind].placeholder
+        queries = [placeholder] * self.multimodal.config.queries
+        prefixes = [self.encode_text(self.frame_prefix.format(t + 1)) for t in range(frames)]
+        ids = []
+        for prefix in prefixes:
+            ids += prefix + queries
+        if self.appends_fused:
+            for prefix in prefixes:
+                ids += prefix
+            ids += queries * frames
+        return ids
 
-    def read(self, name: str, media: list[MediaFeatures]) -> Tensor:
-        """The tokens (sum of T, Q, D) of several clips' features (T, S, W) of one modality; in training from what is held, where it is not learned."""
-        features = [m.features for m in media]
-        before, tokens = self.held.get(name, ([], None))
-        if self.training and len(before) == len(features) and all(a is b for a, b in zip(before, features)):
-            return tokens
-        tokens = self.multimodal(name, *padded(features, [m.mask for m in media], self.device), adapted=name not in self.skipped)[0]
-        if self.training and name not in self.learned:
-            self.held[name] = features, tokens.detach()
-        return tokens
-
-    def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
-        """The other modalities of each clip as one stream (sum of T, Q, D). What a clip lacks is zero."""
-        q, d = self.multimodal.config.queries, self.multimodal.config.width_out
-        tokens, present = {}, {}                                                                 # (sum of T, Q, D), (sum of T,) of each modality
-        for name in self.fusion.names:
-            have = [i for i, found in enumerate(sides) if name in found]
-            found = dict.fromkeys(range(len(sides)))
-            if have:
-                media = [sides[i][name] for i in have]
-                found |= zip(have, self.read(name, media).split([len(m.features) for m in media]))
-            tokens[name] = torch.cat([torch.zeros(n, q, d, device=self.device) if x is None else over_frames(x[None], n, self.aligned)[0] for x, n in zip(found.values(), lengths)])
-            present[name] = torch.cat([torch.full((n,), x is not None, device=self.device) for x, n in zip(found.values(), lengths)])
-        return self.fusion(tokens, present)
-
-    def collate(self, prompts: list[list], media: list[list[MediaFeatures]], targets: list[str] | None = None) -> dict:
-        apart = self.llm.config.is_encoder_decoder                            # an LM with an encoder has its answers apart
-        batch = super().collate(prompts, media, None if apart else targets)
-        if self.training and self.dropout:
-            batch["media"] = [replace(m, sides={name: side for name, side in m.sides.items() if torch.rand(()) >= self.dropout}) for m in batch["media"]]
-        if apart and targets:
-            rows = [torch.tensor(self.encode_text(text) + [self.ends[1]], device=self.device) for text in targets]
-            batch["labels"] = pad_sequence(rows, batch_first=True, padding_value=-100)
+    def collate(
+        self,
+        prompts: list[list[PromptPart]],
+        media: list[list[MediaFeatures]],
+        targets: list[str] | None = None,
+    ) -> Batch:
+        # an LM with an encoder has its answers apart from the prompt, padded on the right
+        batch = super().collate(prompts, media, None if self.is_encoder_decoder else targets)
+        if self.is_encoder_decoder and targets:
+            answers = [torch.tensor(self.answer_ids(text), device=self.device) for text in targets]
+            batch.labels = pad_sequence(answers, batch_first=True, padding_value=NO_LABEL)
+        if self.training and self.modality_dropout:
+            batch.media = [self.drop_modalities(medium) for medium in batch.media]
         return batch
 
-    def losses(self, batch: dict) -> Tensor:
-        if not self.llm.config.is_encoder_decoder:
-            return super().losses(batch)
-        logits = self.llm(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], labels=batch["labels"]).logits
-        return F.cross_entropy(logits.mT.float(), batch["labels"], ignore_index=-100, reduction="none")
+    def drop_modalities(self, medium: MediaFeatures) -> MediaFeatures:
+        """Return a video without a random share of its side modalities, so that any few of them will do."""
+        kept = {}
+        for name, side in medium.sides.items():
+            if torch.rand(()) >= self.modality_dropout:
+                kept[name] = side
+        return replace(medium, sides=kept)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        if not self.is_encoder_decoder:
+            return super().token_losses(batch)
+        output = self.llm(
+            inputs_embeds=self.embed(batch), attention_mask=batch.attention, labels=batch.labels
+        )
+        logits = output.logits.mT.float()  # (B, V, longest answer)
+        return F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL, reduction="none")
+
+    # --- tokens
+    def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
+        """Compute the tokens (token_count, D) of each video and of the modalities beside it."""
+        lengths = [len(medium.features) for medium in media]
+        streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
+        if self.fusion is not None:
+            fused = self.fuse([medium.sides for medium in media], lengths)
+            if self.fusion_mode == "add":
+                streams = [streams[0] + fused]
+            else:
+                streams.append(fused)
+
+        # the tokens of each video: of all its frames, then of all its fused frames
+        parts = []
+        for stream in streams:
+            stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
+            parts.append(stream.split(lengths))
+        return [torch.cat([x.flatten(0, 1) for x in of_video]) for of_video in zip(*parts)]
+
+    def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
+        """Compute the tokens (sum of T, Q, D) of one modality of several clips."""
+        if self.cached_tokens is not None and name in self.cached_tokens:
+            return self.cached_tokens[name]
+        features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
+        is_adapted = name not in self.skipped_modalities
+        tokens = self.multimodal(name, features, mask, adapted=is_adapted)[0]
+        if self.cached_tokens is not None and name not in self.active_modalities:
+            self.cached_tokens[name] = tokens.detach()
+        return tokens
+
+    @contextmanager
+    def frozen_tokens(self) -> Iterator[None]:
+        """Keep the tokens of modalities that do not learn, for several passes of one batch.
+
+        Every forward pass inside has to be of the same batch. `set_active_modalities` forgets the tokens of
+        the modalities that learn from then on.
+        """
+        self.cached_tokens = {}
+        try:
+            yield
+        finally:
+            self.cached_tokens = None
+
+    def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
+        """Fuse the other modalities of each clip into one stream (sum of T, Q, D)."""
+        tokens, present = {}, {}
+        for name in self.fusion.names:
+            tokens[name], present[name] = self.tokens_at_frames(name, sides, lengths)
+        return self.fusion(tokens, present)
+
+    def tokens_at_frames(
+        self, name: str, sides: list[dict[str, MediaFeatures]], lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the tokens of one modality at the frames of the clips' videos.
+
+        Args:
+            sides: the modalities of each clip by name.
+            lengths: the frames T of each clip.
+
+        Returns:
+            tokens (sum of T, Q, D), zero where a clip has no such modality, and where it has (sum of T,).
+        """
+        # the clips that have it, all in one call
+        clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
+        encoded = {}
+        if clips:
+            media = [sides[clip][name] for clip in clips]
+            steps = [len(medium.features) for medium in media]
+            encoded = dict(zip(clips, self.encode_modality(name, media).split(steps)))
+
+        # all clips: its own steps become the video's, and nothing becomes zero
+        q, d = self.multimodal.config.queries, self.multimodal.config.width_out
+        tokens, present = [], []
+        for clip, frames in enumerate(lengths):
+            if clip in encoded:
+                tokens.append(
+                    over_frames(encoded[clip][None], frames, self.aligned)[0]
+                )  # (T, Q, D)
+            else:
+                tokens.append(torch.zeros(frames, q, d, device=self.device))
+            present.append(torch.full((frames,), clip in encoded, device=self.device))
+        return torch.cat(tokens), torch.cat(present)
 
     # --- modalities
-    def configure(self, config: CremaConfig) -> None:
-        """Take the settings of a run; rgb gets a new adapter of their rank."""
-        self.join, self.dropout, self.multimodal.config.rank = config.join, config.modality_dropout, config.modality_rank
-        for pair in self.multimodal.pairs().values():
-            pair.add("rgb", config.modality_rank)
+    @property
+    def side_names(self) -> list[str]:
+        return self.fusion.names if self.fusion is not None else []
 
-    def add_side(self, name: str, width: int) -> None:
-        """A new side modality, which starts as rgb stands (queries, norm and projection), and columns of the fusion of its own; nothing of the others is touched.
+    def configure(self, config: ModalityConfig) -> None:
+        """Take the settings of a run, before modalities are added; rgb gets an adapter of their rank."""
+        self.fusion_mode = config.fusion
+        self.modality_dropout = config.modality_dropout
+        self.multimodal.config.rank = config.modality_rank
+        self.renew_adapter("rgb")
 
-        Raises ModelError.
+    def renew_adapter(self, name: str) -> None:
+        """Give a modality a new adapter in the Q-Former, of the rank that is set."""
+        for linear in self.multimodal.pairs().values():
+            linear.add(name, self.multimodal.config.rank)
+
+    def add_side_channel(self, name: str, width: int, settings: ModalityConfig) -> None:
+        self.add_modality(name, width)
+
+    def add_modality(self, name: str, width: int) -> None:
+        """Add a side modality with features `width` wide; the others stay as they are.
+
+        It starts with the queries, norm and projection that rgb has, and with zero columns in the fusion.
+
+        Raises:
+            ModelError: a name that is taken, or that cannot be one.
         """
         self.multimodal.add(name, width)
         rgb, new = self.multimodal.of("rgb"), self.multimodal.of(name)
-        for part in ("norm", "out"):
-            getattr(new, part).load_state_dict(getattr(rgb, part).state_dict())
+        new.norm.load_state_dict(rgb.norm.state_dict())
+        new.out.load_state_dict(rgb.out.state_dict())
         new.query.data.copy_(rgb.query)
-        self.widen([*self.side_names, name])
+        self.rebuild_fusion([*self.side_names, name])
 
-    def widen(self, names: list[str]) -> None:
-        """The fusion for the side modalities `names`, with the columns of those that it had; new ones start at zero, where they change nothing."""
-        d, old = self.multimodal.config.width_out, self.fusion
-        fusion = SelfGatedFusion(names, d).to(self.device)
+    def rebuild_fusion(self, names: list[str]) -> None:
+        """Make the fusion of the modalities `names`, with the columns of those that it had.
+
+        Columns of new modalities are zero, so that they change nothing at first.
+        """
+        d = self.multimodal.config.width_out
+        old = self.fusion
+        new = SelfGatedFusion(names, d).to(self.device)
         with torch.no_grad():
-            fusion.linear.weight.zero_()
-            fusion.linear.bias.zero_() if old is None else fusion.linear.bias.copy_(old.linear.bias)
+            new.linear.weight.zero_()
+            new.linear.bias.zero_()
+            if old is not None:
+                new.linear.bias.copy_(old.linear.bias)
             for i, name in enumerate(names):
-                if old and name in old.names:
+                if old is not None and name in old.names:
                     j = old.names.index(name)
-                    fusion.linear.weight[:, i * d:(i + 1) * d] = old.linear.weight[:, j * d:(j + 1) * d]
-        self.fusion = fusion
+                    columns = old.linear.weight[:, j * d : (j + 1) * d]
+                    new.linear.weight[:, i * d : (i + 1) * d] = columns
+        self.fusion = new
 
-    def remove_side(self, name: str) -> None:
-        """Take a side modality and its columns of the fusion away. Raises ModelError: no such modality."""
-        if name not in self.side_names:
-            raise ModelError(f"modality {name!r}: not in this model, which has rgb{''.join(', ' + n for n in self.side_names)}")
-        self.multimodal.remove(name)
-        left = [n for n in self.side_names if n != name]
-        self.widen(left) if left else setattr(self, "fusion", None)
+    # --- what is trained
+    def modality_parameters(self, name: str) -> list[nn.Parameter]:
+        """Return what a step on one modality trains: its own parameters and the fusion."""
+        parameters = list(self.multimodal.own(name).values())
+        if self.fusion is not None:
+            parameters += self.fusion.parameters()
+        return parameters
 
-    # --- training
-    def own(self, name: str) -> list[nn.Parameter]:
-        """What a step on the modality `name` trains: its parts and the fusion."""
-        return [*self.multimodal.own(name).values(), *(self.fusion.parameters() if self.fusion else ())]
+    def set_active_modalities(self, names: list[str]) -> None:
+        """Train these modalities and the fusion, and no other modality.
 
-    def learn(self, names: list[str]) -> None:
-        """Train these modalities and the fusion, and no other."""
-        self.multimodal.requires_grad_(False)
-        self.learned = set(names)
+        Raises:
+            ModelError: a modality that the model does not have.
+        """
+        there = ["rgb", *self.side_names]
         for name in names:
-            self.held.pop(name, None)
-            for parameter in self.own(name):
+            if name not in there:
+                raise ModelError(
+                    f"modality {name!r}: not in this model, which has {', '.join(there)}"
+                )
+        self.multimodal.requires_grad_(False)
+        self.active_modalities = set(names)
+        for name in names:
+            if self.cached_tokens is not None:
+                self.cached_tokens.pop(name, None)  # they are about to change
+            for parameter in self.modality_parameters(name):
                 parameter.requires_grad_(True)
 
     def gradient_norm(self, name: str) -> float:
-        """The L2 norm of the gradient of a modality's adapter (all its A and B)."""
-        found = [p.grad.norm() for key, p in self.multimodal.own(name).items() if not key.startswith("parts.") and p.grad is not None]
-        return torch.stack(found).norm().item() if found else 0.
+        """Return the L2 norm of the gradient of a modality's adapter, all its A and B."""
+        norms = []
+        for key, parameter in self.multimodal.own(name).items():
+            in_adapter = not key.startswith("parts.")
+            if in_adapter and parameter.grad is not None:
+                norms.append(parameter.grad.norm())
+        return torch.stack(norms).norm().item() if norms else 0.0
+
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        modules = super().trainable_modules()
+        for name in ["rgb", *self.side_names]:
+            modules[f"modality_{name}"] = nn.ParameterList(self.multimodal.own(name).values())
+        if self.fusion is not None:
+            modules["fusion"] = self.fusion
+        return modules
+
+    def set_trainable(self, parts: list[str]) -> None:
+        super().set_trainable(parts)
+        self.set_active_modalities(["rgb", *self.side_names])
 
     # --- files
-    def save_trained(self, folder: Path) -> None:
-        """As every model, and modalities.safetensors: what each modality has of its own and the fusion, with their names and widths in the header."""
-        super().save_trained(folder)
-        about = {"widths": {name: part.width for name, part in self.multimodal.parts.items()}, "fused": self.side_names, "join": self.join,
-                 "aligned": self.aligned, "rank": self.multimodal.config.rank}
-        state = self.own_state() | {name: value for name, value in self.state_dict().items() if name in self.kept}
-        save_file({name: value.contiguous() for name, value in state.items()}, folder / "modalities.safetensors", {"format": "pt", "crema": json.dumps(about)})
+    def parts_to_save(self) -> list[str]:
+        """Return all modalities and the fusion, and what else learns or was loaded."""
+        parts = [f"modality_{name}" for name in ["rgb", *self.side_names]]
+        if self.fusion is not None:
+            parts.append("fusion")
+        # released weights bring a frozen Q-Former of their own
+        if "shared_qformer" in self.loaded_parts:
+            parts.append("shared_qformer")
+        return list(dict.fromkeys([*super().parts_to_save(), *parts]))
 
-    def own_state(self) -> dict[str, Tensor]:
-        state = {f"multimodal.{key}": p.data for name in self.multimodal.parts for key, p in self.multimodal.own(name).items()}
-        return state | ({f"fusion.{key}": value for key, value in self.fusion.state_dict().items()} if self.fusion else {})
+    def part_state(self, name: str) -> dict[str, Tensor]:
+        if name == "shared_qformer":
+            return self.frozen_qformer_state()
+        if name.startswith("modality_"):
+            parameters = self.multimodal.own(name.removeprefix("modality_"))
+            return {key: parameter.data for key, parameter in parameters.items()}
+        return super().part_state(name)
 
-    def load_trained(self, folder: Path) -> None:
-        if (Path(folder) / "adapter").is_dir() or not (Path(folder) / "modalities.safetensors").exists():
-            super().load_trained(folder)
-        else:
-            self.restore_trained(Path(folder))
+    def frozen_qformer_state(self) -> dict[str, Tensor]:
+        """Return the weights of the Q-Former that all modalities share."""
+        state = {}
+        for key, value in self.multimodal.state_dict().items():
+            in_adapter = ".A." in key or ".B." in key
+            if key.startswith("qformer.") and not in_adapter:
+                state[key] = value
+        return state
 
-    def restore_trained(self, folder: Path) -> None:
-        super().restore_trained(folder)
-        file = folder / "modalities.safetensors"
-        try:
-            with safe_open(file, "pt") as opened:
-                about = json.loads((opened.metadata() or {})["crema"])
-            state = load_file(file)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ModelError(f"{file}: not the modalities of a run ({type(error).__name__}: {error}); give a run of train.py crema-..., or convert a released one") from None
-        self.join, self.aligned = about["join"], about["aligned"]
-        if ({name: part.width for name, part in self.multimodal.parts.items()}, self.multimodal.config.rank) != (about["widths"], about["rank"]):
-            self.multimodal.config.rank = about["rank"]
-            for name in list(self.multimodal.parts):
-                self.multimodal.remove(name)
-            for name, width in about["widths"].items():
-                self.multimodal.add(name, width)
-        if about["fused"] != self.side_names:
-            self.widen(about["fused"])
-        self.kept = {key for key in state if key.startswith("multimodal.qformer.") and ".A." not in key and ".B." not in key}       # of a converted run
-        check_fit({key: value for key, value in state.items() if key not in self.kept}, self.own_state(), file)
-        self.load_state_dict(state, strict=False)
-        self.held.clear()
+    def part_config(self, name: str) -> dict:
+        if name == "fusion":
+            return {"names": self.side_names, "mode": self.fusion_mode, "aligned": self.aligned}
+        if name.startswith("modality_"):
+            name = name.removeprefix("modality_")
+            return {"width": self.multimodal.of(name).width, "rank": self.rank_of(name)}
+        return super().part_config(name)
+
+    def prepare_part(self, part: SavedPart) -> None:
+        if part.name == "fusion":
+            self.fusion_mode = part.config["mode"]
+            self.aligned = part.config["aligned"]
+            if part.config["names"] != self.side_names:
+                self.rebuild_fusion(part.config["names"])
+        elif part.name.startswith("modality_"):
+            name = part.name.removeprefix("modality_")
+            self.prepare_modality(name, part.config["width"], part.config["rank"])
+        elif part.name != "shared_qformer":
+            super().prepare_part(part)
+
+    def prepare_modality(self, name: str, width: int, rank: int) -> None:
+        """Make a modality of this width and rank, unless it is there."""
+        self.multimodal.config.rank = rank
+        if name in self.multimodal.parts:
+            if (self.multimodal.of(name).width, self.rank_of(name)) == (width, rank):
+                return
+            del self.multimodal.parts[name]
+        self.multimodal.add(name, width)
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a modality's adapter in the Q-Former."""
+        linears = list(self.multimodal.pairs().values())
+        return linears[0].A[name].out_features
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------------
+# --- weights ---------------------------------------------------------------------------------------------
+
+
 def from_base(base: ComposedModel) -> CremaModel:
-    """On a composed model (the tiny base): its visual connector is the Q-Former that all modalities share, and where each starts."""
-    c, connector = base.visual_qformer.config, base.visual_qformer
-    sizes = MultimodalConfig(c.width_out, c.width_in, c.queries, c.hidden, c.layers, c.heads, c.intermediate, cross_every=1, mlp_depth=c.mlp_depth)
+    """Make a model of a composed one (the tiny base), whose visual connector all modalities share."""
+    connector = base.visual_qformer
+    c = connector.config
+    sizes = MultimodalConfig(
+        width_out=c.width_out,
+        width_in=c.width_in,
+        queries=c.queries,
+        hidden=c.hidden,
+        layers=c.layers,
+        heads=c.heads,
+        intermediate=c.intermediate,
+        cross_every=1,
+        mlp_depth=c.mlp_depth,
+    )
     multimodal = MultimodalQFormer(sizes, connector.qformer)
     multimodal.add("rgb", c.width_in)
     rgb = multimodal.of("rgb")
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
     rgb.out.load_state_dict(connector.mlp.state_dict())
-    return CremaModel(base.llm, base.tokenizer, base.ends, base.template, base.vision, base.audio, multimodal, "", base.time, base.number)
+    return CremaModel(
+        base.llm,
+        base.tokenizer,
+        base.bos_ids,
+        base.eos_id,
+        base.layout,
+        base.vision,
+        base.audio,
+        multimodal,
+        frame_prefix="",
+        time=base.time,
+        number=base.number,
+    )
 
 
-def from_blip2(blip: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, audio: AudioEncoder | None) -> CremaModel:
-    """On BLIP-2 of transformers, whose LM may be Flan-T5 or another with or without an encoder."""
-    q, vision = blip.config.qformer_config, VisionEncoder(blip.vision_model, layer=-1)
-    multimodal = MultimodalQFormer(MultimodalConfig(blip.language_projection.out_features, vision.width, blip.config.num_query_tokens, q.hidden_size, q.num_hidden_layers,
-                                                    q.num_attention_heads, q.intermediate_size, q.cross_attention_frequency), blip.qformer.float())
+def from_blip2(
+    blip: Blip2ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    audio: AudioEncoder | None,
+) -> CremaModel:
+    """Make a model of a BLIP-2, whose LM may be Flan-T5 or another, with or without an encoder."""
+    # its Q-Former, and rgb as BLIP-2 reads images
+    vision = VisionEncoder(blip.vision_model, layer=-1)
+    qformer = blip.config.qformer_config
+    sizes = MultimodalConfig(
+        width_out=blip.language_projection.out_features,
+        width_in=vision.width,
+        queries=blip.config.num_query_tokens,
+        hidden=qformer.hidden_size,
+        layers=qformer.num_hidden_layers,
+        heads=qformer.num_attention_heads,
+        intermediate=qformer.intermediate_size,
+        cross_every=qformer.cross_attention_frequency,
+    )
+    multimodal = MultimodalQFormer(sizes, blip.qformer.float())
     multimodal.add("rgb", vision.width)
     rgb = multimodal.of("rgb")
     rgb.query.data.copy_(blip.query_tokens)
     rgb.norm.load_state_dict(blip.vision_model.post_layernorm.state_dict())
     rgb.out[0].load_state_dict(blip.language_projection.state_dict())
-    llm, apart = blip.language_model, blip.language_model.config.is_encoder_decoder            # of T5 a prompt ends with its end token, as of BLIP-2
-    begin, after = ([], tokenizer.eos_token) if apart else ([tokenizer.bos_token_id], "\n")
-    return CremaModel(llm, tokenizer, (begin, tokenizer.eos_token_id), ["", after], vision, audio, multimodal)
+
+    # a prompt of T5 ends with its end token, as in BLIP-2
+    llm = blip.language_model
+    if llm.config.is_encoder_decoder:
+        bos_ids, layout = [], PromptLayout("", tokenizer.eos_token)
+    else:
+        bos_ids, layout = [tokenizer.bos_token_id], PromptLayout("", "\n")
+    eos_id = tokenizer.eos_token_id
+    return CremaModel(llm, tokenizer, bos_ids, eos_id, layout, vision, audio, multimodal)
 
 
-def load_crema(weights: str, base: str = "", audio: str = "", dtype: torch.dtype = torch.bfloat16) -> CremaModel:
-    """weights: BLIP-2 by path or hub id, or "tiny-random"; "": the base in the folder `base`, by default the shipped one. audio: a BEATs checkpoint. Raises ModelError."""
+def load_blip2(
+    weights: str, base: str = "", audio: str = "", load_in_4bit: bool = False
+) -> CremaModel:
+    """Load a model for modalities, frozen and in evaluation mode.
+
+    Args:
+        weights: BLIP-2 by local path or hub id; "tiny-random" for a small random one; "" for a base.
+        base: the folder of a base, where there are no weights (default: the shipped one).
+        audio: a BEATs checkpoint.
+
+    Raises:
+        ModelError: weights that are not there.
+    """
     if weights == "tiny-random":
-        return tiny_random().requires_grad_(False).eval()
+        with same_random_weights():
+            blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
+            beats = AudioEncoder(TINY_MODEL["audio"])
+            model = from_blip2(blip, tokenizer, beats)
+        return model.requires_grad_(False).eval()
     if not weights:
-        return from_base(load_base(base) if base else load_base()).requires_grad_(False).eval()
-    try:
-        blip = Blip2ForConditionalGeneration.from_pretrained(weights, dtype=dtype)
+        model = from_base(load_base(base) if base else load_base())
+        return model.requires_grad_(False).eval()
+    other_parts = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
+    quantization = four_bit_config(other_parts) if load_in_4bit else None
+    with named_weights("BLIP-2", weights):
+        blip = Blip2ForConditionalGeneration.from_pretrained(
+            weights, dtype=torch.bfloat16, quantization_config=quantization
+        )
         tokenizer = AutoTokenizer.from_pretrained(weights)
-    except (OSError, ValueError) as error:
-        raise missing_weights("BLIP-2", weights, error) from error
-    tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)                    # its embedding is never looked up
-    return from_blip2(blip, tokenizer, AudioEncoder(audio) if audio else None).requires_grad_(False).eval()
-
-
-def tiny_random() -> CremaModel:
-    """The classes of BLIP-2 with a T5 and 0.3 million random parameters, the same ones each time, and a tokenizer that knows bytes only."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={token: i for i, token in enumerate(["<pad>", "</s>", *alphabet])}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", additional_special_tokens=[PLACEHOLDERS["video"]])
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Blip2Config(vision_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "image_size": 56, "patch_size": 14},
-                         qformer_config=sizes | {"hidden_size": 32, "intermediate_size": 48, "encoder_hidden_size": 32, "vocab_size": 8},
-                         text_config={"model_type": "t5", "d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer), "decoder_start_token_id": 0},
-                         num_query_tokens=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        blip = Blip2ForConditionalGeneration(config)
-        nn.init.normal_(blip.query_tokens, std=.02)                           # transformers begins with zeros
-        return from_blip2(blip, tokenizer, AudioEncoder(TINY_MODEL["audio"]))
+    # the embedding of the placeholder is never looked up
+    tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
+    beats = AudioEncoder(audio) if audio else None
+    return from_blip2(blip, tokenizer, beats).requires_grad_(False).eval()

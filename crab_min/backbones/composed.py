@@ -1,12 +1,16 @@
-"""The composed backbone: CLIP and BEATs, a Q-Former connector for each, and any Hugging Face causal LM (Crab 2503.13068, section 3.2).
+"""CLIP and BEATs, a Q-Former connector for each, and any Hugging Face causal LM (Crab, 2503.13068).
 
-Each frame and each stretch of sound passes its encoder and its Q-Former by itself and becomes a few tokens in the prompt.
-One difference from Crab: optional learned codes are added to the tokens, of the frame or second they belong to (`time_steps`) and of
-the first or second video, image or sound of the prompt (`numbers`). They help a small LM to say *when* and *in which*; with 0 it is Crab.
+    features = encoder(frames or sound)                        (T, S, W), frozen
+    queries  = Q-Former(features), each time step by itself    (T, Q, hidden)
+    tokens   = MLP(queries)                                    (T, Q, D), T * Q tokens in the prompt
 
-Shapes: T frames or sound segments, S encoder tokens each, W encoder width, Q queries, D width of the LM.
+One difference from Crab: learned embeddings can be added to the tokens, of the frame or second that they
+belong to (`time_steps`) and of the first or second video, image or sound of the prompt (`numbers`). They
+help a small LM to say when, and in which. With 0 of them it is Crab.
+
+Shapes: T frames or sound segments, S encoder tokens of each, W encoder width, Q queries, D LM width.
 """
-import itertools
+
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,240 +19,282 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
-from crab_min.answers import MASK_TOKENS
+from crab_min.backbones.common import by_kind, encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.patched import PatchedModel
 from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.masks import MaskBranch, SegmentConfig, loss_of_masks
-from crab_min.model import ASSETS, AVLanguageModel, cross_entropy, missing_weights
+from crab_min.interface import PromptLayout
+from crab_min.model import ASSETS, MediaTokens
 from crab_min.pave import Patches
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
+VISUAL, AUDIO = ("video", "image"), ("audio",)
 
 
 @dataclass
 class ModelConfig:
     """What a composed model is made of; plain values, so that it travels as JSON."""
-    vision: dict | str                                 # transformers config of a CLIP or SigLIP vision model, or a path or hub id
-    audio: dict | str                                  # BEATs config, or the path of a published checkpoint
-    visual_qformer: dict                               # queries, hidden, layers, heads, intermediate
+
+    vision: dict | str  # transformers config of a CLIP or SigLIP vision model, or a path or hub id
+    audio: dict | str  # BEATs config, or the path of a published checkpoint
+    visual_qformer: dict  # queries, hidden, layers, heads, intermediate
     audio_qformer: dict
-    llm: dict | str                                    # transformers config of a causal LM, or a path or hub id
-    vision_layer: int = -2                             # hidden state given to the Q-Former (Crab: the one below the last)
-    time_steps: int = 0                                # rows of the learned time code (0: none, as in Crab)
-    numbers: int = 0                                   # rows of the learned code of the first, second ... video, image or sound of a prompt (0: none, as in Crab)
-    template: list = field(default_factory=lambda: ["", "\n"])                  # text before and after the prompt
+    llm: dict | str  # transformers config of a causal LM, or a path or hub id
+    vision_layer: int = -2  # hidden state given to the Q-Former (Crab: the one below the last)
+    time_steps: int = 0  # rows of the time embedding (0: none, as in Crab)
+    numbers: int = 0  # rows of the embedding of the first, second ... medium of its kind
+    template: list = field(default_factory=lambda: ["", "\n"])  # PromptLayout's before and after
 
 
-class ComposedModel(AVLanguageModel):
-    """Encoders + connectors + LM."""
+class ComposedModel(PatchedModel):
+    """Encoders, connectors and an LM."""
 
-    def __init__(self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast):
-        vision, audio, llm = VisionEncoder(config.vision, config.vision_layer), AudioEncoder(config.audio), load_llm(config.llm, tokenizer)
-        places = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
-        super().__init__(llm, tokenizer, {kind: ([], place, []) for kind, place in places.items()}, ([tokenizer.bos_token_id], tokenizer.eos_token_id),
-                         config.template)
-        self.config, self.vision, self.audio, self.frame_size = config, vision, audio, vision.size
+    connectors = ("visual_qformer", "audio_qformer", "time", "number")
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, load_in_4bit: bool = False
+    ):
+        vision = VisionEncoder(config.vision, config.vision_layer)
+        audio = AudioEncoder(config.audio)
+        llm = load_llm(config.llm, tokenizer, load_in_4bit)
+        media_tokens = {}
+        for kind, token in PLACEHOLDERS.items():
+            media_tokens[kind] = MediaTokens([], tokenizer.convert_tokens_to_ids(token), [])
+        super().__init__(
+            llm,
+            tokenizer,
+            media_tokens,
+            bos_ids=[tokenizer.bos_token_id],
+            eos_id=tokenizer.eos_token_id,
+            layout=PromptLayout(*config.template),
+        )
+        self.config = config
+        self.vision = vision
+        self.audio = audio
+        self.frame_size = vision.size
+
+        # connectors, and the optional embeddings of time and of the medium's number
         width = llm.config.hidden_size
-        self.visual_qformer = QFormerConnector(QFormerConfig(vision.width, width, **config.visual_qformer))
-        self.audio_qformer = QFormerConnector(QFormerConfig(audio.width, width, **config.audio_qformer))
+        visual = QFormerConfig(vision.width, width, **config.visual_qformer)
+        self.visual_qformer = QFormerConnector(visual)
+        self.audio_qformer = QFormerConnector(
+            QFormerConfig(audio.width, width, **config.audio_qformer)
+        )
         self.time = nn.Embedding(config.time_steps, width) if config.time_steps else None
         self.number = nn.Embedding(config.numbers, width) if config.numbers else None
-        self.patches, self.patch_widths = Patches(), (self.visual_qformer.config.hidden, width)
 
+        # patches query with the Q-Former's output, before the MLP
+        self.patches = Patches()
+        self.patch_widths = (visual.hidden, width)
+
+    # --- media
     @torch.no_grad()
-    def encode(self, kind: str, media: list, seconds: list[float] | None = None) -> list[MediaFeatures]:
-        """Frozen features (T, S, W) of several media of one kind."""
+    def encode(
+        self, kind: str, media: list, seconds: list[float] | None = None
+    ) -> list[MediaFeatures]:
+        """Encode several media of one kind: features (T, S, W) of each."""
         if kind == "audio":
-            features = []
-            for segments in media:
-                x, mask = self.audio([torch.as_tensor(s) for s in segments])                     # (1, T, S, W), (1, T, S)
-                features.append(MediaFeatures(kind, x[0], mask[0]))
-            return features
-        scales = self.mask_layers if kind == "image" else []
-        x, *scales = self.vision.hidden(torch.stack([torch.as_tensor(m) for m in media]), [self.vision.layer, *scales])      # (M, T, S, W) each
-        return [MediaFeatures(kind, f, scales=[scale[i, 0] for scale in scales]) for i, f in enumerate(x)]
+            return encode_sounds(self.audio, media)
+        frames = torch.stack([torch.as_tensor(medium) for medium in media])  # (M, T, H, W, 3)
+        return [MediaFeatures(kind, features) for features in self.vision(frames)]
 
-    def count(self, media: MediaFeatures) -> int:
-        return len(media.features) * (self.audio_qformer if media.kind == "audio" else self.visual_qformer).config.queries
+    def token_count(self, medium: MediaFeatures) -> int:
+        connector = self.audio_qformer if medium.kind in AUDIO else self.visual_qformer
+        return len(medium.features) * connector.config.queries
 
-    def tokens(self, media: list[MediaFeatures], numbers: list[int]) -> list[Tensor]:
-        """Tokens (T * Q, D) of each medium: connector, plus the codes of its frame's or segment's time and of its number in its prompt."""
+    def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
+        """Compute the tokens (T * Q, D) of each medium."""
         tokens: list = [None] * len(media)
-        for connector, kinds in ((self.visual_qformer, ("video", "image")), (self.audio_qformer, ("audio",))):
-            chosen = [i for i, m in enumerate(media) if m.kind in kinds]
-            if not chosen:
-                continue
-            lengths = [len(media[i].features) for i in chosen]
-            read = connector.read(*padded([media[i].features for i in chosen], [media[i].mask for i in chosen], self.device))[0]             # (sum of T, Q, hidden)
-            y = connector.mlp(read)                                                              # (sum of T, Q, D)
-            y = coded(y, lengths, [numbers[i] for i in chosen], self.time, self.number)
-            added = self.patches(list(read.split(lengths)), [media[i].sides for i in chosen])
-            for i, part, more in zip(chosen, y.split(lengths), added):
-                tokens[i] = (part + more).flatten(0, 1)                                          # (T * Q, D)
+        for kinds, positions in by_kind(media, [VISUAL, AUDIO]):
+            connector = self.audio_qformer if kinds == AUDIO else self.visual_qformer
+            group = [media[i] for i in positions]
+            connected = self.connect(connector, group, [media_index[i] for i in positions])
+            for i, medium_tokens in zip(positions, connected):
+                tokens[i] = medium_tokens
         return tokens
 
-    # --- masks (Crab)
-    @property
-    def mask_layers(self) -> list[int]:
-        """The hidden states of the vision encoder that the mask decoder reads: 14 and 22 of CLIP-L's 24, and the like of another depth."""
-        depth = self.vision.model.config.num_hidden_layers
-        return [round(depth * 14 / 24), round(depth * 22 / 24)] if self.masks else []
+    def connect(
+        self, connector: QFormerConnector, media: list[MediaFeatures], media_index: list[int]
+    ) -> list[Tensor]:
+        """Compute the tokens (T * Q, D) of media that pass one connector, all steps in one call."""
+        lengths = [len(medium.features) for medium in media]
+        features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
+        queries = connector.read(features, mask)[0]  # (sum of T, Q, hidden)
+        tokens = connector.mlp(queries)  # (sum of T, Q, D)
+        tokens = add_embeddings(tokens, lengths, media_index, self.time, self.number)
+        updates = self.patches(list(queries.split(lengths)), [medium.sides for medium in media])
+        return [
+            (medium_tokens + update).flatten(0, 1)
+            for medium_tokens, update in zip(tokens.split(lengths), updates)
+        ]
 
-    def add_masks(self, config: SegmentConfig) -> None:
-        """Six mask tokens behind the words of the LM, and a new decoder of the masks they stand for. Before an adapter is put on the LM."""
-        self.tokenizer.add_tokens(list(MASK_TOKENS))
-        first = self.tokenizer.convert_tokens_to_ids(MASK_TOKENS[0])
-        self.masks = MaskBranch(config.sizes(self.vision.width, self.llm.config.hidden_size, self.frame_size), self.llm, first).requires_grad_(False)
-        self.mask_weights, self.held = (config.mask_bce, config.mask_dice), {}
-
-    def read_answers(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """(the cross-entropy of each answer token (B, places), 0 where there is none; the states (B, places + 1, D) there and one place before)."""
-        keep = int((batch["labels"] != -100).sum(1).max()) + 1
-        out = self.llm(inputs_embeds=self.embed(batch), attention_mask=batch["attention"], logits_to_keep=keep, output_hidden_states=True)
-        return cross_entropy(out.logits, batch["labels"]), out.hidden_states[-1][:, -keep:]
-
-    def mask_logits(self, batch: dict, states: dict[int, Tensor], classes: list[bool]) -> dict[int, Tensor]:
-        """{row: logits (1 or 71, size, size)} for {row: states of its mask tokens (S M, D)}; each is of the last image of its row."""
-        images = iter(batch["media"])
-        scales = [[m.scales for m in itertools.islice(images, n) if m.scales][-1:] for n in batch["counts"]]
-        found = {}
-        for wanted in (False, True):
-            some = [(i, state, *scales[i]) for i, state in states.items() if classes[i] == wanted and scales[i]]
-            if some:
-                at, state, layers = zip(*some)
-                features = [torch.stack([x.to(self.device).float() for x in layer]) for layer in zip(*layers)]        # (n, S, W) each
-                found |= zip(at, self.masks(torch.stack(state), features, wanted))
-        return found
-
-    def forward(self, batch: dict) -> tuple[Tensor, int]:
-        """As without masks, but where the batch has gold masks their loss is added to the mean cross-entropy (L_txt + L_mask)."""
-        gold = {i: mask for i, mask in enumerate(batch.get("masks", [])) if mask is not None}
-        if not gold:
-            return super().forward(batch)
-        classes, tokens = [mask is not None and mask.dtype == torch.long for mask in batch["masks"]], int((batch["labels"] != -100).sum())
-        if self.held:                                                         # of the text only where mask tokens stand can still be learned
-            kept = [self.held[key] for key in batch["keys"]]
-            states = {i: state for i, (state, *_) in enumerate(kept) if state is not None}
-            before, said = (torch.cat(parts) for parts in list(zip(*kept))[1:])
-            loss = F.cross_entropy(self.llm.get_output_embeddings()(before).float(), said)
-        else:
-            losses, states = self.read_answers(batch)
-            loss, states = losses.sum() / tokens, self.masks.find(batch["ids"][:, -states.shape[1]:], states)
-        return tokens * (loss + loss_of_masks(self.mask_logits(batch, states, classes), gold, *self.mask_weights)), tokens
-
-    @torch.no_grad()
-    def hold(self, batch: dict, keys: list, others: int = 16) -> None:
-        """Keep what the LM, which is frozen and does not learn to read the mask tokens, makes of each answer: training the decoder then needs no LM.
-
-        held: key -> (states that predict its mask tokens or None, states before these and `others` of its tokens, those tokens).
-        """
-        states = self.read_answers(batch)[1]
-        labels, found = batch["labels"][:, -states.shape[1]:], self.masks.find(batch["ids"][:, -states.shape[1]:], states)
-        for i, key in enumerate(keys):
-            at = (labels[i] != -100).nonzero().flatten()
-            new = torch.isin(labels[i][at], self.masks.ids)
-            text = at[~new]
-            at = torch.cat([text[torch.linspace(0, len(text) - 1, min(others, len(text)), device=at.device).long()], at[new]])
-            self.held[key] = found.get(i), states[i][at - 1].clone(), labels[i][at]
-
-    @torch.no_grad()
-    def masks_of(self, batch: dict, classes: list[bool]) -> list[Tensor | None]:
-        """The mask (1 or 71, size, size) of each answer of a batch that was collated with what the model said, in [0, 1]; None without mask tokens."""
-        states = self.read_answers(batch)[1]
-        found = self.mask_logits(batch, self.masks.find(batch["ids"][:, -states.shape[1]:], states), classes)
-        return [(found[i].softmax(0) if classes[i] else found[i].sigmoid()) if i in found else None for i in range(len(batch["ids"]))]
-
+    # --- what is trained
     def trainable_modules(self) -> dict[str, nn.Module]:
-        named = {"visual_qformer": self.visual_qformer, "audio_qformer": self.audio_qformer, "time": self.time, "number": self.number, **super().trainable_modules()}
-        return {name: module for name, module in named.items() if module is not None}
+        modules = {name: getattr(self, name) for name in self.connectors}
+        modules |= super().trainable_modules()
+        return {name: module for name, module in modules.items() if module is not None}
 
-    def renew(self, name: str) -> None:
-        """A new random connector in the place of `name`, for a stage that aligns it from nothing."""
-        setattr(self, name, QFormerConnector(getattr(self, name).config).to(self.device))
+    def reset_connector(self, name: str) -> None:
+        """Put a new random connector in the place of `name`, for a stage that aligns it from nothing."""
+        connector = QFormerConnector(getattr(self, name).config)
+        setattr(self, name, connector.to(self.device))
 
+    # --- the whole model in a folder
     def save_base(self, folder: Path) -> None:
-        """The whole base in one folder: config.json, model.safetensors (half precision), tokenizer.json."""
+        """Write config.json, model.safetensors (half precision) and tokenizer.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
-        state = {k: v.half().contiguous() for k, v in self.state_dict().items()}
+        state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         if self.llm.config.tie_word_embeddings:
             state.pop("llm.lm_head.weight")
         save_file(state, folder / "model.safetensors")
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def padded(features: list[Tensor], masks: list[Tensor | None], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Features (T, S, W) of several media as one (1, sum of T, longest S, W), and which are real (1, sum of T, longest S), or None where all are.
+def pad_tokens(media: list[MediaFeatures], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Put the steps of several media into one tensor, padded to the most encoder tokens of a step.
 
-    masks (T, S): which features of a medium are real, None = all.
+    Returns:
+        features (1, sum of T, longest S, W), and which of them are real (1, sum of T, longest S), or None
+        where all are.
     """
-    longest = max(x.shape[1] for x in features)
-    x = torch.cat([F.pad(each.to(device).float(), (0, 0, 0, longest - each.shape[1])) for each in features])[None]
-    if all(mask is None for mask in masks) and all(each.shape[1] == longest for each in features):
-        return x, None
-    real = [torch.ones(each.shape[:2], dtype=torch.bool) if mask is None else mask for each, mask in zip(features, masks)]
-    return x, torch.cat([F.pad(mask.to(device), (0, longest - mask.shape[1])) for mask in real])[None]
+    longest = max(medium.features.shape[1] for medium in media)
+    features, masks = [], []
+    for medium in media:
+        missing = longest - medium.features.shape[1]
+        x = medium.features.to(device).float()  # (T, S, W)
+        features.append(F.pad(x, (0, 0, 0, missing)))  # (T, longest S, W)
+        mask = medium.mask
+        if mask is None:
+            mask = torch.ones(medium.features.shape[:2], dtype=torch.bool)  # (T, S)
+        masks.append(F.pad(mask.to(device), (0, missing)))  # (T, longest S)
+
+    # no mask where it would say nothing: attention without one is faster
+    same_length = all(medium.features.shape[1] == longest for medium in media)
+    if same_length and all(medium.mask is None for medium in media):
+        return torch.cat(features)[None], None
+    return torch.cat(features)[None], torch.cat(masks)[None]
 
 
-def coded(y: Tensor, lengths: list[int], numbers: list[int], time: nn.Embedding | None, number: nn.Embedding | None) -> Tensor:
-    """Tokens y (sum of T, Q, D) of several media with the codes of their frame or second, 0 to T - 1 in each, and of their number in their prompt."""
+def add_embeddings(
+    tokens: Tensor,
+    lengths: list[int],
+    media_index: list[int],
+    time: nn.Embedding | None,
+    number: nn.Embedding | None,
+) -> Tensor:
+    """Add the embeddings of time and of the medium's number to tokens (sum of T, Q, D) of several media.
+
+    Args:
+        lengths: T of each medium.
+        media_index: whether it is the first (0), second ... of its kind in its prompt.
+        time: of the frame or second in its medium; later ones share the last row.
+    """
     if time is not None:
-        steps = torch.cat([torch.arange(n, device=y.device) for n in lengths])
-        y = y + time(steps.clamp(max=time.num_embeddings - 1))[:, None]
+        steps = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])  # (sum of T,)
+        tokens = tokens + time(steps.clamp(max=time.num_embeddings - 1))[:, None]
     if number is not None:
-        ranks = torch.cat([torch.full((n,), rank, device=y.device) for rank, n in zip(numbers, lengths)])
-        y = y + number(ranks.clamp(max=number.num_embeddings - 1))[:, None]
-    return y
+        indices = torch.tensor(media_index, device=tokens.device)
+        indices = indices.repeat_interleave(torch.tensor(lengths, device=tokens.device))
+        tokens = tokens + number(indices.clamp(max=number.num_embeddings - 1))[:, None]
+    return tokens
 
 
-def load_llm(name_or_config: dict | str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
-    """A causal LM: pretrained, by path or hub id, or from a transformers config, for random weights or a state dict of one's own."""
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def load_llm(
+    name_or_config: dict | str, tokenizer: PreTrainedTokenizerFast, load_in_4bit: bool = False
+) -> nn.Module:
+    """Load a causal LM by path or hub id, or make a random one from a transformers config.
+
+    Raises:
+        ModelError: weights that are not there.
+    """
     if isinstance(name_or_config, dict):
-        config = dict(name_or_config, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                      pad_token_id=tokenizer.pad_token_id)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=ATTENTION)
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_config, dtype=torch.bfloat16)
-    except OSError as error:
-        raise missing_weights("language model", name_or_config, error) from error
+        special_tokens = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = AutoConfig.for_model(**name_or_config | special_tokens)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    quantization = four_bit_config(["lm_head"]) if load_in_4bit else None
+    with named_weights("language model", name_or_config):
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_config, dtype=torch.bfloat16, quantization_config=quantization
+        )
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a base (the path of its tokenizer.json), or a pretrained one by path or hub id, with placeholders for media."""
+    """Load the tokenizer.json of a base, or a pretrained tokenizer, with placeholders for media.
+
+    Raises:
+        ModelError: a tokenizer that is not there.
+    """
     if str(name).endswith(".json"):
-        return PreTrainedTokenizerFast(tokenizer_file=str(name), pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                       additional_special_tokens=list(PLACEHOLDERS.values()))
-    try:
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(name),
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            additional_special_tokens=list(PLACEHOLDERS.values()),
+        )
+    with named_weights("tokenizer", str(name)):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise missing_weights("tokenizer", str(name), error) from error
     tokenizer.add_tokens(list(PLACEHOLDERS.values()), special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 
-def load_base(folder: str | Path = ASSETS / "base") -> ComposedModel:
-    """The model in `folder` (written by `save_base`), in float32, frozen and in evaluation mode.
+def load_base(
+    folder: str | Path = ASSETS / "base", model_class: type[ComposedModel] = ComposedModel
+) -> ComposedModel:
+    """Load what `save_base` wrote, in float32, frozen and in evaluation mode.
 
-    "random": the shipped base's sizes and tokenizer with random weights, the same ones each time: what is the base worth?
+    Args:
+        folder: "random" for the shipped base's sizes and tokenizer with random weights, the same ones each
+            time, to see what the base is worth.
+
+    Raises:
+        ModelError: a file that is missing, or weights that do not fit.
     """
     if str(folder) == "random":
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            config = ModelConfig(**json.loads((ASSETS / "base" / "config.json").read_text()))
-            return ComposedModel(config, load_tokenizer(ASSETS / "base" / "tokenizer.json")).requires_grad_(False).eval()
+            return empty_base(ASSETS / "base", model_class).requires_grad_(False).eval()
     folder = Path(folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():
-            raise ModelError(f"{folder / name}: missing; `python train.py tiny-base --out {folder}` makes a base")
-    model = ComposedModel(ModelConfig(**json.loads((folder / "config.json").read_text())), load_tokenizer(folder / "tokenizer.json"))
-    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    if unexpected or [k for k in missing if not k.startswith("llm.lm_head")]:
-        raise ModelError(f"{folder}: weights do not fit config.json (missing {missing[:3]}, unexpected {unexpected[:3]})")
+            raise ModelError(
+                f"{folder / name}: missing; `python train.py tiny-base --out {folder}` makes a base"
+            )
+    model = empty_base(folder, model_class)
+    state = load_file(folder / "model.safetensors")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    # the head may be tied to the embeddings, and is not in the file then
+    missing = [name for name in missing if not name.startswith("llm.lm_head")]
+    if missing or unexpected:
+        raise ModelError(
+            f"{folder}: weights do not fit config.json (missing {missing[:3]}, "
+            f"unexpected {unexpected[:3]})"
+        )
     model.llm.tie_weights()
     return model.requires_grad_(False).eval()
+
+
+def empty_base(folder: Path, model_class: type[ComposedModel]) -> ComposedModel:
+    """Make the model of a base's config.json and tokenizer.json, with random weights."""
+    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    return model_class(config, load_tokenizer(folder / "tokenizer.json"))

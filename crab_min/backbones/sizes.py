@@ -1,54 +1,151 @@
 """The sizes of the models: the tiny base, and what the large presets are built of."""
 
-
 # The tiny base: about 4 million parameters, so that everything runs on a laptop. The same modules as at full size.
 TINY_MODEL = {
-    "vision": {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-               "image_size": 96, "patch_size": 8},
+    "vision": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 96,
+        "patch_size": 8,
+    },
     "vision_layer": -1,
-    "audio": {"embed_dim": 64, "encoder_layers": 4, "encoder_embed_dim": 128, "encoder_ffn_embed_dim": 256, "encoder_attention_heads": 4,
-              "conv_pos": 32, "conv_pos_groups": 8, "num_buckets": 32, "max_distance": 128},
+    "audio": {
+        "embed_dim": 64,
+        "encoder_layers": 4,
+        "encoder_embed_dim": 128,
+        "encoder_ffn_embed_dim": 256,
+        "encoder_attention_heads": 4,
+        "conv_pos": 32,
+        "conv_pos_groups": 8,
+        "num_buckets": 32,
+        "max_distance": 128,
+    },
     "visual_qformer": {"queries": 6, "hidden": 128, "layers": 2, "heads": 4, "intermediate": 256},
     "audio_qformer": {"queries": 3, "hidden": 128, "layers": 2, "heads": 4, "intermediate": 256},
-    "llm": {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-            "num_key_value_heads": 6, "max_position_embeddings": 1024, "tie_word_embeddings": True},
-    "time_steps": 10, "numbers": 2,
+    "llm": {
+        "model_type": "llama",
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
+    "time_steps": 10,
+    "numbers": 2,
 }
 
 
 # Full sizes, the few numbers that make a model: what `--plan` counts with. Everything else is transformers' default.
-CLIP_LARGE = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-              "image_size": 224, "patch_size": 14}
+CLIP_LARGE = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
 
 
-LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 
 
-def qwen_omni(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict:
+def qwen_omni(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int
+) -> dict:
     """The thinker of a Qwen2.5-Omni (transformers' default has another vision encoder): its LM differs from size to size, its encoders only in their output."""
-    return {"text_config": {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-                            "num_key_value_heads": kv_heads, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
-            "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": hidden},
-            "audio_config": {"num_mel_bins": 128, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "d_model": 1280, "output_dim": hidden}}
+    return {
+        "text_config": {
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+        },
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": hidden,
+        },
+        "audio_config": {
+            "num_mel_bins": 128,
+            "encoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "d_model": 1280,
+            "output_dim": hidden,
+        },
+    }
 
 
-def llava_onevision(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
+def llava_onevision(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> dict:
     """LLaVA-OneVision: transformers' default SigLIP and a Qwen2."""
-    return {"text_config": {"model_type": "qwen2", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-                            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}}
+    return {
+        "text_config": {
+            "model_type": "qwen2",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": tied,
+        }
+    }
 
 
-VIT_G = {"model_type": "blip_2_vision_model"}           # transformers' defaults are BLIP-2's
+VIT_G = {"model_type": "blip_2_vision_model"}  # transformers' defaults are BLIP-2's
 
 
-FLAN_T5_XL = {"model_type": "t5", "vocab_size": 32128, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32, "feed_forward_proj": "gated-gelu",
-              "decoder_start_token_id": 0, "tie_word_embeddings": False}
+FLAN_T5_XL = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 2048,
+    "d_kv": 64,
+    "d_ff": 5120,
+    "num_layers": 24,
+    "num_heads": 32,
+    "feed_forward_proj": "gated-gelu",
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 
-LLAVA = {"0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True), "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False)}
+LLAVA = {
+    "0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True),
+    "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False),
+}
 
 
-QWEN_OMNI = {"3b": qwen_omni(2048, 11008, 36, 16, 2, 151936), "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064)}
+QWEN_OMNI = {
+    "3b": qwen_omni(2048, 11008, 36, 16, 2, 151936),
+    "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064),
+}
 
 
-LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]                # text before and after a prompt
+LLAMA_CHAT = [
+    "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n",
+    " [/INST] ",
+]  # text before and after a prompt

@@ -242,7 +242,7 @@ def draw_scores(path: Path, results: dict[str, dict]) -> None:
     results: {task: numbers} as in metrics.json under "tasks".
     """
     bars = (
-        ("blind", "best constant answer", GREY),
+        ("constant", "best constant answer", GREY),
         ("base", "frozen base", YELLOW),
         ("metric", "trained", TEAL),
     )
@@ -271,7 +271,7 @@ def draw_curves(path: Path, log: Path) -> None:
     if len(rows) < 2:
         return
     columns = {}  # an empty cell is NaN
-    for name in ("step", "loss", "lr", "grad_norm", "seconds", "wait", "places", "metric"):
+    for name in ("step", "loss", "lr", "grad_norm", "seconds", "wait", "padded_tokens", "metric"):
         columns[name] = np.array([float(row[name] or "nan") for row in rows])
     step = columns["step"]
 
@@ -291,7 +291,7 @@ def draw_curves(path: Path, log: Path) -> None:
     rate.plot(step, columns["lr"], color=RED)
     rate.set(xlabel="step", ylabel="learning rate")
     waiting = columns["wait"].sum() / columns["seconds"].sum()
-    speed.plot(step, columns["places"] / columns["seconds"], color=TEAL, lw=0.8)
+    speed.plot(step, columns["padded_tokens"] / columns["seconds"], color=TEAL, lw=0.8)
     speed.set(xlabel="step", ylabel="tokens per second, with padding")
     speed.set_title(f"waiting for data: {waiting:.0%} of the time", fontsize=9, loc="left")
     for axes in (loss, metric, rate, speed):

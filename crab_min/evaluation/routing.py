@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraLayer, record_routing
-from crab_min.model import AVLanguageModel
+from crab_min.model import AVLanguageModel, Batch
 
 # Kinds of tokens: the text of the prompt, the media in it, and the answer
 KINDS = ("text", "video", "image", "audio", "answer")
@@ -128,13 +128,13 @@ def adapted_linears(llm: nn.Module) -> dict[str, tuple[int, str]]:
     return linears
 
 
-def token_kinds(model: AVLanguageModel, batch: dict) -> Tensor:
+def token_kinds(model: AVLanguageModel, batch: Batch) -> Tensor:
     """Return the kind of each token of a batch: (B, L) indices of KINDS, or PADDING."""
-    in_prompt = batch["labels"] == -100
+    in_prompt = batch.labels == -100
     kinds = torch.where(in_prompt, KINDS.index("text"), KINDS.index("answer"))  # (B, L)
-    for kind, (_, placeholder, _) in model.marks.items():
-        kinds[batch["ids"] == placeholder] = KINDS.index(kind)
-    kinds[batch["attention"] == 0] = PADDING
+    for kind, tokens in model.media_tokens.items():
+        kinds[batch.ids == tokens.placeholder] = KINDS.index(kind)
+    kinds[batch.attention == 0] = PADDING
     return kinds
 
 

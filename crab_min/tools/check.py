@@ -12,7 +12,8 @@ from statistics import median
 from tqdm import tqdm
 
 from crab_min.answers import GRID
-from crab_min.cli import Parser, atomic_write, run_command
+from crab_min.cli import Parser, run_command
+from crab_min.runs.folder import atomic_write
 from crab_min.data import DataError, Sample, decoding, make_sample, pick_tasks
 from crab_min.sources.av_uie import annotation_file, read_rows
 from crab_min.tasks import TASKS

@@ -26,7 +26,7 @@ from torch import Tensor
 from crab_min.cli import Parser, atomic_write, run_command
 from crab_min.recipes.presets import PRESETS
 from crab_min.errors import ModelError
-from crab_min.model import check_fit
+from crab_min.trained_parts import check_fit
 from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.trainer import TrainConfig
 

@@ -12,7 +12,6 @@ import random
 import shutil
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from crab_min.answers import answer_tag, box_text, event_tag, points_text
-from crab_min.cli import exit_with_parent
+from crab_min.config import WorldConfig
+from crab_min.media.workers import exit_with_parent
 from crab_min.media.read import write_audio, write_video
 from crab_min.sources.av_uie import box_and_points
 from crab_min.world.questions import (
@@ -43,14 +43,6 @@ from crab_min.world.things import RATE, SECONDS, SIZE
 EMOTION_FIELD = {"meld": "Emotion", "cremad": "emotion", "mafw": "emotion", "dfew": "emotion", "mer24": "discrete"}
 ROWS = 3                                               # a change of rows alone needs a new number here, and no new base
 TRAIN_ONLY = ("mer24", "unav", "avcap")
-
-
-@dataclass
-class WorldConfig:
-    """The size of the built-in world and what is in it."""
-    things: str = field(default="", metadata={"help": "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from"})
-    world_clips: int = field(default=900, metadata={"help": "training clips of the built-in world"})
-    world_test: int = field(default=100, metadata={"help": "test clips of each kind of scene (half as many again of those with several events)"})
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from crab_min.answers import answer_tag
-from crab_min.cli import exit_with_parent
+from crab_min.media.workers import exit_with_parent
 from crab_min.media.read import FLOW_GAP, flow_pictures, write_video
 from crab_min.world.scenes import FPS, Object, Renderer, Scene
 from crab_min.world.things import RATE, SECONDS, SIZE

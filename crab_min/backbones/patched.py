@@ -1,0 +1,81 @@
+"""A backbone whose videos take patches: one per side channel, each optional for a clip (PAVE, pave.py)."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from crab_min import trained_parts
+from crab_min.config import SideChannelConfig
+from crab_min.errors import ModelError
+from crab_min.model import AVLanguageModel
+from crab_min.pave import PatchConfig, Patches
+from crab_min.trained_parts import SavedPart
+
+
+class PatchedModel(AVLanguageModel):
+    """An audio-visual LM with patches; a subclass adds their updates to its videos' tokens.
+
+    A subclass sets `patches` and `patch_widths`: the width of a video's tokens before the projector, which
+    a patch queries with, and the width of the LM.
+    """
+
+    patches: Patches
+    patch_widths: tuple[int, int]
+
+    @property
+    def side_names(self) -> list[str]:
+        return list(self.patches)
+
+    def add_side_channel(self, name: str, width: int, settings: SideChannelConfig) -> None:
+        self.add_patch(name, width, settings)
+
+    def add_patch(self, name: str, side_width: int, config: SideChannelConfig) -> None:
+        """Add a new patch for the side channel `name`, whose features are `side_width` wide."""
+        video_width, lm_width = self.patch_widths
+        patch = PatchConfig(
+            video=video_width,
+            side=side_width,
+            out=lm_width,
+            hidden=config.width,
+            layers=config.layers,
+            shared_kv=config.shared_kv,
+            rope=config.rope,
+        )
+        self.patches.add(name, patch)
+        self.patches.to(self.device)
+
+    def load_patch(self, file: Path | str) -> None:
+        trained_parts.load_part(self, trained_parts.read_patch(Path(file)))
+
+    # --- files
+    def trainable_modules(self) -> dict[str, nn.Module]:
+        modules = super().trainable_modules()
+        return modules | {f"patch_{name}": patch for name, patch in self.patches.items()}
+
+    def set_trainable(self, parts: list[str]) -> None:
+        super().set_trainable(parts)
+        self.patches.requires_grad_(True)
+
+    def part_config(self, name: str) -> dict:
+        if name.startswith("patch_"):
+            return asdict(self.patches[name.removeprefix("patch_")].config)
+        return super().part_config(name)
+
+    def prepare_part(self, part: SavedPart) -> None:
+        if not part.name.startswith("patch_"):
+            return super().prepare_part(part)
+        try:
+            config = PatchConfig(**part.config)
+        except TypeError as error:
+            raise ModelError(f"{part.source}: not a patch ({error})") from None
+        if (config.video, config.out) != self.patch_widths:
+            video_width, lm_width = self.patch_widths
+            raise ModelError(
+                f"{part.source}: a patch for video tokens {config.video} wide and an LM of {config.out}; "
+                f"this model has {video_width} and {lm_width}. Use it with the model that it was trained on"
+            )
+        name = part.name.removeprefix("patch_")
+        if name not in self.patches or self.patches[name].config != config:
+            self.patches.add(name, config)
+            self.patches.to(self.device)

@@ -1,0 +1,228 @@
+"""The files of what was trained: adapter/ in PEFT's format, and parts/NAME.safetensors, one per part.
+
+A part is what a model names so: a connector, the embeddings, a patch, a modality, the mask decoder ...
+Its file holds its weights and, in the header, the settings that it needs to be made anew (the sizes of a
+patch, the width of a modality). A model says what its parts are:
+
+    parts_to_save() -> names        part_state(name) -> weights        part_config(name) -> settings
+    prepare_part(part)              makes the part where the model lacks it, or refuses it
+
+The end of this file reads what earlier versions wrote (and what tools/convert.py writes still).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crab_min.errors import ModelError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass
+class SavedPart:
+    """A part as it was read from a file."""
+
+    name: str
+    state: dict[str, Tensor]
+    config: dict
+    source: str  # where it comes from, for errors
+
+
+def save_trained(model, folder: Path) -> None:
+    """Write the adapter and the trained parts of a model into a folder."""
+    if isinstance(model.llm, PeftModel):
+        model.llm.save_pretrained(folder / "adapter")
+    for name in model.parts_to_save():
+        state = {key: value.contiguous() for key, value in model.part_state(name).items()}
+        header = {"format": "pt", "config": json.dumps(model.part_config(name))}
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "parts" / f"{name}.safetensors", header)
+
+
+def load_trained(model, folder: Path) -> None:
+    """Put a new adapter and the parts of a run folder onto a fresh model.
+
+    Raises:
+        ModelError: nothing to load, or weights that do not fit.
+    """
+    if (folder / "adapter").is_dir():
+        config = PeftConfig.from_pretrained(str(folder / "adapter"))
+        model.llm = get_peft_model(model.llm, config)
+    elif not read_parts(folder):
+        raise ModelError(f"{folder}: neither adapter/ nor parts/; give a finished run of train.py")
+    restore_trained(model, folder)
+
+
+def restore_trained(model, folder: Path) -> None:
+    """Put the values of a run folder into the adapter and the parts that are there.
+
+    Raises:
+        ModelError: weights that do not fit.
+    """
+    if (folder / "adapter").is_dir() and isinstance(model.llm, PeftModel):
+        file = folder / "adapter" / ADAPTER_FILE
+        state = load_file(file)
+        own = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+        check_fit(state, own, file)
+        set_peft_model_state_dict(model.llm, state)
+    parts = read_parts(folder)
+    for part in parts:
+        model.prepare_part(part)
+    for part in parts:
+        copy_part(model, part)
+
+
+def load_part(model, part: SavedPart) -> None:
+    """Put one part into a model, which makes it first where it lacks it."""
+    model.prepare_part(part)
+    copy_part(model, part)
+
+
+def copy_part(model, part: SavedPart) -> None:
+    """Copy the weights of a part into the part that the model has."""
+    own = model.part_state(part.name)
+    check_fit(part.state, own, part.source)
+    with torch.no_grad():
+        for key, value in part.state.items():
+            own[key].copy_(value)
+    # what came from a run goes on into the next one, whether it learns there or not
+    model.loaded_parts.add(part.name)
+
+
+def read_parts(folder: Path) -> list[SavedPart]:
+    """Read the parts of a run folder, or of a folder in one of the old forms."""
+    files = sorted((folder / "parts").glob("*.safetensors"))
+    if files:
+        return [read_part(file) for file in files]
+    return [*read_old_patches(folder), *read_old_modules(folder), *read_old_modalities(folder)]
+
+
+def read_part(file: Path) -> SavedPart:
+    """Read parts/NAME.safetensors."""
+    state, config = read_with_header(file, "config", "a trained part")
+    return SavedPart(file.stem, state, config, str(file))
+
+
+def read_patch(file: Path) -> SavedPart:
+    """Read the patch of a side channel: parts/patch_NAME.safetensors, or patches/NAME.safetensors."""
+    if file.stem.startswith("patch_"):
+        return read_part(file)
+    state, config = read_with_header(file, "patch", "a patch")
+    return SavedPart(f"patch_{file.stem}", state, config, str(file))
+
+
+def read_with_header(file: Path, key: str, what: str) -> tuple[dict[str, Tensor], dict]:
+    """Read the weights of a file, and the settings that its header has under `key`.
+
+    Raises:
+        ModelError: no such file, or not one with this header.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            config = json.loads((opened.metadata() or {})[key])
+        return load_file(file), config
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{file}: not {what} ({type(error).__name__}: {error}); "
+            "give a file that train.py has written into its run folder"
+        ) from None
+
+
+def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | str) -> None:
+    """Compare the names and shapes of weights with a model's own.
+
+    Raises:
+        ModelError: they differ; the text names the first ones.
+    """
+    reshaped = []
+    for name, value in state.items():
+        if name in own and value.shape != own[name].shape:
+            expected = tuple(own[name].shape)
+            reshaped.append(f"{name} is {tuple(value.shape)}, expected {expected}")
+    differences = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": reshaped,
+    }
+    texts = []
+    for what, names in differences.items():
+        if names:
+            more = ", ..." if len(names) > 3 else ""
+            texts.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
+    if texts:
+        raise ModelError(
+            f"{where}: of the {len(own)} weights expected, {'; '.join(texts)}. Is it of another base, "
+            "--adapter, --r (rows of A) or --heads (rows of the router), or not whole?"
+        )
+
+
+# --- earlier forms ---------------------------------------------------------------------------------------
+
+OLD_NAMES = {"words": "embeddings", "masks": "mask_decoder"}
+
+
+def read_old_patches(folder: Path) -> list[SavedPart]:
+    """Read patches/NAME.safetensors: a file per patch, its sizes in the header."""
+    return [read_patch(file) for file in sorted((folder / "patches").glob("*.safetensors"))]
+
+
+def read_old_modules(folder: Path) -> list[SavedPart]:
+    """Read modules.safetensors: all other parts in one file, each key with its part's name before it."""
+    file = folder / "modules.safetensors"
+    if not file.exists():
+        return []
+    parts: dict[str, SavedPart] = {}
+    for key, value in load_file(file).items():
+        old_name, key = key.split(".", 1)
+        name = OLD_NAMES.get(old_name, old_name)
+        part = parts.setdefault(name, SavedPart(name, {}, {}, f"{file}, {name}"))
+        part.state[key] = value
+    return list(parts.values())
+
+
+def read_old_modalities(folder: Path) -> list[SavedPart]:
+    """Read modalities.safetensors: CREMA's modalities and their fusion, with settings in the header."""
+    file = folder / "modalities.safetensors"
+    if not file.exists():
+        return []
+    state, about = read_with_header(file, "crema", "the modalities of a run of train.py")
+
+    # the parts that the header names
+    parts = {}
+    for name, width in about["widths"].items():
+        config = {"width": width, "rank": about["rank"]}
+        parts[f"modality_{name}"] = SavedPart(f"modality_{name}", {}, config, f"{file}, {name}")
+    if about["fused"]:
+        config = {"names": about["fused"], "mode": about["join"], "aligned": about["aligned"]}
+        parts["fusion"] = SavedPart("fusion", {}, config, f"{file}, fusion")
+
+    # which part each weight belongs to; a converted run also has the frozen Q-Former's own
+    for key, value in state.items():
+        module, key = key.split(".", 1)
+        name = "fusion" if module == "fusion" else old_modality_part(key)
+        part = parts.setdefault(name, SavedPart(name, {}, {}, f"{file}, {name}"))
+        part.state[key] = value
+    return list(parts.values())
+
+
+def old_modality_part(key: str) -> str:
+    """Return the part of a weight of the Q-Former: parts.NAME. or .A.NAME. and .B.NAME. are a modality's."""
+    names = key.split(".")
+    if names[0] == "parts":
+        return f"modality_{names[1]}"
+    if names[-3] in ("A", "B"):
+        return f"modality_{names[-2]}"
+    return "shared_qformer"
