@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from released import write_released
 from safetensors.torch import load_file
 
 import infer
@@ -22,7 +23,7 @@ from crab_min.media.read import read_video
 from crab_min.model import AdapterConfig
 from crab_min.pave import Patch, PatchConfig, interpolate_time, partition_steps
 from crab_min.tools.convert import main as convert_main
-from crab_min.tools.convert import read_checkpoint
+from crab_min.tools.released.weights import read_checkpoint
 from crab_min.world.scenes import Renderer
 from crab_min.world.side_channels import CHANNELS, STRETCHES, build_side_world, make_show
 
@@ -212,7 +213,7 @@ def test_llava_trains_answers_and_goes_to_released_names_and_back(small_world, t
                        "--r", "4", "--frames", "4", "--shared-kv", "--out", str(run)]) == 0
     assert infer.main(["--run", str(run), "--json", str(next((small_world / "ave" / "video").glob("*.mp4"))), "--ask", "What is heard?", "--limit", "4"]) == 0
     file = tmp_path / "non_lora_and_lora.bin"
-    assert convert_main(["pave", str(run), "--back", str(file)]) == 0
+    write_released("pave", run, file)
     names = set(read_checkpoint(file))
     assert "base_model.model.model.temporal_aggregator.cross_attn_layers.0.attn.k_linear.weight" in names
     assert any(name.startswith("base_model.model.model.layers.0.self_attn.q_proj.lora_A") for name in names)
