@@ -83,12 +83,13 @@ class ComposedModel(AVLanguageModel):
             if not chosen:
                 continue
             lengths = [len(media[i].features) for i in chosen]
-            read = connector.read(*padded([media[i].features for i in chosen], [media[i].mask for i in chosen], self.device))[0]             # (sum of T, Q, hidden)
+            read = connector.query_states(*padded([media[i].features for i in chosen], [media[i].mask for i in chosen], self.device))[0]             # (sum of T, Q, hidden)
             y = connector.mlp(read)                                                              # (sum of T, Q, D)
             y = coded(y, lengths, [numbers[i] for i in chosen], self.time, self.number)
-            added = self.patches(list(read.split(lengths)), [media[i].sides for i in chosen])
-            for i, part, more in zip(chosen, y.split(lengths), added):
-                tokens[i] = (part + more).flatten(0, 1)                                          # (T * Q, D)
+            sides = [media[i].side_tokens() for i in chosen]
+            patched = self.patches.add_to(y.split(lengths), read.split(lengths), sides)          # (T, Q, D) each
+            for i, part in zip(chosen, patched):
+                tokens[i] = part.flatten(0, 1)                                                   # (T * Q, D)
         return tokens
 
     # --- masks (Crab)

@@ -72,8 +72,9 @@ class LlavaModel(AVLanguageModel):
         with torch.no_grad():
             queries, tokens = zip(*map(self.look, media)) if media else ((), ())
         rows = []
-        for x, more in zip(tokens, self.patches(list(queries), [m.sides for m in media])):
-            x = (x + more).to(x.dtype).unflatten(1, (self.side, self.side))
+        patched = self.patches.add_to(tokens, queries, [m.side_tokens() for m in media])
+        for before, x in zip(tokens, patched):
+            x = x.to(before.dtype).unflatten(1, (self.side, self.side))
             newline = self.llava.image_newline.to(x.dtype).expand(*x.shape[:2], 1, -1)
             rows.append(torch.cat([x, newline], 2).flatten(0, 2))
         return rows

@@ -106,8 +106,9 @@ class OmniModel(AVLanguageModel):
                     found[i] = tokens
         patched = [i for i, m in enumerate(media) if m.sides]
         seen = [found[i].unflatten(0, (self.grid(media[i])[0], -1)) for i in patched]            # (T, S, D): its merger has no state before a projector
-        for i, more in zip(patched, self.patches([x.float() for x in seen], [media[i].sides for i in patched])):
-            found[i] = found[i] + (more if isinstance(more, int) else more.flatten(0, 1).to(found[i].dtype))
+        sides = [media[i].side_tokens() for i in patched]
+        for i, part in zip(patched, self.patches.add_to(seen, [x.float() for x in seen], sides)):
+            found[i] = part.flatten(0, 1).to(found[i].dtype)
         return found
 
     # --- prompts
