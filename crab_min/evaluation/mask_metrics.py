@@ -74,7 +74,7 @@ def soft(scores: np.ndarray, gold: np.ndarray) -> dict[str, float]:
 
 
 def count_at_or_above(thresholds: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return how many values (n,) are at or above each threshold: (K,), by search in sorted ones."""
+    """Return how many values (n,) are at or above each threshold, (K,)."""
     return values.size - np.searchsorted(np.sort(values), thresholds)
 
 
