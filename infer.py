@@ -20,7 +20,8 @@ RENAMED = {"limit": "max-new-tokens", "without": "ablate"}
 
 def parse_infer(arguments: list[str]) -> argparse.Namespace:
     """Parse the arguments of infer.py."""
-    parser = Parser(prog="infer.py", description="Ask about a clip, or score a split (--eval).")
+    description = "Ask about a clip, or score a split (--eval)."
+    parser = Parser(prog="infer.py", description=description)
 
     ask = parser.add_argument_group("ask")
     ask.add_argument("clip", nargs="*", help="videos; a video's own sound is used without --audio")
@@ -127,17 +128,12 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
         default="",
         help="things of the built-in world, as for train.py (default: those of the run)",
     )
-    parser.add_argument("--help", action="store_true", help="show this text")
     parser.add_argument(
         "--debug", action="store_true", help="show a traceback where something goes wrong"
     )
     flags = [option[2:] for action in parser._actions for option in action.option_strings]
     parser.check_flags(arguments, flags, RENAMED)
-    given = parser.parse_args(arguments)
-    if given.help:
-        parser.print_help()
-        sys.exit(0)
-    return given
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line with the command that helps."""
 
     def __init__(self, **options):
-        super().__init__(add_help=False, allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
@@ -140,7 +140,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
 def command_parser(description: str = "") -> Parser:
     """Return a parser of train.py that knows the preset and COMMANDS, and no setting yet."""
     presets = "presets: " + ", ".join(PRESETS)
-    parser = Parser(prog="train.py", description=description, epilog=presets)
+    parser = Parser(prog="train.py", description=description, epilog=presets, add_help=False)
     parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")
     for flag, text in COMMANDS.items():
         parser.add_argument("--" + flag, action="store_true", help=text)

@@ -1,5 +1,45 @@
-"""TODO."""
+"""CREMA's method: any modality beside a video, through one frozen Q-Former.
+
+Paper: CREMA (2402.05889). Three parts, in the paper's order:
+
+1. Multimodal Q-Former with modality-adaptive modules (MMQA). All modalities share one frozen
+   Q-Former. A modality m brings queries, a norm, a projection to the LM, and low-rank pairs inside
+   the queries and values of every self-attention:
+
+       W x + b + B_m A_m x              B_m = 0 at the start: a new modality changes nothing
+
+2. Self-gated multimodal query fusion. The tokens Z_1 .. Z_M-1 of all modalities but the video
+   become one stream, so that the LM reads as many tokens with seven modalities as with two:
+
+       F = W [Z_1; ...; Z_M-1] + b,     Z = sigmoid(F) * F,     which is SiLU after a linear
+
+3. Modality-sequential training with modality-adaptive early exit. A step trains one modality at a
+   time. With g_e the mean gradient norm of its low-rank pairs in epoch e, it exits at the end of
+   epoch e >= 5 when its gradient has grown beyond tau times the mean so far:
+
+       g_e > tau * mean(g_0 .. g_(e-1))
+
+    symbol          variable
+    W, b            MMQALinear.base, frozen
+    A_m, B_m        MMQALinear.A[name] (R, in), MMQALinear.B[name] (out, R)
+    Z_m             MultimodalQFormer.forward(name, features)            (B, T, Q, D)
+    fusion W, b     SelfGatedFusion.linear, columns in the order of `names`
+    g_0 .. g_(e-1)  EarlyExit.norms[name]
+    tau             EarlyExit.threshold
+
+Shapes: B samples, T frames, U steps of a modality, S encoder tokens per step, Q queries, W width
+that the Q-Former reads, D width of the LM, R rank.
+
+What differs from the released code: wrapped linears in place of a fork of BERT, and no dropout
+(released: 0.1 before A and in BERT); g_e is the mean over the epoch (released: the last step's
+norm); steps of sound can be aligned with the frames (released: their mean stands at each frame);
+every modality's LayerNorm is used (released: 3D points skip theirs, so released weights of `pc`
+read otherwise here).
+"""
+
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,175 +51,322 @@ from crab_min.errors import ModelError
 from crab_min.qformer import blip2_qformer, encode_per_step, make_mlp
 
 
-class SelfGatedFusion(nn.Module):
-    """The tokens of the side modalities `names`, all D wide, as one (2402.05889, Fig. 1): Z = sigmoid(F) * F, F = W [Z_1; ...; Z_M-1] + b.
-
-    That is SiLU after a linear, so its columns follow the order of `names` (without the video, which is not fused). Raises ModelError: no names.
-    """
-
-    def __init__(self, names: list[str], width: int):
-        super().__init__()
-        if not names or len(set(names)) < len(names):
-            raise ModelError(f"fusion of {list(names)}: give the names of the side modalities, one or more, each once")
-        self.names, self.linear = list(names), nn.Linear(len(names) * width, width)
-
-    def forward(self, sides: dict[str, Tensor], present: dict[str, Tensor] | None = None) -> Tensor:
-        """sides: name -> tokens (B, ..., D), all of one shape -> (B, ..., D), as many tokens as one of them has.
-
-        A name that is not given, or whose `present` (B,) is False for a sample, counts as zero tokens. Raises ModelError: unknown name, unequal shapes.
-        """
-        shapes, width = {name: tuple(x.shape) for name, x in sides.items()}, self.linear.out_features
-        if len(set(shapes.values())) != 1 or not sides.keys() <= set(self.names) or next(iter(shapes.values()))[-1] != width:
-            raise ModelError(f"fusion of {', '.join(self.names)}: wants one or more of these, all of one shape and {width} wide, got {shapes or 'none'}; over_frames "
-                             "gives a modality of other steps the video's")
-        rows = [sides.get(name, torch.zeros_like(next(iter(sides.values())))) for name in self.names]
-        for i, name in enumerate(self.names):
-            if present and name in present:
-                rows[i] = rows[i].masked_fill(~present[name].view(-1, *[1] * (rows[i].ndim - 1)), 0)
-        return F.silu(self.linear(torch.cat(rows, -1)))
-
-
-def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
-    """Tokens (B, U, Q, D) of a modality in steps of its own (stretches of sound, 3D) -> (B, frames, Q, D): their mean over U at each frame, as released;
-    aligned: at each frame the mean of the steps of its time."""
-    if aligned:
-        return F.adaptive_avg_pool1d(x.flatten(2).mT, frames).mT.unflatten(2, x.shape[2:])
-    return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)
-
-
+# --- 1. multimodal Q-Former, MMQA -----------------------------------------------------------------
 @dataclass
 class MultimodalConfig:
-    """BLIP-2's sizes and CREMA's rank; width_out is the LM's D (2048 in the paper), width_in what the Q-Former reads."""
-    width_out: int
-    width_in: int = 1408
-    queries: int = 32
+    """Sizes of the Q-Former (BLIP-2's) and of its modalities (CREMA's)."""
+
+    width_out: int  # D; 2048 in the paper
+    width_in: int = 1408  # W
+    queries: int = 32  # Q
     hidden: int = 768
     layers: int = 12
     heads: int = 12
-    intermediate: int = 3072
-    cross_every: int = 2                               # cross-attention in every second layer
-    rank: int = 64
-    mlp_depth: int = 1                                 # linears from a query to the LM (the tiny base has two)
+    intermediate: int = 3072  # width of the feed-forward
+    cross_every: int = 2  # cross-attention in every second layer
+    rank: int = 64  # R
+    mlp_depth: int = 1  # linears from a query to the LM (the tiny base has two)
+
+
+class MMQAModule(nn.Module):
+    """The parts that a modality has of its own, beside its low-rank pairs in the Q-Former."""
+
+    def __init__(self, config: MultimodalConfig, width: int):
+        """width: of the modality's features. Where it is not W, a linear `input` leads there."""
+        super().__init__()
+        self.width = width
+        self.query = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden))
+        if width == config.width_in:
+            self.input = nn.Identity()
+        else:
+            self.input = nn.Linear(width, config.width_in)
+        self.norm = nn.LayerNorm(config.width_in)
+        self.out = make_mlp(config)  # the projection to the LM
 
 
 class MMQALinear(nn.Module):
-    """y = W x + b + B_m A_m x for the modality m = `current`, W x + b for None. Not to be recomputed in the backward pass: `current` has moved on."""
+    """A frozen linear with a low-rank pair for each modality: y = W x + b + B_m A_m x.
+
+    Which modality m acts is set by MultimodalQFormer for the time of its forward, because
+    transformers' Q-Former calls this layer with x alone. So this forward must not be run again in
+    the backward pass (gradient checkpointing), where m is no longer set.
+    """
 
     def __init__(self, base: nn.Linear):
         super().__init__()
-        self.base, self.A, self.B, self.current = base, nn.ModuleDict(), nn.ModuleDict(), None
+        self.base = base
+        self.A = nn.ModuleDict()
+        self.B = nn.ModuleDict()
+        self.modality: str | None = None
 
     def add(self, name: str, rank: int) -> None:
-        """A pair for the modality `name`: A (R, in) kaiming, B (out, R) zero."""
-        place = {"bias": False, "device": self.base.weight.device, "dtype": self.base.weight.dtype}
-        self.A[name], self.B[name] = nn.Linear(self.base.in_features, rank, **place), nn.Linear(rank, self.base.out_features, **place)
+        """Add the pair of a modality, or start it anew: A (R, in) random, B (out, R) zero."""
+        like = {"device": self.base.weight.device, "dtype": self.base.weight.dtype}
+        self.A[name] = nn.Linear(self.base.in_features, rank, bias=False, **like)
+        self.B[name] = nn.Linear(rank, self.base.out_features, bias=False, **like)
         nn.init.kaiming_uniform_(self.A[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.B[name].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        return y if self.current is None else y + self.B[self.current](self.A[self.current](x))
-
-
-class MMQAModule(nn.Module):
-    """What a modality has of its own beside the low-rank pairs: features (B, T, S, width) -> input -> norm (B, T, S, W); queries; out to the LM."""
-
-    def __init__(self, c: MultimodalConfig, width: int):
-        super().__init__()
-        self.width, self.query = width, nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden))
-        self.input = nn.Identity() if width == c.width_in else nn.Linear(width, c.width_in)
-        self.norm, self.out = nn.LayerNorm(c.width_in), make_mlp(c)
+        if self.modality is None:
+            return y
+        return y + self.B[self.modality](self.A[self.modality](x))
 
 
 class MultimodalQFormer(nn.Module):
-    """One frozen Q-Former for all modalities (CREMA, Fig. 1): (name, features (B, T, S, width)) -> tokens (B, T, Q, D)."""
+    """One frozen Q-Former for all modalities: features (B, T, S, width) -> tokens (B, T, Q, D)."""
 
     def __init__(self, config: MultimodalConfig, qformer: Blip2QFormerModel | None = None):
-        """qformer: the one to be shared (its linears are wrapped); None: a random one of the sizes of `config`."""
+        """qformer: the one to share, whose linears are wrapped; None: a random one."""
         super().__init__()
-        self.config, self.parts = config, nn.ModuleDict()
-        self.qformer = (qformer or blip2_qformer(config, config.cross_every)).requires_grad_(False)
+        self.config = config
+        self.parts = nn.ModuleDict()  # modality -> MMQAModule
+        if qformer is None:
+            qformer = blip2_qformer(config, config.cross_every)
+        self.qformer = qformer.requires_grad_(False)
         for layer in self.qformer.encoder.layer:
-            attention = layer.attention.attention                                       # of the queries among themselves
-            attention.query, attention.value = MMQALinear(attention.query), MMQALinear(attention.value)
+            self_attention = layer.attention.attention
+            self_attention.query = MMQALinear(self_attention.query)
+            self_attention.value = MMQALinear(self_attention.value)
+
+    def forward(
+        self, name: str, features: Tensor, mask: Tensor | None = None, adapted: bool = True
+    ) -> Tensor:
+        """Compute the tokens Z_m of a modality.
+
+        Args:
+            name: the modality m.
+            features: (B, T, S, width).
+            mask: (B, T, S), True for a real feature; None if all are.
+            adapted: False leaves out the low-rank pairs, as CREMA does zero-shot.
+
+        Returns:
+            (B, T, Q, D).
+
+        Raises:
+            ModelError: no such modality, features of another shape or width.
+        """
+        module = self.of(name)
+        if features.ndim != 4 or features.shape[-1] != module.width:
+            raise ModelError(
+                f"modality {name!r}: wants features (samples, steps, tokens, {module.width}), got "
+                f"{tuple(features.shape)}; are they another encoder's, or another modality's? One "
+                f"of another width is a modality of its own: add(name, width)"
+            )
+        features = module.norm(module.input(features))  # (B, T, S, W)
+        with self.adapted_to(name if adapted else None):
+            states = encode_per_step(self.qformer, module.query, features, mask)
+        return module.out(states)  # (B, T, Q, D)
+
+    @contextmanager
+    def adapted_to(self, name: str | None) -> Iterator[None]:
+        """Let the low-rank pairs of the modality `name` act inside the block; None: no pair."""
+        linears = self.pairs().values()
+        for linear in linears:
+            linear.modality = name
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.modality = None
 
     def pairs(self) -> dict[str, MMQALinear]:
-        """The adapted linears by their path."""
-        return {path: module for path, module in self.named_modules() if isinstance(module, MMQALinear)}
+        """Return the linears with low-rank pairs by their path."""
+        return {
+            path: module for path, module in self.named_modules() if isinstance(module, MMQALinear)
+        }
 
+    # --- modalities come and go
     def add(self, name: str, width: int) -> None:
-        """A new modality with features `width` wide; nothing of the others is touched. Raises ModelError: a name that is taken or cannot be one."""
+        """Add a modality with features `width` wide. Nothing of the others is touched.
+
+        Raises:
+            ModelError: a name that is taken or cannot be one.
+        """
         if name in self.parts:
-            raise ModelError(f"modality {name!r}: is there already (of width {self.parts[name].width}); remove it first, or choose another name")
+            raise ModelError(
+                f"modality {name!r}: is there already (of width {self.parts[name].width}); remove "
+                f"it first, or choose another name"
+            )
         if not name.isidentifier() or hasattr(self.parts, name):
-            raise ModelError(f"modality {name!r}: cannot be a name in torch; give one of letters, digits and _ that is no method of a module, such as 'depth'")
+            raise ModelError(
+                f"modality {name!r}: cannot be a name in torch; give one of letters, digits and _ "
+                f"that is no method of a module, such as 'depth'"
+            )
         weight = self.qformer.layernorm.weight
         self.parts[name] = MMQAModule(self.config, width).to(weight.device, weight.dtype)
-        for pair in self.pairs().values():
-            pair.add(name, self.config.rank)
+        for linear in self.pairs().values():
+            linear.add(name, self.config.rank)
 
     def remove(self, name: str) -> None:
-        """Take a modality and its pairs away. Raises ModelError: no such modality."""
+        """Remove a modality and its pairs. Raises ModelError: no such modality."""
         self.of(name)
-        for holder in (self.parts, *(holder for pair in self.pairs().values() for holder in (pair.A, pair.B))):
-            del holder[name]
+        del self.parts[name]
+        for linear in self.pairs().values():
+            del linear.A[name]
+            del linear.B[name]
 
     def of(self, name: str) -> MMQAModule:
-        """The parts of a modality. Raises ModelError: no such modality."""
+        """Return the module of a modality. Raises ModelError: no such modality."""
         if name not in self.parts:
-            raise ModelError(f"modality {name!r}: not in this Q-Former, which has {', '.join(self.parts) or 'none yet'}; add({name!r}, width) first")
+            raise ModelError(
+                f"modality {name!r}: not in this Q-Former, which has "
+                f"{', '.join(self.parts) or 'none yet'}; add({name!r}, width) first"
+            )
         return self.parts[name]
 
     def own(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of one modality by their names in this module: what a step on it trains. Raises ModelError: no such modality."""
-        modules = {f"parts.{name}": self.of(name), **{f"{at}.{which}.{name}": getattr(pair, which)[name] for at, pair in self.pairs().items() for which in "AB"}}
-        return {f"{at}.{key}": parameter for at, module in modules.items() for key, parameter in module.named_parameters()}
+        """Return the parameters of one modality by their names in this module.
 
-    def forward(self, name: str, features: Tensor, mask: Tensor | None = None, adapted: bool = True) -> Tensor:
-        """tokens (B, T, Q, D) of the modality `name`. mask (B, T, S): True = a real token; adapted=False: without its pairs, as CREMA does zero-shot.
-
-        Raises ModelError: no such modality, features of another shape or width.
+        They are what a step on this modality trains. Raises ModelError: no such modality.
         """
-        part = self.of(name)
-        if features.ndim != 4 or features.shape[-1] != part.width:
-            raise ModelError(f"modality {name!r}: wants features (samples, steps, tokens, {part.width}), got {tuple(features.shape)}; are they another encoder's, or "
-                             "another modality's? One of another width is a modality of its own: add(name, width)")
-        for pair in self.pairs().values():
-            pair.current = name if adapted else None
-        return part.out(encode_per_step(self.qformer, part.query, part.norm(part.input(features)), mask))
+        modules = {f"parts.{name}": self.of(name)}
+        for path, linear in self.pairs().items():
+            modules[f"{path}.A.{name}"] = linear.A[name]
+            modules[f"{path}.B.{name}"] = linear.B[name]
+        parameters = {}
+        for path, module in modules.items():
+            for key, parameter in module.named_parameters():
+                parameters[f"{path}.{key}"] = parameter
+        return parameters
 
 
-FIRST_EXIT = 5                                         # the epoch, counted from 0, at whose end the first exit may be
+# --- 2. self-gated multimodal query fusion --------------------------------------------------------
+class SelfGatedFusion(nn.Module):
+    """The tokens of all modalities but the video as one stream, Z = sigmoid(F) * F.
+
+    Args:
+        names: the modalities that are fused; the columns of the linear follow their order.
+        width: D.
+
+    Raises:
+        ModelError: no names, or one of them twice.
+    """
+
+    def __init__(self, names: list[str], width: int):
+        super().__init__()
+        if not names or len(set(names)) < len(names):
+            raise ModelError(
+                f"fusion of {list(names)}: give the names of the side modalities, one or more, "
+                f"each once"
+            )
+        self.names = list(names)
+        self.linear = nn.Linear(len(names) * width, width)
+
+    def forward(self, sides: dict[str, Tensor], present: dict[str, Tensor] | None = None) -> Tensor:
+        """Fuse the tokens of several modalities.
+
+        Args:
+            sides: name -> tokens (B, ..., D), all of one shape. A missing modality counts as zeros.
+            present: name -> (B,), False where a sample lacks the modality: its tokens count as
+                zeros too.
+
+        Returns:
+            (B, ..., D), as many tokens as one of the modalities has.
+
+        Raises:
+            ModelError: an unknown name, unequal shapes.
+        """
+        self.check(sides)
+        like = next(iter(sides.values()))
+        tokens = []
+        for name in self.names:
+            Z = sides.get(name, torch.zeros_like(like))
+            if present and name in present:
+                absent = ~present[name]
+                Z = Z.masked_fill(absent.view(-1, *[1] * (Z.ndim - 1)), 0)
+            tokens.append(Z)
+        fused = self.linear(torch.cat(tokens, -1))  # F = W [Z_1; ...; Z_M-1] + b
+        return F.silu(fused)  # sigmoid(F) * F
+
+    def check(self, sides: dict[str, Tensor]) -> None:
+        """Raise ModelError unless all names are known and all tokens are D wide, of one shape."""
+        shapes = {name: tuple(x.shape) for name, x in sides.items()}
+        known = sides.keys() <= set(self.names)
+        one_shape = len(set(shapes.values())) == 1
+        width = self.linear.out_features
+        if not known or not one_shape or next(iter(shapes.values()))[-1] != width:
+            raise ModelError(
+                f"fusion of {', '.join(self.names)}: wants one or more of these, all of one shape "
+                f"and {width} wide, got {shapes or 'none'}; over_frames gives a modality of other "
+                f"steps the video's"
+            )
+
+
+def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
+    """Bring a modality with steps of its own (sound, 3D points) to the frames of the video.
+
+    Args:
+        x: tokens (B, U, Q, D).
+        frames: T.
+        aligned: True averages the steps at the time of each frame; False puts the mean of all steps
+            at every frame, as released.
+
+    Returns:
+        (B, T, Q, D).
+    """
+    if not aligned:
+        return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)
+    by_time = x.flatten(2).mT  # (B, Q D, U)
+    return F.adaptive_avg_pool1d(by_time, frames).mT.unflatten(2, x.shape[2:])
+
+
+# --- 3. modality-adaptive early exit --------------------------------------------------------------
+FIRST_EXIT = 5  # the first epoch, counted from 0, at whose end a modality may exit
 
 
 class EarlyExit:
-    """When a modality has had enough (CREMA's modality-adaptive early exit): at the end of epoch e >= 5, if g_e > tau * mean(g_0 .. g_(e-1))."""
+    """Modality-adaptive early exit: decides which modalities are trained on.
 
-    def __init__(self, names: list[str], temperature: float):
-        self.temperature, self.norms = temperature, {name: [] for name in names}                 # the means of the epochs
-        self.sums, self.steps, self.exits = dict.fromkeys(names, 0.), 0, {}                      # of this epoch; name -> the epoch at whose end it went
+    Args:
+        names: the modalities.
+        threshold: tau; 0 means that none exits.
+    """
+
+    def __init__(self, names: list[str], threshold: float):
+        self.threshold = threshold
+        self.norms: dict[str, list[float]] = {name: [] for name in names}  # g_0, g_1, ...
+        self.exits: dict[str, int] = {}  # modality -> the epoch at whose end it exited
+        # of the current epoch
+        self.sums = dict.fromkeys(names, 0.0)
+        self.steps = 0
 
     @property
     def live(self) -> list[str]:
+        """The modalities that are still trained."""
         return [name for name in self.norms if name not in self.exits]
 
     def note(self, name: str, norm: float) -> None:
+        """Add the gradient norm that a step found for a modality."""
         self.sums[name] += norm
 
     def end_step(self, last: bool) -> None:
-        """last: of an epoch, after which it is decided who goes."""
+        """Count a step; after the last one of an epoch decide who exits."""
         self.steps += 1
         if not last:
             return
-        for name in self.live:
-            before, now = self.norms[name], self.sums[name] / self.steps
-            if self.temperature and len(before) >= FIRST_EXIT and now > self.temperature * sum(before) / len(before):
-                self.exits[name] = len(before)
-            before.append(now)
-        self.sums, self.steps = dict.fromkeys(self.sums, 0.), 0
+        epoch_norms = {name: self.sums[name] / self.steps for name in self.live}  # g_e
+        for name, norm in epoch_norms.items():
+            if self.has_enough(self.norms[name], norm):
+                self.exits[name] = len(self.norms[name])
+            self.norms[name].append(norm)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.steps = 0
+
+    def has_enough(self, earlier: list[float], norm: float) -> bool:
+        """Apply the rule: g_e > tau * mean(g_0 .. g_(e-1)), from epoch FIRST_EXIT on."""
+        if not self.threshold or len(earlier) < FIRST_EXIT:
+            return False
+        return norm > self.threshold * sum(earlier) / len(earlier)
 
     def state(self) -> dict:
+        """Return what a checkpoint needs; it can be written as JSON."""
         return {"norms": self.norms, "sums": self.sums, "steps": self.steps, "exits": self.exits}
 
     def restore(self, state: dict) -> None:
-        self.__dict__.update(state)
+        """Take up the state of a checkpoint."""
+        self.norms = state["norms"]
+        self.sums = state["sums"]
+        self.steps = state["steps"]
+        self.exits = state["exits"]

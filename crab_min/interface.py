@@ -1,11 +1,11 @@
 """Crab+'s unified input interface: from an annotation row to a prompt.
 
-Crab+ (arXiv 2603.04128) asks every task in one way: the media, each after a marker in words, and
-then an instruction. `build_prompt` makes a list of PromptPart of them for training, evaluation and
-infer.py alike. Later the backbone's chat template goes around the text, and features of each
-medium take the place of its part (model.py).
+Crab+ (arXiv 2603.04128) asks all tasks in one way: first the media, each after a marker in words,
+then an instruction. `build_prompt` returns them as a list of PromptPart; its docstring shows one.
+Training, evaluation and infer.py call the same function. Later the backbone puts its chat template
+around the text, and the features of a medium in the place of its part (model.py).
 
-The sound of a clip is heard in pieces. Which pieces depends on the dataset: see `audio_windows`.
+The sound of a clip is encoded in pieces, and which pieces depends on the dataset: `audio_windows`.
 
 What differs from the released code: the instructions are worded by us (`--prompts FILE` replaces
 them), and every medium has a marker. The released a2v prompt runs its two videos together.
@@ -105,7 +105,7 @@ def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
     path = os.path.normpath(os.path.join(root, task.name, medium.subfolder, str(value)))
     if medium.kind != "audio":
         return PromptPart(medium.kind, path=path, frames=task.frames)
-    # Rows of AV-UIE v1 have a window of their own: Crab hears more of some sounds than Crab+.
+    # Rows of AV-UIE v1 name a window of their own: Crab uses more of some sounds than Crab+.
     window = row.get("window", task.audio)
     return PromptPart("audio", path=path, window=window, index=frame_index(task, row, window))
 
@@ -166,31 +166,31 @@ def load_prompts(path: str) -> dict[str, str]:
 
 
 # --- audio windows --------------------------------------------------------------------------------
-PARTS = {"tenths": 10, "fifths": 5}  # all of the sound, in so many equal parts
-ONE_PART = {"tenth": 10, "fifth": 5}  # one such part: that of the frame in the prompt
+ALL_PARTS = {"tenths": 10, "fifths": 5}  # the whole sound in so many equal parts
+ONE_PART = {"tenth": 10, "fifth": 5}  # the one part that goes with the frame in the prompt
 
 
 def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float, float]]:
-    """Return the pieces (start, end) of a sound, in seconds, that a task hears.
+    """Return the pieces of a sound that a task uses, as (start, end) in seconds.
 
-    A piece may leave the file, where there is silence. Names:
+        name             pieces                                                    e.g. task
+        tenths, fifths   the whole sound, in 10 or 5 equal parts                   ave; arig
+        tenth, fifth     one of these parts                                        ref_avs; s4
+        first4           the first four seconds, one by one                        meld
+        spread           10 windows of 2 seconds: in a minute [i - 0.5, i + 1.5]   avqa
+                         for i = 0, 6, ..., 54
 
-        tenths, fifths   the whole sound in 10 or 5 equal parts
-        tenth, fifth     the index-th of these parts: ref_avs; s4 and ms3
-        first4           the first four seconds, one by one: emotion
-        spread           10 windows of 2 seconds around equal steps: avqa, which in a minute of
-                         music hears [i - 0.5, i + 1.5] for i = 0, 6, ..., 54
-
-    Below 20 seconds the windows of "spread" would overlap, and it is "tenths". The released code
-    scales time instead: there, a window is a thirtieth of the sound.
+    A piece may reach beyond the file, where there is silence. Below 20 seconds the windows of
+    "spread" would overlap, and "tenths" replaces it. The released code scales time instead: there
+    a window lasts a thirtieth of the sound.
 
     Args:
-        name: one of the names above.
+        name: a name from the table.
         seconds: length of the sound.
-        index: from 0, for "tenth" and "fifth".
+        index: which part, from 0, for "tenth" and "fifth".
 
     Raises:
-        DataError: a sound without length.
+        DataError: the sound has no length.
     """
     if not seconds > 0:  # also refuses nan
         raise DataError(f"a sound of {seconds} s has no windows; expected a positive length")
@@ -202,7 +202,7 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
         name = "tenths"
     if name in ONE_PART:
         return [part_window(seconds, ONE_PART[name], index)]
-    return [part_window(seconds, PARTS[name], i) for i in range(PARTS[name])]
+    return [part_window(seconds, ALL_PARTS[name], i) for i in range(ALL_PARTS[name])]
 
 
 def part_window(seconds: float, n_parts: int, index: int) -> tuple[float, float]:
@@ -211,16 +211,16 @@ def part_window(seconds: float, n_parts: int, index: int) -> tuple[float, float]
 
 
 def frame_index(task: Task, row: dict, window: str) -> int:
-    """Return which fifth or tenth of the sound goes with the image; 0 where a task hears it all.
+    """Return which fifth or tenth of the sound goes with the image, 0 where a task uses all of it.
 
-    It is the field frame_idx or idx, else the image's file name (training rows of s4).
+    The number is in the field frame_idx or idx, else in the image's file name (s4 in training).
 
     Raises:
         DataError: the number is missing or too large.
     """
     if window not in ONE_PART:
         return 0
-    # frame_idx goes before idx, and idx before the name of the image.
+    # The last of these that is there counts: file name, idx, frame_idx.
     image = task.read_field(row, task.media[0].fields, "the path of the image file")
     number = Path(str(image)).stem
     for name in ("idx", "frame_idx"):

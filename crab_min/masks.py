@@ -1,136 +1,192 @@
-"""From the states of mask tokens to a mask: Crab's decoder and its losses (2503.13068, section 3.2; sizes: papers/crab.md 1.5).
+"""Crab's mask decoder: from the states of mask tokens to a mask.
 
-The LM ends an answer with <mask_0> ... <mask_5>, three for each of two layers ("scales") of the vision encoder. The states that *predict*
-these tokens are projected and averaged over the three, to one prompt a scale. Each level l, coarse then fine, then does
+Paper: Crab (2503.13068), the segmentation branch. The LM ends an answer with <mask_0> ... <mask_5>,
+three for each of two layers ("scales") of the vision encoder. The states that predict these tokens
+are projected and averaged over the three, to one prompt per scale. Each level l, first coarse, then
+fine, does
 
-    queries = generator(learned queries, prompt_l) + level_embed_l               what to look for
-    queries, image = two_way_l(queries, neck(features_l) + no_mask)              queries read the image and the image the queries (SAM, 2304.02643)
-    maps    = mlp(queries) . upscale(image)                                      a map a query, at twice the image's grid
-    logits  = classify(mix(maps))                                                one channel: the mask (S4, MS3, Ref-AVS), or 71: classes (AVSS)
+    queries = generator(learned queries, prompt_l) + level_l       what to look for
+    queries, image = two_way_l(queries, neck(features_l) + no_mask)         Segment Anything's
+                                                                   transformer (2304.02643)
+    maps    = mlp(queries) . upscale(image)                        one map per query
+    logits  = classifier(mix(maps))                                the mask, or classes
 
-The fine level works on twice the grid, weighted by where the coarse one saw something: image * (sigmoid(mean of its logits) + 1). The mask is
-the mean of both. What differs from the released code: samples are batched; the generator's layers are chained (there each layer reads the
-learned queries anew and only the last counts; `chained=False` keeps that); the random matrices of the position code are saved with the
-weights (there each start draws new ones); losses are means over the samples (there sums). Two things help a small decoder that learns from
-nothing: how its weights begin (`sharpen`) and states that are centred and scaled (`calibrate`); without them it drew every object for a
-thousand steps, whatever was asked.
+The fine level works on twice the grid, weighted by where the coarse one found something:
+image * (sigmoid(mean of its logits) + 1). The mask is the mean of both levels. The losses, added to
+the LM's cross-entropy L_txt:
 
-At the end of the file Crab+'s other way (2603.04128): boxes and points as text, of which SAM2 makes masks.
+    lambda_bce L_bce + lambda_dice L_dice          masks (S4, MS3, Ref-AVS)
+    lambda_ce L_ce                                 classes (AVSS); lambda_ce = 1
 
-Shapes: B samples, S = 2 scales, M = 3 tokens a scale, Q queries, C width, h x w grid of the vision features, D width of the LM.
+    symbol               variable                      shape
+    mask token states    states                        (B, S M, D)
+    features_l           features[l]                   (B, h w, W)
+    prompt_l             MaskDecoder.prompt            (B, 1, C)
+    learned queries      MaskDecoder.queries           (Q, C)
+    level_l              MaskDecoder.level[l]          (C,)
+    logits               forward(...)                  (B, 1 or 71, size, size)
+
+Shapes: B samples, S = 2 scales, M = 3 tokens per scale, Q queries, C width, h x w grid of the
+vision features, W their width, D width of the LM.
+
+What differs from the released code: samples are batched; the generator's layers are chained
+(released: each layer reads the learned queries anew and only the last one counts; `chained=False`
+keeps that); the random matrices of the positional encodings are saved with the weights (released:
+drawn anew at every start); losses are means over the samples (released: sums). Two things help a
+small decoder that learns from nothing, which otherwise drew every object for a thousand steps,
+whatever was asked: how its weights begin (`sharpen`), and states that are centred and scaled
+(`calibrate`).
 """
+
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crab_min.answers import MASK_TOKENS
-from crab_min.sources.av_uie import CLASSES
-
-SCALES, EACH = 2, len(MASK_TOKENS) // 2                # three tokens for each of two layers of the vision encoder
+SCALES = 2  # layers of the vision encoder that the decoder reads, and levels of the decoder
+TOKENS_PER_SCALE = 3
+MASK_TOKEN_COUNT = SCALES * TOKENS_PER_SCALE
 
 
 @dataclass
 class MaskConfig:
-    """Crab's sizes; width_in is the vision encoder's, width_out the LM's."""
-    width_in: int
-    width_out: int
-    width: int = 256
+    """Sizes of a mask decoder. The defaults are Crab's."""
+
+    width_in: int  # W
+    width_out: int  # D
+    width: int = 256  # C
     heads: int = 8
-    queries: int = 300
+    queries: int = 300  # Q
     feedforward: int = 2048
-    depth: int = 2                                     # layers of each two-way transformer
-    generator: int = 2                                 # layers of the query generator
+    depth: int = 2  # layers of each two-way transformer
+    generator: int = 2  # layers of the query generator
     chained: bool = True
-    low: int = 112                                     # pixels a side at which the two levels are averaged
-    size: int = 224                                    # pixels a side of the mask
+    low: int = 112  # pixels per side at which the two levels are averaged
+    size: int = 224  # pixels per side of the mask
+    class_count: int = 71  # of AVSS, with the background
 
 
-@dataclass
-class SegmentConfig:
-    """Whether and how a run answers with masks."""
-    masks: str = field(default="", metadata={"help": "composed: decoder (answers end in mask tokens, which a decoder makes masks of), or nothing: boxes and points as text", "choices": ["", "decoder"]})
-    mask_width: int = field(default=256, metadata={"help": "width of the mask decoder"})
-    mask_heads: int = field(default=8, metadata={"help": "heads of the mask decoder's attention"})
-    mask_queries: int = field(default=300, metadata={"help": "queries of the mask decoder"})
-    mask_chained: bool = field(default=True, metadata={"help": "each layer of the mask decoder's query generator reads what the one before it made (released: the learned queries)"})
-    mask_bce: float = field(default=1., metadata={"help": "weight of the cross-entropy of a mask's pixels"})
-    mask_dice: float = field(default=.5, metadata={"help": "weight of the dice loss of a mask"})
-
-    def sizes(self, width_in: int, width_out: int, size: int) -> MaskConfig:
-        return MaskConfig(width_in, width_out, self.mask_width, self.mask_heads, self.mask_queries, 8 * self.mask_width, chained=self.mask_chained, low=size // 2, size=size)
-
-
+# --- parts of the decoder -------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head attention at `inner` width; `context` gives keys, `values` what is read there."""
+    """Multi-head attention whose queries, keys and values are given apart."""
 
     def __init__(self, width: int, heads: int, inner: int):
+        """inner: width of the heads together."""
         super().__init__()
         self.heads = heads
-        self.query, self.key, self.value = (nn.Linear(width, inner) for _ in range(3))
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
         self.out = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, context: Tensor, values: Tensor) -> Tensor:
-        q, k, v = (linear(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for linear, y in ((self.query, x), (self.key, context), (self.value, values)))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, n, C), k and v (B, m, C) -> (B, n, C)."""
+        q = self.split_heads(self.query(q))
+        k = self.split_heads(self.key(k))
+        v = self.split_heads(self.value(v))
+        attended = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n, inner / heads)
+        return self.out(attended.transpose(1, 2).flatten(2))  # (B, n, C)
 
-
-def feedforward(width: int, inner: int, between: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, inner), between, nn.Linear(inner, width))
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, n, inner) -> (B, heads, n, inner / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GeneratorLayer(nn.Module):
-    """Queries (B, Q, C) read each other, then the prompt (B, 1, C); post-norm. Of one prompt all take the same: the weight of a single key is 1."""
+    """Queries attend to each other, then to the prompt; post-norm.
 
-    def __init__(self, c: MaskConfig):
+    A prompt is a single key, whose attention weight is 1, so all queries take the same from it.
+    """
+
+    def __init__(self, config: MaskConfig):
         super().__init__()
-        self.self_attention, self.cross_attention = Attention(c.width, c.heads, c.width), Attention(c.width, c.heads, c.width)
-        self.mlp = feedforward(c.width, c.feedforward, nn.GELU())
-        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(3))
+        width, heads = config.width, config.heads
+        self.self_attention = Attention(width, heads, width)
+        self.cross_attention = Attention(width, heads, width)
+        inner = config.feedforward
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
-        x = self.norms[0](x + self.self_attention(x, x, x))
-        x = self.norms[1](x + self.cross_attention(x, prompt, prompt))
-        return self.norms[2](x + self.mlp(x))
+    def forward(self, queries: Tensor, prompt: Tensor) -> Tensor:
+        """queries (B, Q, C), prompt (B, 1, C) -> (B, Q, C)."""
+        norm_self, norm_cross, norm_mlp = self.norms
+        queries = norm_self(queries + self.self_attention(q=queries, k=queries, v=queries))
+        queries = norm_cross(queries + self.cross_attention(q=queries, k=prompt, v=prompt))
+        return norm_mlp(queries + self.mlp(queries))
 
 
 class TwoWayLayer(nn.Module):
-    """Queries (B, Q, C) read each other and the image (B, hw, C), then the image the queries. The queries' code is what they were at the start."""
+    """A layer of the two-way transformer: queries read the image, and the image the queries."""
 
-    def __init__(self, c: MaskConfig, first: bool):
+    def __init__(self, config: MaskConfig, first: bool):
+        """first: in the first layer self-attention replaces the queries, without positions."""
         super().__init__()
-        self.first = first                             # the first layer's self-attention replaces the queries, where others add
-        self.self_attention = Attention(c.width, c.heads, c.width)
-        self.to_image, self.to_queries = Attention(c.width, c.heads, c.width // 2), Attention(c.width, c.heads, c.width // 2)
-        self.mlp = feedforward(c.width, c.feedforward, nn.ReLU())
-        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(4))
+        width, heads = config.width, config.heads
+        self.first = first
+        self.self_attention = Attention(width, heads, width)
+        self.to_image = Attention(width, heads, width // 2)
+        self.to_queries = Attention(width, heads, width // 2)
+        self.mlp = relu_stack(nn.Linear, width, config.feedforward, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
 
-    def forward(self, queries: Tensor, image: Tensor, code: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, queries: Tensor, image: Tensor, query_pe: Tensor, image_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pass queries (B, Q, C) and image (B, hw, C) through the layer.
+
+        Args:
+            query_pe: positional encoding of the queries (B, Q, C).
+            image_pe: positional encoding of the image (hw, C).
+        """
+        norm_self, norm_to_image, norm_mlp, norm_to_queries = self.norms
+
+        # self-attention of the queries
         if self.first:
-            x = self.norms[0](self.self_attention(queries, queries, queries))
+            queries = self.self_attention(q=queries, k=queries, v=queries)
         else:
-            x = self.norms[0](queries + self.self_attention(queries + code, queries + code, queries))
-        x = self.norms[1](x + self.to_image(x + code, image + places, image))
-        x = self.norms[2](x + self.mlp(x))
-        return x, self.norms[3](image + self.to_queries(image + places, x + code, x))
+            q = queries + query_pe
+            k = queries + query_pe
+            queries = queries + self.self_attention(q=q, k=k, v=queries)
+        queries = norm_self(queries)
+
+        # cross-attention, queries attending to the image
+        q = queries + query_pe
+        k = image + image_pe
+        queries = norm_to_image(queries + self.to_image(q=q, k=k, v=image))
+
+        # MLP
+        queries = norm_mlp(queries + self.mlp(queries))
+
+        # cross-attention, the image attending to the queries
+        q = image + image_pe
+        k = queries + query_pe
+        image = norm_to_queries(image + self.to_queries(q=q, k=k, v=queries))
+        return queries, image
 
 
 class TwoWay(nn.Module):
-    """SAM's two-way transformer: (queries (B, Q, C), image (B, hw, C), its places (hw, C)) -> both, read."""
+    """Segment Anything's two-way transformer between queries and an image."""
 
-    def __init__(self, c: MaskConfig):
+    def __init__(self, config: MaskConfig):
         super().__init__()
-        self.layers = nn.ModuleList(TwoWayLayer(c, first=i == 0) for i in range(c.depth))
-        self.final, self.norm = Attention(c.width, c.heads, c.width // 2), nn.LayerNorm(c.width)
+        self.layers = nn.ModuleList(TwoWayLayer(config, first=i == 0) for i in range(config.depth))
+        self.final = Attention(config.width, config.heads, config.width // 2)
+        self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, queries: Tensor, image: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        code = queries
+    def forward(self, queries: Tensor, image: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+        """queries (B, Q, C), image (B, hw, C), its encoding (hw, C) -> queries, image."""
+        query_pe = queries  # the queries as they were at the start
         for layer in self.layers:
-            queries, image = layer(queries, image, code, places)
-        return self.norm(queries + self.final(queries + code, image + places, image)), image
+            queries, image = layer(queries, image, query_pe, image_pe)
+
+        # a last attention from the queries to the image
+        q = queries + query_pe
+        k = image + image_pe
+        return self.norm(queries + self.final(q=q, k=k, v=image)), image
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -144,47 +200,91 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PositionalEncoding(nn.Module):
-    """A code (hw, C) for each place of a grid: sines and cosines of random projections of its row and column (random Fourier features)."""
+    """Random Fourier features: sines and cosines of random projections of row and column."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.register_buffer("matrix", torch.randn(2, width // 2))               # saved with the weights: a code drawn anew would mean nothing to them
+        # saved with the weights, which would mean nothing with another random matrix
+        self.register_buffer("matrix", torch.randn(2, width // 2))
 
     def forward(self, h: int, w: int) -> Tensor:
-        rows, columns = ((torch.arange(n, device=self.matrix.device) + .5) / n * 2 - 1 for n in (h, w))
-        at = torch.stack([columns.expand(h, w), rows[:, None].expand(h, w)], -1).flatten(0, 1)       # (hw, 2): x, y in -1 .. 1
-        turns = 2 * math.pi * at @ self.matrix
-        return torch.cat([turns.sin(), turns.cos()], -1)
+        """Return the encoding (h w, C) of every cell of a grid."""
+        x = self.centres(w).expand(h, w)
+        y = self.centres(h)[:, None].expand(h, w)
+        xy = torch.stack([x, y], -1).flatten(0, 1)  # (hw, 2)
+        angles = 2 * math.pi * xy @ self.matrix  # (hw, C / 2)
+        return torch.cat([angles.sin(), angles.cos()], -1)  # (hw, C)
+
+    def centres(self, n: int) -> Tensor:
+        """Return the centres of n cells between -1 and 1."""
+        return (torch.arange(n, device=self.matrix.device) + 0.5) / n * 2 - 1
 
 
+def relu_stack(layer: Callable, *widths: int) -> nn.Sequential:
+    """Layers from each of the widths to the next, with ReLUs in between."""
+    modules = []
+    for width, out in zip(widths, widths[1:]):
+        modules += [layer(width, out), nn.ReLU()]
+    return nn.Sequential(*modules[:-1])
+
+
+def upsampling(width: int, out: int) -> nn.Sequential:
+    """Double the grid of (B, width, h, w): a transposed convolution to `out` channels."""
+    conv = nn.ConvTranspose2d(width, out, 2, stride=2)
+    return nn.Sequential(conv, ChannelNorm(out), nn.GELU())
+
+
+# --- the decoder ----------------------------------------------------------------------------------
 class MaskDecoder(nn.Module):
-    """(states of the mask tokens (B, S M, D), vision features of S layers, (B, hw, W) each) -> logits (B, 1 or 71, size, size)."""
+    """States of the mask tokens and vision features of two layers -> logits of a mask."""
 
     def __init__(self, config: MaskConfig):
         super().__init__()
-        self.config = c = config
-        self.prompt = nn.Sequential(nn.Linear(c.width_out, c.width_out), nn.ReLU(), nn.Linear(c.width_out, c.width))
-        self.neck = nn.Sequential(nn.Conv2d(c.width_in, c.width, 1, bias=False), ChannelNorm(c.width), nn.Conv2d(c.width, c.width, 3, padding=1, bias=False), ChannelNorm(c.width))
-        self.no_mask = nn.Parameter(.02 * torch.randn(1, c.width))
-        self.queries, self.level = nn.Parameter(torch.randn(c.queries, c.width)), nn.Parameter(torch.randn(SCALES, c.width))
-        self.generator = nn.ModuleList(GeneratorLayer(c) for _ in range(c.generator))
-        self.places = nn.ModuleList(PositionalEncoding(c.width) for _ in range(SCALES))
-        self.two_way = nn.ModuleList(TwoWay(c) for _ in range(SCALES))
-        self.finer = nn.Sequential(nn.ConvTranspose2d(c.width, c.width, 2, stride=2), ChannelNorm(c.width), nn.GELU())
-        small = c.width // 8
-        self.upscale = nn.Sequential(nn.ConvTranspose2d(c.width, small, 2, stride=2), ChannelNorm(small), nn.GELU())
-        self.mlp = nn.Sequential(nn.Linear(c.width, c.width), nn.ReLU(), nn.Linear(c.width, c.width), nn.ReLU(), nn.Linear(c.width, small))
-        self.mix = nn.Sequential(nn.Conv2d(c.queries, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, c.width, 1), nn.ReLU(), nn.Conv2d(c.width, small, 1))
-        self.binary, self.classes = nn.Conv2d(small, 1, 1, bias=False), nn.Conv2d(small, CLASSES, 1, bias=False)
+        self.config = config
+        width, small = config.width, config.width // 8
+
+        # prompts, from the states of the mask tokens
+        self.prompt = relu_stack(nn.Linear, config.width_out, config.width_out, width)
+        # the image, from the vision features; both levels share the neck
+        self.neck = nn.Sequential(
+            nn.Conv2d(config.width_in, width, 1, bias=False),
+            ChannelNorm(width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            ChannelNorm(width),
+        )
+        self.no_mask = nn.Parameter(0.02 * torch.randn(1, width))
+
+        # queries
+        self.queries = nn.Parameter(torch.randn(config.queries, width))
+        self.level = nn.Parameter(torch.randn(SCALES, width))
+        self.generator = nn.ModuleList(GeneratorLayer(config) for _ in range(config.generator))
+
+        # queries meet the image
+        self.places = nn.ModuleList(PositionalEncoding(width) for _ in range(SCALES))
+        self.two_way = nn.ModuleList(TwoWay(config) for _ in range(SCALES))
+        self.finer = upsampling(width, width)  # of the fine level's image
+        self.upscale = upsampling(width, small)  # of the image, for the maps
+
+        # maps to logits
+        self.mlp = relu_stack(nn.Linear, width, width, width, small)
+        pointwise = partial(nn.Conv2d, kernel_size=1)
+        self.mix = relu_stack(pointwise, config.queries, width, width, small)
+        self.binary = nn.Conv2d(small, 1, 1, bias=False)
+        self.classes = nn.Conv2d(small, config.class_count, 1, bias=False)
         self.sharpen()
 
     @torch.no_grad()
     def sharpen(self) -> None:
-        """Begin with attention that differs from place to place, a prompt that is felt and a code of places in which near ones are alike. As torch and SAM initialise them,
-        training stays for hundreds of steps where every object is drawn, whatever the prompt, and goes on drawing two of them where one is meant."""
+        """Scale the initial weights so that a small decoder learns within hundreds of steps.
+
+        Attention differs from position to position, the prompt weighs more, and near positions
+        have similar encodings. With the initial weights of torch and Segment Anything, training
+        stays for hundreds of steps where every object is drawn, whatever the prompt, and goes on
+        drawing two of them where one is meant.
+        """
         self.prompt[2].weight *= 4
-        for places in self.places:
-            places.matrix *= .4
+        for encoding in self.places:
+            encoding.matrix *= 0.4
         for module in self.modules():
             if isinstance(module, Attention):
                 module.query.weight *= 3
@@ -194,126 +294,274 @@ class MaskDecoder(nn.Module):
                 module.cross_attention.out.weight *= 2.5
 
     def forward(self, states: Tensor, features: list[Tensor], classes: bool = False) -> Tensor:
-        c, total, logits = self.config, 0, None
-        prompts = self.prompt(states).unflatten(1, (SCALES, EACH)).mean(2)                       # (B, S, C)
+        """Compute the logits of a mask.
+
+        Args:
+            states: the LM's states that predict the mask tokens (B, S M, D).
+            features: of each scale the patch features of the vision encoder (B, h w, W).
+            classes: True for the classes of AVSS, False for one mask.
+
+        Returns:
+            (B, 1 or class_count, size, size).
+        """
+        low, size = self.config.low, self.config.size
+        prompts = self.prompt(states)  # (B, S M, C)
+        prompts = prompts.unflatten(1, (SCALES, TOKENS_PER_SCALE)).mean(2)  # (B, S, C)
+
+        mean, logits = 0, None
         for level, x in enumerate(features):
-            side = math.isqrt(x.shape[1])
-            image = self.neck(x.mT.unflatten(-1, (side, side)))                                  # (B, C, h, w)
-            if level:
-                image = self.finer(image) * (logits.mean(1, keepdim=True).sigmoid() + 1)         # (B, C, 2h, 2w)
-            h, w = image.shape[-2:]
-            queries = self.generate(prompts[:, level, None]) + self.level[level]
-            queries, image = self.two_way[level](queries, (image + self.no_mask[..., None, None]).flatten(2).mT, self.places[level](h, w))
-            maps = torch.einsum("bqc,bchw->bqhw", self.mlp(queries), self.upscale(image.mT.unflatten(-1, (h, w))))
-            logits = (self.classes if classes else self.binary)(self.mix(maps))
-            total = total + F.interpolate(logits, (c.low, c.low), mode="bilinear", align_corners=False) / SCALES
-        return F.interpolate(total, (c.size, c.size), mode="bilinear", align_corners=False)
+            image = self.image_of(x, logits)
+            logits = self.decode_level(level, prompts[:, level, None], image, classes)
+            mean = mean + resize(logits, low) / SCALES
+        return resize(mean, size)
+
+    def image_of(self, features: Tensor, coarse: Tensor | None) -> Tensor:
+        """Turn features (B, h w, W) into an image (B, C, h, w).
+
+        coarse: logits of the coarse level; with them the image is twice as fine, and weighted by
+        where that level found something.
+        """
+        side = math.isqrt(features.shape[1])
+        image = self.neck(features.mT.unflatten(-1, (side, side)))  # (B, C, h, w)
+        if coarse is None:
+            return image
+        image = self.finer(image)  # (B, C, 2h, 2w)
+        weight = coarse.mean(1, keepdim=True).sigmoid() + 1  # (B, 1, 2h, 2w)
+        return image * weight
+
+    def decode_level(self, level: int, prompt: Tensor, image: Tensor, classes: bool) -> Tensor:
+        """Compute the logits (B, 1 or class_count, 2h, 2w) of an image (B, C, h, w)."""
+        h, w = image.shape[-2:]
+        queries = self.generate(prompt) + self.level[level]  # (B, Q, C)
+        flat = (image + self.no_mask[..., None, None]).flatten(2).mT  # (B, hw, C)
+        queries, flat = self.two_way[level](queries, flat, self.places[level](h, w))
+
+        # one map per query: its product with every pixel of the upscaled image
+        queries = self.mlp(queries)  # (B, Q, C / 8)
+        image = self.upscale(flat.mT.unflatten(-1, (h, w)))  # (B, C / 8, 2h, 2w)
+        maps = torch.einsum("bqc,bchw->bqhw", queries, image)  # (B, Q, 2h, 2w)
+        classifier = self.classes if classes else self.binary
+        return classifier(self.mix(maps))
 
     def generate(self, prompt: Tensor) -> Tensor:
-        """Queries (B, Q, C) for a prompt (B, 1, C)."""
-        start = x = self.queries.expand(len(prompt), -1, -1)
+        """Generate the queries (B, Q, C) for a prompt (B, 1, C)."""
+        learned = self.queries.expand(len(prompt), -1, -1)
+        queries = learned
         for layer in self.generator:
-            x = layer(x if self.config.chained else start, prompt)
-        return x
+            queries = layer(queries if self.config.chained else learned, prompt)
+        return queries
 
 
+def resize(x: Tensor, size: int) -> Tensor:
+    """Interpolate (B, n, h, w) to (B, n, size, size)."""
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+# --- losses ---------------------------------------------------------------------------------------
 def dice_loss(logits: Tensor, gold: Tensor) -> Tensor:
-    """1 - dice of each sample (B,); logits and gold (B, 1, H, W). The scale of 1000 and 1e-6 are the released code's."""
-    p, gold = logits.sigmoid().flatten(1) / 1000, gold.flatten(1)
-    return 1 - (2 * (p * gold).sum(1) + 1e-6) / (p.sum(1) + gold.sum(1) / 1000 + 1e-6)
+    """Compute 1 - dice of each sample (B,), for logits and gold (B, 1, H, W).
+
+    The scale of 1000 and the 1e-6 are the released code's.
+    """
+    predicted = logits.sigmoid().flatten(1) / 1000
+    gold = gold.flatten(1)
+    overlap = 2 * (predicted * gold).sum(1) + 1e-6
+    return 1 - overlap / (predicted.sum(1) + gold.sum(1) / 1000 + 1e-6)
 
 
-def mask_loss(logits: Tensor, gold: Tensor, bce: float = 1., dice: float = .5) -> Tensor:
-    """Mean over the samples of bce * cross-entropy (pixel mean) + dice * dice loss; logits (B, 1, H, W), gold 0 or 1."""
-    return bce * F.binary_cross_entropy_with_logits(logits, gold) + dice * dice_loss(logits, gold).mean()
+def mask_loss(
+    logits: Tensor, gold: Tensor, lambda_bce: float = 1.0, lambda_dice: float = 0.5
+) -> Tensor:
+    """Compute lambda_bce L_bce + lambda_dice L_dice, the mean over the samples.
+
+    Args:
+        logits: (B, 1, H, W).
+        gold: (B, 1, H, W), 0 or 1.
+    """
+    bce = F.binary_cross_entropy_with_logits(logits, gold)
+    return lambda_bce * bce + lambda_dice * dice_loss(logits, gold).mean()
 
 
-def loss_of_masks(found: dict[int, Tensor], gold: dict[int, Tensor], bce: float, dice: float) -> Tensor:
-    """The mean loss of the masks of a batch, by row: logits (1, H, W) against 0 or 1, or (71, H, W) against classes (1, H, W) long."""
-    total, count = torch.zeros((), device=next(iter(gold.values())).device), 0
+def loss_of_masks(
+    logits: dict[int, Tensor], gold: dict[int, Tensor], lambda_bce: float, lambda_dice: float
+) -> Tensor:
+    """Compute the mean loss of the masks of a batch, in which rows may be of both kinds.
+
+    Args:
+        logits: row -> (1, H, W), or (class_count, H, W).
+        gold: row -> 0. or 1. (1, H, W), or classes as int64 (1, H, W), -1 where a pixel does not
+            count.
+
+    Returns:
+        The loss, zero where no row has both.
+    """
+    total = torch.zeros((), device=next(iter(gold.values())).device)
+    count = 0
     for classes in (False, True):
-        rows = [i for i, mask in gold.items() if i in found and (mask.dtype == torch.long) == classes]
-        if rows:
-            logits, masks = torch.stack([found[i] for i in rows]).float(), torch.stack([gold[i] for i in rows])
-            total = total + len(rows) * (F.cross_entropy(logits, masks[:, 0], ignore_index=-1) if classes else mask_loss(logits, masks, bce, dice))
-            count += len(rows)
+        rows = [i for i, mask in gold.items() if (mask.dtype == torch.long) == classes]
+        rows = [i for i in rows if i in logits]
+        if not rows:
+            continue
+        predicted = torch.stack([logits[i] for i in rows]).float()
+        wanted = torch.stack([gold[i] for i in rows])
+        if classes:
+            loss = F.cross_entropy(predicted, wanted[:, 0], ignore_index=-1)
+        else:
+            loss = mask_loss(predicted, wanted, lambda_bce, lambda_dice)
+        total = total + len(rows) * loss
+        count += len(rows)
     return total / max(count, 1)
 
 
-# --- beside an LM ----------------------------------------------------------------------------------------------------------
+# --- mask tokens of an LM -------------------------------------------------------------------------
 class ExtendedEmbedding(nn.Module):
-    """An LM's embeddings, and rows of more words behind them, which can be trained alone."""
+    """An LM's embeddings with rows for further tokens, which can be trained alone."""
 
     def __init__(self, words: nn.Embedding, rows: nn.Parameter, first: int):
+        """first: id of the token of the first row."""
         super().__init__()
-        self.words, self.rows, self.first = words, rows, first
+        self.words = words
+        self.rows = rows
+        self.first = first
 
     @property
     def weight(self) -> Tensor:
         return self.words.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        new = ids >= self.first
-        x = self.words(ids.masked_fill(new, 0))
-        return torch.where(new[..., None], F.embedding((ids - self.first).clamp(min=0), self.rows).to(x.dtype), x)
+        is_new = ids >= self.first
+        old = self.words(ids.masked_fill(is_new, 0))  # (B, L, D)
+        new = F.embedding((ids - self.first).clamp(min=0), self.rows)  # (B, L, D)
+        return torch.where(is_new[..., None], new.to(old.dtype), old)
 
 
 class ExtendedHead(nn.Module):
-    """An LM's output layer, and behind it the logits of more words; those between (placeholders of media) are never said."""
+    """An LM's output layer with logits for further tokens."""
 
     def __init__(self, head: nn.Linear, rows: nn.Parameter, first: int):
+        """first: id of the token of the first row."""
         super().__init__()
-        self.head, self.rows, self.first = head, rows, first
+        self.head = head
+        self.rows = rows
+        self.first = first
 
     @property
     def weight(self) -> Tensor:
         return self.head.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.head(x)
-        y = F.pad(y, (0, self.first - y.shape[-1]), value=torch.finfo(y.dtype).min)
-        return torch.cat([y, F.linear(x, self.rows.to(x.dtype)).to(y.dtype)], -1)
+        old = self.head(x)  # (B, L, V)
+        # ids between are placeholders of media, which the LM must never generate
+        lowest = torch.finfo(old.dtype).min
+        old = F.pad(old, (0, self.first - old.shape[-1]), value=lowest)  # (B, L, first)
+        new = F.linear(x, self.rows.to(x.dtype))  # (B, L, 6)
+        return torch.cat([old, new.to(old.dtype)], -1)
 
 
 class MaskBranch(nn.Module):
-    """What masks add to an LM: the mask tokens' rows in its embeddings and its output layer, and the decoder that reads their states."""
+    """The segmentation branch: rows of the mask tokens in an LM, and the decoder."""
 
     def __init__(self, config: MaskConfig, llm: nn.Module, first: int):
-        """first: the id of <mask_0>."""
+        """first: the id of <mask_0>. The LM's embeddings and output layer are extended."""
         super().__init__()
-        self.first, count = first, SCALES * EACH
+        self.first = first
         words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
         scale = words.weight.float().std().item()
-        self.read, self.said = (nn.Parameter(scale * torch.randn(count, config.width_out)) for _ in range(2))
-        self.register_buffer("mean", torch.zeros(config.width_out))           # of the states, where `calibrate` was called
+        rows = (MASK_TOKEN_COUNT, config.width_out)
+        self.read = nn.Parameter(scale * torch.randn(rows))  # in the embeddings
+        self.said = nn.Parameter(scale * torch.randn(rows))  # in the output layer
+        # of the states, once `calibrate` was called
+        self.register_buffer("mean", torch.zeros(config.width_out))
         self.register_buffer("std", torch.ones(config.width_out))
         self.decoder = MaskDecoder(config)
         llm.set_input_embeddings(ExtendedEmbedding(words, self.read, first))
         llm.set_output_embeddings(ExtendedHead(head, self.said, first))
 
+    @property
+    def ids(self) -> Tensor:
+        """The ids of the mask tokens."""
+        return torch.arange(self.first, self.first + MASK_TOKEN_COUNT, device=self.read.device)
+
     def calibrate(self, states: Tensor) -> None:
-        """From now on give the decoder what differs between states like these (n, S M, D), which have much in common: it learns several times as fast."""
+        """Centre and scale the decoder's input by the mean and deviation of states (n, S M, D).
+
+        Such states have much in common. With what differs between them alone the decoder learns
+        several times as fast.
+        """
         self.mean.copy_(states.mean((0, 1)))
         self.std.copy_(states.std((0, 1)) + 1e-4)
 
     def forward(self, states: Tensor, features: list[Tensor], classes: bool = False) -> Tensor:
+        """Compute the logits of a mask, see MaskDecoder.forward."""
         return self.decoder((states.float() - self.mean) / self.std, features, classes)
 
-    @property
-    def ids(self) -> Tensor:
-        return torch.arange(self.first, self.first + len(self.read), device=self.read.device)
-
     def find(self, ids: Tensor, states: Tensor) -> dict[int, Tensor]:
-        """{row: the states (S M, D) that predict its mask tokens} of the rows of ids (B, L) that have all of them in their order; states (B, L, D)."""
-        found = {}
-        for row, (line, state) in enumerate(zip(ids, states)):
-            at = [(line == self.first + k).nonzero().flatten().tolist()[:1] for k in range(len(self.read))]
-            places = [p for each in at for p in each]
-            if len(places) == len(self.read) and places == sorted(places) and places[0] > 0:
-                found[row] = state[torch.tensor(places, device=state.device) - 1]
-        return found
+        """Find the states that predict the mask tokens.
+
+        Args:
+            ids: (B, L).
+            states: the LM's last states (B, L, D).
+
+        Returns:
+            row -> states (S M, D), for rows that have all mask tokens, in their order.
+        """
+        states_of_row = {}
+        for row in range(len(ids)):
+            positions = self.positions(ids[row])
+            if positions is not None:
+                before = torch.tensor(positions, device=states.device) - 1
+                states_of_row[row] = states[row][before]  # a state predicts the token behind it
+        return states_of_row
+
+    def positions(self, ids: Tensor) -> list[int] | None:
+        """Return the first position of each mask token in ids (L,), None unless all are there."""
+        positions = []
+        for token in range(self.first, self.first + MASK_TOKEN_COUNT):
+            matches = (ids == token).nonzero().flatten().tolist()
+            if not matches:
+                return None
+            positions.append(matches[0])
+        in_order = positions == sorted(positions)
+        return positions if in_order and positions[0] > 0 else None
 
 
-# --- the second stage of Crab+: boxes and points, then SAM2 ------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
+def flag(default, text: str, **more):
+    """Return a dataclass field with a help text."""
+    return field(default=default, metadata={"help": text, **more})
 
 
+@dataclass
+class SegmentConfig:
+    """The flags that say whether and how a run answers with masks."""
+
+    masks: str = flag(
+        "",
+        "composed: decoder (answers end in mask tokens, which a decoder makes masks of), "
+        "or nothing: boxes and points as text",
+        choices=["", "decoder"],
+    )
+    mask_width: int = flag(256, "width of the mask decoder")
+    mask_heads: int = flag(8, "heads of the mask decoder's attention")
+    mask_queries: int = flag(300, "queries of the mask decoder")
+    mask_chained: bool = flag(
+        True,
+        "each layer of the mask decoder's query generator reads what the one before it made "
+        "(released: the learned queries)",
+    )
+    mask_bce: float = flag(1.0, "weight of the cross-entropy of a mask's pixels")
+    mask_dice: float = flag(0.5, "weight of the dice loss of a mask")
+
+    def sizes(self, width_in: int, width_out: int, size: int) -> MaskConfig:
+        """Return the sizes of the decoder for a vision encoder, an LM and frames of `size`."""
+        return MaskConfig(
+            width_in,
+            width_out,
+            width=self.mask_width,
+            heads=self.mask_heads,
+            queries=self.mask_queries,
+            feedforward=8 * self.mask_width,
+            chained=self.mask_chained,
+            low=size // 2,
+            size=size,
+        )

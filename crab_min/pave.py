@@ -1,13 +1,32 @@
-"""PAVE's patch (2503.19794, section 3): a side channel is added to the tokens of a video, each stretch of it to the frame of that time.
+"""PAVE's patch: a side channel is added to the tokens of a video.
 
-    z'_k = z_k + g(v_k, s_k)        z: tokens for the LM; v: the same before the projector; s_k: the side tokens of frame k's stretch
+Paper: PAVE (2503.19794), "Temporal-aligned cross-attention". A side channel is a second signal of
+the same clip, such as its sound, more frames per second, depth, or another camera. A patch g adds
+what it finds there to the tokens of each frame. The number of tokens does not change.
 
-g is a few blocks of cross-attention from v_k to s_k and an MLP, with a norm at the end whose gain and bias start at zero: a new patch
-changes nothing, bit for bit. The number of tokens stays what it was. Differs from the released code: values have weights of their own, as
-in the paper's equations (there the key's serve for both; `shared_kv` does the same, for released weights); a batch is one call.
+    z'(k) = z(k) + g(v(k), {s(j) : j in N(k)})                for every frame k
 
-Shapes: B videos, T frames, Q tokens a frame, V their width; U side steps, S tokens a step, W their width; D width of the LM, C of the patch.
+    g is a few blocks of      x <- x + softmax(W_q x (W_k s)^T / sqrt(d)) W_v s
+                              x <- x + MLP(LayerNorm(x))
+    then an MLP to the LM's width and a LayerNorm, whose gain and bias start at zero: a new patch
+    changes nothing, bit for bit.
+
+    symbol  variable                   shape            meaning
+    z       tokens                     (B, T, Q, D)     the video's tokens for the LM
+    v       videos, video              (B, T, Q, V)     the same before the projector of the LM
+    s       sides, side                (B, U, S, W)     tokens of the side channel
+    N(k)    partition_steps(U, T)[k]                    the side steps at the time of frame k
+    g       Patch                      (B, T, Q, D)
+
+Shapes: B videos, T frames, Q tokens per frame, V their width; U side steps, S tokens per step, W
+their width; D width of the LM, C of the patch; K side tokens that one frame attends to.
+
+What differs from the released code: values have a projection of their own, as in the paper's
+equations (released: the key's serves for both; `shared_kv` does so too, for released weights); a
+batch of videos with side channels of any lengths is one call (released: a loop over the samples);
+any short side channel is interpolated to exactly T steps.
 """
+
 import json
 import math
 from collections import defaultdict
@@ -19,182 +38,353 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.trained_parts import check_fit
 
-ROPE_SECTIONS, ROPE_BASE = (16, 24, 24), 1e4           # frequencies of time, row, column in a head of 128 (Qwen2-VL)
+# Qwen2-VL's rotary positions: of the 64 frequencies of a head of 128, how many turn with the time,
+# the row and the column
+ROPE_SECTIONS = (16, 24, 24)
+ROPE_BASE = 1e4
 
 
 @dataclass
 class PatchConfig:
-    """Sizes of a patch; the released ones are 512 wide with 4 heads and 2 blocks (3 for Music-AVQA)."""
-    video: int                                         # V
-    side: int                                          # W
-    out: int                                           # D
-    hidden: int = 512                                  # C
+    """Sizes of a patch. Released: 512 wide, 4 heads, 2 blocks (3 for MUSIC-AVQA)."""
+
+    video: int  # V
+    side: int  # W
+    out: int  # D
+    hidden: int = 512  # C
     heads: int = 4
     layers: int = 2
-    shared_kv: bool = False                            # values through the key projection, as released
-    rope: bool = False                                 # rotary positions in time, row and column (the released 0.5B video patch)
+    shared_kv: bool = False  # values through the key projection, as released
+    rope: bool = False  # rotary positions, as in the released patch for video of the 0.5B model
 
 
 class Block(nn.Module):
-    """Cross-attention without output projection, then an MLP; both added to the queries."""
-
-    def __init__(self, c: PatchConfig):
-        super().__init__()
-        self.heads = c.heads
-        self.query, self.key = nn.Linear(c.hidden, c.hidden), nn.Linear(c.hidden, c.hidden)
-        self.value = None if c.shared_kv else nn.Linear(c.hidden, c.hidden)
-        self.norm = nn.LayerNorm(c.hidden)
-        self.mlp = nn.Sequential(nn.Linear(c.hidden, 2 * c.hidden, bias=False), nn.GELU(), nn.Linear(2 * c.hidden, c.hidden, bias=False))
-
-    def forward(self, x: Tensor, side: Tensor, real: Tensor, turns: tuple | None) -> Tensor:
-        """x (N, Q, C), side (N, K, C) of which `real` (N, K) are tokens, turns: angles of queries and keys, or None -> (N, Q, C)."""
-        q, k = self.query(x), self.key(side)
-        v = k if self.value is None else self.value(side)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))         # (N, heads, Q or K, C / heads)
-        if turns is not None:
-            q, k = apply_rope(q, turns[0]), apply_rope(k, turns[1])
-        x = x + F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None]).transpose(1, 2).flatten(2)
-        return x + self.mlp(self.norm(x))
-
-
-class Patch(nn.Module):
-    """video (B, T, Q, V) before the projector, side (B, U, S, W) -> what is added to the video's tokens (B, T, Q, D)."""
+    """Cross-attention from a frame to its side tokens, then an MLP; both are added to the frame."""
 
     def __init__(self, config: PatchConfig):
         super().__init__()
-        self.config = c = config
-        self.side, self.video = nn.Linear(c.side, c.hidden), nn.Linear(c.video, c.hidden)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.out = nn.Sequential(nn.Linear(c.hidden, 2 * c.hidden), nn.GELU(), nn.Linear(2 * c.hidden, c.out))
-        self.norm = nn.LayerNorm(c.out)
+        width = config.hidden
+        self.heads = config.heads
+        # no output projection after the attention, as released
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = None if config.shared_kv else nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width, bias=False),
+            nn.GELU(),
+            nn.Linear(2 * width, width, bias=False),
+        )
+
+    def forward(
+        self, x: Tensor, side: Tensor, valid: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Let every frame attend to its side tokens.
+
+        Args:
+            x: frames (N, Q, C) with N = B T.
+            side: the side tokens of each frame (N, K, C).
+            valid: (N, K), True for a token, False for padding.
+            angles: of the rotary positions of queries (N, Q, 64) and keys (N, K, 64), or None.
+
+        Returns:
+            (N, Q, C).
+        """
+        q = self.query(x)
+        k = self.key(side)
+        v = k if self.value is None else self.value(side)
+        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        if angles is not None:
+            q, k = apply_rope(q, angles[0]), apply_rope(k, angles[1])
+
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+        x = x + attended.transpose(1, 2).flatten(2)  # (N, Q, C)
+        return x + self.mlp(self.norm(x))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(N, Q, C) -> (N, heads, Q, C / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Patch(nn.Module):
+    """The function g: video tokens and side tokens -> what is added to the video's tokens."""
+
+    def __init__(self, config: PatchConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden
+        self.side = nn.Linear(config.side, width)
+        self.video = nn.Linear(config.video, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.out = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, config.out)
+        )
+        self.norm = nn.LayerNorm(config.out)
+
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        # with a gain of zero (LayerNorm's bias is zero already) a new patch adds nothing
         nn.init.zeros_(self.norm.weight)
 
-    def forward(self, video: Tensor, side: Tensor, steps: list[int] | None = None, real: Tensor | None = None) -> Tensor:
-        """steps: side steps of each sample, where `side` is padded; real (B, U, S): which side tokens are not padding (None: all)."""
-        (b, t, q, _), s = video.shape, side.shape[2]
-        steps = steps or [side.shape[1]] * b
-        real = torch.ones(side.shape[:3], dtype=torch.bool, device=side.device) if real is None else real
-        keys, shown, index = neighbourhood(self.side(side), real, steps, t)
-        turns = self.turns(t, q, s, steps, index) if self.config.rope else None
-        x = self.video(video).flatten(0, 1)                                                      # (B T, Q, C)
+    def forward(
+        self,
+        video: Tensor,
+        side: Tensor,
+        steps: list[int] | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Compute g(v, s).
+
+        Args:
+            video: tokens before the LM's projector (B, T, Q, V).
+            side: side tokens (B, U, S, W).
+            steps: side steps of each sample, where `side` is padded in time; None: all have U.
+            valid: (B, U, S), True for a token, False for padding; None: all are.
+
+        Returns:
+            (B, T, Q, D).
+        """
+        batch, frames, queries, _ = video.shape
+        if steps is None:
+            steps = [side.shape[1]] * batch
+        if valid is None:
+            valid = torch.ones(side.shape[:3], dtype=torch.bool, device=side.device)
+
+        # the side tokens at the time of each frame
+        keys, key_valid, index = neighbourhood(self.side(side), valid, steps, frames)
+
+        angles = None
+        if self.config.rope:
+            angles = self.rope_angles(frames, queries, side.shape[2], steps, index)
+
+        x = self.video(video).flatten(0, 1)  # (B T, Q, C)
         for block in self.blocks:
-            x = block(x, keys, shown, turns)
-        return self.norm(self.out(x)).unflatten(0, (b, t))                                       # (B, T, Q, D)
+            x = block(x, keys, key_valid, angles)
+        return self.norm(self.out(x)).unflatten(0, (batch, frames))  # (B, T, Q, D)
 
-    def turns(self, t: int, q: int, s: int, steps: list[int], index: Tensor) -> tuple[Tensor, Tensor]:
-        """Angles (B T, Q, 64) of the queries and (B T, K, 64) of the keys: the grid of a side step is spread over that of a frame."""
-        grid, small = math.isqrt(q), math.isqrt(s)
-        if grid ** 2 != q or small ** 2 != s or self.config.hidden != 128 * self.config.heads:
-            raise ModelError(f"rope: wants square grids and heads of 128; got {q} tokens a frame, {s} a side step, heads of {self.config.hidden // self.config.heads}")
-        spread = torch.linspace(0, grid - 1, small).long() if small > 1 else torch.tensor([grid // 2])       # whole numbers, as released
-        when = torch.stack([torch.linspace(0, max(n, t) - 1, t).long() for n in steps])          # (B, T)
-        return tuple(rope_angles(positions(when, places).to(index.device)) for when, places in (
-            (when.flatten()[:, None], torch.arange(grid)), (index.flatten(0, 1).cpu(), spread)))
+    def rope_angles(
+        self, frames: int, queries: int, side_tokens: int, steps: list[int], index: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the angles (B T, Q, 64) of the queries and (B T, K, 64) of the keys.
+
+        The square grid of a side step is spread over the grid of a frame, and the frames over the
+        side steps. All positions are whole numbers, as released.
+
+        Args:
+            index: the side steps of each frame (B, T, most), see `neighbourhood`.
+        """
+        grid, side_grid = math.isqrt(queries), math.isqrt(side_tokens)
+        head_width = self.config.hidden // self.config.heads
+        square = grid**2 == queries and side_grid**2 == side_tokens
+        if not square or self.config.hidden != 128 * self.config.heads:
+            raise ModelError(
+                f"rope: needs square grids and heads of 128; got {queries} tokens per frame, "
+                f"{side_tokens} per side step, heads of {head_width}"
+            )
+
+        # rows (and columns) of the side tokens on the grid of a frame; a single one in its middle
+        if side_grid > 1:
+            spread = torch.linspace(0, grid - 1, side_grid).long()
+        else:
+            spread = torch.tensor([grid // 2])
+
+        # the time of each frame, counted in side steps
+        times = []
+        for count in steps:
+            times.append(torch.linspace(0, max(count, frames) - 1, frames).long())
+        times = torch.stack(times)  # (B, T)
+
+        device = index.device
+        of_queries = positions(times.flatten()[:, None], torch.arange(grid))  # (B T, Q, 3)
+        of_keys = positions(index.flatten(0, 1).cpu(), spread)  # (B T, K, 3)
+        return angles_of(of_queries.to(device)), angles_of(of_keys.to(device))
 
 
-def neighbourhood(x: Tensor, real: Tensor, steps: list[int], frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The side tokens that each frame reads: (B T, K, C), which of them are tokens (B T, K), and their steps (B, T, most), -1 for none.
+# --- N(k): which side tokens belong to which frame ------------------------------------------------
+def neighbourhood(
+    side: Tensor, valid: Tensor, steps: list[int], frames: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather the side tokens at the time of each frame, N(k).
 
-    x (B, U, S, C) of which `steps` are real in time and `real` (B, U, S) in all; one shorter than the video is stretched to its length.
+    Args:
+        side: (B, U, S, C).
+        valid: (B, U, S), True for a token, False for padding.
+        steps: side steps of each sample. A side channel of fewer steps than the video has frames
+            is interpolated to as many.
+        frames: T.
+
+    Returns:
+        The side tokens of each frame (B T, K, C), K = most * S; which of them are tokens (B T, K);
+        and their side steps (B, T, most), -1 where a frame has fewer than the most.
     """
     if min(steps) < frames:
-        longer = [(interpolate_time(row[:n], frames), shown[:n].any(0).expand(frames, -1)) if n < frames else (row, shown) for row, shown, n in zip(x, real, steps)]
-        x, real = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*longer))
-    index = [partition_steps(max(n, frames), frames) for n in steps]
-    most = max(i.shape[1] for i in index)
-    index = torch.stack([F.pad(i, (0, most - i.shape[1]), value=-1) for i in index]).to(x.device)
-    sample, step = torch.arange(len(steps), device=x.device)[:, None, None], index.clamp(min=0)
-    shown = real[sample, step] & (index >= 0)[..., None]                                         # (B, T, most, S)
-    return x[sample, step].flatten(2, 3).flatten(0, 1), shown.flatten(2, 3).flatten(0, 1), index
+        side, valid = lengthen_short(side, valid, steps, frames)
+
+    # the steps of each frame, padded with -1 to the frame that has most
+    parts = [partition_steps(max(count, frames), frames) for count in steps]
+    most = max(part.shape[1] for part in parts)
+    parts = [F.pad(part, (0, most - part.shape[1]), value=-1) for part in parts]
+    index = torch.stack(parts).to(side.device)  # (B, T, most)
+
+    # gather them: frame t of sample b takes side[b, index[b, t]]
+    sample = torch.arange(len(steps), device=side.device)[:, None, None]
+    step = index.clamp(min=0)
+    keys = side[sample, step]  # (B, T, most, S, C)
+    key_valid = valid[sample, step] & (index >= 0)[..., None]  # (B, T, most, S)
+    return keys.flatten(2, 3).flatten(0, 1), key_valid.flatten(2, 3).flatten(0, 1), index
 
 
 def partition_steps(steps: int, frames: int) -> Tensor:
-    """(frames, most) which side steps belong to each frame, -1 where there are fewer: contiguous, the first ones one longer."""
+    """Share out side steps to frames: contiguous parts, of which the first are one step longer.
+
+    Returns:
+        (frames, most), the side steps of each frame, -1 where a frame has fewer than the most.
+    """
     parts = torch.arange(steps).tensor_split(frames)
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+    return pad_sequence(parts, batch_first=True, padding_value=-1)
+
+
+def lengthen_short(
+    side: Tensor, valid: Tensor, steps: list[int], frames: int
+) -> tuple[Tensor, Tensor]:
+    """Interpolate the side channels (B, U, S, C) of fewer than `frames` steps to as many."""
+    rows, valid_rows = [], []
+    for row, valid_row, count in zip(side, valid, steps):
+        if count < frames:
+            row = interpolate_time(row[:count], frames)  # (T, S, C)
+            # a token that is real at any step is real at all of them
+            valid_row = valid_row[:count].any(0).expand(frames, -1)  # (T, S)
+        rows.append(row)
+        valid_rows.append(valid_row)
+    return pad_sequence(rows, batch_first=True), pad_sequence(valid_rows, batch_first=True)
 
 
 def interpolate_time(x: Tensor, length: int) -> Tensor:
-    """x (U, S, C) -> (length, S, C), linear in time, first and last kept."""
-    return F.interpolate(x.permute(1, 2, 0), size=length, mode="linear", align_corners=True).permute(2, 0, 1)
+    """Interpolate x (U, S, C) linearly to (length, S, C); the first and last step stay."""
+    x = x.permute(1, 2, 0)  # (S, C, U)
+    return F.interpolate(x, size=length, mode="linear", align_corners=True).permute(2, 0, 1)
 
 
-def positions(when: Tensor, grid: Tensor) -> Tensor:
-    """(N, steps * grid ** 2, 3): time, row and column of tokens at the steps `when` (N, steps), in time-major order."""
-    t, y, x = torch.broadcast_tensors(when[:, :, None, None], grid[:, None], grid)
-    return torch.stack([t, y, x], -1).flatten(1, 3)
+# --- rotary positions -----------------------------------------------------------------------------
+def positions(times: Tensor, grid: Tensor) -> Tensor:
+    """List time, row and column of the tokens of several time steps, in time-major order.
+
+    Args:
+        times: (N, steps).
+        grid: rows, and columns, of a time step (G,).
+
+    Returns:
+        (N, steps * G * G, 3).
+    """
+    time, row, column = torch.broadcast_tensors(times[:, :, None, None], grid[:, None], grid)
+    return torch.stack([time, row, column], -1).flatten(1, 3)
 
 
-def rope_angles(places: Tensor) -> Tensor:
-    """(N, K, 3) -> (N, K, 64): the first frequencies turn with time, the next with the row, the last with the column."""
-    frequency = ROPE_BASE ** (-torch.arange(64, device=places.device) / 64)
-    return places.repeat_interleave(torch.tensor(ROPE_SECTIONS, device=places.device), -1) * frequency
+def angles_of(position: Tensor) -> Tensor:
+    """Compute the angles (N, K, 64) of positions (N, K, 3)."""
+    sections = torch.tensor(ROPE_SECTIONS, device=position.device)
+    frequency = ROPE_BASE ** (-torch.arange(64, device=position.device) / 64)  # (64,)
+    return position.repeat_interleave(sections, -1) * frequency
 
 
-def apply_rope(x: Tensor, turn: Tensor) -> Tensor:
-    """x (N, heads, K, 128) turned by angles (N, K, 64), coordinate i with i + 64."""
+def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate coordinates i and i + 64 of x (N, heads, K, 128) by angle i of (N, K, 64)."""
     a, b = x.chunk(2, -1)
-    cos, sin = turn.cos()[:, None], turn.sin()[:, None]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-# --- side channels ---------------------------------------------------------------------------------------------------------
-
-
+# --- the patches of a model -----------------------------------------------------------------------
 class Patches(nn.ModuleDict):
-    """The patches of a model by the name of their side channel; each is optional for a clip."""
+    """The patches of a model by the name of their side channel. A clip may lack any channel."""
 
-    def forward(self, videos: list[Tensor], sides: list[dict[str, MediaFeatures]]) -> list[Tensor | int]:
-        """What to add to each of the videos' tokens: videos (T, Q, V) before the projector -> (T, Q, D), 0 where no patch has a side channel."""
-        added, groups = [0] * len(videos), defaultdict(list)
+    def add_to(
+        self,
+        tokens: list[Tensor],
+        videos: list[Tensor],
+        sides: list[dict[str, tuple[Tensor, Tensor | None]]],
+    ) -> list[Tensor]:
+        """Add to each video's tokens what the patches find in its side channels.
+
+        Args:
+            tokens: z, the tokens of each video for the LM (T, Q, D).
+            videos: v, the same before the projector (T, Q, V).
+            sides: s, for each video name -> (features (U, S, W), mask (U, S) or None if all are
+                real). Channels without a patch are ignored.
+
+        Returns:
+            z' (T, Q, D) of each video; z itself where no patch has a side channel.
+
+        Raises:
+            ModelError: features of another shape or width than a patch takes.
+        """
+        updates = self.updates(videos, sides)  # g(v, s)
+        return [z if g is None else z + g for z, g in zip(tokens, updates)]  # z' = z + g(v, s)
+
+    def updates(self, videos: list[Tensor], sides: list[dict]) -> list[Tensor | None]:
+        """Compute g(v, s) (T, Q, D) of each video, summed over its patches; None without one."""
+        updates: list[Tensor | None] = [None] * len(videos)
+        for name, chosen in self.group(videos, sides):
+            patch = self[name]
+            channel = [sides[i][name] for i in chosen]
+            check_side_channel(name, channel, patch.config.side)
+            side, valid, steps = pad_side_channels(channel, videos[0].device)
+            video = torch.stack([videos[i] for i in chosen])  # (B, T, Q, V)
+            for i, update in zip(chosen, patch(video, side, steps, valid)):
+                updates[i] = update if updates[i] is None else updates[i] + update
+        return updates
+
+    def group(self, videos: list[Tensor], sides: list[dict]) -> list[tuple[str, list[int]]]:
+        """Find (name, videos) such that those videos have that channel and are of one shape."""
+        groups = defaultdict(list)
         for i, (video, side) in enumerate(zip(videos, sides)):
             for name in side.keys() & self.keys():
                 groups[name, video.shape[:2]].append(i)
-        for (name, _), chosen in sorted(groups.items()):
-            patch, found = self[name], [sides[i][name] for i in chosen]
-            if any(m.features.ndim != 3 for m in found):
-                raise ModelError(f"patch {name}: this model's encoder gives no features (steps, tokens, width) of it; give them as a file (.npy, .pt) under \"sides\"")
-            most = [max(m.features.shape[axis] for m in found) for axis in (0, 1)]
-            if any(m.features.shape[2] != patch.config.side for m in found):
-                raise ModelError(f"patch {name}: reads side tokens {patch.config.side} wide, got {sorted({m.features.shape[2] for m in found})}; is it another "
-                                 "encoder's feature file, or the patch of another side channel?")
-            fill = [(0, most[1] - m.features.shape[1], 0, most[0] - m.features.shape[0]) for m in found]
-            x = torch.stack([F.pad(m.features.to(videos[0].device, torch.float32), (0, 0, *f)) for m, f in zip(found, fill)])
-            real = torch.stack([F.pad(torch.ones(m.features.shape[:2], dtype=torch.bool) if m.mask is None else m.mask.cpu(), f) for m, f in zip(found, fill)])
-            update = patch(torch.stack([videos[i] for i in chosen]), x, [len(m.features) for m in found], real.to(x.device))
-            for i, value in zip(chosen, update):
-                added[i] = added[i] + value
-        return added
+        return [(name, chosen) for (name, _), chosen in sorted(groups.items())]
 
     def add(self, name: str, config: PatchConfig) -> None:
+        """Add a new patch for the side channel `name`."""
         self[name] = Patch(config)
 
+    # --- files
     def save(self, folder: Path) -> None:
-        """folder/NAME.safetensors for each: its weights, and its sizes in the header."""
+        """Write folder/NAME.safetensors for each patch: weights, with its sizes in the header."""
         for name, patch in self.items():
             folder.mkdir(parents=True, exist_ok=True)
             state = {key: value.contiguous() for key, value in patch.state_dict().items()}
-            save_file(state, folder / f"{name}.safetensors", {"format": "pt", "patch": json.dumps(asdict(patch.config))})
+            about = {"format": "pt", "patch": json.dumps(asdict(patch.config))}
+            save_file(state, folder / f"{name}.safetensors", about)
 
     def load(self, file: Path, video: int, out: int) -> None:
-        """Add (or replace) the patch of a file, for video tokens `video` wide before the projector and `out` for the LM. Raises ModelError."""
+        """Add, or replace, the patch of a file.
+
+        Args:
+            video: V of this model.
+            out: D of this model.
+
+        Raises:
+            ModelError: not a patch, or one of another model.
+        """
         try:
             with safe_open(file, "pt") as opened:
                 config = PatchConfig(**json.loads((opened.metadata() or {})["patch"]))
             state = load_file(file)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{file}: not a patch ({type(error).__name__}: {error}); give a patches/NAME.safetensors of a run of train.py --side NAME") from None
+            raise ModelError(
+                f"{file}: not a patch ({type(error).__name__}: {error}); give a "
+                f"patches/NAME.safetensors of a run of train.py --side NAME"
+            ) from None
         if (config.video, config.out) != (video, out):
-            raise ModelError(f"{file}: a patch for video tokens {config.video} wide and an LM of {config.out}; this model has {video} and {out}. Use it with the model "
-                             "that it was trained on")
+            raise ModelError(
+                f"{file}: a patch for video tokens {config.video} wide and an LM of {config.out}; "
+                f"this model has {video} and {out}. Use it with the model that it was trained on"
+            )
         name = Path(file).stem
         if name not in self or self[name].config != config:
             self.add(name, config)
@@ -202,6 +392,41 @@ class Patches(nn.ModuleDict):
         self[name].load_state_dict(state)
 
 
-# --- CREMA: side modalities become one stream beside the video ---------------------------------------------------------------
+def check_side_channel(name: str, channel: list[tuple], width: int) -> None:
+    """Raise ModelError unless all features of a side channel are (U, S, width)."""
+    if any(features.ndim != 3 for features, _ in channel):
+        raise ModelError(
+            f"patch {name}: this model's encoder gives no features (steps, tokens, width) of it; "
+            f'give them as a file (.npy, .pt) under "sides"'
+        )
+    widths = sorted({features.shape[2] for features, _ in channel})
+    if widths != [width]:
+        raise ModelError(
+            f"patch {name}: reads side tokens {width} wide, got {widths}; is it another encoder's "
+            f"feature file, or the patch of another side channel?"
+        )
 
 
+def pad_side_channels(
+    channel: list[tuple[Tensor, Tensor | None]], device: torch.device
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Pad the side tokens of several videos to one tensor.
+
+    Args:
+        channel: of each video its features (U, S, W), and a mask (U, S) or None.
+
+    Returns:
+        The tokens (B, U, S, W) in float32, which of them are real (B, U, S), and the side steps of
+        each video.
+    """
+    most_steps = max(features.shape[0] for features, _ in channel)
+    most_tokens = max(features.shape[1] for features, _ in channel)
+    tokens, valid = [], []
+    for features, mask in channel:
+        steps, count, _ = features.shape
+        if mask is None:
+            mask = torch.ones(steps, count, dtype=torch.bool)
+        padding = (0, most_tokens - count, 0, most_steps - steps)  # the last axis first
+        tokens.append(F.pad(features.to(device, torch.float32), (0, 0, *padding)))
+        valid.append(F.pad(mask.to(device), padding))
+    return torch.stack(tokens), torch.stack(valid), [len(features) for features, _ in channel]

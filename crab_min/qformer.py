@@ -1,87 +1,126 @@
-"""Q-Formers: learned queries read the encoder's tokens of one time step. Crab's connector (2503.13068, section 3.2):
+"""The Q-Former, Crab's connector from an encoder to the LM.
 
-    LayerNorm -> Q-Former -> MLP (Linear, GELU, Linear) to the width of the LM
+Paper: Crab (2503.13068), the visual and audio branches of the "unified audio-visual interface".
+Learned queries attend to the tokens that a frozen encoder made of one time step:
 
-A layer of the Q-Former is post-norm BERT: self-attention among the queries, cross-attention to the encoder's tokens,
-feed-forward. It is transformers' `Blip2QFormerModel`. What differs from the released code: Crab vendors a BERT whose
-text half (word embeddings, a second feed-forward, a vocabulary head) it never runs, and keeps its weights in the
-checkpoint; here they do not exist, and convert.py names what it drops. Crab drops out 0.1 in training (bert-base's
-config); here nothing is dropped out.
-Every frame or stretch of sound is read by itself, so that its tokens keep their place in time.
+    tokens_t = MLP(QFormer(queries, LayerNorm(features_t)))      t: a frame or a segment of sound
 
-`MultimodalQFormer` is CREMA's (2402.05889, Fig. 1): one frozen Q-Former for all modalities, for each its own small parts
+A layer of the Q-Former is post-norm BERT: self-attention among the queries, cross-attention to the
+encoder's tokens, feed-forward. The MLP (Linear, GELU, Linear) leads to the width of the LM. Every
+time step is encoded by itself, so that its tokens keep their position in time.
 
-    W x + b + B_m A_m x        queries and values of every self-attention; B_m = 0 at the start, so that a fresh modality reads as the frozen one does
+    symbol      variable                    shape
+    features    features                    (B, T, S, W)     from the encoder
+    queries     QFormerConnector.query      (1, Q, hidden)   shared by all time steps
+    tokens      forward(features)           (B, T, Q, D)     for the LM
 
-What differs from the released code: wrapped linears in place of its fork of BERT, no dropout (there 0.1 before A and in BERT), no unused
-weights; there the features of 3D points (pc) skip their LayerNorm, here every modality's is used, so released weights of pc read otherwise.
+Shapes: B samples, T time steps, S encoder tokens of one, Q queries, W encoder width, D LM width.
 
-Shapes: B samples, T frames or stretches of sound, S encoder tokens of one, Q queries, W encoder width, D LM width, R rank.
+The Q-Former itself is transformers' `Blip2QFormerModel`. What differs from the released code: Crab
+vendors a BERT whose text half (word embeddings, a second feed-forward, a vocabulary head) it never
+runs, and keeps those weights in its checkpoints; here they do not exist, and the converter drops
+them. Crab uses a dropout of 0.1 in training (bert-base's config); here there is none.
 """
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from crab_min.encoders import ATTENTION
+# sdpa's backward is slow on a CPU
+ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
 
 
 @dataclass
 class QFormerConfig:
-    """Crab's sizes; width_in is the encoder's width W, width_out the LM's D."""
-    width_in: int
-    width_out: int
-    queries: int = 32
+    """Sizes of a connector. The defaults are Crab's."""
+
+    width_in: int  # W
+    width_out: int  # D
+    queries: int = 32  # Q
     hidden: int = 768
     layers: int = 2
     heads: int = 12
-    intermediate: int = 3072                           # width of the feed-forward
-    mlp_depth: int = 2                                 # linears of the MLP at the end
+    intermediate: int = 3072  # width of the feed-forward
+    mlp_depth: int = 2  # linears of the MLP at the end
 
 
 class QFormerConnector(nn.Module):
-    """features (B, T, S, W) -> tokens (B, T, Q, D)."""
+    """LayerNorm, Q-Former and MLP: features (B, T, S, W) -> tokens (B, T, Q, D)."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
-        self.config = c = config
-        self.norm = nn.LayerNorm(c.width_in)
-        self.query = nn.Parameter(0.02 * torch.randn(1, c.queries, c.hidden))
-        self.qformer = blip2_qformer(c, cross_every=1)
-        self.mlp = make_mlp(c)
+        self.config = config
+        self.norm = nn.LayerNorm(config.width_in)
+        self.query = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden))
+        self.qformer = blip2_qformer(config, cross_every=1)
+        self.mlp = make_mlp(config)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.mlp(self.read(features, mask))
+        """Return the tokens (B, T, Q, D) for the LM.
 
-    def read(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The queries after the Q-Former, before the MLP (B, T, Q, hidden). mask (B, T, S): True = a real token; None = all are."""
+        Args:
+            features: (B, T, S, W).
+            mask: (B, T, S), True for a real feature, False for padding; None if all are real.
+        """
+        return self.mlp(self.query_states(features, mask))
+
+    def query_states(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the queries after the Q-Former and before the MLP (B, T, Q, hidden).
+
+        PAVE's patch takes them as the video tokens before the projector.
+        """
         return encode_per_step(self.qformer, self.query, self.norm(features), mask)
 
 
-def blip2_qformer(c: "QFormerConfig", cross_every: int) -> Blip2QFormerModel:
-    """A Q-Former of the sizes `c` without dropout, with cross-attention in layers 0, cross_every, 2 cross_every, ..."""
-    return Blip2QFormerModel(Blip2QFormerConfig(
-        attn_implementation=ATTENTION, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        intermediate_size=c.intermediate, encoder_hidden_size=c.width_in, cross_attention_frequency=cross_every,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+def blip2_qformer(config, cross_every: int) -> Blip2QFormerModel:
+    """Build a Q-Former of random weights, without dropout.
+
+    Args:
+        config: a QFormerConfig, or a config with the same fields.
+        cross_every: every how many layers there is a cross-attention, starting with the first.
+    """
+    return Blip2QFormerModel(
+        Blip2QFormerConfig(
+            attn_implementation=ATTENTION,
+            hidden_size=config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate,
+            encoder_hidden_size=config.width_in,
+            cross_attention_frequency=cross_every,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
 
 
-def make_mlp(c: "QFormerConfig") -> nn.Sequential:
-    """Linears with a GELU between them, from a query to the width of the LM."""
-    widths = [c.hidden] + [c.width_out] * c.mlp_depth
-    steps = [step for pair in zip(widths, widths[1:]) for step in (nn.Linear(*pair), nn.GELU())]
-    return nn.Sequential(*steps[:-1])                                                   # no GELU after the last
+def make_mlp(config) -> nn.Sequential:
+    """Build the MLP from `hidden` to the LM's width: `mlp_depth` linears with GELUs in between."""
+    layers = [nn.Linear(config.hidden, config.width_out)]
+    for _ in range(config.mlp_depth - 1):
+        layers += [nn.GELU(), nn.Linear(config.width_out, config.width_out)]
+    return nn.Sequential(*layers)
 
 
-def encode_per_step(qformer: Blip2QFormerModel, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The queries (1, Q, hidden) after reading each time step of x (B, T, S, W) by itself (B, T, Q, hidden). mask (B, T, S): True = a real token."""
-    b, t = x.shape[:2]
-    mask = None if mask is None else mask.flatten(0, 1)                                 # (B T, S)
-    y = qformer(query.expand(b * t, -1, -1), encoder_hidden_states=x.flatten(0, 1), encoder_attention_mask=mask).last_hidden_state
-    return y.unflatten(0, (b, t))                                                       # (B, T, Q, hidden)
+def encode_per_step(
+    qformer: Blip2QFormerModel, query: Tensor, features: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Run the Q-Former on every time step by itself.
 
+    Args:
+        query: (1, Q, hidden).
+        features: (B, T, S, W).
+        mask: (B, T, S), True for a real feature; None if all are.
 
-# --- CREMA -------------------------------------------------------------------------------------------------------------------
-
-
+    Returns:
+        The states of the queries after the last layer (B, T, Q, hidden).
+    """
+    batch, steps = features.shape[:2]
+    states = qformer(
+        query.expand(batch * steps, -1, -1),  # (B T, Q, hidden)
+        encoder_hidden_states=features.flatten(0, 1),  # (B T, S, W)
+        encoder_attention_mask=None if mask is None else mask.flatten(0, 1),  # (B T, S)
+    ).last_hidden_state  # (B T, Q, hidden)
+    return states.unflatten(0, (batch, steps))  # (B, T, Q, hidden)

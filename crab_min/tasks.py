@@ -1,10 +1,11 @@
 """The datasets: one row of TASKS says all that crab_min has to know about a dataset.
 
-Crab+ (arXiv 2603.04128) puts seven families of tasks behind one unified interface: media and an
-instruction go in, explicit reasoning and a label come out. What differs from dataset to dataset is
-data, not code: which media, how many frames, which instruction, which form the label has, which
-fields of an annotation row hold the label. Training, evaluation and infer.py read the same row. A
-new dataset is a new row.
+Crab+ (arXiv 2603.04128) puts all its tasks behind one unified interface: media and an instruction
+go in, explicit reasoning and a label come out. What differs between datasets is data, not code:
+which media, how many frames, which instruction, in which form the label is written, which fields of
+an annotation hold it. Training, evaluation and infer.py read the same row of TASKS. A new dataset
+is a new row. The paper counts seven tasks; here a dataset is a Task, and each of the paper's tasks
+is a family of them.
 
 The folders of AV-UIE v2 (Crab+) come first, then what AV-UIE v1 (Crab, arXiv 2503.13068), PAVE
 (arXiv 2503.19794) and CREMA (arXiv 2402.05889) add. The instructions are worded by us; `--prompts`
@@ -82,7 +83,7 @@ class Task:
     """One dataset: its prompts, its answers, and how they are scored."""
 
     name: str  # of its folder below the data folder
-    family: str  # one of Crab+'s seven families of tasks
+    family: str  # the task in Crab+'s sense
     v2: bool = True  # a folder of AV-UIE v2; else of AV-UIE v1, PAVE or CREMA
     splits: tuple[str, ...] = ("train", "test")
 
@@ -99,7 +100,7 @@ class Task:
     target: str = "label"  # the field with the target text of a training row
     gold: GoldLabel
     gold_train: GoldLabel | None = None  # of training rows, where they differ from test rows
-    mask_head: str = ""  # "binary", or "classes": a mask with one class per pixel; "": no masks
+    mask_head: str = ""  # of a mask decoder: "binary", "classes" (one per pixel), "" without masks
 
     # Scores: names from evaluation/metrics.py
     metric: str = "accuracy"  # of one sample
@@ -126,16 +127,17 @@ class Task:
         Raises:
             DataError: a field is missing or holds something else; the text says which and what.
         """
+        # The fields that hold the label, and their values.
         gold = self.gold
         if split == "train" and self.gold_train:
             gold = self.gold_train
         values = [self.read_field(row, (name,), gold.expected) for name in gold.fields]
+        # Read them. A value of another type fails in many ways.
         try:
             answer = gold.read(*values)
             if self.options:
                 check_option(answer.choice, self.options)
             return answer
-        # A value of another type fails in many ways.
         except (ParseError, TypeError, ValueError, AttributeError, OverflowError) as reason:
             fields = ", ".join(map(repr, gold.fields))
             actual = ", ".join(map(repr, values))
@@ -147,7 +149,7 @@ class Task:
         """Return the value of the first of the fields `names` that the row has.
 
         Raises:
-            DataError: the row has none of them; expected: what the fields hold, for the text.
+            DataError: the row has none of them; the text says what was `expected` in them.
         """
         for name in names:
             if row.get(name) is not None:
@@ -160,7 +162,7 @@ class Task:
 
 
 EMOTION = "Which emotion does the person show?"
-MASK_BOXES = GoldLabel(read_boxes, "gold_boxes")
+GOLD_BOXES = GoldLabel(read_boxes, "gold_boxes")
 
 # fmt: off
 TASKS = {task.name: task for task in (
@@ -231,13 +233,13 @@ TASKS = {task.name: task for task in (
     # AVSBench S4: a single sounding object.
     Task(name="s4", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifth",
          instruction="Which thing sounds? Give its box and three points.",
-         form=BOXES, target="label_content", gold=MASK_BOXES,
+         form=BOXES, target="label_content", gold=GOLD_BOXES,
          gold_train=GoldLabel(BOXES.parse, "label_content"),
          mask_head="binary", metric="first_box"),
     # AVSBench MS3: multiple sounding objects.
     Task(name="ms3", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifth",
          instruction="Which things sound? Give a box and three points for each.",
-         form=BOXES, target="label_content", gold=MASK_BOXES,
+         form=BOXES, target="label_content", gold=GOLD_BOXES,
          gold_train=GoldLabel(BOXES.parse, "label_content"),
          mask_head="binary", metric="all_boxes"),
     # Ref-AVS: the object of a description, which may not be there.
@@ -264,7 +266,7 @@ TASKS = {task.name: task for task in (
     # AVSBench, semantic: sounding objects of 70 classes.
     Task(name="avss", family="segmentation", v2=False, media=(IMAGE, IMAGE_AUDIO), audio="tenth",
          instruction="Which things sound? Give a box and three points for each.",
-         form=BOXES, target="label_content", gold=MASK_BOXES,
+         form=BOXES, target="label_content", gold=GOLD_BOXES,
          gold_train=GoldLabel(BOXES.parse, "label_content"),
          mask_head="classes", metric="all_boxes"),
     # AudioCaps: captions of sounds, for pretraining.
@@ -275,7 +277,7 @@ TASKS = {task.name: task for task in (
     # LVIS: boxes of named objects in photographs, for pretraining.
     Task(name="lvis", family="segmentation", v2=False, media=(IMAGE,),
          instruction="Where is the {name}? Give its box.", slots=(Slot("name", ("name",)),),
-         form=BOX, target="label_content", gold=MASK_BOXES, metric="first_box"),
+         form=BOX, target="label_content", gold=GOLD_BOXES, metric="first_box"),
 
     # --- what PAVE and CREMA add --------------------------------------------------------------
     # AVSD: a dialogue about a video (PAVE).

@@ -187,7 +187,7 @@ def test_music_avqa_is_read_from_its_own_files_where_those_of_v1_are_not(tmp_pat
 
 def test_a_run_on_v1_and_its_check(v1, tmp_path):
     found = check(v1, pick_tasks("all"), True, 0)
-    assert not found["bad"] and not found["rows"] and found["tasks"]["avss/test"]["rows"] == 10
+    assert not found.bad_files and not found.bad_rows and found.splits["avss/test"].rows == 10
     run = tmp_path / "run"
     assert train.main(["--data", str(v1), "--steps", "2", "--batch-size", "8", "--test-rows", "2", "--out", str(run), "--r", "4", "--alpha", "8"]) == 0
     assert set(json.loads((run / "metrics.json").read_text())["tasks"]) == {t for t in RELEASED_LAYOUTS if t not in ("avcap", "lvis")}

@@ -3,13 +3,14 @@ import copy
 
 import pytest
 import torch
+from released import revert
 from torch import nn
 from transformers import Blip2QFormerModel
 
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.errors import ModelError
+from crab_min.tools.released.weights import convert, from_blip2, missing_modalities
 from crab_min.trained_parts import check_fit
-from crab_min.tools.convert import convert, from_blip2, missing_modalities, revert
 
 WIDTHS = {"rgb": 24, "flow": 24, "audio": 20, "norm": 24}                       # `norm` (surface normals) is a module's name too
 

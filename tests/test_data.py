@@ -239,4 +239,4 @@ def test_check_of_headers_alone_still_misses_no_missing_file(small_world, tmp_pa
     row = json.loads((root / "ave" / "test.json").read_text())[0]
     (root / "ave" / "audio" / row["audio_path"]).unlink()
     found = check.check(root, ["ave"], decode=False, workers=0)
-    assert [b["path"] for b in found["bad"]] == [str(root / "ave" / "audio" / row["audio_path"])]
+    assert [b.path for b in found.bad_files] == [str(root / "ave" / "audio" / row["audio_path"])]

@@ -1,10 +1,12 @@
-"""Encoders: what they give, that padding and batching change nothing, that they can be saved and rebuilt, and what they
-say when weights are missing. All is tiny and random; agreement with the authors' own BEATs is in test_goldens.py."""
-import json
+"""Encoders: their features, padding and batching, saving, and their errors.
+
+All are tiny and random. Agreement with the authors' own BEATs is tested in test_goldens.py.
+"""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -12,17 +14,37 @@ from crab_min.beats import Beats, BeatsConfig, distance_buckets, fbank, load_bea
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
 
-BEATS = dict(embed_dim=16, encoder_embed_dim=32, encoder_ffn_embed_dim=48, encoder_layers=2, encoder_attention_heads=4,
-             conv_pos=8, conv_pos_groups=4, num_buckets=32, max_distance=64)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32,
-              patch_size=8)
-CLIP, SIGLIP = {"model_type": "clip_vision_model", **VISION}, {"model_type": "siglip_vision_model", **VISION}
+BEATS = {
+    "embed_dim": 16,
+    "encoder_embed_dim": 32,
+    "encoder_ffn_embed_dim": 48,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "conv_pos": 8,
+    "conv_pos_groups": 4,
+    "num_buckets": 32,
+    "max_distance": 64,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+CLIP = {"model_type": "clip_vision_model", **VISION}
+SIGLIP = {"model_type": "siglip_vision_model", **VISION}
 TABLE = "encoder.layers.{}.self_attn.relative_attention_bias.weight"
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def make_beats() -> Beats:
+    return Beats(BeatsConfig.from_dict(BEATS))
 
 
 def waves(*seconds: float) -> list[torch.Tensor]:
@@ -34,39 +56,58 @@ def movie(*shape: int) -> torch.Tensor:
 
 
 def published(beats: Beats) -> dict:
-    """The weights as microsoft/unilm publishes them: old weight-norm names, a table a layer, a classifier."""
-    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    """Give BEATs the form of a file of microsoft/unilm.
+
+    It has the old names of weight norm, one bias table per layer, and a classifier.
+    """
+    names = {
+        "parametrizations.weight.original0": "weight_g",
+        "parametrizations.weight.original1": "weight_v",
+    }
     model = {}
     for key, value in beats.state_dict().items():
         for ours, released in names.items():
             key = key.replace(ours, released)
         model[key] = value
-    model |= {TABLE.format(1): model[TABLE.format(0)]}
-    model |= {"predictor.weight": torch.zeros(527, 32), "predictor.bias": torch.zeros(527)}
-    cfg = {**BEATS, "finetuned_model": True, "predictor_class": 527, "activation_fn": "gelu", "gru_rel_pos": True,
-           "relative_position_embedding": True, "layer_norm_first": False, "encoder_layerdrop": 0.05}
+    model[TABLE.format(1)] = model[TABLE.format(0)]
+    model["predictor.weight"] = torch.zeros(527, 32)
+    model["predictor.bias"] = torch.zeros(527)
+    cfg = {
+        **BEATS,
+        "finetuned_model": True,
+        "predictor_class": 527,
+        "activation_fn": "gelu",
+        "gru_rel_pos": True,
+        "relative_position_embedding": True,
+        "layer_norm_first": False,
+        "encoder_layerdrop": 0.05,
+    }
     return {"cfg": cfg, "model": model}
 
 
-# --- BEATs -----------------------------------------------------------------------------------------------------------
+# --- BEATs ----------------------------------------------------------------------------------------
 def test_one_second_of_sound_is_48_patches_and_two_are_96():
     assert fbank(torch.randn(3, 16000)).shape == (3, 98, 128)
-    beats = Beats(BeatsConfig.from_dict(BEATS)).eval()
+    beats = make_beats().eval()
     for seconds, patches in (1, 48), (2, 96):
         features, mask = beats(fbank(torch.randn(3, 16000 * seconds)))
-        assert features.shape == (3, patches, 32) and mask.shape == (3, patches) and mask.all()
+        assert features.shape == (3, patches, 32)
+        assert mask.shape == (3, patches) and mask.all()
 
 
 def test_distance_buckets_are_those_of_t5():
-    place = torch.arange(60)
-    expected = T5Attention._relative_position_bucket(place[None] - place[:, None], True, 32, 64)
+    position = torch.arange(60)
+    distance = position[None] - position[:, None]
+    expected = T5Attention._relative_position_bucket(distance, True, 32, 64)
     assert torch.equal(distance_buckets(60, 32, 64), expected)
 
 
 def test_a_padded_batch_gives_what_each_sound_gives_alone():
-    beats, banks = Beats(BeatsConfig.from_dict(BEATS)).eval(), [fbank(w[None])[0] for w in waves(0.5, 1.3, 2.0)]
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(b), dtype=torch.bool) for b in banks], batch_first=True)
-    padded = torch.nn.utils.rnn.pad_sequence(banks, batch_first=True, padding_value=7.0)
+    beats = make_beats().eval()
+    banks = [fbank(wave[None])[0] for wave in waves(0.5, 1.3, 2.0)]
+    masks = [torch.ones(len(bank), dtype=torch.bool) for bank in banks]
+    mask = pad_sequence(masks, batch_first=True)
+    padded = pad_sequence(banks, batch_first=True, padding_value=7.0)
     together, real = beats(padded, mask)
     for features, kept, bank in zip(together, real, banks):
         alone, _ = beats(bank[None])
@@ -74,8 +115,8 @@ def test_a_padded_batch_gives_what_each_sound_gives_alone():
 
 
 def test_beats_learns_from_scratch():
-    beats, targets = Beats(BeatsConfig.from_dict(BEATS)), torch.randn(4, 32)
-    banks = fbank(torch.stack(waves(1, 1, 1, 1)))
+    beats, targets = make_beats(), torch.randn(4, 32)
+    banks = fbank(torch.stack(waves(0.4, 0.4, 0.4, 0.4)))  # two rows of patches
     optimizer, losses = torch.optim.AdamW(beats.parameters(), lr=3e-3), []
     for _ in range(40):
         loss = (beats(banks)[0].mean(1) - targets).square().mean()
@@ -88,7 +129,7 @@ def test_beats_learns_from_scratch():
 
 
 def test_a_published_file_gives_the_model_it_was_made_from(tmp_path):
-    beats, path = Beats(BeatsConfig.from_dict(BEATS)).eval(), tmp_path / "beats.pt"
+    beats, path = make_beats().eval(), tmp_path / "beats.pt"
     torch.save(published(beats), path)
     bank = fbank(torch.randn(1, 16000))
     for source in path, published(beats):
@@ -105,30 +146,33 @@ def test_load_beats_says_what_is_wrong(tmp_path):
         load_beats(tmp_path / "page.pt")
     with pytest.raises(ModelError, match="`cfg` and `model`"):
         load_beats({"state_dict": {}})
-    good = published(Beats(BeatsConfig.from_dict(BEATS)))
+    good = published(make_beats())
     lacking = {k: v for k, v in good["model"].items() if "fc1" not in k}
     with pytest.raises(ModelError, match="encoder.layers.0.fc1.weight"):
         load_beats({**good, "model": lacking})
+    unknown = good["model"] | {"quantize.codebook": torch.zeros(1)}
     with pytest.raises(ModelError, match=r"unexpected weights \['quantize.codebook'\]"):
-        load_beats({**good, "model": good["model"] | {"quantize.codebook": torch.zeros(1)}})
+        load_beats({**good, "model": unknown})
     with pytest.raises(ModelError, match="do not fit"):
         load_beats({**good, "cfg": good["cfg"] | {"encoder_embed_dim": 64}})
     with pytest.raises(ModelError, match="layer_norm_first=True"):
         load_beats({**good, "cfg": good["cfg"] | {"layer_norm_first": True}})
 
 
-# --- sound -----------------------------------------------------------------------------------------------------------
+# --- sound ----------------------------------------------------------------------------------------
 def test_segments_of_a_clip_are_padded_to_the_longest_and_masked():
     encoder, segments = AudioEncoder(BEATS).eval(), waves(1.0, 0.4, 2.0)
     features, mask = encoder(segments)
     assert features.shape == (1, 3, 96, 32) and mask.sum(-1).tolist() == [[48, 16, 96]]
     for features_t, mask_t, wave in zip(features[0], mask[0], segments):
-        torch.testing.assert_close(features_t[mask_t], encoder([wave])[0][0, 0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            features_t[mask_t], encoder([wave])[0][0, 0], atol=1e-5, rtol=1e-4
+        )
 
 
 def test_a_padded_tensor_with_lengths_is_the_same_as_a_list():
     encoder, segments = AudioEncoder(BEATS).eval(), waves(1.0, 0.4, 2.0, 1.5)
-    padded = torch.nn.utils.rnn.pad_sequence(segments, batch_first=True).view(2, 2, -1)
+    padded = pad_sequence(segments, batch_first=True).view(2, 2, -1)
     features, mask = encoder(padded, torch.tensor([[16000, 6400], [32000, 24000]]))
     expected, kept = encoder(segments)
     assert features.shape == (2, 2, 96, 32)
@@ -144,28 +188,33 @@ def test_a_segment_too_short_for_a_row_of_patches_still_gives_one(samples):
         assert mask[0, 0].sum() == 8 and features[mask].isfinite().all()
 
 
-# --- frames ----------------------------------------------------------------------------------------------------------
+# --- frames ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("config, prefix", [(CLIP, 1), (SIGLIP, 0)])
 def test_frames_become_the_patches_below_the_last_layer(config, prefix):
     encoder, frames = VisionEncoder(config).eval(), movie(2, 3, 32, 32)
     features = encoder(frames)
-    assert features.shape == (2, 3, 16, 32) and (encoder.width, encoder.size, encoder.tokens) == (32, 32, 16)
+    assert features.shape == (2, 3, 16, 32)
+    assert (encoder.width, encoder.size, encoder.tokens) == (32, 32, 16)
     states = encoder.model(encoder.pixels(frames[1]), output_hidden_states=True).hidden_states
     torch.testing.assert_close(features[1], states[2][:, prefix:])
     first, last = encoder.hidden(frames, [0, -1])
     assert first.shape == last.shape == features.shape and not torch.equal(first, last)
 
 
-@pytest.mark.parametrize("config, processor", [(CLIP, CLIPImageProcessor), (SIGLIP, SiglipImageProcessor)])
+@pytest.mark.parametrize(
+    "config, processor", [(CLIP, CLIPImageProcessor), (SIGLIP, SiglipImageProcessor)]
+)
 def test_pixels_are_normalised_as_the_released_processor_does(config, processor):
     frames = movie(2, 32, 32)
-    released = processor(do_resize=False, do_center_crop=False)(list(frames.permute(0, 3, 1, 2)), return_tensors="pt")
-    torch.testing.assert_close(VisionEncoder(config).pixels(frames), released["pixel_values"], atol=1e-5, rtol=1e-5)
+    process = processor(do_resize=False, do_center_crop=False)
+    released = process(list(frames.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+    pixels = VisionEncoder(config).pixels(frames)
+    torch.testing.assert_close(pixels, released, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_of_any_size_are_squashed_whole_to_the_input():
     encoder, frames = VisionEncoder(CLIP), torch.zeros(1, 48, 100, 3, dtype=torch.uint8)
-    frames[:, :, :50] = 255                                                    # left half white
+    frames[:, :, :50] = 255  # left half white
     pixels = encoder.pixels(frames) * encoder.std + encoder.mean
     assert pixels.shape == (1, 3, 32, 32)
     assert pixels[..., :14].min() > 0.99 and pixels[..., 18:].max() < 0.01
@@ -178,27 +227,44 @@ def test_a_long_video_in_passes_gives_what_its_frames_give_alone():
     torch.testing.assert_close(features[:, 66:67], encoder(frames[:, 66:67]), atol=1e-5, rtol=1e-4)
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cls, config, media", [(VisionEncoder, CLIP, movie(1, 2, 32, 32)),
-                                                (VisionEncoder, SIGLIP, movie(1, 2, 32, 32)),
-                                                (AudioEncoder, BEATS, torch.randn(1, 2, 8000))])
-def test_a_frozen_encoder_is_deterministic_and_comes_back_from_its_config_and_state_dict(cls, config, media, tmp_path):
+# --- all of them ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "cls, config, media",
+    [
+        (VisionEncoder, CLIP, movie(1, 2, 32, 32)),
+        (VisionEncoder, SIGLIP, movie(1, 2, 32, 32)),
+        (AudioEncoder, BEATS, torch.randn(1, 2, 8000)),
+    ],
+)
+def test_a_frozen_encoder_is_deterministic_and_comes_back_from_its_state_dict(
+    cls, config, media, tmp_path
+):
     encoder = cls(config).eval().requires_grad_(False)
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
-    again = cls.from_config(json.loads(json.dumps(encoder.config()))).eval().requires_grad_(False)
+    again = cls(config).eval().requires_grad_(False)
     again.load_state_dict(load_file(tmp_path / "encoder.safetensors"))
-    first, second, rebuilt = (e(media)[0] for e in (encoder, encoder, again))          # of BEATs: without the mask
-    assert torch.equal(first, second) and torch.equal(first, rebuilt) and not first.requires_grad
+    # of BEATs without its mask
+    first, second, rebuilt = encoder(media)[0], encoder(media)[0], again(media)[0]
+    assert torch.equal(first, second) and torch.equal(first, rebuilt)
+    assert not first.requires_grad
     assert again.width == encoder.width == 32
 
 
 def test_a_pretrained_folder_may_hold_the_whole_of_clip(tmp_path):
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=50,
-                bos_token_id=1, eos_token_id=2)
+    text = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION)).eval()
     clip.save_pretrained(tmp_path)
     encoder, frames = VisionEncoder(tmp_path), movie(1, 2, 32, 32)
-    states = clip.vision_model(encoder.pixels(frames[0]), output_hidden_states=True).hidden_states
+    pixels = encoder.pixels(frames[0])
+    states = clip.vision_model(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(encoder(frames)[0], states[-2][:, 1:])
 
     weights = load_file(tmp_path / "model.safetensors")
@@ -212,9 +278,11 @@ def test_a_pretrained_folder_may_hold_the_whole_of_clip(tmp_path):
 
 
 def test_a_vision_encoder_that_cannot_be_had_says_what_to_do(tmp_path):
-    with pytest.raises(ModelError, match="no/such/clip: cannot be loaded.*hf download openai/clip-vit-large-patch14"):
+    command = "hf download openai/clip-vit-large-patch14"
+    with pytest.raises(ModelError, match=f"no/such/clip: cannot be loaded.*{command}"):
         VisionEncoder(tmp_path / "no/such/clip")
-    with pytest.raises(ModelError, match="model_type 'bert'.*clip_vision_model or siglip_vision_model"):
+    known = "clip_vision_model or siglip_vision_model"
+    with pytest.raises(ModelError, match=f"model_type 'bert'.*{known}"):
         VisionEncoder({"model_type": "bert"})
     with pytest.raises(ModelError, match="layer -5: .* hidden states 0 to 3"):
         VisionEncoder(CLIP, layer=-5)

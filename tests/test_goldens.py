@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
+from released import revert
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,7 +24,7 @@ from crab_min.masks import MaskConfig, MaskDecoder, mask_loss
 from crab_min.pave import Patch, PatchConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector
 from crab_min.tasks import TASKS
-from crab_min.tools.convert import adapter_sizes, convert, revert
+from crab_min.tools.released.weights import adapter_sizes, convert
 
 HERE = Path(__file__).parent / "goldens"
 GOLDENS = Path(os.environ.get("CRAB_GOLDENS", HERE))

@@ -1,209 +1,336 @@
-"""The metric of every task on answers worked out by hand (tests/test_goldens.py: against the authors' own scorers)."""
+"""The metrics of every task, on answers worked out by hand.
+
+tests/test_goldens.py compares them with the authors' own scorers.
+"""
+
 import random
 import time
 
 import pytest
 
 from crab_min.answers import Answer
+from crab_min.errors import DataError
 from crab_min.evaluation.canonical import canonical_text
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.tasks import TASKS
 
-ERROR = Answer(error="no tag", text="...")
+UNPARSED = Answer(error="no tag", text="...")
 
 
-def metric(task, prediction, right):
-    return score(TASKS[task], [prediction], [right])["metric"]
+def main_number(task, prediction, gold):
+    return score(TASKS[task], [prediction], [gold])["metric"]
 
 
-def test_accuracy_counts_unreadable_answers_as_wrong():
-    yes, no = Answer(choice="yes"), Answer(choice="no")
-    result = score(TASKS["avqa"], [Answer(choice="Yes."), no, ERROR, yes], [yes] * 4)
-    assert (result["metric"], result["parsed"], result["n"]) == (.5, .75, 4)
-    assert metric("ucf", Answer(choice="playing violin"), Answer(choice="PlayingViolin")) == 1
-    assert metric("avqa", Answer(choice="no"), Answer(choice="piano")) == 0        # not a substring
-    assert metric("avqa", Answer(choice="2"), Answer(choice="two")) == 1
-
-
-def test_an_option_is_right_by_text_index_or_letter():
-    right = TASKS["avqa_thu"].gold_answer({"answer": 2, "multi_choice": ["rain", "dog", "Cat"]})
-    assert [metric("avqa_thu", Answer(choice=c), right) for c in ("cat", "2", "C", "dog", "1")] == [1, 1, 1, 0, 0]
+def choices(*labels):
+    return [Answer(choice=label) for label in labels]
 
 
 def event(label, *spans):
     return Answer(events=[(label, list(spans))])
 
 
-def test_ave_counts_seconds_with_the_right_label():
-    right = event("Violin, fiddle", (0, 6))
-    assert metric("ave", event("violin, fiddle", (0, 6)), right) == 1
-    assert metric("ave", event("violin, fiddle", (2, 8)), right) == pytest.approx(.6)
-    assert metric("ave", event("violin, fiddle", (0, 2), (4, 9999)), right) == pytest.approx(.4)
-    assert metric("ave", event("dog", (0, 6)), right) == pytest.approx(.4)         # the background is right
-    result = score(TASKS["ave"], [ERROR, event("violin, fiddle", (0, 3))], [right, right])
-    assert result["metric"] == pytest.approx(.35) and result["parsed"] == .5
-    assert result["all"]["segment_accuracy_released"] == pytest.approx((1 + .7) / 2)
-    assert score(TASKS["ave"], [event("dog", (0, 6))], [right], labels=["Violin, fiddle"])["parsed"] == 0
+def boxes(*boxes, exists=None):
+    return Answer(boxes=list(boxes), exists=exists)
 
 
-def test_avvp_main_number_is_the_mean_of_audio_visual_and_both():
-    right = Answer(audio_events=[("Dog", [(0, 10)])], visual_events=[("Dog", [(0, 4)])])
-    assert metric("avvp", right, right) == 1
-    result = score(TASKS["avvp"], [Answer(audio_events=[("dog", [(0, 10)])]), ERROR], [right, right])
-    assert result["all"]["segment_audio"] == .5 and result["all"]["segment_visual"] == 0
-    assert result["metric"] == pytest.approx(1 / 6) and result["parsed"] == .5
-
-
-def test_unav_is_the_mean_over_classes():
-    right = Answer(events=[("dog", [(0, 4)]), ("cat", [(5, 10)])])
-    assert metric("unav", right, right) == 1
-    assert metric("unav", event("dog", (0, 4)), right) == .5
-    assert metric("unav", event("dog", (2, 6)), event("dog", (0, 4))) == .5
-    assert metric("unav", Answer(), Answer()) == 1                                 # nothing to find, nothing found
-
-
-def test_unav_spans_are_matched_one_to_one():
-    """Gold: dog 0-4, dog 6-10, cat 0-10. Said: dog 0-4 (IoU 1), dog 1-5 (3/5, but its gold is taken), cat 5-10 (1/2); dog 6-10 is missed."""
-    right = Answer(events=[("dog", [(0, 4), (6, 10)]), ("cat", [(0, 10)])])
-    result = score(TASKS["unav"], [Answer(events=[("dog", [(0, 4), (1, 5)]), ("Cat", [(5, 10)])])], [right])["all"]
-    assert result == {"miou": pytest.approx((1 + 0 + .5) / 3), "f1_at_30": pytest.approx(2 * 2 / 6), "f1_at_50": pytest.approx(2 * 2 / 6),
-                      "f1_at_70": pytest.approx(2 * 1 / 6)}
-
-
-def boxes(*found, exists=None):
-    return Answer(boxes=list(found), exists=exists)
-
-
-def test_box_metrics():
-    a, b, half = (0, 0, 10, 10), (100, 100, 120, 120), (0, 0, 10, 5)
-    for task in ("arig", "s4"):
-        assert metric(task, boxes(a), boxes(a)) == 1 and metric(task, boxes(half), boxes(a)) == .5
-        assert metric(task, boxes(b, a), boxes(a)) == 0                            # the first box counts
-        assert metric(task, boxes(a), boxes()) == 0 and metric(task, ERROR, boxes(a)) == 0
-    assert score(TASKS["arig"], [boxes(half), boxes(b)], [boxes(a), boxes(a)])["all"] == {
-        "iou_at_50": .5, "auc": pytest.approx((.525 + .025) / 2)}              # reaches 0 to .5: 10.5 steps of .05; 0 alone: half a step
-    assert metric("ms3", boxes(b, a), boxes(a, b)) == 1 and metric("ms3", boxes(a), boxes(a, b)) == .5
-    assert metric("ms3", boxes(half, a), boxes(a)) == .5 and metric("ms3", ERROR, boxes()) == 0
-    assert metric("s4", boxes((5, 5, 5, 5)), boxes((5, 5, 5, 5))) == 0             # no area, no division by zero
-
-
-def test_ref_avs_scores_existence_and_box():
-    here, absent, half = boxes((0, 0, 10, 10), exists=True), boxes(exists=False), boxes((0, 0, 10, 5), exists=True)
-    result = score(TASKS["ref_avs"], [half, absent, here, absent, ERROR], [here, absent, absent, here, absent])
-    assert result == {"metric": pytest.approx(1.5 / 5), "parsed": .8, "n": 5, "all": {"existence": pytest.approx(.4)}}
-
-
-def test_rouge_l():
-    right = Answer(text="a dog barks at a cat")
-    assert metric("avcap", Answer(text="A dog barks at a cat."), right) == 1
-    assert metric("avcap", Answer(text="cat dog at"), right) == pytest.approx(2 * 2 / 9)
-    assert metric("avcap", Answer(text="..."), right) == 0
-
-
-def test_emotions_by_class():
-    """joy: 2 of 3 found, F1 2 * 2 / (2 + 3); anger: 1 of 1, said twice, F1 2 * 1 / (2 + 1); the unread answer is of no class."""
-    golds = [Answer(choice=c) for c in ("joy", "joy", "joy", "anger", "fear")]
-    result = score(TASKS["meld"], [Answer(choice=c) for c in ("Joy", "joy", "anger", "anger")] + [ERROR], golds)
-    assert result["metric"] == .6
-    assert result["all"] == {"uar": pytest.approx((2 / 3 + 1 + 0) / 3), "weighted_f1": pytest.approx((3 * 4 / 5 + 1 * 2 / 3 + 0) / 5)}
-
-
-def test_the_released_avqa_scorer_takes_parts_of_words_and_leaves_out_strange_answers():
-    """Of four: "no" in "piano" is right there, "two" is right, "guitar" is nobody's gold and is not counted, one does not parse."""
-    golds = [Answer(choice=c) for c in ("no", "two", "two", "piano")]
-    result = score(TASKS["avqa"], [Answer(choice=c) for c in ("piano", "two", "guitar")] + [ERROR], golds)
-    assert result["metric"] == .25 and result["all"] == {"substring_released": 1, "counted_released": .5, "part_of_gold": .25}
-
-
-def test_cremas_avqa_score_takes_an_answer_that_is_part_of_the_gold():
-    """Right there: "guitar", "2" (right anyway) and "no" of "piano"; not "acoustic guitar" for "guitar", and not an answer that is not read."""
-    golds = [Answer(choice=c) for c in ("acoustic guitar", "two", "piano", "guitar", "yes")]
-    result = score(TASKS["avqa"], [Answer(choice=c) for c in ("guitar", "2", "no", "acoustic guitar")] + [ERROR], golds)
-    assert result["metric"] == 1 / 5 and result["all"]["part_of_gold"] == 3 / 5
-
-
-def test_cider_by_hand():
-    """Of two captions, every word of one is in one caption only: weight log 2. 1 of 2 words, 0 of 1 pairs, cosines 1/2 and 0, lengths equal."""
-    golds = [Answer(text="dog barks"), Answer(text="cat sleeps")]
-    both = score(TASKS["avcap"], golds, golds)["all"]["cider_own_words"]
-    assert both == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)                     # two words have no runs of three and four
-    half = score(TASKS["avcap"], [Answer(text="Dog, sleeping!"), ERROR], golds)["all"]["cider_own_words"]
-    assert half == pytest.approx(10 * .5 / 4 / 2)
-
-
-def answers(*texts):
+def texts(*texts):
+    """Return a gold answer with several right texts."""
     return Answer(text=texts[0], choices=texts)
 
 
-def test_free_answers_are_compared_without_articles_signs_and_digits():
-    same = {"The 2 chairs.": "two chairs", " A brown_chair,\nleft": "brown chair left", "20": "twenty", "21": "21", "a": "a", "?!": "", "The theatre": "theatre"}
-    assert {text: canonical_text(text) for text in same} == same
+# --- labels ---------------------------------------------------------------------------------------
+def test_accuracy_counts_unparsed_answers_as_wrong():
+    predictions = [*choices("Yes.", "no"), UNPARSED, *choices("yes")]
+    result = score(TASKS["avqa"], predictions, choices("yes", "yes", "yes", "yes"))
+    assert (result["metric"], result["parsed"], result["n"]) == (0.5, 0.75, 4)
 
 
-def test_a_scene_answer_is_right_if_any_gold_is_equal_and_refined_if_one_is_part_of_the_other():
-    """Golds: brown chair, chair. Strict, refined: "A chair." 1, 1; "chairs" 0, 1 (it holds chair); "own" 0, 1 (brownchair holds it); "desk" 0, 0;
-    an answer that is not read 0, 1. Sums 1 and 4 of 5, and 4 of 5 are read."""
-    right = answers("brown chair", "the chair")
-    result = score(TASKS["scanqa"], [Answer(text=t) for t in ("A chair.", "chairs", "own", "desk")] + [Answer(text=" ", error="no text")], [right] * 5)
-    assert result == {"metric": pytest.approx(1 / 5), "parsed": pytest.approx(4 / 5), "n": 5, "all": {"refined": pytest.approx(4 / 5)}}
-    assert metric("scanqa", Answer(text="..."), answers("?")) == 0                     # nothing is not equal to nothing
+@pytest.mark.parametrize(
+    ("task", "prediction", "gold", "expected"),
+    [
+        ("ucf", "playing violin", "PlayingViolin", 1),
+        ("avqa", "2", "two", 1),
+        ("avqa", "no", "piano", 0),  # a part of the label is not enough
+    ],
+)
+def test_labels_are_compared_in_canonical_form(task, prediction, gold, expected):
+    assert main_number(task, *choices(prediction, gold)) == expected
 
 
-def test_a_situated_answer_as_pave_and_as_crema_counts_it():
-    """Strict, refined, substring of the gold, by answer:
-    "It is two" and another line, for "two": 0, 1 (itistwoorthree holds it), 1 (the last word of its first line); "2" for "two": 1, 1, 1; "a" for "table": 0, 1, 1;
-    "brown, chair" for "brown chair": 1, 1, 1; "chair brown" for "brown chair": 0, 0, 0 (two words are no part of it); "tables", a blank and another line, for "table": 0, 1, 0;
-    not read, for "yes": 0, 1, 1. Sums 2, 6, 5 of 7."""
-    said = ["It is two\nor three", "2", "a", "brown, chair", "chair brown", "tables \nof wood"]
-    golds = [answers(text) for text in ("two", "two", "table", "brown chair", "brown chair", "table", "yes")]
-    result = score(TASKS["sqa3d"], [Answer(text=t) for t in said] + [Answer(text="", error="no text")], golds)
-    assert result["metric"] == pytest.approx(2 / 7)
-    assert result["all"] == {"refined": pytest.approx(6 / 7), "substring_of_gold": pytest.approx(5 / 7)}
+def test_an_option_is_right_by_text_index_or_letter():
+    row = {"answer": 2, "multi_choice": ["rain", "dog", "Cat"]}
+    gold = TASKS["avqa_thu"].gold_answer(row)
+    for label in ("cat", "2", "C"):
+        assert main_number("avqa_thu", Answer(choice=label), gold) == 1
+    for label in ("dog", "1"):
+        assert main_number("avqa_thu", Answer(choice=label), gold) == 0
+
+
+def test_emotions_by_class():
+    """Of three joy two are found, of one anger one, of one fear none.
+
+    joy: recall 2/3, F1 4/5; anger, which is predicted twice: recall 1, F1 2/3. An unparsed answer
+    is of no class.
+    """
+    golds = choices("joy", "joy", "joy", "anger", "fear")
+    predictions = [*choices("Joy", "joy", "anger", "anger"), UNPARSED]
+    result = score(TASKS["meld"], predictions, golds)
+    assert result["metric"] == 0.6
+    assert result["all"] == {
+        "uar": pytest.approx((2 / 3 + 1 + 0) / 3),
+        "weighted_f1": pytest.approx((3 * 4 / 5 + 1 * 2 / 3 + 0) / 5),
+    }
+
+
+def test_the_released_avqa_scorer_takes_parts_of_words_and_leaves_out_answers_that_are_no_gold():
+    """ "piano" contains "no" and is right, "guitar" is not a gold label and is not counted."""
+    predictions = [*choices("piano", "two", "guitar"), UNPARSED]
+    result = score(TASKS["avqa"], predictions, choices("no", "two", "two", "piano"))
+    assert result["metric"] == 0.25
+    assert result["all"] == {
+        "substring_released": 1,
+        "counted_released": 0.5,
+        "part_of_gold": 0.25,
+    }
+
+
+def test_cremas_avqa_score_takes_an_answer_that_is_part_of_the_gold():
+    """Right: "guitar", "2" and "no". Wrong: more than the gold label, and an unparsed answer."""
+    predictions = [*choices("guitar", "2", "no", "acoustic guitar"), UNPARSED]
+    golds = choices("acoustic guitar", "two", "piano", "guitar", "yes")
+    result = score(TASKS["avqa"], predictions, golds)
+    assert result["metric"] == 1 / 5 and result["all"]["part_of_gold"] == 3 / 5
+
+
+# --- events ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        (event("violin, fiddle", (0, 6)), 1),
+        (event("violin, fiddle", (2, 8)), 0.6),
+        (event("violin, fiddle", (0, 2), (4, 9999)), 0.4),
+        (event("dog", (0, 6)), 0.4),  # the background is right
+    ],
+)
+def test_ave_counts_seconds_with_the_right_label(prediction, expected):
+    gold = event("Violin, fiddle", (0, 6))
+    assert main_number("ave", prediction, gold) == pytest.approx(expected)
+
+
+def test_the_released_ave_scorer_includes_the_end_and_counts_unparsed_answers_as_right():
+    gold = event("Violin, fiddle", (0, 6))
+    result = score(TASKS["ave"], [UNPARSED, event("violin, fiddle", (0, 3))], [gold, gold])
+    assert result["metric"] == pytest.approx((0 + 0.7) / 2) and result["parsed"] == 0.5
+    assert result["all"]["segment_accuracy_released"] == pytest.approx((1 + 0.7) / 2)
+
+
+def test_an_event_that_is_no_class_does_not_count_as_parsed():
+    gold = event("Violin, fiddle", (0, 6))
+    result = score(TASKS["ave"], [event("dog", (0, 6))], [gold], labels=["Violin, fiddle"])
+    assert result["parsed"] == 0
+
+
+def test_avvp_main_number_is_the_mean_of_audio_visual_and_both():
+    gold = Answer(audio_events=[("Dog", [(0, 10)])], visual_events=[("Dog", [(0, 4)])])
+    assert main_number("avvp", gold, gold) == 1
+    audio_alone = Answer(audio_events=[("dog", [(0, 10)])])
+    result = score(TASKS["avvp"], [audio_alone, UNPARSED], [gold, gold])
+    assert result["all"]["segment_audio"] == 0.5 and result["all"]["segment_visual"] == 0
+    assert result["metric"] == pytest.approx(1 / 6) and result["parsed"] == 0.5
+
+
+def test_unav_is_the_mean_over_classes():
+    gold = Answer(events=[("dog", [(0, 4)]), ("cat", [(5, 10)])])
+    assert main_number("unav", gold, gold) == 1
+    assert main_number("unav", event("dog", (0, 4)), gold) == 0.5
+    assert main_number("unav", event("dog", (2, 6)), event("dog", (0, 4))) == 0.5
+    assert main_number("unav", Answer(), Answer()) == 1  # nothing to find, nothing predicted
+
+
+def test_unav_spans_are_matched_one_to_one():
+    """dog 0-4 has IoU 1, dog 1-5 has 3/5 with a span that is taken, cat 5-10 has 1/2."""
+    gold = Answer(events=[("dog", [(0, 4), (6, 10)]), ("cat", [(0, 10)])])
+    prediction = Answer(events=[("dog", [(0, 4), (1, 5)]), ("Cat", [(5, 10)])])
+    assert score(TASKS["unav"], [prediction], [gold])["all"] == {
+        "miou": pytest.approx((1 + 0 + 0.5) / 3),
+        "f1_at_30": pytest.approx(2 * 2 / 6),
+        "f1_at_50": pytest.approx(2 * 2 / 6),
+        "f1_at_70": pytest.approx(2 * 1 / 6),
+    }
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+BOX, HALF, ELSEWHERE = (0, 0, 10, 10), (0, 0, 10, 5), (100, 100, 120, 120)
+
+
+@pytest.mark.parametrize("task", ["arig", "s4"])
+def test_the_first_box_counts(task):
+    gold = boxes(BOX)
+    assert main_number(task, boxes(BOX), gold) == 1
+    assert main_number(task, boxes(HALF), gold) == 0.5
+    assert main_number(task, boxes(ELSEWHERE, BOX), gold) == 0
+    assert main_number(task, UNPARSED, gold) == 0
+    assert main_number(task, boxes(BOX), boxes()) == 0
+    empty = boxes((5, 5, 5, 5))
+    assert main_number(task, empty, empty) == 0  # no division by its area
+
+
+def test_arig_reports_the_share_at_one_half_and_the_area_under_the_share():
+    """An IoU of .5 reaches 10.5 of 20 steps between thresholds, an IoU of 0 half a step."""
+    result = score(TASKS["arig"], [boxes(HALF), boxes(ELSEWHERE)], [boxes(BOX), boxes(BOX)])
+    assert result["all"] == {"iou_at_50": 0.5, "auc": pytest.approx((0.525 + 0.025) / 2)}
+
+
+def test_ms3_matches_all_boxes():
+    assert main_number("ms3", boxes(ELSEWHERE, BOX), boxes(BOX, ELSEWHERE)) == 1
+    assert main_number("ms3", boxes(BOX), boxes(BOX, ELSEWHERE)) == 0.5
+    assert main_number("ms3", boxes(HALF, BOX), boxes(BOX)) == 0.5
+    assert main_number("ms3", UNPARSED, boxes()) == 0
+
+
+def test_ref_avs_scores_existence_and_box():
+    here, absent = boxes(BOX, exists=True), boxes(exists=False)
+    predictions = [boxes(HALF, exists=True), absent, here, absent, UNPARSED]
+    result = score(TASKS["ref_avs"], predictions, [here, absent, absent, here, absent])
+    assert result["metric"] == pytest.approx(1.5 / 5) and result["parsed"] == 0.8
+    assert result["all"] == {"existence": pytest.approx(2 / 5)}
+
+
+# --- texts ----------------------------------------------------------------------------------------
+def test_rouge_l():
+    gold = Answer(text="a dog barks at a cat")
+    assert main_number("avcap", Answer(text="A dog barks at a cat."), gold) == 1
+    assert main_number("avcap", Answer(text="cat dog at"), gold) == pytest.approx(2 * 2 / 9)
+    assert main_number("avcap", Answer(text="..."), gold) == 0
+
+
+def test_cider_by_hand():
+    """Every word is in one of two captions, so all weights are log 2.
+
+    Captions of two words have no 3-grams and 4-grams. Of the words of the first prediction 1 of 2
+    is right and 0 of 1 pairs, so the cosines are 1/2 and 0; its length is right.
+    """
+    golds = [Answer(text="dog barks"), Answer(text="cat sleeps")]
+    perfect = score(TASKS["avcap"], golds, golds)["all"]["cider_own_words"]
+    assert perfect == pytest.approx(10 * (1 + 1 + 0 + 0) / 4)
+    predictions = [Answer(text="Dog, sleeping!"), UNPARSED]
+    half = score(TASKS["avcap"], predictions, golds)["all"]["cider_own_words"]
+    assert half == pytest.approx(10 * 0.5 / 4 / 2)
 
 
 def test_an_answer_in_a_dialogue_is_scored_like_a_caption():
-    """"he runs" for "he sleeps", and "she runs" as it should be. ROUGE-L: 2 * 1 / (2 + 2) and 1. CIDEr: every word is in one gold only, so weights are
-    alike; 1 of 2 words and 0 of 1 pairs, 10 * .5 / 4; all words and the pair, 10 * 2 / 4."""
-    result = score(TASKS["avsd"], [Answer(text="He runs."), Answer(text="she runs")], [Answer(text="he sleeps"), Answer(text="she runs")])
-    assert result["metric"] == pytest.approx((.5 + 1) / 2) and result["all"] == {"cider_own_words": pytest.approx((1.25 + 5) / 2)}
+    """ "he runs" for "he sleeps": 1 of 2 words, 0 of 1 pairs. "she runs" is right."""
+    predictions = [Answer(text="He runs."), Answer(text="she runs")]
+    golds = [Answer(text="he sleeps"), Answer(text="she runs")]
+    result = score(TASKS["avsd"], predictions, golds)
+    assert result["metric"] == pytest.approx((0.5 + 1) / 2)
+    cider = 10 * 0.5 / 4, 10 * (1 + 1) / 4
+    assert result["all"] == {"cider_own_words": pytest.approx(sum(cider) / 2)}
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The 2 chairs.", "two chairs"),
+        (" A brown_chair,\nleft", "brown chair left"),
+        ("20", "twenty"),
+        ("21", "21"),
+        ("a", "a"),
+        ("?!", ""),
+        ("The theatre", "theatre"),
+    ],
+)
+def test_free_answers_are_compared_without_articles_signs_and_digits(text, expected):
+    assert canonical_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "strict", "refined"),
+    [
+        (Answer(text="A chair."), 1, 1),
+        (Answer(text="chairs"), 0, 1),  # contains "chair"
+        (Answer(text="own"), 0, 1),  # is part of "brownchair"
+        (Answer(text="desk"), 0, 0),
+        (Answer(text=" ", error="no text"), 0, 1),  # nothing is part of everything
+    ],
+)
+def test_a_scene_answer_is_right_if_it_equals_any_gold_and_refined_if_one_is_part_of_the_other(
+    prediction, strict, refined
+):
+    result = score(TASKS["scanqa"], [prediction], [texts("brown chair", "the chair")])
+    assert result["metric"] == strict and result["all"] == {"refined": refined}
+
+
+def test_an_empty_answer_never_matches_exactly():
+    assert main_number("scanqa", Answer(text="..."), texts("?")) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "strict", "refined", "substring"),
+    [
+        # "itistwoorthree" contains "two", and "two" is the last word of the first line
+        ("It is two\nor three", "two", 0, 1, 1),
+        ("2", "two", 1, 1, 1),
+        ("a", "table", 0, 1, 1),
+        ("brown, chair", "brown chair", 1, 1, 1),
+        ("chair brown", "brown chair", 0, 0, 0),
+        ("tables \nof wood", "table", 0, 1, 0),
+        ("", "yes", 0, 1, 1),
+    ],
+)
+def test_a_situated_answer_as_pave_and_as_crema_count_it(text, gold, strict, refined, substring):
+    prediction = Answer(text=text, error=None if text else "no text")
+    result = score(TASKS["sqa3d"], [prediction], [texts(gold)])
+    assert result["metric"] == strict
+    assert result["all"] == {"refined": refined, "substring_of_gold": substring}
+
+
+# --- every task -----------------------------------------------------------------------------------
 def random_gold(task, rng):
-    spans, label, x = [sorted(rng.sample(range(11), 2))], rng.choice(["dog", "cat", "bell"]), rng.randint(0, 100)
-    if task.form.name in ("event", "events"):
-        return event(label, *spans)
-    if task.form.name == "av_events":
-        return Answer(audio_events=[(label, spans)], visual_events=[("dog", spans)])
-    if task.form.name == "text":
-        return Answer(text=" ".join(rng.choices("a the dog cat barks sleeps under table".split(), k=12)))
-    if task.form.name == "choice":
+    span = tuple(sorted(rng.sample(range(11), 2)))
+    label = rng.choice(["dog", "cat", "bell"])
+    form = task.form.name
+    if form in ("event", "events"):
+        return event(label, span)
+    if form == "av_events":
+        return Answer(audio_events=[(label, [span])], visual_events=[("dog", [span])])
+    if form == "text":
+        words = rng.choices("a the dog cat barks sleeps under table".split(), k=12)
+        return Answer(text=" ".join(words))
+    if form == "choice":
         return Answer(choice=rng.choice(["one", "two", "two"]))
-    exists = rng.random() < .6 if task.form.name == "exists" else None
-    return boxes(exists=False) if exists is False else boxes((x, x, x + 50, x + 60), exists=exists)
+    if form == "exists" and rng.random() > 0.6:
+        return boxes(exists=False)
+    x = rng.randint(0, 100)
+    return boxes((x, x, x + 50, x + 60), exists=True if form == "exists" else None)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
-def test_every_task_scores_its_golds_1_unreadable_answers_0_and_constants_between(task):
+def test_golds_score_1_unparsed_answers_0_and_constants_between(task):
     rng = random.Random(task.name)
     golds = [random_gold(task, rng) for _ in range(100)]
-    assert score(task, golds, golds)["metric"] == pytest.approx(1) and score(task, golds, golds)["parsed"] == 1
-    lost = score(task, [ERROR] * 100, golds)
-    assert lost["metric"] == lost["parsed"] == 0 and lost["all"].keys() == score(task, golds, golds)["all"].keys()
+    perfect = score(task, golds, golds)
+    assert perfect["metric"] == pytest.approx(1) and perfect["parsed"] == 1
+    unparsed = score(task, [UNPARSED] * 100, golds)
+    assert unparsed["metric"] == unparsed["parsed"] == 0
+    assert unparsed["all"].keys() == perfect["all"].keys()
+
     start = time.perf_counter()
     best, answer = best_constant(task, golds, golds)
-    assert 0 < best < 1 and score(task, [answer] * 100, golds)["metric"] == best
     assert time.perf_counter() - start < 5
+    assert 0 < best < 1 and score(task, [answer] * 100, golds)["metric"] == best
 
 
 def test_the_best_constant_is_the_majority_or_the_median_box():
-    golds = [Answer(choice="yes")] * 6 + [Answer(choice="no")] * 4
-    assert best_constant(TASKS["avqa"], golds, golds) == (.6, Answer(choice="yes"))
+    golds = choices(*["yes"] * 6, *["no"] * 4)
+    assert best_constant(TASKS["avqa"], golds, golds) == (0.6, Answer(choice="yes"))
     candidates = [boxes((0, 0, 100, 60)), boxes((0, 40, 60, 100)), boxes((50, 20, 100, 100))]
-    assert best_constant(TASKS["arig"], candidates, [boxes((0, 20, 100, 100))]) == (1, boxes((0, 20, 100, 100)))
-    with pytest.raises(ValueError, match="avqa: no answers"):
+    median = boxes((0, 20, 100, 100))
+    assert best_constant(TASKS["arig"], candidates, [median]) == (1, median)
+    with pytest.raises(DataError, match="avqa: no answers"):
         best_constant(TASKS["avqa"], [], golds)
 
 
 def test_lists_must_match():
     with pytest.raises(ValueError, match="1 predictions for 2"):
-        score(TASKS["avqa"], [ERROR], [ERROR, ERROR])
+        score(TASKS["avqa"], [UNPARSED], [UNPARSED, UNPARSED])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from released import write_released
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -30,7 +31,7 @@ from crab_min.interface import PromptPart
 from crab_min.media.arrays import point_code, read_points
 from crab_min.media.read import flow_pictures, read_flow, read_video, write_video
 from crab_min.tools.convert import main as convert_main
-from crab_min.tools.convert import read_checkpoint
+from crab_min.tools.released.weights import read_checkpoint
 from crab_min.world.scenes import Renderer
 from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
 
@@ -331,7 +332,7 @@ def test_crema_xl_trains_answers_and_goes_to_released_names_and_back(small_world
     for flags, said in ((["--skip", "depth"], "--skip depth: the model has no such modality, but rgb, audio, flow"),
                         (["--side", "depth"], "--side depth: the model has no such patch or modality, but audio, flow")):
         assert infer.main(["--run", str(run), clip, "--ask", "What?", *flags]) == 2 and said in capsys.readouterr().err
-    assert convert_main(["crema", str(run), "--back", str(file)]) == 0
+    write_released("crema", run, file)
     released = read_checkpoint(file)
     assert {"query_tokens_flow", "t5_proj_rgb.weight", "fusion.0.weight", "Qformer.bert.encoder.layer.1.attention.self.value.w_a_audio.weight"} <= released.keys()
     assert convert_main(["crema", str(file), "--side", "rgb,audio,flow", "--out", str(back)]) == 0
@@ -346,7 +347,7 @@ def test_crema_xl_trains_answers_and_goes_to_released_names_and_back(small_world
     torch.save({name: w for name, w in released.items() if "fusion" not in name}, tmp_path / "unfused.pth")
     capsys.readouterr()
     for name, sides, said in (("two", "rgb,audio,flow", "flow lacks queries, norm, projection, adapter; whole in these files: audio, rgb"),
-                              ("two", "rgb,audio", "a fusion of 2 modalities in these files; 1 beside rgb want"), ("unfused", "rgb,audio,flow", "no fusion weights in these files")):
+                              ("two", "rgb,audio", "a fusion of 2 modalities in these files, expected a fusion of the 1 beside rgb"), ("unfused", "rgb,audio,flow", "no fusion weights in these files")):
         assert convert_main(["crema", str(tmp_path / f"{name}.pth"), "--side", sides, "--out", str(tmp_path / "no")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "no").exists()
 

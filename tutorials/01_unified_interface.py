@@ -1,11 +1,15 @@
-"""Tutorial 1: nineteen datasets, one interface. Read beside Crab+ (arXiv 2603.04128), the section on the unified input and output interface.
+# %% [markdown]
+# # 1. One interface for all tasks
+#
+# Paper: Crab+ (arXiv 2603.04128), the unified input and output interface. Code in `crab_min/`:
+# `tasks.py`, `answers.py`, `interface.py`. Half a minute on a CPU; the first run builds a world.
+#
+# Matching, emotion, questions, localisation, boxes: Crab+ trains them all with one loss, since each
+# is put as "media and an instruction in, explicit reasoning and a label in a fixed form out". We
+# follow one row of each kind from the annotation file to the score, and draw one.
 
-    python tutorials/01_unified_interface.py        (a minute on a CPU; the first time it also builds a small world)
-
-Matching, emotion, question answering, localisation, boxes: Crab+ trains them all with one loss, because every task is put as
-"media and an instruction in, reasoning and a tagged label out". This script follows one row of each kind from the annotation file to the
-number, and draws it.
-"""
+# %%
+import re
 import sys
 from pathlib import Path
 
@@ -14,41 +18,103 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from crab_min.data import load_for_figure, read_samples
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_answer
+from crab_min.interface import build_prompt, prompt_text
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
 SHOWN = ["a2v", "ucf", "meld", "avqa", "ave", "avvp", "ref_avs"]
 
-# 1. An annotation is a row of JSON; what its fields mean is a row of TASKS. Neither is code.
+# %% [markdown]
+# ## A dataset is a row of TASKS
+#
+# An annotation is a row of JSON. What its fields mean stands in a row of `TASKS`. The rows below
+# come from the built-in world, which is written in the layout of AV-UIE v2.
+
+# %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
-samples = {task: read_samples(root, [task], "train")[0] for task in SHOWN}
-row, task = samples["ave"].row, TASKS["ave"]
-print(f"A row of ave/train.json:\n  {row}\n")
-print(f"The row of TASKS that reads it:\n  family {task.family}, {task.frames} frames, sound as {task.audio}, parser {task.parser}, metric {task.metric}\n")
+samples = {name: read_samples(root, [name], "train")[0] for name in SHOWN}
 
-# 2. The prompt builder turns a row into parts. The same function serves training, evaluation and infer.py.
-print("The prompt and the target of one row of each kind:")
-for sample in samples.values():
-    prompt = "".join(p.text if p.kind == "text" else f"<{p.kind}>" for p in sample.parts).replace("\n", " | ")
-    print(f"  {sample.task.name:<8} {prompt}\n           -> {sample.target}")
+task, row = TASKS["ave"], samples["ave"].row
+print("A row of ave/train.json:")
+for field, value in row.items():
+    print(f"  {field:<14} {value}")
+print("and the row of TASKS that reads it:")
+for field in ("family", "instruction", "frames", "audio", "target", "metric"):
+    print(f"  {field:<14} {getattr(task, field)}")
+print(f"  {'form':<14} {task.form.name}\n  {'gold':<14} {', '.join(task.gold.fields)}\n")
 
-# 3. The target has prose first (who, where, when) and then the label in its tag. --target label trains on the tag alone.
-print("\nThe same targets as labels alone:")
-for sample in samples.values():
-    print(f"  {sample.task.name:<8} {sample.task.format(sample.task.parse(sample.target))}")
+# %% [markdown]
+# ## Input: from a row to a prompt
+#
+# `build_prompt` makes a list of parts: text, and media that are decoded later. Training, evaluation
+# and `infer.py` call the same function. `prompt_text` shows the list as one string.
 
-# 4. Models do not write like annotators. The parser takes what it can, and says why where it cannot; nothing is dropped.
-print("\nWhat a model might write for the ave row, and what it is worth:")
-(label, ((start, end), *_)), = samples["ave"].gold.events
-for text in (f"I hear it. <event>{label}, ({start} {end})</event>", f"<Event> {label.upper()} ,( {start} , {end} ) ", f"<event>{label}</event> <range>{start},10</range>",
-             "<event>whale, (0 10)</event>", f"the {label}, from {start} to {end}"):
+# %%
+for part in build_prompt(task, row, root="data"):
+    print(part.kind, repr(part.text or part.path))
+for name, sample in samples.items():
+    print(f"\n{name}:\n{prompt_text(sample.parts)}")
+
+# %% [markdown]
+# ## Output: explicit reasoning, then the label
+#
+# The target text has prose first (who, where, when) and then the label in its form. With
+# `--target label` the model learns the label alone; `parse` and `format` cut it out of the text.
+
+# %%
+for name, sample in samples.items():
+    answer = sample.task.parse(sample.target)
+    print(f"\n{name}: {sample.target}\n  label alone: {sample.task.format(answer)}")
+
+# %% [markdown]
+# ## From a text to a score
+#
+# Segment accuracy of AVE is the share of the 10 seconds with the right label, or rightly without
+# one. In a few naive lines, for texts exactly in the form of EVENT:
+
+
+# %%
+def naive_segment_accuracy(text, gold_text):
+    labels = []
+    for one_text in (text, gold_text):
+        label, start, end = re.search(r"<event> (.+), \((\d+) (\d+)\)</event>", one_text).groups()
+        labels.append([label if int(start) <= t < int(end) else None for t in range(10)])
+    return sum(predicted == gold for predicted, gold in zip(*labels)) / 10
+
+
+gold_text = "<event> dog, (2 9)</event>"
+gold = task.parse(gold_text)
+for text in (gold_text, "<event> dog, (0 5)</event>", "<event> cat, (2 9)</event>"):
+    library = score(task, [task.parse(text)], [gold])["metric"]
+    assert abs(naive_segment_accuracy(text, gold_text) - library) < 1e-9
+    print(f"{text:<30} segment accuracy {library:.1f}")
+
+# %% [markdown]
+# Models do not write like annotators. `parse` takes what it can; the rest is scored wrong.
+
+# %%
+texts = ["I hear it. <event>Dog, (2 9)", "<Event> DOG ,( 2 , 9 ) </Event>"]
+texts += ["<event>dog</event> <range>2,9</range>", "the dog, from 2 to 9"]
+for text in texts:
     answer = task.parse(text)
-    result = score(task, [answer], [samples["ave"].gold])
-    print(f"  {text:<58} segment accuracy {result['metric']:.1f}{'   (' + answer.error + ')' if answer.error else ''}")
+    value = score(task, [answer], [gold])["metric"]
+    print(f"{text:<40} segment accuracy {value:.1f} {answer.error or ''}")
 
-# 5. A picture of a row: what the model sees and hears, and the gold answer over it.
+# %% [markdown]
+# ## A picture of a row
+
+# %%
 sample = samples["avvp"]
 picture = Path("answers/tutorial_01.png")
-draw_answer(picture, load_for_figure(sample), sample.parts[-1].text.strip(), sample.gold, sample.target)
-print(f"\nLook at {picture}: the frames, the sound, and a bar for every event seen or heard.")
-print('Now change "avvp" in step 5 to "ref_avs" and run it again: the time line becomes a box and three points, from the same function.')
+question = sample.parts[-1].text.strip()
+draw_answer(picture, load_for_figure(sample), question, sample.gold, sample.target)
+print(f"\n{picture}: the frames, the sound, and a bar for every event that is seen or heard.")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Draw `samples["ref_avs"]` instead. Expect an image with a box and three points in place of the
+#    bars: the same function, since `Answer` has a field for each of them.
+# 2. Add a row to `TASKS` for clips with one label each: copy `ks`, change the instruction and the
+#    field of the label, and call `build_prompt` and `gold_answer` on a row written by hand. Expect
+#    a prompt like that of `ucf`, and for a wrong field name a `DataError` that lists the fields.

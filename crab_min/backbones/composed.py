@@ -128,14 +128,12 @@ class ComposedModel(PatchedModel):
         """Compute the tokens (T * Q, D) of media that pass one connector, all steps in one call."""
         lengths = [len(medium.features) for medium in media]
         features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
-        queries = connector.read(features, mask)[0]  # (sum of T, Q, hidden)
+        queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
         tokens = connector.mlp(queries)  # (sum of T, Q, D)
         tokens = add_embeddings(tokens, lengths, media_index, self.time, self.number)
-        updates = self.patches(list(queries.split(lengths)), [medium.sides for medium in media])
-        return [
-            (medium_tokens + update).flatten(0, 1)
-            for medium_tokens, update in zip(tokens.split(lengths), updates)
-        ]
+        sides = [medium.side_tokens() for medium in media]
+        patched = self.patches.add_to(tokens.split(lengths), queries.split(lengths), sides)
+        return [medium_tokens.flatten(0, 1) for medium_tokens in patched]  # (T * Q, D) each
 
     # --- what is trained
     def trainable_modules(self) -> dict[str, nn.Module]:

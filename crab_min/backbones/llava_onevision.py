@@ -106,10 +106,10 @@ class LlavaModel(PatchedModel):
                 video_queries, video_tokens = self.queries_and_tokens(medium.features)
                 queries.append(video_queries)
                 tokens.append(video_tokens)
-        updates = self.patches(queries, [medium.sides for medium in media])
+        sides = [medium.side_tokens() for medium in media]
         with_newlines = []
-        for x, update in zip(tokens, updates):
-            x = (x + update).to(x.dtype)  # (T, R R, D)
+        for x in self.patches.add_to(tokens, queries, sides):
+            x = x.to(tokens[0].dtype)  # (T, R R, D)
             x = x.unflatten(1, (self.grid_side, self.grid_side))  # (T, R, R, D)
             newline = self.llava.image_newline.to(x.dtype).expand(*x.shape[:2], 1, -1)
             with_newlines.append(torch.cat([x, newline], 2).flatten(0, 2))  # (T R (R + 1), D)

@@ -151,12 +151,11 @@ class OmniModel(PatchedModel):
         videos = []
         for i in patched:
             pairs = self.grid(media[i])[0]
-            videos.append(tokens[i].unflatten(0, (pairs, -1)).float())  # (T, S, D)
-        updates = self.patches(videos, [media[i].sides for i in patched])
-        for i, update in zip(patched, updates):
-            if isinstance(update, Tensor):
-                update = update.flatten(0, 1).to(tokens[i].dtype)  # (T * S, D)
-            tokens[i] = tokens[i] + update
+            videos.append(tokens[i].unflatten(0, (pairs, -1)))  # (T, S, D)
+        queries = [video.float() for video in videos]
+        sides = [media[i].side_tokens() for i in patched]
+        for i, video in zip(patched, self.patches.add_to(videos, queries, sides)):
+            tokens[i] = video.flatten(0, 1).to(tokens[i].dtype)  # (T * S, D)
         return tokens
 
     def frame_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:

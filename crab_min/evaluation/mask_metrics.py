@@ -43,8 +43,8 @@ def soft(scores: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     """Return mIoU and F as Crab computes them.
 
     The IoU is taken at the threshold .5. For a frame whose gold mask is empty it is replaced by the
-    share of the pixels that are not predicted. Such frames do not count for F: the curves F over
-    threshold of the others are averaged, and F is the maximum of the mean curve.
+    share of the pixels that are not predicted. Such frames do not count for F: the curves of F
+    over the threshold are averaged over the others, and F is the maximum of the mean curve.
 
     Args:
         scores: (N, H, W) in [0, 1].
@@ -63,7 +63,7 @@ def soft(scores: np.ndarray, gold: np.ndarray) -> dict[str, float]:
     share_not_predicted = (~masks).mean((1, 2))
     iou = np.where(gold_is_empty, share_not_predicted, intersection / np.maximum(union, 1))
 
-    # F: at each threshold, the pixels at or above it are counted by a search in the sorted scores
+    # F at each threshold; a pixel is predicted if its score is at or above the threshold
     curves = []
     for frame_scores, frame_gold in zip(scores[~gold_is_empty], gold[~gold_is_empty]):
         predicted = count_at_or_above(THRESHOLDS, frame_scores.ravel())  # (K,)
@@ -74,7 +74,7 @@ def soft(scores: np.ndarray, gold: np.ndarray) -> dict[str, float]:
 
 
 def count_at_or_above(thresholds: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return how many values (n,) are at or above each threshold (K,)."""
+    """Return how many values (n,) are at or above each threshold, (K,)."""
     return values.size - np.searchsorted(np.sort(values), thresholds)
 
 

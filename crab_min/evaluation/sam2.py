@@ -1,8 +1,7 @@
 """SAM2 as the second stage of segmentation in Crab+ (2603.04128): box and points -> mask.
 
 The LM answers with a box and three points for each object, as text on the 224 x 224 grid. SAM2
-(2408.00714), frozen and without training on the task, makes the mask of them. It is the model of
-the transformers library, unmodified.
+(2408.00714) turns them into masks, zero-shot. It is the unmodified model of transformers.
 
 As in the released Crab+: every point is positive, SAM2 gives one mask for each object
 (`multimask_output=False`), and the paper's checkpoint is SAM2.1 Hiera-L. What differs:
@@ -10,9 +9,10 @@ As in the released Crab+: every point is positive, SAM2 gives one mask for each 
 * Each object has its own box and points. There, one prompt of the first box and the last three
   points makes the mask; with two objects these belong to different ones.
 * The image keeps its own size. There, it is resized to 224 x 224.
-* A box without points is accepted in all tasks. There, it is invalid in S4 and MS3.
-* An answer without a box gives an empty mask, which is scored. There, an invalid answer is left out
-  of the mean.
+* Every object needs a box, and points are optional. There, S4 and MS3 need a point with the box or
+  three points without one.
+* An answer without an object gives an empty mask, which is scored. There, an invalid answer is left
+  out of the mean.
 * SAM2 runs in float32. There, under bf16 autocast.
 """
 
@@ -85,10 +85,8 @@ class Sam2:
 
             out = self.model(image_embeddings=embeddings, multimask_output=False, **prompts)
             sizes = inputs["original_sizes"]
-            [resized] = self.processor.post_process_masks(
-                out.pred_masks, sizes
-            )  # (objects, 1, H, W)
-            masks[chosen] = resized[:, 0].cpu().numpy()
+            resized = self.processor.post_process_masks(out.pred_masks, sizes)  # one per image
+            masks[chosen] = resized[0][:, 0].cpu().numpy()  # (chosen, 1, H, W) -> (chosen, H, W)
         return masks
 
     def prepare_inputs(self, image: np.ndarray, objects: list[tuple]) -> BatchEncoding:

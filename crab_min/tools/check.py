@@ -1,11 +1,14 @@
-"""Check a copy of AV-UIE before training: what is there, what is missing or unreadable, lengths, labels.
+"""Check a copy of AV-UIE before training: missing and unreadable files, lengths, labels.
 
-    python -m crab_min.tools.check --data AVUIE_2
+python -m crab_min.tools.check --data AVUIE_2
 """
+
+import argparse
 import json
 import os
 import sys
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -13,84 +16,249 @@ from tqdm import tqdm
 
 from crab_min.answers import GRID
 from crab_min.cli import Parser, run_command
+from crab_min.data import Sample, decode_ahead, make_sample, pick_tasks
+from crab_min.errors import DataError
+from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
-from crab_min.data import DataError, Sample, decoding, make_sample, pick_tasks
 from crab_min.sources.av_uie import annotation_file, read_rows
-from crab_min.tasks import TASKS
+from crab_min.tasks import TASKS, Task
+
+GROUP = 16  # files that a worker process is given at once
+SHOWN = 10  # reasons of each kind that are printed; the file has all
 
 
-def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> dict:
-    """What a copy of AV-UIE holds: by task and split its rows, its labels and the lengths of its files; and all that is wrong.
+# --- what is reported ----------------------------------------------------------------------------
+@dataclass
+class SplitReport:
+    """Contents of one annotation file."""
 
-    decode: every file is decoded as in training; else its header is read alone. Each file is looked at once, by `workers` processes.
-    Returns {"tasks": {"ave/train": {...}}, "files": their number, "bad": [{"path", "reason", "rows"}], "rows": [reasons]}. Raises DataError.
+    rows: int
+    bad_rows: int  # rows that make no sample
+    labels: dict[str, int]  # how often each label occurs
+    unparsed_targets: int  # training targets outside the output grammar
+    files: int = 0
+    missing: int = 0  # files that do not exist
+    unreadable: int = 0  # files that exist and cannot be decoded
+    seconds: list[float] | None = None  # shortest, median and longest file; None: none was read
+
+
+@dataclass
+class BadFile:
+    """A file that is missing or cannot be decoded."""
+
+    path: str
+    reason: str
+    rows: int  # rows that use it
+
+
+@dataclass
+class Report:
+    """Contents of a copy of AV-UIE, and all that is wrong with it."""
+
+    splits: dict[str, SplitReport]  # by task/split
+    files: int
+    bad_files: list[BadFile]
+    bad_rows: list[str]  # task/split/index of a row and why it makes no sample
+
+    def to_json(self) -> dict:
+        return {
+            "tasks": {name: asdict(split) for name, split in self.splits.items()},
+            "files": self.files,
+            "bad": [asdict(file) for file in self.bad_files],
+            "rows": self.bad_rows,
+        }
+
+    def table(self) -> str:
+        """Return a table with one line per annotation file, and the totals below it."""
+        header = (
+            f"{'task/split':<16}{'rows':>8}{'bad rows':>10}{'files':>8}{'missing':>9}"
+            f"{'unreadable':>12}{'labels':>8}  seconds: least, median, most"
+        )
+        lines = [header]
+        for name, split in self.splits.items():
+            seconds = "-"
+            if split.seconds:
+                seconds = "  ".join(f"{s:.1f}" for s in split.seconds)
+            lines.append(
+                f"{name:<16}{split.rows:>8}{split.bad_rows:>10}{split.files:>8}{split.missing:>9}"
+                f"{split.unreadable:>12}{len(split.labels):>8}  {seconds}"
+            )
+        lines.append(
+            f"{self.files} files, {len(self.bad_files)} of them missing or unreadable; "
+            f"{len(self.bad_rows)} rows that cannot be used"
+        )
+        return "\n".join(lines)
+
+
+# --- check ---------------------------------------------------------------------------------------
+def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Report:
+    """Check the annotation files of some tasks and every file that they name.
+
+    Args:
+        root: the folder that holds ave/, avqa/, ...
+        tasks: names of tasks; those without annotation files are skipped.
+        decode: decode every file as in training, or else read its header alone.
+        workers: processes that read files (0: this one).
+
+    Raises:
+        DataError: none of the tasks has an annotation file, or one cannot be read.
     """
-    found, bad_rows, users, paths = {}, [], Counter(), {}                     # users: part -> its rows; paths: task/split -> its files
+    splits: dict[str, SplitReport] = {}
+    paths: dict[str, set[str]] = {}  # task/split -> files that it names
+    uses: Counter[PromptPart] = Counter()  # medium -> how many rows use it
+    bad_rows: list[str] = []
+
+    # annotations
     for task in (TASKS[name] for name in tasks):
         for split in task.splits:
-            if annotation_file(Path(root), task.name, split):
-                rows, samples = read_rows(root, task.name, split), []
-                for index, row in enumerate(rows):
-                    try:
-                        samples.append(make_sample(task, row, Path(root), split, index, "reasoning", None))
-                    except ValueError as error:                               # a field, or a mask
-                        bad_rows.append(f"{task.name}/{split}/{index}: {error}")
-                users.update(part for sample in samples for part in sample.media)
-                paths[f"{task.name}/{split}"] = {part.path for sample in samples for part in sample.media}
-                found[f"{task.name}/{split}"] = {"rows": len(rows), "bad_rows": len(rows) - len(samples), "labels": Counter(labels_of(samples)),
-                                                 "unparsed_targets": sum(bool(s.target and task.parse(s.target).error) for s in samples)}
-    if not found:
-        raise DataError(f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)")
-    parts = sorted(users if decode else {p.path: p for p in users}.values(), key=lambda p: (p.path, p.index))
-    lengths, reasons, rows_of = {}, {}, Counter()
-    for part, rows in users.items():
+            if not annotation_file(Path(root), task.name, split):
+                continue
+            samples, reasons = read_split(Path(root), task, split)
+            name = f"{task.name}/{split}"
+            splits[name] = describe_split(samples, len(reasons))
+            media = [part for sample in samples for part in sample.media]
+            paths[name] = {part.path for part in media}
+            uses.update(media)
+            bad_rows += reasons
+    if not splits:
+        raise DataError(
+            f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds "
+            "ave/, avqa/, ... (AVUIE_2)"
+        )
+
+    # media
+    seconds, errors = read_media(list(uses), decode, workers)
+    for name, split in splits.items():
+        add_files(split, paths[name], seconds, errors)
+
+    rows_of: Counter[str] = Counter()  # path -> how many rows use it
+    for part, rows in uses.items():
         rows_of[part.path] += rows
-    groups = [parts[i:i + 16] for i in range(0, len(parts), 16)]
-    for group in tqdm(decoding(groups, GRID, workers, decode), desc="reading media", unit_scale=16, unit="file"):
-        for part, loaded, reason in group:
-            if reason is not None:
-                reasons[part.path] = reason
-            elif part.kind != "image":
-                lengths[part.path] = loaded[1]
-    for name, entry in found.items():
-        seconds, bad = [lengths[p] for p in paths[name] if p in lengths], paths[name] & reasons.keys()
-        entry |= {"files": len(paths[name]), "missing": sum(not os.path.exists(p) for p in bad), "unreadable": sum(os.path.exists(p) for p in bad),
-                  "seconds": [min(seconds), median(seconds), max(seconds)] if seconds else None}
-    return {"tasks": found, "files": len(rows_of), "bad": [{"path": p, "reason": r, "rows": rows_of[p]} for p, r in sorted(reasons.items())], "rows": bad_rows}
+    bad_files = [BadFile(path, errors[path], rows_of[path]) for path in sorted(errors)]
+    return Report(splits, len(rows_of), bad_files, bad_rows)
 
 
-def labels_of(samples: list[Sample]) -> list[str]:
-    """The labels that the golds of the samples name: a choice, or the events."""
-    return [label for s in samples for label in ([s.gold.choice] if s.gold.choice is not None else
-                                                 [label for label, _ in s.gold.events + s.gold.audio_events + s.gold.visual_events])]
+def read_split(root: Path, task: Task, split: str) -> tuple[list[Sample], list[str]]:
+    """Make samples of all rows of an annotation file.
+
+    Returns:
+        The samples, and for each other row task/split/index and the reason.
+    """
+    samples, reasons = [], []
+    for index, row in enumerate(read_rows(root, task.name, split)):
+        try:
+            samples.append(make_sample(task, row, root, split, index, "reasoning", None))
+        except ValueError as error:  # in a field, or in the mask that the row names
+            reasons.append(f"{task.name}/{split}/{index}: {error}")
+    return samples, reasons
 
 
-def check_report(found: dict) -> str:
-    """The table that `check` ends with."""
-    lines = [f"{'task/split':<16}{'rows':>8}{'bad rows':>10}{'files':>8}{'missing':>9}{'unreadable':>12}{'labels':>8}  seconds: least, median, most"]
-    for name, e in found["tasks"].items():
-        seconds = "  ".join(f"{s:.1f}" for s in e["seconds"]) if e["seconds"] else "-"
-        lines.append(f"{name:<16}{e['rows']:>8}{e['bad_rows']:>10}{e['files']:>8}{e['missing']:>9}{e['unreadable']:>12}{len(e['labels']):>8}  {seconds}")
-    return "\n".join([*lines, f"{found['files']} files, {len(found['bad'])} of them missing or unreadable; {len(found['rows'])} rows that cannot be used"])
+def describe_split(samples: list[Sample], bad_rows: int) -> SplitReport:
+    """Count rows, labels and unparsed targets of one annotation file."""
+    labels: Counter[str] = Counter()
+    unparsed = 0
+    for sample in samples:
+        labels.update(gold_labels(sample))
+        if sample.target and sample.task.parse(sample.target).error:
+            unparsed += 1
+    return SplitReport(len(samples) + bad_rows, bad_rows, dict(labels), unparsed)
+
+
+def gold_labels(sample: Sample) -> list[str]:
+    """Return the labels in a sample's gold answer: its choice, or those of its events."""
+    gold = sample.gold
+    if gold.choice is not None:
+        return [gold.choice]
+    events = gold.events + gold.audio_events + gold.visual_events
+    return [label for label, _ in events]
+
+
+def read_media(
+    parts: list[PromptPart], decode: bool, workers: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Read media files.
+
+    Args:
+        parts: media; several may name the same file, of which they want different pieces.
+        decode: decode each of the parts, or else read the header of each file once.
+        workers: processes that read files (0: this one).
+
+    Returns:
+        Seconds by path, without pictures; and the reason by path where a file cannot be read.
+    """
+    if not decode:
+        parts = list({part.path: part for part in parts}.values())
+    parts = sorted(parts, key=lambda part: (part.path, part.index))
+    groups = [parts[start : start + GROUP] for start in range(0, len(parts), GROUP)]
+
+    seconds, errors = {}, {}
+    loader = decode_ahead(groups, GRID, workers, decode)
+    for group in tqdm(loader, desc="reading media", unit_scale=GROUP, unit="file"):
+        for medium in group:
+            if medium.error:
+                errors[medium.part.path] = medium.error
+            elif medium.part.kind != "image":
+                seconds[medium.part.path] = medium.seconds
+    return seconds, errors
+
+
+def add_files(
+    split: SplitReport, paths: set[str], seconds: dict[str, float], errors: dict[str, str]
+) -> None:
+    """Complete the report of an annotation file by what was found out about its files."""
+    split.files = len(paths)
+    for path in paths & errors.keys():
+        if os.path.exists(path):
+            split.unreadable += 1
+        else:
+            split.missing += 1
+    lengths = [seconds[path] for path in paths if path in seconds]
+    if lengths:
+        split.seconds = [min(lengths), median(lengths), max(lengths)]
+
+
+# --- command -------------------------------------------------------------------------------------
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="-m crab_min.tools.check", description="Check a copy of AV-UIE.")
+    parser.add_argument(
+        "--data", required=True, help="the folder that holds ave/, avqa/, ... (AVUIE_2)"
+    )
+    parser.add_argument("--tasks", default="all", help="comma-separated task names, or all")
+    parser.add_argument(
+        "--headers",
+        action="store_true",
+        help="read the header of each file alone: much faster, but a broken picture or sound is "
+        "not found",
+    )
+    parser.add_argument(
+        "--out", default="check.json", help="file for the whole report, with all reasons"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores)",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show a traceback where something goes wrong"
+    )
+    return parser
 
 
 def main(arguments: list[str]) -> int:
-    parser = Parser(prog="-m crab_min.tools.check", description="Check a copy of AV-UIE.")
-    parser.add_argument("--data", required=True, help="the folder that holds ave/, avqa/, ... (AVUIE_2)")
-    parser.add_argument("--tasks", default="all", help="comma-separated task names, or all")
-    parser.add_argument("--headers", action="store_true", help="read the header of each file alone: much faster, but a broken picture or sound is not found")
-    parser.add_argument("--out", default="check.json", help="where all that was found goes, with the reasons")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback where something goes wrong")
-    given = parser.parse_args(arguments)
+    given = make_parser().parse_args(arguments)
 
     def run():
-        found = check(given.data, pick_tasks(given.tasks), not given.headers, given.workers)
-        for reason in [b["reason"] for b in found["bad"][:10]] + found["rows"][:10]:
+        report = check(given.data, pick_tasks(given.tasks), not given.headers, given.workers)
+        for file in report.bad_files[:SHOWN]:
+            print(file.reason)
+        for reason in report.bad_rows[:SHOWN]:
             print(reason)
-        print(check_report(found))
-        atomic_write(Path(given.out), json.dumps(found, indent=1, ensure_ascii=False))
-        print(f"all of it, with every reason: {given.out}")
+        print(report.table())
+        text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
+        atomic_write(Path(given.out), text)
+        print(f"the whole report, with every reason: {given.out}")
+
     return run_command(run, given.debug)
 
 
