@@ -10,17 +10,15 @@ import os
 import sys
 
 from crab_min.cli import parse_train, run_command
-from crab_min.config import RECIPES, settings_from_flat
 from crab_min.installation import require_installation
 from crab_min.recipes.presets import PRESETS
 
 
 def main(arguments: list[str]) -> int:
-    given = parse_train(arguments)
+    given, settings = parse_train(arguments)
     name = PRESETS[given.preset].recipe
 
     def command() -> None:
-        settings = settings_from_flat(RECIPES[name], vars(given))
         require_installation()
         # torch is imported from here on
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers are used, then forked

@@ -4,9 +4,9 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field
 
-from crab_min.config import RECIPES, RENAMED, groups_of
+from crab_min.config import RECIPES, RENAMED, flag_fields, groups_of, settings_from_flags
 from crab_min.recipes.presets import PRESETS, Preset, with_values
 
 # Flags that are gone, and what does their work now.
@@ -62,10 +62,9 @@ def flag_name(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
-def flag_fields(settings: type) -> list[Field]:
+def all_flag_fields(settings: type) -> list[Field]:
     """Return the fields of a settings class that are flags, over all its groups."""
-    groups = groups_of(settings).values()
-    return [f for group in groups for f in fields(group) if "help" in f.metadata]
+    return [f for group in groups_of(settings).values() for f in flag_fields(group)]
 
 
 def add_flag(parser, f: Field, default, shown: bool) -> None:
@@ -91,17 +90,17 @@ COMMANDS = {
 }
 
 
-def parse_train(arguments: list[str]) -> argparse.Namespace:
+def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     """Parse the arguments of train.py; the preset may stand anywhere among the flags.
 
     Returns:
-        The values of the flags, and `preset`.
+        The values of the flags and `preset`; and the settings of the run.
     """
     # a first pass that knows the flags of all presets finds the preset and Crab's stage
     presets_of: dict[str, str] = {}
     first = command_parser()
     for name, preset in PRESETS.items():
-        for f in flag_fields(RECIPES[preset.recipe]):
+        for f in all_flag_fields(RECIPES[preset.recipe]):
             if flag_name(f.name) not in presets_of:
                 presets_of[flag_name(f.name)] = name
                 add_flag(first, f, f.default, shown=False)
@@ -114,7 +113,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     # the second pass knows the flags and the defaults of that preset alone
     preset = PRESETS[known.preset]
     settings = RECIPES[preset.recipe]
-    own = [flag_name(f.name) for f in flag_fields(settings)]
+    own = [flag_name(f.name) for f in all_flag_fields(settings)]
     for name in given_flags(arguments):
         if name in presets_of and name not in own:
             first.error(f"{known.preset} has no --{name}; {presets_of[name]} has")
@@ -122,10 +121,9 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     values = values_of(preset, known.stage)
     for name, group in groups_of(settings).items():
         heading = parser.add_argument_group(name, group.__doc__)
-        for f in fields(group):
-            if "help" in f.metadata:
-                shown = known.help_all or f.metadata["basic"]
-                add_flag(heading, f, values.get(name, {}).get(f.name, f.default), shown)
+        for f in flag_fields(group):
+            shown = known.help_all or f.metadata["basic"]
+            add_flag(heading, f, values.get(name, {}).get(f.name, f.default), shown)
 
     if known.help or known.help_all:
         parser.print_help()
@@ -134,7 +132,8 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
         for name, preset in PRESETS.items():
             print(f"{name:<16} {preset.description}")
         sys.exit(0)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    return given, settings_from_flags(settings, vars(given), values)
 
 
 def command_parser(description: str = "") -> Parser:
@@ -155,7 +154,7 @@ def values_of(preset: Preset, stage: str) -> dict[str, dict]:
 def run_command(command: Callable[[], None], debug: bool) -> int:
     """Run a command and return its exit code.
 
-    An error that the user can mend becomes one line and exit code 2; with `debug` it is a traceback.
+    An error that the user can mend becomes one line and exit code 2, or with `debug` a traceback.
     """
     try:
         command()

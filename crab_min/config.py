@@ -6,7 +6,7 @@ answered at once.
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 
 from crab_min.errors import RunError
 
@@ -377,16 +377,23 @@ def settings_from(settings: type, values: dict[str, dict]):
     return settings(**{name: groups[name](**group) for name, group in values.items()})
 
 
-def settings_from_flat(settings: type, values: dict):
-    """Build settings from values by field name, which is unique over the groups.
+def settings_from_flags(settings: type, flags: dict, values: dict[str, dict]):
+    """Build settings from the values of flags, and from values by group for what is no flag.
 
-    Values that the settings class has no field for are left out.
+    Args:
+        flags: field name -> value; names that the settings do not have are left out.
+        values: group -> field -> value, as a preset has them.
     """
-    nested = {
-        name: {f.name: values[f.name] for f in fields(group) if f.name in values}
-        for name, group in groups_of(settings).items()
-    }
+    nested = {}
+    for name, group in groups_of(settings).items():
+        given = {f.name: flags[f.name] for f in flag_fields(group) if f.name in flags}
+        nested[name] = {**values.get(name, {}), **given}
     return settings_from(settings, nested)
+
+
+def flag_fields(group: type) -> list[Field]:
+    """Return the fields of a group that are flags; over all groups their names are unique."""
+    return [f for f in fields(group) if "help" in f.metadata]
 
 
 # Old name of a field and its flag -> the new one.
@@ -417,7 +424,6 @@ OLD_VALUES = {
         "words": "embeddings",
     },
 }
-OLD_MASK_FIELDS = ["width", "heads", "queries", "chained", "bce", "dice"]
 
 
 def settings_from_old(values: dict) -> tuple[str, Settings]:
@@ -432,23 +438,25 @@ def settings_from_old(values: dict) -> tuple[str, Settings]:
         parts = [str(renamed.get(part, part)) for part in str(named.get(name, "")).split("+")]
         if name in named:
             named[name] = renamed.get(named[name], ",".join(parts))
-    named["questions"] = named.pop("about", "")
-    named["width"] = named.pop("patch_size", SideChannelConfig.width)
+    questions = named.get("about", "")
 
-    # which recipe it was
+    # which recipe it was; sizes of patches and masks had flags of their own
     if named.get("modalities"):
-        return "crema", settings_from_flat(CremaSettings, named)
-    if named.get("side") or named["questions"]:
-        for name in ("layers", "rope"):
-            named[name] = named.pop(f"patch_{name}", getattr(SideChannelConfig, name))
-        return "pave", settings_from_flat(PaveSettings, named)
+        return "crema", settings_from_flags(CremaSettings, named, {})
+    if named.get("side") or questions:
+        patch = old_values(named, SideChannelConfig, "patch_{}")
+        patch |= {"questions": questions, "width": named.get("patch_size", SideChannelConfig.width)}
+        patch["shared_kv"] = named.get("shared_kv", False)
+        return "pave", settings_from_flags(PaveSettings, named, {"patch": patch})
     if named.get("stage") or named.get("masks"):
-        settings = settings_from_flat(
-            CrabSettings, {**named, "stage": named.get("stage") or "unified"}
-        )
-        settings.masks = MaskDecoderConfig(decoder=bool(named.get("masks")))
-        for name in OLD_MASK_FIELDS:
-            default = getattr(MaskDecoderConfig, name)
-            setattr(settings.masks, name, named.get(f"mask_{name}", default))
-        return "crab", settings
-    return "crab_plus", settings_from_flat(Settings, named)
+        masks = old_values(named, MaskDecoderConfig, "mask_{}")
+        masks["decoder"] = bool(named.get("masks"))
+        named["stage"] = named.get("stage") or "unified"
+        return "crab", settings_from_flags(CrabSettings, named, {"masks": masks})
+    return "crab_plus", settings_from_flags(Settings, named, {})
+
+
+def old_values(values: dict, group: type, pattern: str) -> dict:
+    """Return the values that old flags such as --mask-width gave the fields of a group."""
+    names = {f.name: pattern.format(f.name) for f in fields(group)}
+    return {name: values[old] for name, old in names.items() if old in values}
