@@ -21,16 +21,25 @@ WORLD = "--world-clips 48 --world-test 8 --test-rows 2 --steps 20"
 RUNS = {
     "crab_plus": f"crab_plus-tiny {WORLD}",
     "visual": f"crab-tiny --stage visual {WORLD}",
-    "audio": f"crab-tiny --stage audio {WORLD} --start OUT/visual",
-    "unified": f"crab-tiny --stage unified {WORLD} --start OUT/audio",
+    "audio": f"crab-tiny --stage audio {WORLD} --init-from OUT/visual",
+    "unified": f"crab-tiny --stage unified {WORLD} --init-from OUT/audio",
     "masks": f"crab-tiny --stage masks {WORLD} --text-steps 10",
-    "pave": f"pave-tiny --no-arms {WORLD}",
+    "pave": f"pave-tiny --no-compare-lora {WORLD}",
     "crema": f"crema-tiny {WORLD}",
-    "sequential": f"crema-tiny --sequential {WORLD} --steps 5",
+    "sequential": f"crema-tiny --modality-sequential {WORLD} --steps 5",
     "two_processes": f"crab_plus-tiny {WORLD} --batch-size 8",
 }
 PLANS = "crab_plus-3b crab_plus-7b crab-7b pave-0.5b pave-7b crema-xl".split()
 EVALUATION = "--eval --test-rows 5 --run OUT/crab_plus --out OUT/crab_plus/eval"
+
+
+# What a part's file and its tensors were called before parts had files of their own.
+OLD_NAMES = {
+    r"^embeddings\.": "words.",
+    r"^modality_\w+?\.": "multimodal.",
+    r"^mask_decoder\.": "masks.",
+    r"^patch_\w+?\.": "",
+}
 
 
 def run(command: list[str]) -> str:
@@ -48,7 +57,11 @@ def weights(folder: Path) -> dict:
     for file in sorted(folder.rglob("*.safetensors")):
         if "checkpoints" in file.parts or "state" in file.parts:
             continue
+        part = f"{file.stem}." if file.parent.name == "parts" else ""
         for name, tensor in load_file(file).items():
+            name = part + name
+            for pattern, old in OLD_NAMES.items():
+                name = re.sub(pattern, old, name)
             bits = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:12]
             found[name] = {"norm": tensor.float().norm().item(), "bits": bits}
     return found
@@ -89,7 +102,7 @@ def compare(before: dict, after: dict) -> bool:
         print(
             f"{name:<14} losses and norms differ by at most {step:.1e}; "
             f"{bits} of {len(old)} tensors equal in every bit, norms within {norm:.1e}; "
-            f"names gone {len(old.keys() - new.keys())}, new {len(new.keys() - old.keys())}"
+            f"names gone {sorted(old.keys() - new.keys())[:4]}, new {sorted(new.keys() - old.keys())[:4]}"
         )
         worse |= step > 1e-6
     for part in ("evaluation", "plans", "train.py", "infer.py"):

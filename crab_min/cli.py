@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import Field
 
 from crab_min.config import RECIPES, RENAMED, flag_fields, groups_of, settings_from_flags
+from crab_min.errors import RunError
 from crab_min.recipes.presets import PRESETS, Preset, with_values
 
 # Flags that are gone, and what does their work now.
@@ -133,7 +134,10 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
             print(f"{name:<16} {preset.description}")
         sys.exit(0)
     given = parser.parse_args(arguments)
-    return given, settings_from_flags(settings, vars(given), values)
+    try:
+        return given, settings_from_flags(settings, vars(given), values)
+    except RunError as error:
+        parser.error(str(error))
 
 
 def command_parser(description: str = "") -> Parser:
