@@ -11,8 +11,8 @@ from crab_min.answers import GRID, mask_box
 from crab_min.tasks import TASKS
 from crab_min.tinybase import make as base
 from crab_min.tinybase.captions import content_words, pair_statements, scene_statements, with_keywords_or_recap
-from crab_min.world.questions import at
-from crab_min.world.scenes import Renderer
+from crab_min.world.clauses import at_position
+from crab_min.world.rendering import Renderer
 from crab_min.world.things import SECONDS
 
 FEW = ["tiny-base", "--see-steps", "1", "--hear-steps", "1", "--practice", "0.002", "--read-steps", "3", "--check-scenes", "2", "--out"]
@@ -59,7 +59,7 @@ def test_statements_are_true(renderer):
             elif re.fullmatch(r"The .* can be heard.", text) and " on the " not in text and " in the " not in text:
                 assert named == scene.heard
             elif match := re.fullmatch(r"On the (left|right) is the \w+.*", text):
-                assert named[-1].side == match[1]
+                assert named[-1].position == match[1]
             elif match := re.fullmatch(r"The .* and next to the \w+ the \w+ is heard (longer|shorter|earlier|later).", text):
                 (start, end), (other_start, other_end) = named[-1].heard[0] if named[-1].heard else (0, 0), named[-2].heard[0] if named[-2].heard else (0, 0)
                 assert {"longer": end - start > other_end - other_start, "shorter": end - start < other_end - other_start,
@@ -91,7 +91,7 @@ def test_a_lesson_says_one_form_of_statement_about_each_thing(renderer):
         said = scene_statements(renderer, scene, rng, True, None, range(SECONDS), ("sounds",))
         assert sorted(said) == sorted(f"The {o.label} is {'heard' if o.heard else 'silent'}." for o in scene.seen)
         said = scene_statements(renderer, scene, rng, True, None, range(SECONDS), ("shown",))
-        assert sorted(said) == sorted(f"The {o.label} is " + (f"{at(o.side)}." if o.seen else "not in the picture.") for o in scene.heard)
+        assert sorted(said) == sorted(f"The {o.label} is " + (f"{at_position(o.position)}." if o.seen else "not in the picture.") for o in scene.heard)
 
 
 def test_keywords_and_recaps_are_words_of_the_statements():

@@ -15,15 +15,10 @@ from crab_min.errors import DataError
 from crab_min.media.read import read_video
 from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
 from crab_min.tasks import TASKS
-from crab_min.world.folders import (
-    TRAIN_ONLY,
-    WorldConfig,
-    build_world,
-    clip_rows,
-    match_rows,
-    overlap,
-)
-from crab_min.world.scenes import FPS, Renderer
+from crab_min.world.clip_rows import clip_rows, match_rows, overlap
+from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import FPS
 from crab_min.world.things import SECONDS
 
 SMALL = WorldConfig(world_clips=24, world_test=4)
@@ -191,7 +186,7 @@ def test_audio_visual_questions_need_both_senses(asked, renderer):
 
 
 def test_things_from_a_folder(tmp_path, monkeypatch):
-    from crab_min.media.read import write_audio
+    from crab_min.media.write import write_audio
     with pytest.raises(DataError, match="no such folder"):
         Renderer(str(tmp_path / "nowhere"))
     for i in range(4):

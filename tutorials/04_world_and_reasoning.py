@@ -21,7 +21,7 @@ from crab_min.tasks import TASKS
 from crab_min.trainer import TrainConfig, run
 from crab_min.world.folders import WorldConfig, build_world
 from crab_min.world.questions import questions
-from crab_min.world.scenes import Renderer
+from crab_min.world.rendering import Renderer
 
 # 1. A scene is symbols: what there is, where, and in which seconds it is seen and heard. It is drawn from (seed, split, kind, index) alone.
 renderer = Renderer()
@@ -29,7 +29,7 @@ scene = next(s for s in (renderer.scene("train", "many", i) for i in range(1000)
              if len(s.seen) == len(s.heard) == 2 and len(s.objects) == 3)
 print(f"Scene {scene.name}, at the place {scene.place!r}:")
 for o in scene.objects:
-    print(f"  {o.label:<8} {'off screen' if not o.seen else f'{o.side}, seen {o.seen}':<28} {f'heard {o.heard}' if o.heard else 'silent'}")
+    print(f"  {o.label:<8} {'off screen' if not o.seen else f'{o.position}, seen {o.seen}':<28} {f'heard {o.heard}' if o.heard else 'silent'}")
 
 # 2. Frames, sound and masks are computed from the symbols; nothing is measured afterwards, so no label can be wrong.
 print(f"\nframes {renderer.frames(scene, np.arange(10) + .5).shape}, wave {renderer.wave(scene).shape}, "

@@ -1,4 +1,8 @@
-"""Features and points in array files."""
+"""Reading features, pictures and 3D points from array files (.npy, .npz, .pt, .safetensors).
+
+Shapes: U steps in time, S tokens per step, W wide; N points.
+"""
+
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,70 +15,173 @@ from safetensors.torch import load_file
 
 from crab_min.errors import MediaError
 
-
-def read_array(path: str, frames: int, size: int) -> np.ndarray:
-    """A side channel that was computed before, in a .npy, .pt or .safetensors: numbers (U, W), (U, S, W) or (U, rows, columns, W) -> (U, S, W) float32.
-
-    Bytes (uint8) are pictures (U, rows, columns[, 1 or 3]) -> `frames` of them, spread over time (frames, size, size, 3). Raises MediaError.
-    """
-    x = load_array(path)
-    if x.dtype == np.uint8:
-        x = x[..., None] if x.ndim == 3 else x
-        if x.ndim != 4 or not x.size or x.shape[-1] not in (1, 3):
-            raise MediaError(f"{path}: bytes of shape {x.shape}; pictures are (steps, rows, columns), grey, or (steps, rows, columns, 3); save features as floats")
-        chosen = x[((np.arange(frames) + .5) * len(x) / frames).astype(int)].repeat(3 // x.shape[-1], -1)
-        return np.stack([np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)) for picture in chosen])
-    x = x.astype(np.float32)
-    if not 2 <= x.ndim <= 4 or not x.size or not np.isfinite(x).all():
-        raise MediaError(f"{path}: an array of shape {x.shape}{'' if np.isfinite(x).all() else ' with values that are not finite'}; a side channel is (steps, width), "
-                         "(steps, tokens, width) or (steps, rows, columns, width)")
-    return x[:, None] if x.ndim == 2 else x.reshape(len(x), -1, x.shape[-1])
-
-
-def load_array(path: str) -> np.ndarray:
-    """The one array of a .npy, .pt or .safetensors. Raises MediaError."""
-    try:
-        if path.endswith(".npy"):
-            return np.asarray(np.load(path))
-        x = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
-        x = next(iter(x.values())) if isinstance(x, dict) else x
-        return np.asarray(x) if isinstance(x, np.ndarray) else (x if x.dtype == torch.uint8 else x.float()).numpy()
-    except (OSError, ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, StopIteration, pickle.UnpicklingError) as error:
-        raise MediaError(f"{path}: not one array of numbers ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); save one with numpy.save or "
-                         "torch.save") from None
-
-
-# 3D points as 3D-LLM gives them, for CREMA: features (N, W) of a scene in one folder, their places (N, 3) in the other
+# 3D points as 3D-LLM releases them, for CREMA: two folders, with the features of a scene (N, W) in
+# the first and the coordinates (N, 3) of the same points in the second.
 POINTS = "voxelized_features_sam_nonzero_preprocess", "voxelized_voxels_sam_nonzero_preprocess"
 
 
+# --- features and pictures ------------------------------------------------------------------------
+
+
+def read_array(path: str, frames: int, size: int) -> np.ndarray:
+    """Read a side channel that was computed before: features, or pictures as bytes.
+
+    Args:
+        path: a .npy, .pt or .safetensors file with one array. Numbers are features (U, W),
+            (U, S, W) or (U, rows, columns, W); bytes (uint8) are pictures (U, rows, columns),
+            with a last axis of 1 or 3 or none.
+        frames: number of pictures, spread evenly over time. All steps of features are kept.
+        size: side of the square pictures in pixels.
+
+    Returns:
+        Features (U, S, W) float32, or pictures (frames, size, size, 3) uint8.
+
+    Raises:
+        MediaError: a file that is missing, broken or holds another shape.
+    """
+    array = load_array(path)
+    if array.dtype == np.uint8:
+        return spread_pictures(path, array, frames, size)
+    features = array.astype(np.float32)
+    finite = np.isfinite(features).all()
+    if not 2 <= features.ndim <= 4 or not features.size or not finite:
+        reason = "" if finite else " with values that are not finite"
+        raise MediaError(
+            f"{path}: an array of shape {features.shape}{reason}; a side channel is "
+            "(steps, width), (steps, tokens, width) or (steps, rows, columns, width)"
+        )
+    if features.ndim == 2:
+        return features[:, None]  # (U, 1, W)
+    return features.reshape(len(features), -1, features.shape[-1])  # (U, S, W)
+
+
+def spread_pictures(path: str, pictures: np.ndarray, frames: int, size: int) -> np.ndarray:
+    """Return `frames` pictures (frames, size, size, 3) spread evenly over time."""
+    if pictures.ndim == 3:
+        pictures = pictures[..., None]  # (U, rows, columns, 1): grey
+    if pictures.ndim != 4 or not pictures.size or pictures.shape[-1] not in (1, 3):
+        raise MediaError(
+            f"{path}: bytes of shape {pictures.shape}; pictures are (steps, rows, columns), grey, "
+            "or (steps, rows, columns, 3); save features as floats"
+        )
+    # the pictures in the middle of `frames` equal parts, as read_video takes them
+    chosen = ((np.arange(frames) + 0.5) * len(pictures) / frames).astype(int)
+    pictures = pictures[chosen].repeat(3 // pictures.shape[-1], -1)  # (frames, rows, columns, 3)
+    resized = []
+    for picture in pictures:
+        image = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)
+        resized.append(np.asarray(image))
+    return np.stack(resized)
+
+
+def load_array(path: str) -> np.ndarray:
+    """Load the one array of a .npy, .pt or .safetensors file. Raises MediaError."""
+    try:
+        if path.endswith(".npy"):
+            return np.asarray(np.load(path))
+        if path.endswith(".safetensors"):
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            content = next(iter(content.values()))
+        if isinstance(content, np.ndarray):
+            return content
+        # numpy knows no bfloat16
+        return (content if content.dtype == torch.uint8 else content.float()).numpy()
+    except (
+        OSError,
+        ValueError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        StopIteration,
+        pickle.UnpicklingError,
+    ) as error:
+        first_line = str(error).partition("\n")[0]
+        reason = f"not one array of numbers ({type(error).__name__}: {first_line})"
+        raise MediaError(f"{path}: {reason}; save one with numpy.save or torch.save") from None
+
+
+# --- 3D points ------------------------------------------------------------------------------------
+
+
 def read_points(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(places (U, N, 3) of points, their features (U, N, W) or None): a .npz with xyz (N, 3) or (U, N, 3) and perhaps features, or 3D-LLM's pair. Raises MediaError."""
+    """Read 3D points.
+
+    Args:
+        path: a .npz with `xyz` (N, 3) or (U, N, 3) and perhaps `features` (N, W) or (U, N, W), or
+            3D-LLM's file of features, whose coordinates are found in the folder beside it.
+
+    Returns:
+        (xyz (U, N, 3), features (U, N, W) or None).
+
+    Raises:
+        MediaError: a file that is missing, broken or holds other shapes.
+    """
     if path.endswith(".npz"):
-        try:
-            with np.load(path) as file:
-                xyz, features = file["xyz"], file["features"] if "features" in file else None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise MediaError(f"{path}: not 3D points ({type(error).__name__}: {error}); numpy.savez(FILE, xyz=..., features=...) with xyz (N, 3) or (steps, N, 3)") from None
+        xyz, features = load_npz_points(path)
     else:
-        features, xyz = load_array(path), load_array(str(Path(path.replace(*POINTS)).with_suffix(".npy")))
-    xyz, features = (x[None] if x is not None and x.ndim == 2 else x for x in (xyz, features))
-    if xyz.ndim != 3 or xyz.shape[-1] != 3 or not xyz.size or features is not None and features.shape[:2] != xyz.shape[:2]:
-        raise MediaError(f"{path}: places {xyz.shape} and features {None if features is None else features.shape} of points; xyz is (N, 3) or (steps, N, 3), features (N, width)")
+        features = load_array(path)
+        xyz = load_array(str(Path(path.replace(*POINTS)).with_suffix(".npy")))
+    if xyz.ndim == 2:
+        xyz = xyz[None]  # (1, N, 3): one step
+    if features is not None and features.ndim == 2:
+        features = features[None]  # (1, N, W)
+
+    fitting = features is None or features.shape[:2] == xyz.shape[:2]
+    if xyz.ndim != 3 or xyz.shape[-1] != 3 or not xyz.size or not fitting:
+        shape = None if features is None else features.shape
+        raise MediaError(
+            f"{path}: coordinates {xyz.shape} and features {shape} of points; xyz is (N, 3) or "
+            "(steps, N, 3), features (N, width)"
+        )
     return xyz, features
 
 
-def point_code(xyz: np.ndarray, features: np.ndarray | None = None, most: int = 5000) -> np.ndarray:
-    """Points as tokens (U, N, W): features (U, N, W) + 0.01 * the sines and cosines of their whole-numbered places xyz (U, N, 3), W // 3 for each coordinate, as in CREMA.
+def load_npz_points(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Load `xyz` and, if they are there, `features` of a .npz file. Raises MediaError."""
+    try:
+        with np.load(path) as file:
+            features = file["features"] if "features" in file else None
+            return file["xyz"], features
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise MediaError(
+            f"{path}: not 3D points ({type(error).__name__}: {error}); "
+            "numpy.savez(FILE, xyz=..., features=...) with xyz (N, 3) or (steps, N, 3)"
+        ) from None
 
-    Without features the sines and cosines alone, W = 96. Of more than `most` points as many are taken, evenly (there: at random).
+
+def point_code(xyz: np.ndarray, features: np.ndarray | None = None, most: int = 5000) -> np.ndarray:
+    """Encode points as tokens: features + 0.01 * the sines and cosines of their coordinates.
+
+    As in CREMA, except that of too many points some are taken evenly, there at random.
+
+    Args:
+        xyz: whole-numbered coordinates (U, N, 3). Each has W // 3 sines and cosines.
+        features: (U, N, W). None: the sines and cosines alone are the tokens, and W is 96.
+        most: the largest number of points.
+
+    Returns:
+        (U, N, W) float32.
     """
     if xyz.shape[1] > most:
         chosen = np.linspace(0, xyz.shape[1] - 1, most).astype(int)
-        xyz, features = xyz[:, chosen], None if features is None else features[:, chosen]
+        xyz = xyz[:, chosen]  # (U, most, 3)
+        if features is not None:
+            features = features[:, chosen]
     width = 96 if features is None else features.shape[-1]
-    each = width // 3
-    turns = xyz[..., None].astype(np.float32) / 10000 ** (np.arange(0, each, 2) / each)          # (U, N, 3, (each + 1) // 2)
-    code = np.stack([np.sin(turns), np.cos(turns)], -1).reshape(*turns.shape[:-1], -1)[..., :each].reshape(*xyz.shape[:2], -1)
-    code = np.pad(code, ((0, 0), (0, 0), (0, width - code.shape[-1])))
-    return np.float32(code if features is None else features + .01 * code)
+
+    # sin(x / 10000^(i / n)), cos(x / 10000^(i / n)) for even i < n, of each coordinate x
+    per_axis = width // 3
+    frequencies = 10000 ** (np.arange(0, per_axis, 2) / per_axis)
+    angles = xyz[..., None].astype(np.float32) / frequencies  # (U, N, 3, (per_axis + 1) // 2)
+    code = np.stack([np.sin(angles), np.cos(angles)], -1)
+    code = code.reshape(*angles.shape[:-1], -1)[..., :per_axis]  # (U, N, 3, per_axis)
+    code = code.reshape(*xyz.shape[:2], -1)  # (U, N, 3 * per_axis)
+
+    code = np.pad(code, ((0, 0), (0, 0), (0, width - code.shape[-1])))  # (U, N, W)
+    if features is None:
+        return np.float32(code)
+    return np.float32(features + 0.01 * code)

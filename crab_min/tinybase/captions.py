@@ -25,29 +25,30 @@ import random
 
 from crab_min.answers import mask_box
 from crab_min.tasks import TASKS
-from crab_min.world.folders import clip_rows
-from crab_min.world.questions import (
+from crab_min.world.clauses import (
     EARLIER,
     LONGER,
     MOVES,
+    NOT_IN_PICTURE,
     NUMBERS,
     ORDERS,
-    PLACES_TO_CHOOSE,
-    at,
-    compared,
-    found,
-    hears,
-    length,
-    listing,
-    named,
-    only,
-    placed,
-    placed_at,
+    at_position,
+    clause_at_position,
+    clause_compared,
+    clause_heard,
+    clause_heard_where,
+    clause_if_heard,
+    clause_where_heard,
+    clause_where_heard_at,
+    join_with_and,
+    list_of_names,
+    seconds_heard,
     sentence,
-    sounding,
-    sounds,
+    unique_minimum,
 )
-from crab_min.world.scenes import Object, Renderer, Scene
+from crab_min.world.clip_rows import clip_rows
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import Object, Scene
 from crab_min.world.things import SECONDS, SIZE
 
 Facts = dict[str, list[str]]  # form -> clauses
@@ -69,14 +70,14 @@ def visual_facts(
     """
     facts = {
         "": [f"{counted(len(visible), 'thing')} seen"],
-        "all": [f"{named(visible)} can be seen"],
+        "all": [f"{list_of_names(visible)} can be seen"],
     }
     if scene.movement:
         # the only object of this kind of scene moves about, so its side and box say nothing
         facts["movement"] = movement_clauses(renderer, scene) if frame_at is None else []
         return facts
-    facts["side"] = [f"the {obj.label} is {at(obj.side)}" for obj in visible]
-    facts["there"] = [f"{at(obj.side)} is the {obj.label}" for obj in visible]
+    facts["side"] = [f"the {obj.label} is {at_position(obj.position)}" for obj in visible]
+    facts["there"] = [f"{at_position(obj.position)} is the {obj.label}" for obj in visible]
 
     # when an object is seen takes the whole clip; exactly where it is takes one frame
     if frame_at is None:
@@ -100,23 +101,23 @@ def audio_facts(
     """
     facts = {
         "": [f"{counted(len(audible), 'sound')} heard"],
-        "all": [f"{named(audible)} can be heard"],
+        "all": [f"{list_of_names(audible)} can be heard"],
     }
     if not whole:
         return facts
 
     # spans, and what is heard at two random seconds
-    facts["span"] = [hears(obj) for obj in audible]
+    facts["span"] = [clause_heard(obj) for obj in audible]
     for second in rng.sample(range(SECONDS), 2):
         heard_now = [obj for obj in audible if obj.heard_at(second)]
-        facts[""].append(f"at {second} {named(heard_now)} can be heard")
+        facts[""].append(f"at {second} {list_of_names(heard_now)} can be heard")
     if len(audible) > 1:
-        facts[""].append(listing(facts["span"]))
+        facts[""].append(join_with_and(facts["span"]))
 
     # what is heard first, last and longest, where this is one object
     facts["order"], facts["ranked"] = [], []
     for order, key in ORDERS.items():
-        obj = only(audible, key)
+        obj = unique_minimum(audible, key)
         if obj is not None:
             facts["order"].append(f"the {obj.label} is heard {order}")
             facts["ranked"].append(f"heard {order} is the {obj.label}")
@@ -137,27 +138,27 @@ def av_facts(
     seen_and_heard = [obj for obj in visible if obj in audible]
     off_screen = [obj for obj in audible if obj not in visible]
     facts = {
-        "off": [f"the {obj.label} is {PLACES_TO_CHOOSE['']}" for obj in off_screen],
+        "off": [f"the {obj.label} is {NOT_IN_PICTURE}" for obj in off_screen],
         "both": [f"the {obj.label} is seen and heard" for obj in seen_and_heard],
     }
     if not fixed_places:
         return facts
-    facts["sounds"] = [sounds(obj, obj in audible) for obj in visible]
+    facts["sounds"] = [clause_if_heard(obj, obj in audible) for obj in visible]
     facts["shown"] = [shown_clause(obj, obj in visible) for obj in audible]
     facts[""] = []
     if seen_and_heard:
-        facts[""].append(sounding(seen_and_heard))
+        facts[""].append(clause_heard_where(seen_and_heard))
     if len(visible) > 1:
-        facts[""].append(listing(facts["sounds"]))
+        facts[""].append(join_with_and(facts["sounds"]))
 
     # with all of the sound: when; with one second of it: heard or silent in this second
     if len(seconds) == SECONDS:
-        facts["placed"] = [placed(obj) for obj in visible]
-        facts["found"] = [found(obj) for obj in visible]
+        facts["placed"] = [clause_where_heard(obj) for obj in visible]
+        facts["found"] = [clause_at_position(obj) for obj in visible]
         if len(visible) > 1:
-            facts[""].append(listing([hears(obj) for obj in visible]))
+            facts[""].append(join_with_and([clause_heard(obj) for obj in visible]))
     elif len(seconds) == 1:
-        facts["placed"] = [placed_at(obj, seconds[0] + 0.5) for obj in visible]
+        facts["placed"] = [clause_where_heard_at(obj, seconds[0] + 0.5) for obj in visible]
     return facts
 
 
@@ -196,7 +197,7 @@ def box_clause(renderer: Renderer, scene: Scene, obj: Object, second: float) -> 
 
 
 def shown_clause(obj: Object, visible: bool) -> str:
-    where = PLACES_TO_CHOOSE[obj.side if visible else ""]
+    where = at_position(obj.position) if visible else NOT_IN_PICTURE
     return f"the {obj.label} is {where}"
 
 
@@ -204,10 +205,14 @@ def comparisons(objects: list[Object]) -> list[str]:
     """Compare every two objects by how long they are heard, then by which is heard earlier."""
     longer, earlier = [], []
     for a, b in itertools.permutations(objects, 2):
-        if length(a) != length(b):
-            longer.append(listing([hears(a), hears(b), compared(a, b, *LONGER)]))
+        if seconds_heard(a) != seconds_heard(b):
+            longer.append(
+                join_with_and([clause_heard(a), clause_heard(b), clause_compared(a, b, LONGER)])
+            )
         if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]:
-            earlier.append(listing([hears(a), hears(b), compared(a, b, *EARLIER)]))
+            earlier.append(
+                join_with_and([clause_heard(a), clause_heard(b), clause_compared(a, b, EARLIER)])
+            )
     return longer + earlier
 
 
@@ -295,7 +300,7 @@ def pair_statements(
     second_labels = [obj.label for obj in second]
 
     # what each medium has, and which things are in one of the two only, or in neither
-    mixed = [f"{kind} one has {named(first)}", f"{kind} two has {named(second)}"]
+    mixed = [f"{kind} one has {list_of_names(first)}", f"{kind} two has {list_of_names(second)}"]
     which = [f"the {name} is in {kind} one" for name in first_labels if name not in second_labels]
     which += [f"the {name} is in {kind} two" for name in second_labels if name not in first_labels]
     for obj in others:
@@ -304,12 +309,12 @@ def pair_statements(
     mixed += [f"the {name} is in both" for name in first_labels if name in second_labels]
 
     # the third medium, and two of the lookups in one statement
-    mixed.append(f"{named(others)} can be {sense}")
+    mixed.append(f"{list_of_names(others)} can be {sense}")
     if sense == "heard":
-        mixed += [hears(obj) for obj in others]
+        mixed += [clause_heard(obj) for obj in others]
     lookups = rng.sample(which, min(2, len(which)))
     if lookups:
-        mixed.append(listing(lookups))
+        mixed.append(join_with_and(lookups))
     return sample_statements([{"": mixed, "which": which}], forms, rng)
 
 

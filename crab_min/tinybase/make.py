@@ -26,7 +26,7 @@ from crab_min.errors import ModelError
 from crab_min.tinybase.captions import corpus
 from crab_min.tinybase.pretrain_encoders import train_hear, train_see
 from crab_min.tinybase.pretrain_lm import check_base, train_read
-from crab_min.world.scenes import Renderer
+from crab_min.world.rendering import Renderer
 
 
 @dataclass

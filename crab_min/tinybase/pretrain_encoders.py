@@ -21,7 +21,8 @@ from crab_min.backbones.composed import ComposedModel
 from crab_min.beats import fbank
 from crab_min.errors import ModelError
 from crab_min.model import bf16_autocast
-from crab_min.world.scenes import EMOTIONS, Renderer, Scene
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import EMOTIONS, Scene
 from crab_min.world.things import SECONDS, SIZE
 
 BINS = GRID // 10 + 1                                  # the tens of a box edge, 0 to 22

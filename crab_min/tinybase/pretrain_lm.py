@@ -24,8 +24,9 @@ from crab_min.evaluation.metrics import iou
 from crab_min.interface import PromptPart
 from crab_min.tinybase.captions import pair_statements, scene_statements, with_keywords_or_recap
 from crab_min.tinybase.pretrain_encoders import banks_of, draw, train_stage, worn
-from crab_min.world.questions import ORDERS, at, only, times
-from crab_min.world.scenes import Renderer, Scene
+from crab_min.world.clauses import ORDERS, at_position, during, unique_minimum
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import Scene
 from crab_min.world.things import SECONDS
 
 IMAGE_AT = 4.5                                         # second of the image in check_base
@@ -244,17 +245,17 @@ def check_base(model: ComposedModel, renderer: Renderer, seed: int, count: int) 
         "place": ("clip", many, lambda s: [("The place is", s.place)]),
         "emotion": ("clip", ("face",), lambda s: [("The person feels", s.emotion)]),
         "movement": ("clip", ("action",), lambda s: [("The movement is", s.movement)]),
-        "left_or_right": ("image", many, of_one(lambda s: [o for o in shown(s) if o.side != "middle"], lambda o: f"The {o.label} is on the", lambda s, o: o.side)),
-        "heard_or_silent": ("clip", many, of_one(lambda s: s.seen, lambda o: f"The {o.label} is {at(o.side)} and is",
+        "left_or_right": ("image", many, of_one(lambda s: [o for o in shown(s) if o.position != "middle"], lambda o: f"The {o.label} is on the", lambda s, o: o.position)),
+        "heard_or_silent": ("clip", many, of_one(lambda s: s.seen, lambda o: f"The {o.label} is {at_position(o.position)} and is",
                                                  lambda s, o: lambda text: text.split()[:1] == ["heard" if o.heard else "silent"])),
-        "span_exact": ("audio", many, of_one(*heard, lambda s, o: times(o.heard))),
+        "span_exact": ("audio", many, of_one(*heard, lambda s, o: during(o.heard))),
         "span_iou": ("audio", many, of_one(*heard, lambda s, o: partial(overlap, set(range(*o.heard[0]))))),
-        "span_in_clip_exact": ("clip", many, of_one(*heard, lambda s, o: times(o.heard))),
+        "span_in_clip_exact": ("clip", many, of_one(*heard, lambda s, o: during(o.heard))),
         "span_in_clip_iou": ("clip", many, of_one(*heard, lambda s, o: partial(overlap, set(range(*o.heard[0]))))),
         "seen_in_clip_iou": ("clip", many, of_one(lambda s: s.seen, lambda o: f"The {o.label} is seen",
                                                   lambda s, o: partial(overlap, set(range(*o.seen[0]))))),
-        "thing_on_a_side": ("clip", many, of_one(lambda s: s.seen, lambda o: f"{at(o.side).capitalize()} is the", lambda s, o: lambda text: text.split(",")[0] == o.label)),
-        "thing_heard_first": ("clip", many, of_one(lambda s: s.heard[:1] * (only(s.heard, ORDERS["first"]) is not None), lambda o: "Heard first is the", lambda s, o: o.label)),
+        "thing_on_a_side": ("clip", many, of_one(lambda s: s.seen, lambda o: f"{at_position(o.position).capitalize()} is the", lambda s, o: lambda text: text.split(",")[0] == o.label)),
+        "thing_heard_first": ("clip", many, of_one(lambda s: s.heard[:1] * (unique_minimum(s.heard, ORDERS["first"]) is not None), lambda o: "Heard first is the", lambda s, o: o.label)),
         "box_iou": ("image", many, of_one(shown, lambda o: f"The {o.label} is at", lambda s, o: partial(box, mask_box(renderer.mask(s, o, IMAGE_AT)))))}
     for name, (view, kinds, ask) in checks.items():
         scenes = [renderer.scene("base", kinds[i % len(kinds)], 5 * 10 ** 8 + i, seed) for i in range(count)]

@@ -1,153 +1,214 @@
-"""What can be asked about a scene of the built-in world: clauses, MUSIC-AVQA's nine types of question, multiple choice, balancing.
+"""Questions about a scene of the built-in world, with their answers and evidence.
 
-Everything is computed from the symbolic scene, never from pixels. Evidence is made of the same clauses as the statements that the tiny base learns from.
+There are MUSIC-AVQA's kinds of question, and multiple choice. All is computed from the symbolic
+scene, never from pixels. `balanced` chooses rows so that guessing by frequency is worth nothing.
 """
+
 import random
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from crab_min.world.clauses import (
+    EARLIER,
+    LONGER,
+    NOT_IN_PICTURE,
+    NUMBERS,
+    ORDERS,
+    POSITIONS,
+    Comparison,
+    at_position,
+    clause_at_position,
+    clause_compared,
+    clause_heard,
+    clause_where,
+    list_of_names,
+    seconds_heard,
+    sentence,
+    unique_minimum,
+)
 from crab_min.world.scenes import Object, Scene
 
-NUMBERS = ("zero", "one", "two", "three", "four")
-MOVES = {"bouncing": "goes up and down", "sliding": "goes from side to side", "circling": "goes round and round",
-         "spinning": "turns on the spot", "growing": "gets larger", "shrinking": "gets smaller"}
+
+class Question(NamedTuple):
+    """A question with its one answer."""
+
+    modality: str  # Audio, Visual or Audio-Visual
+    kind: str
+    text: str
+    answer: str
+    evidence: str  # a sentence from which the answer follows
 
 
-def times(spans) -> str:
-    return " and ".join(f"from {s} to {e}" for s, e in spans)
+class Choice(NamedTuple):
+    """A multiple-choice question."""
+
+    text: str
+    options: list[str]
+    right: int  # index of the right option
+    evidence: str
 
 
-def listing(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names) if names else "nothing"
+# --- open questions -------------------------------------------------------------------------------
+def questions(scene: Scene) -> Iterator[Question]:
+    """Yield every question that has one answer in this scene."""
+    yield from audio_questions(scene)
+    yield from visual_questions(scene)
+    yield from audio_visual_questions(scene)
 
 
-def hears(o: Object) -> str:
-    return f"the {o.label} is heard {times(o.heard)}" if o.heard else f"the {o.label} is silent"
-
-
-def sentence(*clauses: str) -> str:
-    text = listing([c for c in clauses if c]) if len(clauses) > 1 else clauses[0]
-    return text[0].upper() + text[1:] + "."
-
-
-def length(o: Object) -> int:
-    return sum(e - s for s, e in o.heard)
-
-
-def at(side: str) -> str:
-    return "in the middle" if side == "middle" else f"on the {side}"
-
-
-def named(objects: list[Object]) -> str:
-    """the dog, the cat and the bell"""
-    return listing([f"the {o.label}" for o in objects])
-
-
-def sounds(o: Object, heard: bool) -> str:
-    return f"the {o.label} is {'heard' if heard else 'silent'}"
-
-
-def placed(o: Object) -> str:
-    """the dog is on the left and is heard from 2 to 7"""
-    return f"the {o.label} is {at(o.side)} and is {f'heard {times(o.heard)}' if o.heard else 'silent'}"
-
-
-def found(o: Object) -> str:
-    """on the left is the dog, heard from 2 to 7: for questions that name a side, so that the thing follows from the side"""
-    return f"{at(o.side)} is the {o.label}, {f'heard {times(o.heard)}' if o.heard else 'silent'}"
-
-
-def placed_at(o: Object, t: float) -> str:
-    """the dog is on the left and is silent: at second t"""
-    return f"the {o.label} is {at(o.side)} and is {'heard' if o.heard_at(t) else 'silent'}"
-
-
-def sounding(objects: list[Object]) -> str:
-    """the dog on the left and the cat on the right can be heard"""
-    return f"{listing([f'the {o.label} {at(o.side)}' for o in objects])} can be heard"
-
-
-def compared(a: Object, b: Object, key, less: str, more: str) -> str:
-    """next to the cat the dog is heard longer: both names come before the judgement"""
-    return f"next to the {b.label} the {a.label} is heard {less if key(a) < key(b) else more}"
-
-
-def only(objects: list[Object], key) -> Object | None:
-    """The object with the smallest key, None where there is none or it is not the only one."""
-    ranked = sorted(objects, key=key)
-    return ranked[0] if ranked and (len(ranked) == 1 or key(ranked[0]) < key(ranked[1])) else None
-
-
-ORDERS = {"first": lambda o: o.heard[0][0], "last": lambda o: -o.heard[-1][1], "longest": lambda o: -length(o)}
-LONGER, EARLIER = (length, "shorter", "longer"), (ORDERS["first"], "earlier", "later")
-
-
-def questions(scene: Scene):
-    """Every question that has one answer in this scene: (modality, type, question, answer, evidence).
-
-    Those of modality "Audio-Visual" ask for what neither eyes nor ears alone can know: the eyes know what is where, the ears what
-    sounds when, and only together they know where something sounds.
-    """
-    seen, heard = scene.seen, scene.heard
-    at_side = {o.side: o for o in seen}                                       # one thing a side (world.py)
-    yield "Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], sentence(f"{named(heard)} can be heard")
+def audio_questions(scene: Scene) -> Iterator[Question]:
+    """Yield questions about the sound: how many sounds, which of two is heard longer."""
+    heard = scene.heard
+    evidence = sentence(f"{list_of_names(heard)} can be heard")
+    yield Question("Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], evidence)
     for a in heard:
         for b in heard:
-            if length(a) != length(b):
-                yield ("Audio", "Comparative", f"Is the {a.label} heard longer than the {b.label}?", "yes" if length(a) > length(b) else "no",
-                       sentence(hears(a), hears(b), compared(a, b, *LONGER)))
-    yield "Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], sentence(f"{named(seen)} can be seen")
-    for o in seen:
-        yield "Visual", "Location", f"Where is the {o.label}?", o.side, sentence(f"the {o.label} is {at(o.side)}")
-        yield "Audio-Visual", "Existential", f"Is the thing {at(o.side)} heard?", "yes" if o.heard else "no", sentence(found(o))
-    if len(seen) == len(heard) == 2:
-        yield "Audio-Visual", "Counting", "How many of the things seen are heard?", NUMBERS[sum(o in heard for o in seen)], sentence(*map(hears, seen))
-    first = only(heard, ORDERS["first"])
-    if len(seen) == 3 and first in seen:
-        evidence = sentence(f"heard first is the {first.label}", f"the {first.label} is {at(first.side)}")
-        yield "Audio-Visual", "Location", "Where is the thing that is heard first?", first.side, evidence
-    if {"left", "right"} <= set(at_side):
-        left, right = at_side["left"], at_side["right"]
-        if length(left) != length(right):
-            yield ("Audio-Visual", "Comparative", "Is the thing on the left heard longer than the thing on the right?",
-                   "yes" if length(left) > length(right) else "no", sentence(found(left), found(right), compared(left, right, *LONGER)))
-        if (earlier := only([o for o in (left, right) if o.heard], ORDERS["first"])) and left.heard and right.heard:
-            yield ("Audio-Visual", "Temporal", "Which is heard first, the thing on the left or the thing on the right?", earlier.side,
-                   sentence(found(left), found(right), compared(left, right, *EARLIER)))
+            if seconds_heard(a) != seconds_heard(b):
+                evidence = sentence(clause_heard(a), clause_heard(b), clause_compared(a, b, LONGER))
+                text = f"Is the {a.label} heard longer than the {b.label}?"
+                yield Question("Audio", "Comparative", text, yes_if_longer(a, b), evidence)
 
 
-PLACES_TO_CHOOSE = {"left": "on the left", "middle": "in the middle", "right": "on the right", "": "not in the picture"}
+def visual_questions(scene: Scene) -> Iterator[Question]:
+    """Yield questions about the picture: how many things, and where each is."""
+    seen = scene.seen
+    evidence = sentence(f"{list_of_names(seen)} can be seen")
+    yield Question("Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], evidence)
+    for obj in seen:
+        text = f"Where is the {obj.label}?"
+        yield Question("Visual", "Location", text, obj.position, sentence(clause_where(obj)))
 
 
-def choices(scene: Scene, rng: random.Random):
-    """Multiple choice: (question, four options, index of the right one, evidence)."""
-    heard = scene.heard
-    for order, key in ORDERS.items():
-        o = only(heard, key)
-        if o and len(scene.seen) == 3:
-            right = PLACES_TO_CHOOSE[o.side if o.seen else ""]
-            options = rng.sample(list(PLACES_TO_CHOOSE.values()), 4)
-            evidence = sentence(f"heard {order} is the {o.label}", f"the {o.label} is {right}")
-            yield f"Where is the thing that is heard {order}?", options, options.index(right), evidence
+def audio_visual_questions(scene: Scene) -> Iterator[Question]:
+    """Yield questions that neither eyes nor ears can answer alone.
 
-
-def balanced(items: list[tuple], count: int, rng: random.Random) -> list:
-    """About `count` rows of `items` (type, stratum, answer, row): types alike, and within a stratum every answer equally often.
-
-    Rows are taken in sets, one for each answer of the type, all of one stratum; what cannot be completed to a set is left out.
+    The eyes know what is where, the ears what sounds when. Only together they know where something
+    sounds.
     """
-    tree: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for kind, stratum, answer, row in items:
-        tree[kind][stratum][answer].append(row)
-    sets: dict = {}
-    for kind, strata in sorted(tree.items()):
-        answers = sorted({answer for stratum in strata.values() for answer in stratum})
-        sets[kind] = [s for _, stratum in sorted(strata.items()) for s in zip(*(rng.sample(stratum[a], len(stratum[a])) for a in answers))]
-        sets[kind] = sets[kind] or [(row,) for stratum in strata.values() for rows in stratum.values() for row in rows]   # a very small world
+    seen, heard = scene.seen, scene.heard
+    for obj in seen:
+        text = f"Is the thing {at_position(obj.position)} heard?"
+        answer = "yes" if obj.heard else "no"
+        evidence = sentence(clause_at_position(obj))
+        yield Question("Audio-Visual", "Existential", text, answer, evidence)
+
+    # Asked only where the numbers of things seen and heard do not limit the answer.
+    if len(seen) == len(heard) == 2:
+        both = [obj for obj in seen if obj in heard]
+        evidence = sentence(*map(clause_heard, seen))
+        text = "How many of the things seen are heard?"
+        yield Question("Audio-Visual", "Counting", text, NUMBERS[len(both)], evidence)
+
+    first = unique_minimum(heard, ORDERS["first"])
+    if len(seen) == 3 and first in seen:
+        text = "Where is the thing that is heard first?"
+        evidence = sentence(f"heard first is the {first.label}", clause_where(first))
+        yield Question("Audio-Visual", "Location", text, first.position, evidence)
+
+    # At most one thing is at each position.
+    by_position = {obj.position: obj for obj in seen}
+    if "left" in by_position and "right" in by_position:
+        yield from left_right_questions(by_position["left"], by_position["right"])
+
+
+def left_right_questions(left: Object, right: Object) -> Iterator[Question]:
+    """Yield questions that compare the sounds of the thing on the left and that on the right."""
+    if seconds_heard(left) != seconds_heard(right):
+        text = "Is the thing on the left heard longer than the thing on the right?"
+        evidence = left_right_evidence(left, right, LONGER)
+        answer = yes_if_longer(left, right)
+        yield Question("Audio-Visual", "Comparative", text, answer, evidence)
+    if left.heard and right.heard:
+        earlier = unique_minimum([left, right], ORDERS["first"])
+        if earlier is not None:
+            text = "Which is heard first, the thing on the left or the thing on the right?"
+            evidence = left_right_evidence(left, right, EARLIER)
+            yield Question("Audio-Visual", "Temporal", text, earlier.position, evidence)
+
+
+def left_right_evidence(left: Object, right: Object, comparison: Comparison) -> str:
+    """Return what is on the left, what is on the right, and how their sounds compare."""
+    judgement = clause_compared(left, right, comparison)
+    return sentence(clause_at_position(left), clause_at_position(right), judgement)
+
+
+def yes_if_longer(a: Object, b: Object) -> str:
+    return "yes" if seconds_heard(a) > seconds_heard(b) else "no"
+
+
+# --- multiple choice ------------------------------------------------------------------------------
+def choices(scene: Scene, rng: random.Random) -> Iterator[Choice]:
+    """Yield multiple-choice questions of four options in random order."""
+    if len(scene.seen) != 3:
+        return
+    all_options = [*map(at_position, POSITIONS), NOT_IN_PICTURE]
+    for order, key in ORDERS.items():
+        obj = unique_minimum(scene.heard, key)
+        if obj is None:
+            continue
+        answer = at_position(obj.position) if obj.seen else NOT_IN_PICTURE
+        options = rng.sample(all_options, len(all_options))
+        evidence = sentence(f"heard {order} is the {obj.label}", f"the {obj.label} is {answer}")
+        text = f"Where is the thing that is heard {order}?"
+        yield Choice(text, options, options.index(answer), evidence)
+
+
+# --- balancing ------------------------------------------------------------------------------------
+@dataclass
+class Candidate:
+    """A row that may be chosen, and what the choice is to balance."""
+
+    kind: tuple | str  # of question
+    stratum: tuple  # rows of one stratum look alike to somebody with one sense only
+    answer: str
+    row: dict
+
+
+def balanced(candidates: list[Candidate], count: int, rng: random.Random) -> list[dict]:
+    """Choose about `count` rows: kinds alike, and every answer of a kind equally often.
+
+    Answers are equally frequent within each stratum too.
+    """
+    by_kind = defaultdict(list)
+    for candidate in candidates:
+        by_kind[candidate.kind].append(candidate)
+    sets = {}
+    for kind in sorted(by_kind):
+        sets[kind] = sets_of_answers(by_kind[kind], rng)
         rng.shuffle(sets[kind])
-    picked: dict = {kind: [] for kind in sets}
-    while any(sets.values()) and sum(map(len, picked.values())) < count:
-        kind = min((k for k in sets if sets[k]), key=lambda k: len(picked[k]))
-        picked[kind] += sets[kind].pop()
-    rows = [row for kind in picked for row in picked[kind]]
+
+    # One set after the other, always of the kind that has the fewest rows so far.
+    chosen: dict = {kind: [] for kind in sets}
+    while any(sets.values()) and sum(map(len, chosen.values())) < count:
+        kind = min((kind for kind in sets if sets[kind]), key=lambda kind: len(chosen[kind]))
+        chosen[kind] += sets[kind].pop()
+    rows = [row for kind in chosen for row in chosen[kind]]
     rng.shuffle(rows)
     return rows
+
+
+def sets_of_answers(candidates: list[Candidate], rng: random.Random) -> list[tuple[dict, ...]]:
+    """Group the rows of one kind in sets of one row per answer, each set of one stratum.
+
+    Rows that cannot be completed to a set are left out.
+    """
+    answers = sorted({candidate.answer for candidate in candidates})
+    strata: dict = defaultdict(lambda: defaultdict(list))
+    for candidate in candidates:
+        strata[candidate.stratum][candidate.answer].append(candidate.row)
+
+    sets = []
+    for stratum in sorted(strata):
+        by_answer = strata[stratum]
+        shuffled = [rng.sample(by_answer[answer], len(by_answer[answer])) for answer in answers]
+        sets += zip(*shuffled)  # as many sets as the rarest answer has rows
+    if sets:
+        return sets
+
+    # A very small world may have no complete set: then every row stands by itself.
+    for by_answer in strata.values():
+        for rows in by_answer.values():
+            sets += [(row,) for row in rows]
+    return sets

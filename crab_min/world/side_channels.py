@@ -1,157 +1,297 @@
-"""Clips for side channels (PAVE) and modalities (CREMA): shows of four things, one after another, and what the frames of a video do not tell.
+"""Clips for side channels (PAVE) and modalities (CREMA), and questions about them.
 
-In a show each thing stands alone for two or three seconds. What the channels tell of these stretches is independent of each other and of
-the picture at whole and half seconds (the times of five and of ten frames), so that whoever lacks the channel can only guess one of four:
+Such a clip is a show of four things, one after another. Each thing stands alone for an interval of
+two or three seconds. Every channel marks one of the four intervals, and a question asks which
+thing it is:
 
-    audio     each stretch has a sound, of a thing that is not to be seen; one is the bell
-    fast      during one the light flashes for 0.12 s, between two of the frames: only a stream of 25 frames a second has it
-    view      during one a star appears, in front of a second camera
-    flow      one thing trembles, and is where it would be at rest whenever a frame is taken: optical flow, as pictures
-    depth     one is near: inverse depth, as pictures
-    normals   one is turned aside: which way each surface faces, as pictures
-    thermal   one is hot: temperature, as pictures
-    touch     one is rough: what a sensor of touch sees
-    points    one floats high: 64 points in space
+    audio     the intervals have sounds, of things that are not to be seen; one is the bell's
+    fast      the light flashes for 0.12 s, between two frames: a stream of 25 per second has it
+    view      a star appears, in front of a second camera
+    flow      the thing trembles, and is at rest whenever a frame is taken: optical flow, pictures
+    depth     the thing is near: inverse depth, pictures
+    normals   the thing is turned aside: the direction of each surface, pictures
+    thermal   the thing is hot: temperature, pictures
+    touch     the thing is rough: the picture of a touch sensor
+    points    the thing floats high: 64 points in space
 
-The last six are exact, a map each second, made from the scene and not from the picture. The rows are a .jsonl of one's own data (data.read_own)
-with "sides" and "options".
+What the channels mark is independent of each other. The video does not show it at whole and half
+seconds, where five or ten frames are taken. So a model without the channel can only guess one of
+four.
+
+The last six are exact: one map per second, made from the scene and not from the video. Rows have
+the form of a user's own .jsonl, with "sides" and "options".
 """
+
 import json
-import os
 import random
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from crab_min.answers import answer_tag
-from crab_min.media.workers import exit_with_parent
-from crab_min.media.read import FLOW_GAP, flow_pictures, write_video
-from crab_min.world.scenes import FPS, Object, Renderer, Scene
+from crab_min.media.flow import FLOW_GAP, flow_pictures
+from crab_min.media.write import write_video
+from crab_min.world.folders import in_processes, new_folder, worker_renderer
+from crab_min.world.rendering import Renderer, pose
+from crab_min.world.scenes import FPS, Object, Scene, Span
 from crab_min.world.things import RATE, SECONDS, SIZE
 
 VERSION = 5
-STRETCHES = 4
-ASK = {"audio": "Which thing is seen when the {sound} is heard?", "fast": "Which thing is seen when the light flashes?",
-       "depth": "Which thing is near?", "view": "Which thing is seen when the star is there?", "flow": "Which thing trembles?",
-       "normals": "Which thing is turned aside?", "thermal": "Which thing glows?", "touch": "Which thing is rough?", "points": "Which thing floats high?"}
-CHANNELS = tuple(ASK)
-FILE = {"audio": ".mp4", "fast": ".mp4", "view": "_view.mp4", "points": "_points.npz"}           # else NAME_CHANNEL.npy
-MAP = 32                                               # pixels of a map's side
+INTERVALS = 4
+QUESTIONS = {
+    "audio": "Which thing is seen when the {sound} is heard?",
+    "fast": "Which thing is seen when the light flashes?",
+    "depth": "Which thing is near?",
+    "view": "Which thing is seen when the star is there?",
+    "flow": "Which thing trembles?",
+    "normals": "Which thing is turned aside?",
+    "thermal": "Which thing glows?",
+    "touch": "Which thing is rough?",
+    "points": "Which thing floats high?",
+}
+CHANNELS = tuple(QUESTIONS)
+# Channel: end of its file's name after that of the scene; _CHANNEL.npy for the others.
+FILE_ENDINGS = {"audio": ".mp4", "fast": ".mp4", "view": "_view.mp4", "points": "_points.npz"}
+MAP_SIZE = 32  # pixels of a map's side
+VIEW_FPS = 2  # frames per second of the second camera
+FLASH = 0.12  # seconds
+
+Marked = dict[str, int]  # channel -> the interval that it marks
 
 
-def make_show(renderer: Renderer, split: str, index: int, seed: int) -> tuple[Scene, dict[str, int]]:
-    """(the scene, which stretch each channel marks): four things in turn, and off-screen four sounds."""
+def build_side_world(
+    things: str,
+    clips: int,
+    test: int,
+    seed: int,
+    names: list[str],
+    cache: str | Path = "data/world",
+    together: bool = False,
+) -> Path:
+    """Return the train.jsonl with one question per clip and channel; test.jsonl lies beside it.
+
+    Clips are rendered where they are not there yet.
+
+    Args:
+        things: folder of things (see load_things), or "" for the drawn ones.
+        clips, test: numbers of training and test clips.
+        names: the channels.
+        together: each row names the files of all channels (CREMA), not of its own alone (PAVE).
+
+    Raises:
+        DataError: the things cannot be used.
+    """
+    renderer = worker_renderer(things)
+    suffix = f"-{Path(things).resolve().name}" if things else ""
+    final = Path(cache) / f"sides-v{VERSION}-seed{seed}-{clips}-{test}{suffix}"
+    shows = {
+        "train": [("train", index) for index in range(clips)],
+        "test": [("test", index) for index in range(test)],
+    }
+    if not final.exists():
+        with new_folder(final) as folder:
+            write = partial(write_show, things, seed, str(folder))
+            in_processes(write, shows["train"] + shows["test"])
+
+    # The rows are cheap, so they are written anew each time.
+    rows_folder = final / (" + " if together else "+").join(names)
+    rows_folder.mkdir(exist_ok=True)
+    for split in shows:
+        lines = []
+        for show in shows[split]:
+            scene, marked = make_show(renderer, *show, seed)
+            for name in names:
+                row = question_row(scene, marked, name, names if together else [name])
+                lines.append(json.dumps(row))
+        (rows_folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return rows_folder / "train.jsonl"
+
+
+# --- scenes and rows ------------------------------------------------------------------------------
+def make_show(renderer: Renderer, split: str, index: int, seed: int) -> tuple[Scene, Marked]:
+    """Make the scene of a show, and say which interval each channel marks.
+
+    The scene's first four objects are the things seen, the other four the sounds, in their order.
+    """
     rng = random.Random(f"{seed}/{split}/show/{index}")
-    lengths = rng.sample([2, 2, 3, 3], STRETCHES)
-    starts = [sum(lengths[:i]) for i in range(STRETCHES)]
-    spans = [(start, start + length) for start, length in zip(starts, lengths)]
-    marked, others = {name: rng.randrange(STRETCHES) for name in CHANNELS}, range(1, len(renderer.things))   # thing 0 is the bell
-    shown, heard = rng.sample(others, STRETCHES), rng.sample(others, STRETCHES)
+    lengths = rng.sample([2, 2, 3, 3], INTERVALS)
+    spans = []
+    for i, length in enumerate(lengths):
+        start = sum(lengths[:i])
+        spans.append((start, start + length))
+    marked = {name: rng.randrange(INTERVALS) for name in CHANNELS}
+
+    # Thing 0 is the bell, which the question about sound asks for.
+    all_but_bell = range(1, len(renderer.things))
+    shown = rng.sample(all_but_bell, INTERVALS)
+    heard = rng.sample(all_but_bell, INTERVALS)
     heard[marked["audio"]] = 0
+
     scene = Scene(split, "many", index, rng.choice(list(renderer.places)))
     for thing, span in zip(shown, spans):
-        scene.objects.append(Object(thing, renderer.things[thing].label, rng.randrange(30, 67), rng.randrange(34, 63), rng.randrange(40, 53), seen=[span]))
+        obj = Object(thing, renderer.things[thing].label, seen=[span])
+        obj.x = rng.randrange(30, 67)
+        obj.y = rng.randrange(34, 63)
+        obj.size = rng.randrange(40, 53)
+        scene.objects.append(obj)
     scene.objects[marked["flow"]].trembles = rng.choice([-1, 1])
     for thing, span in zip(heard, spans):
         scene.objects.append(Object(thing, renderer.things[thing].label, heard=[span]))
     return scene, marked
 
 
-def row(scene: Scene, marked: dict[str, int], channel: str, sides: list[str]) -> dict:
-    """A question about one channel, in the form of one's own data, with the files of `sides` by their paths from the folder of the .jsonl."""
-    files = {name: f"../{scene.name}{FILE.get(name, f'_{name}.npy')}" for name in sides}
-    options, sound = scene.objects[:STRETCHES], scene.objects[STRETCHES + marked["audio"]].label
-    return {"messages": [{"role": "user", "content": "<video>" + ASK[channel].format(sound=sound)}, {"role": "assistant", "content": answer_tag(options[marked[channel]].label)}],
-            "videos": [f"../{scene.name}.mp4"], "sides": files, "options": sorted(o.label for o in options), "type": channel}
+def question_row(scene: Scene, marked: Marked, channel: str, sides: list[str]) -> dict:
+    """Return the question about a channel as a row of a user's own .jsonl.
+
+    sides: the channels whose files the row names, by their paths from its folder.
+    """
+    options = [obj.label for obj in scene.objects[:INTERVALS]]
+    sound = scene.objects[INTERVALS + marked["audio"]].label
+    question = QUESTIONS[channel].format(sound=sound)
+    files = {name: f"../{scene.name}{FILE_ENDINGS.get(name, f'_{name}.npy')}" for name in sides}
+    return {
+        "messages": [
+            {"role": "user", "content": "<video>" + question},
+            {"role": "assistant", "content": answer_tag(options[marked[channel]])},
+        ],
+        "videos": [f"../{scene.name}.mp4"],
+        "sides": files,
+        "options": sorted(options),
+        "type": channel,
+    }
 
 
-@lru_cache
-def renderer_of(folder: str) -> Renderer:
-    return Renderer(folder or None)
+# --- files ----------------------------------------------------------------------------------------
+def write_show(things: str, seed: int, root: str, show: tuple[str, int]) -> None:
+    """Render and write the clip, the second camera and the maps of the show (split, index)."""
+    renderer = worker_renderer(things)
+    split, index = show
+    scene, marked = make_show(renderer, split, index, seed)
+    rng = np.random.default_rng([seed, index, split == "test"])
+    spans = [obj.seen[0] for obj in scene.objects[:INTERVALS]]
 
-
-def write_show(folder: str, seed: int, root: str, which: tuple[str, int]) -> None:
-    """Render the clip, its second camera and its maps; runs in a worker process."""
-    renderer = renderer_of(folder)
-    scene, marked = make_show(renderer, *which, seed)
-    rng, times = np.random.default_rng([seed, which[1], which[0] == "test"]), np.arange(SECONDS * FPS) / FPS
-    spans = [o.seen[0] for o in scene.objects[:STRETCHES]]
-    frames = renderer.frames(scene, times).copy()
-    start, end = spans[marked["fast"]]
-    flash = rng.integers(start, end) + rng.choice([.12, .22, .66, .76])        # the ten frames are at the halves of the seconds
-    bright = (times >= flash) & (times < flash + .12)
-    frames[bright] = 255 - frames[bright]                                     # a negative: as strong in the snow as at night
+    frames = video_frames(renderer, scene, spans[marked["fast"]], rng)
     write_video(f"{root}/{scene.name}.mp4", frames, renderer.wave(scene), FPS, RATE)
-    for name, x in maps(renderer, scene, marked, rng).items():
-        np.savez(f"{root}/{scene.name}_points.npz", xyz=x) if name == "points" else np.save(f"{root}/{scene.name}_{name}.npy", x)
-    picture = Image.fromarray(rng.integers(60, 90, (SIZE, SIZE, 3), dtype=np.uint8))
-    star = picture.copy()
+    for name, steps in channel_maps(renderer, scene, marked, rng).items():
+        if name == "points":
+            np.savez(f"{root}/{scene.name}_points.npz", xyz=steps)
+        else:
+            np.save(f"{root}/{scene.name}_{name}.npy", steps)
+    view = view_frames(spans[marked["view"]], rng)
+    write_video(f"{root}/{scene.name}_view.mp4", view, None, VIEW_FPS, RATE)
+
+
+def video_frames(
+    renderer: Renderer, scene: Scene, span: Span, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the clip (250, 96, 96, 3), with a flash in a random second of `span`."""
+    times = np.arange(SECONDS * FPS) / FPS  # (250,)
+    frames = renderer.frames(scene, times)
+    # Between the whole and half seconds, where five or ten frames are taken.
+    start = rng.integers(*span) + rng.choice([0.12, 0.22, 0.66, 0.76])
+    flashing = (times >= start) & (times < start + FLASH)
+    frames[flashing] = 255 - frames[flashing]  # a negative: as strong in the snow as at night
+    return frames
+
+
+def view_frames(span: Span, rng: np.random.Generator) -> np.ndarray:
+    """Draw what the second camera sees (20, 96, 96, 3): noise, and a star during `span`."""
+    empty = Image.fromarray(rng.integers(60, 90, (SIZE, SIZE, 3), dtype=np.uint8))
+    star = empty.copy()
     x, y = rng.integers(30, 66, 2)
     ImageDraw.Draw(star).regular_polygon((int(x), int(y), 20), 5, fill="#ffd84d")
-    start, end = spans[marked["view"]]
-    write_video(f"{root}/{scene.name}_view.mp4", np.stack([np.asarray(star if start <= t < end else picture) for t in np.arange(2 * SECONDS) / 2]), None, 2, RATE)
+    frames = []
+    for t in np.arange(VIEW_FPS * SECONDS) / VIEW_FPS:
+        frames.append(np.asarray(star if span[0] <= t < span[1] else empty))
+    return np.stack(frames)
 
 
-def coloured(name: str, x: np.ndarray) -> np.ndarray:
-    """A map x (H, W) of 0 to 1 in the colours of matplotlib's `name` (H, W, 3) uint8, as cameras of heat and depth show it."""
-    return colormaps[name](x, bytes=True)[..., :3]
+# --- maps -----------------------------------------------------------------------------------------
+def channel_maps(
+    renderer: Renderer, scene: Scene, marked: Marked, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Make the exact maps of each second, at its half, all uint8.
 
-
-def maps(renderer: Renderer, scene: Scene, marked: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Of each second, at its half: flow, depth, normals, thermal (10, 32, 32, 3), touch (10, 32, 32), points (10, 64, 3), all uint8 and exact."""
-    found: dict[str, list] = {name: [] for name in ("flow", "normals", "depth", "thermal", "touch", "points")}
-    rows, columns = np.mgrid[:MAP, :MAP]
-    metres, warm = rng.uniform(3, 5, STRETCHES), rng.uniform(-3, 3, STRETCHES)
-    for t in np.arange(SECONDS) + .5:
-        i = next(i for i, o in enumerate(scene.objects) if o.seen_at(t))
-        here = {name: stretch == i for name, stretch in marked.items()}
-        there = np.asarray(Image.fromarray(renderer.mask(scene, scene.objects[i], t)).resize((MAP, MAP), Image.BOX)) > 127
-        (x, y, *_), (x2, y2, *_) = (renderer.pose(scene, scene.objects[i], s) for s in (t, t + FLOW_GAP - .01))              # frames are at 25 a second
-        found["flow"].append(flow_pictures(there[None, ..., None] * np.array([x2 - x, y2 - y]) / SIZE)[0])
-        facing = np.where(there[..., None], (-.8, 0, .6) if here["normals"] else (0, 0, 1), (0, .8, .6))
-        found["normals"].append((127.5 * (facing + 1)).astype(np.uint8))
-        depth = np.where(there, 1 if here["depth"] else metres[i], 10 - 5 * rows / MAP)
-        found["depth"].append(coloured("turbo", 1 / depth))                   # nearer is more, as depth models give it
-        degrees = np.where(there, 70 if here["thermal"] else 20 + warm[i], 20)
-        found["thermal"].append(coloured("hot", (degrees - 15) / 60))
-        ridges = np.sin((columns * np.cos(rng.uniform(0, 3)) + rows) * 1.6) if here["touch"] else rng.uniform(-.2, .2)
-        found["touch"].append((127 + 90 * ridges + rng.uniform(-9, 9, (MAP, MAP))).astype(np.uint8))
-        low, high = (170, 230) if here["points"] else (10, 90)
-        found["points"].append(np.stack([rng.integers(100, 156, 64), rng.integers(100, 156, 64), rng.integers(low, high, 64)], -1).astype(np.uint8))
-    return {name: np.stack(each) for name, each in found.items()}
-
-
-def build_side_world(things: str, clips: int, test: int, seed: int, names: list[str], cache: str | Path = "data/world", together: bool = False) -> Path:
-    """The train.jsonl with questions for the side channels `names`, a clip a question each; test.jsonl lies beside it.
-
-    together: each row has the files of all of them (CREMA), else of the one that it is about (PAVE).
-
-    Clips are made where they are not there yet, and the folder appears whole or not at all. Raises DataError for unusable things.
+    Returns:
+        flow, normals, depth and thermal (10, 32, 32, 3), touch (10, 32, 32), points (10, 64, 3).
     """
-    renderer = renderer_of(things)
-    final = Path(cache) / f"sides-v{VERSION}-seed{seed}-{clips}-{test}{'-' + Path(things).resolve().name if things else ''}"
-    jobs = [("train", i) for i in range(clips)] + [("test", i) for i in range(test)]
-    if not final.exists():
-        making = final.with_name(f"{final.name}.making-{os.getpid()}")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        try:
-            with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), initializer=exit_with_parent) as pool:
-                work = pool.map(partial(write_show, things, seed, str(making)), jobs, chunksize=8)
-                list(tqdm(work, total=len(jobs), desc="building the world", unit="clip"))
-            if not final.exists():
-                making.rename(final)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    folder = final / (" + ".join(names) if together else "+".join(names))
-    folder.mkdir(exist_ok=True)
-    for split in ("train", "test"):
-        lines = [json.dumps(row(*make_show(renderer, *job, seed), name, names if together else [name])) for job in jobs if job[0] == split for name in names]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "train.jsonl"
+    metres = rng.uniform(3, 5, INTERVALS)  # distance of each thing that is not near
+    degrees = 20 + rng.uniform(-3, 3, INTERVALS)  # Celsius, of each thing that is not hot
+    seconds = []
+    for t in np.arange(SECONDS) + 0.5:
+        interval = next(i for i, obj in enumerate(scene.objects) if obj.seen_at(t))
+        obj = scene.objects[interval]
+        mask = Image.fromarray(renderer.mask(scene, obj, t))
+        thing = np.asarray(mask.resize((MAP_SIZE, MAP_SIZE), Image.BOX)) > 127  # (32, 32)
+        marks = {name: interval == marked[name] for name in CHANNELS}
+        seconds.append(
+            {
+                "flow": flow_map(thing, motion(scene, obj, t)),
+                "normals": normals_map(thing, aside=marks["normals"]),
+                "depth": depth_map(thing, 1 if marks["depth"] else metres[interval]),
+                "thermal": thermal_map(thing, 70 if marks["thermal"] else degrees[interval]),
+                "touch": touch_map(marks["touch"], rng),
+                "points": point_cloud(marks["points"], rng),
+            }
+        )
+    return {name: np.stack([second[name] for second in seconds]) for name in seconds[0]}
+
+
+def motion(scene: Scene, obj: Object, t: float) -> np.ndarray:
+    """Return by how much an object moves to the right and down from frame to frame: (2,) pixels."""
+    x, y, *_ = pose(scene, obj, t)
+    later_x, later_y, *_ = pose(scene, obj, t + FLOW_GAP - 0.01)  # frames are 0.04 s apart
+    return np.array([later_x - x, later_y - y])
+
+
+def flow_map(thing: np.ndarray, moved: np.ndarray) -> np.ndarray:
+    """Draw optical flow (32, 32, 3): the thing moved by (2,) pixels, the rest is still."""
+    flow = thing[..., None] * moved / SIZE  # (32, 32, 2), in parts of the picture's width
+    return flow_pictures(flow[None])[0]
+
+
+def normals_map(thing: np.ndarray, aside: bool) -> np.ndarray:
+    """Draw surface normals (32, 32, 3): the thing faces the camera or aside, the ground up."""
+    thing_normal = (-0.8, 0, 0.6) if aside else (0, 0, 1)
+    normals = np.where(thing[..., None], thing_normal, (0, 0.8, 0.6))  # (32, 32, 3)
+    return (127.5 * (normals + 1)).astype(np.uint8)
+
+
+def depth_map(thing: np.ndarray, metres: float) -> np.ndarray:
+    """Draw inverse depth (32, 32, 3), as depth models give it: nearer is more."""
+    rows = np.arange(MAP_SIZE)[:, None]
+    depth = np.where(thing, metres, 10 - 5 * rows / MAP_SIZE)  # the ground is nearer below
+    return coloured("turbo", 1 / depth)
+
+
+def thermal_map(thing: np.ndarray, degrees: float) -> np.ndarray:
+    """Draw temperature (32, 32, 3): that of the thing, and 20 degrees around it."""
+    return coloured("hot", (np.where(thing, degrees, 20) - 15) / 60)
+
+
+def touch_map(rough: bool, rng: np.random.Generator) -> np.ndarray:
+    """Draw the picture of a touch sensor (32, 32): ridges in a random direction, or a plane."""
+    rows, columns = np.mgrid[:MAP_SIZE, :MAP_SIZE]
+    if rough:
+        height = np.sin((columns * np.cos(rng.uniform(0, 3)) + rows) * 1.6)
+    else:
+        height = rng.uniform(-0.2, 0.2)
+    noise = rng.uniform(-9, 9, (MAP_SIZE, MAP_SIZE))
+    return (127 + 90 * height + noise).astype(np.uint8)
+
+
+def point_cloud(high: bool, rng: np.random.Generator) -> np.ndarray:
+    """Sample 64 points (x, y, z) of a thing that floats or stands: (64, 3)."""
+    lowest, highest = (170, 230) if high else (10, 90)
+    x = rng.integers(100, 156, 64)
+    y = rng.integers(100, 156, 64)
+    z = rng.integers(lowest, highest, 64)
+    return np.stack([x, y, z], -1).astype(np.uint8)
+
+
+def coloured(name: str, values: np.ndarray) -> np.ndarray:
+    """Return values (H, W) of 0 to 1 in a colour map of matplotlib: (H, W, 3) uint8."""
+    return colormaps[name](values, bytes=True)[..., :3]

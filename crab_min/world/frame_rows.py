@@ -1,0 +1,263 @@
+"""Rows of the AV-UIE v2 folders that show one frame, with the frames and masks that they name.
+
+S4 and ARIG ask for the one thing that sounds, MS3 for all things that sound, Ref-AVS for the thing
+that a phrase refers to. Rows are made as in clip_rows.py.
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from crab_min.answers import answer_tag, box_text, points_text
+from crab_min.sources.av_uie import box_and_points
+from crab_min.world.clauses import (
+    clause_if_heard,
+    clause_where_heard_at,
+    join_with_and,
+    sentence,
+)
+from crab_min.world.clip_rows import Rows, reasoned
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import Object, Scene, Scenes
+from crab_min.world.things import SECONDS, SIZE
+
+
+class Frame:
+    """One frame of a scene, with the objects that a row asks for (the targets) and their masks."""
+
+    def __init__(self, renderer: Renderer, scene: Scene, time: float, targets: list[Object]):
+        self.scene, self.time, self.targets = scene, time, targets
+        self.picture = renderer.frames(scene, [time])[0]  # (96, 96, 3)
+        self.masks = [renderer.mask(scene, obj, time) for obj in targets]  # (96, 96) each
+        self.visible = [obj for obj in scene.seen if obj.seen_at(time)]
+        self.others = [obj for obj in self.visible if obj not in targets]
+
+    def save(self, picture: Path, mask: Path) -> None:
+        """Write the picture, and one mask of all targets."""
+        joint = np.zeros((SIZE, SIZE), np.uint8)
+        for one in self.masks:
+            joint = np.maximum(joint, one)
+        for path, array in ((picture, self.picture), (mask, joint)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(path, quality=95)
+
+    def say_what_sounds(self) -> str:
+        """Say of each visible thing whether it is heard, the targets being those that are."""
+        return sentence(*(clause_if_heard(obj, obj in self.targets) for obj in self.visible))
+
+    def say_where(self) -> str:
+        """Say where each target is: its box and three points."""
+        text = ""
+        for obj, mask in zip(self.targets, self.masks):
+            box, points = box_and_points(mask)
+            text += f" The {obj.label} is at {box_text(box)} points {points_text(points)}."
+        return text
+
+
+@dataclass(frozen=True)
+class Window:
+    """The two seconds of a clip's sound that belong to its frame number `index` of five."""
+
+    scene: Scene
+    index: int
+
+    @property
+    def time(self) -> int:
+        """The second of the frame, in the middle of the window."""
+        return 2 * self.index + 1
+
+    @property
+    def audio_path(self) -> str:
+        return f"../ave/audio/{self.scene.name}.mp3"
+
+    def heard(self, obj: Object) -> bool:
+        return obj.heard_at(self.time - 1) or obj.heard_at(self.time)
+
+    def sounding(self) -> list[Object]:
+        """Return the objects that are in the frame and heard in the window."""
+        return [obj for obj in self.scene.seen if obj.seen_at(self.time) and self.heard(obj)]
+
+
+@dataclass
+class Example:
+    """A row of S4, and what it was made of."""
+
+    row: dict
+    frame: Frame
+    window: Window
+
+
+def frame_rows(
+    renderer: Renderer, scenes: Scenes, rng: random.Random, root: Path, still: bool = False
+) -> Rows:
+    """Make the rows of all folders that show one frame; write frames and masks below `root`.
+
+    still: S4 has the training pictures of two things twice, with the sound of either.
+    """
+    rows: Rows = defaultdict(list)
+    examples = []
+    for scene in scenes["one"] + scenes["many"]:
+        window = choose_window(scene, rng)
+        if window is not None:
+            frame = Frame(renderer, scene, window.time, window.sounding())
+            if scene.kind == "one":
+                row = sounding_row(frame, window, root / "s4", f"AVS/v1s/{scene.name}")
+                rows["s4"].append(row)
+                rows["arig"].append(arig_row(frame, row))
+                examples.append(Example(row, frame, window))
+            else:
+                row = sounding_row(frame, window, root / "ms3", f"AVS/v1m/{scene.name}")
+                rows["ms3"].append(row)
+        if scene.index % 2 == 0:  # every other clip is enough for Ref-AVS
+            rows["ref_avs"].append(ref_avs_row(renderer, scene, rng, root / "ref_avs"))
+
+    # The same pictures with another sound: a note in test rows, rows of their own for training.
+    for example in examples:
+        test = example.frame.scene.split == "test"
+        if not test and not still:
+            continue
+        window = choose_other_sound(example, examples, rng)
+        if test:
+            note_other_sound(example, window, renderer)
+        elif window is not None:
+            rows["s4"].append(swapped_row(example.frame, window, renderer, root / "s4"))
+    return rows
+
+
+# --- S4, MS3, ARIG --------------------------------------------------------------------------------
+def choose_window(scene: Scene, rng: random.Random) -> Window | None:
+    """Choose one of the five frames in which something sounds; None where there is none."""
+    windows = [Window(scene, index) for index in range(5)]
+    usable = [window for window in windows if window.sounding()]
+    # Chosen even where there is nothing to choose: each call decides what the later ones give.
+    return rng.choice(usable or [None])
+
+
+def sounding_row(frame: Frame, window: Window, root: Path, folder: str) -> dict:
+    """Write a frame and its mask to `root` / `folder` and return its row of S4 or MS3.
+
+    window: the sound of the row; it may be of another clip than the frame.
+    """
+    index = window.index
+    picture = f"{folder}/frames/{index}.jpg"
+    frame.save(root / picture, root / folder / "labels_rgb" / f"{index}.png")
+    return {
+        "audio_path": window.audio_path,
+        "vid": frame.scene.name,
+        "uid": f"{Path(folder).name}_{index}",
+        "a_obj": join_with_and([obj.label for obj in frame.targets]),
+        "frame_idx": index,
+        "image_path": picture,
+        "text": frame.say_what_sounds() + frame.say_where(),
+    }
+
+
+def arig_row(frame: Frame, s4_row: dict) -> dict:
+    """ARIG: the box of the thing that sounds, in the picture of a row of S4."""
+    box, _ = box_and_points(frame.masks[0])
+    return {
+        "audio_path": s4_row["audio_path"],
+        "a_obj": s4_row["a_obj"],
+        "image_path": f"../s4/{s4_row['image_path']}",
+        "top_left": list(box[:2]),
+        "bottom_right": list(box[2:]),
+        "frame_idx": s4_row["frame_idx"],
+        "text": f"{frame.say_what_sounds()} The {s4_row['a_obj']} is at {box_text(box)}.",
+    }
+
+
+# --- the same picture, another sound --------------------------------------------------------------
+def choose_other_sound(
+    example: Example, examples: list[Example], rng: random.Random
+) -> Window | None:
+    """Choose another clip's sound in which the first silent thing is heard, and no other in sight.
+
+    None where no sound fits, or no thing is silent.
+    """
+    if not example.frame.others:
+        return None
+    wanted = example.frame.others[0]
+    unwanted = {obj.label for obj in example.frame.visible if obj is not wanted}
+    fitting = []
+    for other in examples:
+        heard = {obj.label for obj in other.frame.scene.objects if other.window.heard(obj)}
+        if other.row["a_obj"] == wanted.label and not unwanted & heard:
+            fitting.append(other.window)
+    return rng.choice(fitting) if fitting else None
+
+
+def note_other_sound(example: Example, window: Window | None, renderer: Renderer) -> None:
+    """Add to a test row the boxes of the silent things, and a sound of the first of them.
+
+    They measure whether a mask follows the sound: `data.swap_audio` and `answering.picked`.
+    """
+    frame = example.frame
+    masks = {obj.label: renderer.mask(frame.scene, obj, frame.time) for obj in frame.others}
+    example.row["silent"] = {label: box_and_points(mask)[0] for label, mask in masks.items()}
+    if window is not None:
+        example.row["swapped"] = {
+            "audio_path": window.audio_path,
+            "frame_idx": window.index,
+            "event": frame.others[0].label,
+        }
+
+
+def swapped_row(frame: Frame, window: Window, renderer: Renderer, root: Path) -> dict:
+    """Make a training row of the same picture in which the first silent thing sounds."""
+    swapped = Frame(renderer, frame.scene, frame.time, frame.others[:1])
+    return sounding_row(swapped, window, root, f"AVS/v1s/{frame.scene.name}_swapped")
+
+
+# --- Ref-AVS --------------------------------------------------------------------------------------
+def ref_avs_row(renderer: Renderer, scene: Scene, rng: random.Random, root: Path) -> dict:
+    """Write a frame and its mask and return its row of Ref-AVS: does a phrase refer to a thing?"""
+    index = rng.randrange(SECONDS)
+    time = index + 0.5
+    phrase, targets = choose_phrase(renderer, scene, time, rng)
+    frame = Frame(renderer, scene, time, targets)
+    picture = f"REFAVS/media/{scene.name}/frames/{index}.jpg"
+    frame.save(root / picture, root / f"REFAVS/gt_mask/{scene.name}/fid_1/0000{index}.png")
+
+    evidence = "Nothing can be seen."
+    if frame.visible:
+        evidence = sentence(*(clause_where_heard_at(obj, time) for obj in frame.visible))
+    text = reasoned(evidence, answer_tag("true" if targets else "false"))
+    return {
+        "audio_path": Window(scene, 0).audio_path,
+        "vid": scene.name,
+        "fid": 1,
+        "uid": f"{scene.name}_1",
+        "image_path": picture,
+        "idx": index,
+        "description": phrase,
+        "text": text + frame.say_where(),
+    }
+
+
+def choose_phrase(
+    renderer: Renderer, scene: Scene, time: float, rng: random.Random
+) -> tuple[str, list[Object]]:
+    """Choose a phrase that fits one thing in the frame or, less often, nothing in it.
+
+    Returns:
+        The phrase, and a list with the thing that it refers to, or an empty one.
+    """
+    visible = [obj for obj in scene.seen if obj.seen_at(time)]
+    # A thing of the scene, which may be out of sight, or any thing.
+    any_thing = renderer.things[rng.randrange(len(renderer.things))]
+    label = rng.choice([obj.label for obj in scene.objects] + [any_thing.label])
+    position = rng.choice(("left", "right"))
+    phrases = {
+        f"the {label}": [obj for obj in visible if obj.label == label],
+        "the thing that is heard": [obj for obj in visible if obj.heard_at(time)],
+        "the thing that is silent": [obj for obj in visible if not obj.heard_at(time)],
+        f"the thing on the {position}": [obj for obj in visible if obj.position == position],
+    }
+    # Phrases that fit several things are of no use; those that fit one count three times.
+    fit_one = [(phrase, fitting) for phrase, fitting in phrases.items() if len(fitting) == 1]
+    fit_none = [(phrase, fitting) for phrase, fitting in phrases.items() if not fitting]
+    return rng.choice(3 * fit_one + fit_none or [("the thing that is not there", [])])
