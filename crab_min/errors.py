@@ -1,8 +1,8 @@
-"""The errors that a user can cause. The commands print their text as one line and exit with code 2."""
+"""The errors that a user can cause; commands print their text as one line and exit with 2."""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the text names the value, what was expected and what to do."""
+    """Something that the user can mend: names the value, what was expected and what to do."""
 
 
 class DataError(UserError):

@@ -106,14 +106,16 @@ class Features:
         missing = [part for part in wanted if part not in self.cache]
         if missing:
             self.encode_all(missing, strict=True)
-        media = [[self.cache[part] for part in sample.media] for sample in samples]
+        media = []
+        for sample in samples:
+            media.append([self.cache[part] for part in sample.media])
         if not self.keep:
             self.cache.clear()
         return media
 
     def readable(self, samples: list[Sample]) -> list[Sample]:
         """Return the samples that have no unreadable medium."""
-        return [s for s in samples if not any(part in self.unreadable for part in s.media)]
+        return [s for s in samples if self.unreadable.keys().isdisjoint(s.media)]
 
     def skip(self, part: PromptPart, reason: str, strict: bool) -> None:
         """Note an unreadable file; raise DataError if `strict`, or if there are too many."""

@@ -40,10 +40,10 @@ def installation_fault() -> str:
     # versions may differ from the wanted ones as long as the libraries load together
     for name in BUILT_TOGETHER:
         try:
-            module = importlib.import_module(name)
+            importlib.import_module(name)
             if name == "torchvision":
-                module.ops.nms  # the Python function
-                importlib.import_module("torch").ops.torchvision.nms  # the compiled operator behind it
+                # the compiled operator, without which torchvision is only its Python half
+                importlib.import_module("torch").ops.torchvision.nms.default
         except Exception as error:
             reason = " ".join(f"{name}: {error}".split())[:160]
             return describe(BUILT_TOGETHER, wanted, f" do not work together ({reason})")

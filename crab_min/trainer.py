@@ -144,14 +144,13 @@ def fit(
     """Train through `steps`, from the newest checkpoint in the run folder on.
 
     Args:
-        steps: also the span of the learning-rate schedule. A second phase begins where the first
-            one ended, since that left a checkpoint.
+        steps: the span of the learning-rate schedule. Where a phase of a run ended, it left a
+            checkpoint, and a second phase continues there.
         step: makes the updates of a step; a JointStep by default.
-        collate: makes a batch of samples and the features of their media.
-        evaluate: returns the metric on held-out rows; called every `eval_every` steps.
+        evaluate: returns the metric on held-out rows, every `eval_every` steps.
 
     Raises:
-        RunError: a loss or gradient that is not finite; the last checkpoint is kept.
+        RunError: a loss or gradient is not finite; the last checkpoint is kept.
     """
     training, run = settings.training, settings.run
     step, optimizer = step or JointStep(), make_optimizer(model, training)
@@ -187,8 +186,7 @@ def fit(
             # log, save
             lr, seconds = optimizer.param_groups[0]["lr"], time.time() - began
             log.add(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
-            stopped = any(processes.gather(bool(stop)))
-            last = progress.step == steps.stop
+            stopped, last = any(processes.gather(bool(stop))), progress.step == steps.stop
             if last or stopped or progress.step % run.save_every == 0:
                 save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
             if stopped and not last:
@@ -251,8 +249,10 @@ def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, i
     lengths = {}
     for sample in samples:
         text = "".join(part.text for part in sample.parts) + sample.target
-        frames = sum(1 if part.kind == "image" else part.frames for part in sample.media)
-        lengths[sample.id] = len(model.encode_text(text)) + FRAME_TOKENS * frames
+        length = len(model.encode_text(text))
+        for part in sample.media:
+            length += FRAME_TOKENS * (1 if part.kind == "image" else part.frames)
+        lengths[sample.id] = length
     return lengths
 
 

@@ -1,7 +1,7 @@
 """A model's answers for many samples.
 
-Decoding is greedy, unless beams are asked for, with a limit of tokens per task. Or, for questions with
-options, the likeliest option is taken and nothing is generated.
+Decoding is greedy, unless beams are asked for, with a limit of tokens per task. Or, for questions
+with options, the likeliest option is taken and nothing is generated.
 """
 
 import json

@@ -100,7 +100,7 @@ def chance(samples: list[Sample], count_options) -> dict[str, float]:
 
 
 def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> None:
-    """Write TASK.jsonl: per sample its id, the text, the target, and whether and why not it parses."""
+    """Write TASK.jsonl: per sample the text, the target, and whether and why not it parses."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in by_task(samples, texts).items():
         lines = []

@@ -1,4 +1,4 @@
-"""Commands: `python -m crab_min.tools.NAME`. The installed libraries are checked before any is imported."""
+"""Commands: `python -m crab_min.tools.NAME`. Libraries are checked before they are imported."""
 
 from crab_min.installation import require_installation
 
