@@ -18,9 +18,11 @@ REMOVED = {
     "feature-cache": "--cache-features keeps features in memory",
     "masks": "crab-tiny --stage masks trains the mask decoder",
     "max-tokens": "lower --batch-size and raise --grad-accum",
-    "patch-size": "a preset says it (crab_min/recipes/presets.py)",
     "separate": "a converted run says how its prompts are laid out",
 }
+SIZES = ["patch-size", "patch-layers", "patch-rope", "shared-kv", "mask-width", "mask-heads"]
+SIZES += ["mask-queries", "mask-chained", "mask-bce", "mask-dice"]
+REMOVED |= dict.fromkeys(SIZES, "presets have it (crab_min/recipes/presets.py)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +148,8 @@ def command_parser(description: str = "") -> Parser:
     parser = Parser(prog="train.py", description=description, epilog=presets, add_help=False)
     parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")
     for flag, text in COMMANDS.items():
-        parser.add_argument("--" + flag, action="store_true", help=text)
+        names = ["-h", "--help"] if flag == "help" else ["--" + flag]
+        parser.add_argument(*names, action="store_true", help=text)
     return parser
 
 
