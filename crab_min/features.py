@@ -147,7 +147,7 @@ class Features:
 
     def encode(self, loaded: list[LoadedMedia], strict: bool) -> None:
         """Put the features of decoded media into the cache; those of one kind and shape together."""
-        groups: dict[tuple, list[LoadedMedia]] = {}
+        """Put features of decoded media into the cache; one kind and shape is one call."""
         for medium in loaded:
             if medium.error:
                 self.skip(medium.part, medium.error, strict)

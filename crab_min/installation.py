@@ -41,13 +41,18 @@ def installation_fault() -> str:
     for name in BUILT_TOGETHER:
         try:
             importlib.import_module(name)
-            if name == "torchvision":
-                # the compiled operator, without which torchvision is only its Python half
-                importlib.import_module("torch").ops.torchvision.nms.default
+            if name == "torchvision" and not has_operators():
+                raise ImportError("its compiled operators are missing")
         except Exception as error:
             reason = " ".join(f"{name}: {error}".split())[:160]
             return describe(BUILT_TOGETHER, wanted, f" do not work together ({reason})")
     return ""
+
+
+def has_operators() -> bool:
+    """Tell whether torch knows torchvision's compiled operators."""
+    torch = importlib.import_module("torch")
+    return hasattr(torch.ops.torchvision, "nms")
 
 
 def wanted_versions() -> dict[str, str]:

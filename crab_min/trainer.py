@@ -155,8 +155,7 @@ def fit(
     training, run = settings.training, settings.run
     step, optimizer = step or JointStep(), make_optimizer(model, training)
     progress = resume(folder, model, optimizer, step, training.seed)
-    order = batch_order(model, samples, training, progress, steps)
-    batches = features.batches(order, strict=False)
+    batches = features.batches(batch_order(model, samples, training, progress, steps), strict=False)
     model.train()
     with RunLog(folder, progress.step, steps.stop) as log, stop_requested() as stop:
         for number in range(progress.step, steps.stop):
