@@ -146,8 +146,8 @@ class Features:
                 bar.update(len(loaded))
 
     def encode(self, loaded: list[LoadedMedia], strict: bool) -> None:
-        """Put the features of decoded media into the cache; those of one kind and shape together."""
         """Put features of decoded media into the cache; one kind and shape is one call."""
+        groups: dict[tuple, list[LoadedMedia]] = {}
         for medium in loaded:
             if medium.error:
                 self.skip(medium.part, medium.error, strict)
