@@ -193,6 +193,16 @@ class Settings:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    @property
+    def side_channels(self) -> list[str]:
+        """The side channels of a video, by name."""
+        return []
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the video and each side channel are trained in updates of their own."""
+        return False
+
 
 # --- what one paper needs --------------------------------------------------
 
@@ -311,12 +321,24 @@ class PaveSettings(Settings):
 
     patch: SideChannelConfig = field(default_factory=SideChannelConfig)
 
+    @property
+    def side_channels(self) -> list[str]:
+        return self.patch.channels
+
 
 @dataclass
 class CremaSettings(Settings):
     """What CREMA's recipe has beside the common settings."""
 
     crema: ModalityConfig = field(default_factory=ModalityConfig)
+
+    @property
+    def side_channels(self) -> list[str]:
+        return self.crema.names[1:]
+
+    @property
+    def sequential(self) -> bool:
+        return self.crema.modality_sequential
 
 
 @dataclass

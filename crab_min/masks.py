@@ -466,10 +466,10 @@ class MaskBranch(nn.Module):
         super().__init__()
         self.first = first
         words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
-        scale = words.weight.float().std().item()
-        rows = (MASK_TOKEN_COUNT, config.width_out)
-        self.read = nn.Parameter(scale * torch.randn(rows))  # in the embeddings
-        self.said = nn.Parameter(scale * torch.randn(rows))  # in the output layer
+        scale = words.weight.detach().float().std()
+        rows = torch.empty(MASK_TOKEN_COUNT, config.width_out, device=scale.device)
+        self.read = nn.Parameter(scale * torch.randn_like(rows))  # in the embeddings
+        self.said = nn.Parameter(scale * torch.randn_like(rows))  # in the output layer
         # of the states, once `calibrate` was called
         self.register_buffer("mean", torch.zeros(config.width_out))
         self.register_buffer("std", torch.ones(config.width_out))

@@ -1,13 +1,14 @@
-"""An audio-visual language model: media tokens in the prompt of a Hugging Face LM, an adapter on the LM.
+"""An audio-visual LM: media tokens in the prompt of a Hugging Face LM, an adapter.
 
-Frozen encoders turn media into features, a backbone turns features into tokens as wide as the LM's
-embeddings, and these tokens take the place of placeholders in the prompt:
+    media   -> encode  -> features      a frozen encoder; kept or computed anew
+    prompts -> collate -> Batch         token ids with a placeholder for each media token
+    Batch   -> embed   -> embeddings    media tokens take the place of the placeholders
+            -> LM      -> loss | text
 
-    prompts, media -> collate -> Batch -> embed -> LM -> token_losses, forward (training) | generate
-
-Only the adapter is trained (I-LoRA of Crab, 2503.13068, and Crab+, 2603.04128, or LoRA), and parts beside
-it where they are asked for. The LM is not modified: tokens go in through `inputs_embeds`, and answers come
-from its own `generate`. What differs between backbones (backbones/) is how media become features and tokens.
+Only the adapter is trained (I-LoRA of Crab, 2503.13068, and Crab+, 2603.04128, or LoRA), and other
+parts where they are asked for. The LM is not modified: tokens go in through `inputs_embeds`, and
+answers come from its own `generate`. How media become features and tokens is what the backbones
+(backbones/) differ in.
 
 Shapes: B samples, L length, D width of the LM, V words, T frames or sound segments.
 """
@@ -44,10 +45,10 @@ NO_LABEL = -100  # of tokens that are not learned, as in transformers
 
 @dataclass
 class MediaTokens:
-    """Token ids of a kind of medium: before it, its placeholder (repeated for each token), after it."""
+    """Token ids that stand in a prompt for one kind of medium."""
 
     before: list[int]
-    placeholder: int
+    placeholder: int  # once for each token of the medium
     after: list[int]
 
 
@@ -57,15 +58,16 @@ class Batch:
 
     ids: Tensor  # (B, L)
     attention: Tensor  # (B, L), 0 for padding
-    # (B, L) the answers, NO_LABEL elsewhere; of an LM with an encoder (B, longest answer)
+    # (B, L) the answers' ids, NO_LABEL elsewhere; of an LM with an encoder (B, longest answer)
     labels: Tensor
     media: list[MediaFeatures]  # of all rows, in reading order
     media_counts: list[int]  # media of each row
-    media_index: list[
-        int
-    ]  # of each medium: 0 for the first of its kind in its prompt, 1 for the second
-    keys: list[str] = field(default_factory=list)  # ids of the samples, where masks learn
-    # gold masks of the rows, where masks learn: (1, H, W) 0. or 1., or long for classes, or None
+    # of each medium: 0 for the first of its kind in its prompt, 1 for the second, ...
+    media_index: list[int]
+
+    # where masks learn: the ids of the samples, and their gold masks (1, H, W), 0. and 1., or
+    # classes (long); None for a row without one
+    keys: list[str] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
 
     @property
@@ -92,8 +94,8 @@ class Batch:
 class AVLanguageModel(nn.Module):
     """Encoders and an LM; each backbone is a subclass.
 
-    A subclass defines `frame_size`, `encode`, `token_count` and `tokens`, what its LM takes beside the
-    embeddings (`extra_lm_inputs`), and its parts that can be trained (`trainable_modules`).
+    A subclass defines `frame_size`, `encode`, `token_count` and `tokens`, what its LM takes beside
+    the embeddings (`extra_lm_inputs`), and what of it can be trained (`trainable_modules`).
 
     Args:
         llm: a transformers LM; PEFT wraps it once it has an adapter.
@@ -136,7 +138,7 @@ class AVLanguageModel(nn.Module):
 
     # --- what a backbone defines
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
-        """Encode several media of one kind; the result can be kept, since encoders are frozen.
+        """Encode several media of one kind. Encoders are frozen: the result can be kept.
 
         Args:
             kind: "video", "image" or "audio".
@@ -183,7 +185,7 @@ class AVLanguageModel(nn.Module):
             media: the features of the media parts of each sample, in order.
             targets: the answers that are learned; None to generate.
         """
-        # prompts as they are laid out: some media have no tokens of their own
+        # side channels leave the prompts: they have no tokens of their own
         samples = [self.arrange(parts, list(features)) for parts, features in zip(prompts, media)]
         media = [features for _, features in samples]
 
@@ -195,7 +197,7 @@ class AVLanguageModel(nn.Module):
             rows.append(prompt + answer)
             labels.append([NO_LABEL] * len(prompt) + answer)
 
-        # left padding: all answers begin behind the same number of tokens that are not padding
+        # left padding, so that every prompt or answer ends at the end of its row
         return Batch(
             ids=self.pad_left(rows, self.tokenizer.pad_token_id),
             attention=self.pad_left([[1] * len(row) for row in rows], 0),
@@ -233,7 +235,7 @@ class AVLanguageModel(nn.Module):
         return [*self.encode_text(text), self.eos_id]
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the token ids of a text of a sample; what looks like a special token stays text."""
+        """Return the token ids of a text, in which special tokens are but text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_layout(self, text: str) -> list[int]:
@@ -248,7 +250,7 @@ class AVLanguageModel(nn.Module):
 
     # --- from batches to losses and answers
     def embed(self, batch: Batch) -> Tensor:
-        """Compute input embeddings (B, L, D): of words, with media tokens in the place of placeholders."""
+        """Compute input embeddings (B, L, D): words, and media tokens at the placeholders."""
         placeholders = [marks.placeholder for marks in self.media_tokens.values()]
         is_placeholder = torch.isin(batch.ids, torch.tensor(placeholders, device=batch.ids.device))
         # an embedding of the placeholders is never used, and need not exist
@@ -263,11 +265,12 @@ class AVLanguageModel(nn.Module):
     def shared_tokens(self, batch: Batch) -> list[Tensor]:
         """Compute the tokens of each medium of a batch, once for rows that share a clip.
 
-        Rows of a batch often ask different questions about one clip, and so do the options of a question
-        that are compared. Their features are then the same tensors in memory.
+        Rows often ask different questions about one clip, or try different answers to one question.
+        Their features are then the same tensors in memory.
         """
-        unique: list[int] = []  # positions of the media whose tokens are computed
-        source: list[int] = []  # for each medium of the batch the number of its tokens among these
+        # which media are computed, and for each medium of the batch which of these it is
+        unique: list[int] = []  # positions in batch.media
+        source: list[int] = []  # positions in unique
         for i, medium in enumerate(batch.media):
             for number, j in enumerate(unique):
                 same_index = batch.media_index[i] == batch.media_index[j]
@@ -277,13 +280,15 @@ class AVLanguageModel(nn.Module):
             else:
                 source.append(len(unique))
                 unique.append(i)
+
+        # the tokens of those, handed to all
         media = [batch.media[i] for i in unique]
         tokens = self.tokens(media, [batch.media_index[i] for i in unique])
         return [tokens[number] for number in source]
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """Compute the cross-entropy (B, longest answer) of each answer token, 0 where there is none."""
-        # answers end the rows, so that only the last logits are needed, and one before them
+        """Compute the loss (B, longest answer) of each answer token, 0 for no token."""
+        # answers end the rows, and each token is predicted at the place before it
         return cross_entropy(self.logits(batch, batch.longest_answer + 1), batch.labels)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -294,7 +299,7 @@ class AVLanguageModel(nn.Module):
     def generate(
         self, batch: Batch, max_new_tokens: int, streamer=None, beams: int = 1
     ) -> list[str]:
-        """Answer: greedily, or with the best sequence that a search with several beams finds."""
+        """Answer each row: greedily, or with the best sequence of a beam search."""
         extra = self.extra_lm_inputs(batch)
         ids = self.llm.generate(
             inputs_embeds=self.embed(batch),
@@ -349,8 +354,8 @@ class AVLanguageModel(nn.Module):
         """Choose what learns, after the adapter and everything else has been added.
 
         Args:
-            parts: "adapter" (without it the LM is frozen with its adapter), "connectors", "embeddings",
-                or names of `trainable_modules`. Patches and modalities always learn.
+            parts: "adapter" (without it the LM is frozen with its adapter), "connectors", or names
+                of `trainable_modules`. Patches and modalities always learn.
 
         Raises:
             ModelError: a name that this model does not have.
@@ -391,7 +396,7 @@ class AVLanguageModel(nn.Module):
         trained_parts.restore_trained(self, Path(folder))
 
     def parts_to_save(self) -> list[str]:
-        """Return the parts that differ from the base: those that learn, and those that were loaded."""
+        """Return the parts that differ from the base: they learn, or were loaded."""
         names = []
         for name, module in self.trainable_modules().items():
             learns = any(parameter.requires_grad for parameter in module.parameters())
@@ -400,7 +405,7 @@ class AVLanguageModel(nn.Module):
         return names
 
     def part_state(self, name: str) -> dict[str, Tensor]:
-        """Return the weights of a part by their names in its file; they share the model's memory."""
+        """Return the weights of a part by name. They share the model's memory."""
         return self.trainable_modules()[name].state_dict()
 
     def part_config(self, name: str) -> dict:
@@ -416,12 +421,13 @@ class AVLanguageModel(nn.Module):
         names = self.trainable_modules()
         if part.name not in names:
             raise ModelError(
-                f"{part.source}: a module this model does not have: {part.name}; it has {', '.join(names)}"
+                f"{part.source}: a module this model does not have: {part.name}; it has "
+                f"{', '.join(names)}"
             )
 
 
 def peft_config(config: AdapterConfig) -> PeftConfig | None:
-    """Return the PEFT config of an adapter on all linears of the LM, or None for no adapter."""
+    """Return the PEFT config of an adapter on all linears of the LM, or None."""
     if config.adapter == "ilora":
         return ILoraConfig(
             r=config.r,
@@ -441,7 +447,7 @@ def peft_config(config: AdapterConfig) -> PeftConfig | None:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the losses (B, n - 1) of the last n - 1 labels, 0 where there is no label.
+    """Compute the loss of each of the last n - 1 labels (B, n - 1), 0 for NO_LABEL.
 
     Args:
         logits: (B, n, V) at the last n positions; each predicts the label after it.
@@ -455,7 +461,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def attach_side_channels(
     parts: list[PromptPart], media: list[MediaFeatures]
 ) -> tuple[list[PromptPart], list[MediaFeatures]]:
-    """Take side channels out of a prompt and attach each to the video or image before it."""
+    """Take side channels out of a prompt and attach each to the video before it."""
     media_parts = [part for part in parts if part.kind != "text"]
     in_prompt: list[MediaFeatures] = []
     for part, features in zip(media_parts, media):
@@ -478,14 +484,14 @@ def index_by_kind(media: list[MediaFeatures]) -> list[int]:
 
 
 def same_tensors(one: MediaFeatures, other: MediaFeatures) -> bool:
-    """Whether two media are one clip with the same side channels: the same tensors, not equal ones."""
+    """Whether two media are the same tensors in memory, side channels included."""
     if one.features is not other.features or one.sides.keys() != other.sides.keys():
         return False
     return all(side.features is other.sides[name].features for name, side in one.sides.items())
 
 
 def bf16_autocast(wanted: bool = True) -> torch.autocast:
-    """Return a context with matrix products in bfloat16, where the hardware is faster at them."""
+    """Return a context for matrix products in bfloat16, where the hardware has them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         is_fast = torch.cuda.is_bf16_supported()
@@ -495,10 +501,10 @@ def bf16_autocast(wanted: bool = True) -> torch.autocast:
 
 
 def missing_weights(what: str, name: str, error: Exception) -> ModelError:
-    """Return the error for weights that are not there and cannot be fetched; it says what to do."""
+    """Return the error for weights that cannot be found or fetched: what to do."""
     reason = str(error).splitlines()[0].rstrip(".")
     return ModelError(
         f"{what} {name}: cannot be loaded ({reason}). Where there is a network, "
-        f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has accepted a "
-        "licence); then name the FOLDER instead"
+        f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has "
+        "accepted a licence); then name the FOLDER instead"
     )

@@ -1,13 +1,15 @@
-"""The files of what was trained: adapter/ in PEFT's format, and parts/NAME.safetensors, one per part.
+"""The files of what was trained: adapter/ (PEFT) and parts/NAME.safetensors.
 
-A part is what a model names so: a connector, the embeddings, a patch, a modality, the mask decoder ...
-Its file holds its weights and, in the header, the settings that it needs to be made anew (the sizes of a
-patch, the width of a modality). A model says what its parts are:
+There is one file per trained part: a connector, the embeddings, a patch, a modality, the mask
+decoder. It holds the part's weights and, in its header, the settings that the part is made from
+(the sizes of a patch, the width of a modality). A model says what its parts are:
 
-    parts_to_save() -> names        part_state(name) -> weights        part_config(name) -> settings
-    prepare_part(part)              makes the part where the model lacks it, or refuses it
+    parts_to_save()     their names
+    part_state(name)    the weights of one, which share the model's memory
+    part_config(name)   its settings
+    prepare_part(part)  makes the part where the model lacks it, or refuses it
 
-The end of this file reads what earlier versions wrote (and what tools/convert.py writes still).
+The end of this file reads what earlier versions wrote, which tools/convert.py still writes.
 """
 
 import json
@@ -117,7 +119,7 @@ def read_part(file: Path) -> SavedPart:
 
 
 def read_patch(file: Path) -> SavedPart:
-    """Read the patch of a side channel: parts/patch_NAME.safetensors, or patches/NAME.safetensors."""
+    """Read a patch: parts/patch_NAME.safetensors, or patches/NAME.safetensors (old)."""
     if file.stem.startswith("patch_"):
         return read_part(file)
     state, config = read_with_header(file, "patch", "a patch")
@@ -164,12 +166,12 @@ def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | st
             texts.append(f"{len(names)} {what} ({', '.join(names[:3])}{more})")
     if texts:
         raise ModelError(
-            f"{where}: of the {len(own)} weights expected, {'; '.join(texts)}. Is it of another base, "
-            "--adapter, --r (rows of A) or --heads (rows of the router), or not whole?"
+            f"{where}: of the {len(own)} weights expected, {'; '.join(texts)}. Is it of another "
+            "base, --adapter, --r (rows of A) or --heads (rows of the router), or not whole?"
         )
 
 
-# --- earlier forms ---------------------------------------------------------------------------------------
+# --- earlier forms --------------------------------------------------------------------------------
 
 OLD_NAMES = {"words": "embeddings", "masks": "mask_decoder"}
 
@@ -180,7 +182,7 @@ def read_old_patches(folder: Path) -> list[SavedPart]:
 
 
 def read_old_modules(folder: Path) -> list[SavedPart]:
-    """Read modules.safetensors: all other parts in one file, each key with its part's name before it."""
+    """Read modules.safetensors: all other parts, each key after its part's name."""
     file = folder / "modules.safetensors"
     if not file.exists():
         return []
@@ -194,7 +196,7 @@ def read_old_modules(folder: Path) -> list[SavedPart]:
 
 
 def read_old_modalities(folder: Path) -> list[SavedPart]:
-    """Read modalities.safetensors: CREMA's modalities and their fusion, with settings in the header."""
+    """Read modalities.safetensors: CREMA's modalities and their fusion."""
     file = folder / "modalities.safetensors"
     if not file.exists():
         return []
@@ -219,10 +221,10 @@ def read_old_modalities(folder: Path) -> list[SavedPart]:
 
 
 def old_modality_part(key: str) -> str:
-    """Return the part of a weight of the Q-Former: parts.NAME. or .A.NAME. and .B.NAME. are a modality's."""
+    """Return the part that a weight of the Q-Former belongs to."""
     names = key.split(".")
-    if names[0] == "parts":
+    if names[0] == "parts":  # parts.NAME.norm.weight
         return f"modality_{names[1]}"
-    if names[-3] in ("A", "B"):
+    if names[-3] in ("A", "B"):  # qformer. ... .query.A.NAME.weight
         return f"modality_{names[-2]}"
     return "shared_qformer"

@@ -1,304 +1,623 @@
-"""train.py and infer.py as a user meets them, at a small size: results, resume, and one-line errors."""
+"""train.py and infer.py as a user meets them, at a small size."""
+
 import csv
+import importlib
 import json
+import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import infer
 import train
 from crab_min import trainer
-from crab_min.data import keep_modality, read_samples
+from crab_min.cli import parse_train
+from crab_min.data import read_samples
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.model import AVLanguageModel
+from crab_min.recipes import crab
+from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import lock_run
 from crab_min.tasks import TASKS
+from crab_min.tools import check, convert
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--steps", "6", "--batch-size", "4", "--save-every", "2", "--r", "4", "--alpha", "8"]
+SMALL = "--steps 6 --batch-size 4 --save-every 2 --r 4 --alpha 8".split()
+
+
+def few_rows(world: Path, *flags: str) -> list[str]:
+    """Return flags for a run on 16 training rows, which are decoded without workers."""
+    return ["--data", str(world), "--tasks", "ks,s4", "--test-rows", "1", *flags]
+
+
+def read_log(run: Path) -> list[dict[str, str]]:
+    """Return the rows of log.csv without those columns that depend on the clock."""
+    with open(run / "log.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"], row["wait"]
+    return rows
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until something has happened; fail where the process ends before that."""
+    deadline = time.time() + seconds
+    while not happened():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+
+
+def interrupt_in_step(number: int, monkeypatch) -> None:
+    """Let the next run be interrupted in its N-th step, before a weight changes."""
+    update, calls = trainer.update, []
+
+    def interrupted(*arguments) -> float:
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    monkeypatch.setattr(trainer, "update", interrupted)
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def finished(small_world, tmp_path_factory):
+def finished(small_world, tmp_path_factory) -> Path:
     """A short run on three tasks."""
     out = tmp_path_factory.mktemp("runs") / "small"
-    assert train.main([*SMALL, "--data", str(small_world), "--tasks", "ave,avqa,s4", "--out", str(out)]) == 0
+    data = ["--data", str(small_world), "--tasks", "ave,avqa,s4"]
+    assert train.main([*SMALL, *data, "--out", str(out)]) == 0
     return out
 
 
-def test_metrics_and_predictions_hold_what_design_says(finished):
+def test_a_run_leaves_its_numbers_and_predictions(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == {"ave", "avqa", "s4"} and metrics["seconds"] > 0
-    for r in metrics["tasks"].values():
-        assert {"metric", "base", "blind", "parsed", "n", "all"} <= set(r)
-        assert 0 <= r["metric"] <= 1 and 0 <= r["parsed"] <= 1 and r["n"] > 0
-    lines = [json.loads(line) for line in (finished / "predictions" / "ave.jsonl").read_text().splitlines()]
-    assert len(lines) == metrics["tasks"]["ave"]["n"]
-    assert all({"id", "task", "text", "target", "parsed"} <= set(line) for line in lines) and lines[0]["id"] == "ave/test/0"
-    log = (finished / "log.csv").read_text().splitlines()
-    assert log[0].startswith("step,loss") and len(log) == 7
-    assert {p.name for p in (finished / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    assert json.loads((finished / "adapter" / "adapter_config.json").read_text())["peft_type"] == "ILORA"
+    assert set(metrics["tasks"]) == {"ave", "avqa", "s4"}
+    for result in metrics["tasks"].values():
+        assert {"metric", "base", "constant", "parsed", "n", "all"} <= set(result)
+        assert 0 <= result["metric"] <= 1 and 0 <= result["parsed"] <= 1 and result["n"] > 0
+    assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable"] == 0
+    assert set(metrics["loss"]) == {"first", "last"}
+
+    lines = (finished / "predictions" / "ave.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    assert len(predictions) == metrics["tasks"]["ave"]["n"]
+    assert predictions[0]["id"] == "ave/test/0"
+    assert all({"id", "task", "text", "target", "parsed"} <= set(line) for line in predictions)
+    for name in ("curves.png", "scores.png", "answers.png"):
+        assert (finished / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_run_leaves_its_settings_by_group(finished, small_world):
+    saved = json.loads((finished / "config.json").read_text())
+    assert set(saved) == {"preset", "recipe", "settings", "steps", "token_limits", "layout"}
+    assert saved["preset"] == "crab_plus-tiny" and saved["recipe"] == "crab_plus"
+    assert saved["settings"]["data"]["data"] == str(small_world)
+    assert saved["settings"]["training"]["steps"] == saved["steps"] == 6
+    assert saved["settings"]["adapter"]["r"] == 4
+    assert set(saved["token_limits"]) == {"ave", "avqa", "s4"}
+    assert saved["layout"]["separate_media"] is True
+
+
+def test_a_run_leaves_its_trained_parts_and_a_line_per_step(finished):
+    adapter = {path.name for path in (finished / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= adapter
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "ILORA"
+    parts = {path.stem for path in (finished / "parts").iterdir()}
+    assert parts == {"visual_qformer", "audio_qformer", "time", "number", "embeddings"}
+
+    rows = read_log(finished)
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert int(row["rows"]) == 4 and 0 < float(row["loss"]) < 20
+        assert int(row["padded_tokens"]) > int(row["answer_tokens"]) > 0
+    # what only an unfinished run needs is gone
+    assert not (finished / "checkpoints").exists() and not (finished / "trained").exists()
 
 
 def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
-    before = (finished / "metrics.json").read_text()
-    assert train.main([*SMALL, "--data", str(small_world), "--tasks", "ave,avqa,s4", "--out", str(finished)]) == 2
-    assert "finished" in capsys.readouterr().err and (finished / "metrics.json").read_text() == before
+    before = (finished / "metrics.json").read_bytes()
+    data = ["--data", str(small_world), "--tasks", "ave,avqa,s4"]
+    assert train.main([*SMALL, *data, "--out", str(finished)]) == 2
+    assert "finished" in capsys.readouterr().err
+    assert (finished / "metrics.json").read_bytes() == before
 
 
-def test_a_run_in_use_is_locked_for_other_processes_and_not_by_workers_that_outlive_it(tmp_path):
-    other = f"from pathlib import Path; from crab_min.runs.folder import lock_run; lock_run(Path({str(tmp_path)!r}), 0)"
-    held = lock_run(tmp_path, 0)
-    worker = torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+# --- locking and stopping -------------------------------------------------------------------------
+
+
+def error_of_locking(folder: Path) -> str:
+    """Lock a run folder in another process; return the error, "" without one."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def lock() -> None:
+        try:
+            lock_run(folder)
+            theirs.send("")
+        except RunError as error:
+            theirs.send(str(error))
+
+    process = context.Process(target=lock)
+    process.start()
+    error = ours.recv()
+    process.join()
+    return error
+
+
+def test_a_run_in_use_is_locked_for_others_and_not_by_workers_that_outlive_it(tmp_path):
+    lock = lock_run(tmp_path)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     worker.start()
-    again = partial(subprocess.run, [sys.executable, "-c", other], cwd=ROOT, capture_output=True, text=True)
-    assert "in use" in again().stderr
-    held.close()
-    assert again().returncode == 0
+    assert "in use" in error_of_locking(tmp_path)
+    lock.close()
+    assert error_of_locking(tmp_path) == ""
     worker.kill()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system offers no such end")
-def test_workers_end_with_a_killed_run(small_world):
-    script = f"""
-from crab_min.data import decoding, read_samples
-parts = [p for s in read_samples({str(small_world)!r}, ["ks"], "train") for p in s.media]
-for _ in decoding([parts[i:i + 2] for i in range(0, len(parts), 2)] * 1000, 96, 2):
-    print("ready", flush=True)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    process.kill()
-    process.wait()
-    deadline = time.time() + 20
-    while (left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.time() < deadline:
-        time.sleep(.1)
-    assert len(workers) >= 2 and not left
+    worker.join()
 
 
 def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp_path):
-    with pytest.raises(RunError, match="MB are free"):
-        lock_run(tmp_path, 10 ** 18)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        lock_run(tmp_path / "file" / "run", 0)
+        lock_run(tmp_path / "file" / "run")
 
 
-def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "24",
-               "--batch-size", "4", "--save-every", "4", "--dropout", "0.2", "--train", "adapter+connectors", "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, cwd=tmp_path)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    deadline = time.time() + 120
-    while not (tmp_path / "killed" / "state" / "step_8").exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(.01)
-    os.kill(process.pid, signal.SIGKILL)
+def test_an_interrupted_run_continues_and_ends_with_the_same_losses(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    """Also with other values of flags that change nothing that is learned."""
+    flags = few_rows(small_world, "--batch-size", "4", "--steps", "6", "--dropout", "0.2")
+    flags += ["--trainable", "adapter,connectors"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.main([*flags, "--out", str(whole)]) == 0
+
+    interrupt_in_step(6, monkeypatch)
+    assert train.main([*flags, "--save-every", "2", "--out", str(cut)]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert checkpoints(cut) == ["step_4"] and len(read_log(cut)) == 5
+    monkeypatch.undo()
+
+    assert train.main([*flags, "--save-every", "2", "--lr", "1e-3", "--out", str(cut)]) == 2
+    assert "another --lr (0.004, now 0.001)" in capsys.readouterr().err
+    free = ["--save-every", "3", "--workers", "0", "--keep-checkpoints", "2", "--max-bad", "0.5"]
+    assert train.main([*flags, *free, "--out", str(cut)]) == 0
+    assert read_log(cut) == read_log(whole) and len(read_log(whole)) == 6
+    for part in ("adapter/adapter_model", "parts/visual_qformer"):
+        states = [load_file(run / f"{part}.safetensors") for run in (whole, cut)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    flags = few_rows(small_world, "--batch-size", "2", "--steps", "4", "--save-every", "1")
+    command = [*flags, "--out", str(tmp_path / "run")]
+    forward, batches = AVLanguageModel.forward, []
+
+    def broken(self, batch):
+        batches.append(batch)
+        loss = forward(self, batch)
+        return loss * float("nan") if len(batches) == 3 else loss
+
+    monkeypatch.setattr(AVLanguageModel, "forward", broken)
+    assert train.main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step 3: the loss is nan" in error and "checkpoint is kept" in error
+    assert all(name in error for name in batches[2].keys) and len(batches[2].keys) == 2
+    assert checkpoints(tmp_path / "run") == ["step_2"]
+    assert len(read_log(tmp_path / "run")) == 2
+
+    monkeypatch.undo()
+    assert train.main(command) == 0
+    assert len(read_log(tmp_path / "run")) == 4
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    model = torch.nn.Linear(2, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model(torch.ones(1, 2)) * float("inf")).sum().backward()
+    with pytest.raises(RunError, match="norm of the gradient"):
+        trainer.update(model, optimizer, 1.0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_smaller_batches_and_more_of_them_make_the_same_steps(small_world, tmp_path):
+    flags = few_rows(small_world, "--steps", "3", "--dropout", "0", "--no-bf16")
+    logs = []
+    for sizes in (["--batch-size", "6"], ["--batch-size", "2", "--grad-accum", "3"]):
+        out = tmp_path / sizes[1]
+        assert train.main([*flags, *sizes, "--out", str(out)]) == 0
+        logs.append(read_log(out))
+    whole, parts = logs
+    losses = [[float(row["loss"]) for row in rows] for rows in logs]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert [row["rows"] for row in parts] == [row["rows"] for row in whole] == ["6"] * 3
+    padded = [sum(int(row["padded_tokens"]) for row in rows) for rows in logs]
+    assert padded[1] < padded[0]  # less padding in smaller batches
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system offers no such end")
+def test_workers_end_with_a_killed_run(small_world):
+    script = f"""
+from crab_min.data import decode_ahead, read_samples
+parts = [part for s in read_samples({str(small_world)!r}, ["ks"], "train") for part in s.media]
+groups = [parts[i : i + 2] for i in range(0, len(parts), 2)] * 1000
+for _ in decode_ahead(groups, 96, 2):
+    print("ready", flush=True)
+"""
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    workers = [Path("/proc") / pid for pid in found.stdout.split()]
+    assert len(workers) >= 2
+    process.kill()
     process.wait()
-    assert not (tmp_path / "killed" / "metrics.json").exists(), "the run ended before it could be killed"
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, cwd=tmp_path)
-    whole, killed = ([line.split(",")[:5] for line in (tmp_path / name / "log.csv").read_text().splitlines()] for name in ("whole", "killed"))
-    assert whole == killed and len(whole) == 25
+    deadline = time.time() + 20
+    while any(worker.exists() for worker in workers) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(worker.exists() for worker in workers)
 
 
-def test_ctrl_c_saves_a_state_and_a_picture_and_what_was_best_can_be_asked(small_world, tmp_path):
+@pytest.mark.slow
+def test_a_killed_run_started_again_ends_with_the_same_losses(small_world, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *few_rows(small_world), "--steps", "24"]
+    command += ["--batch-size", "4", "--save-every", "4", "--dropout", "0.2"]
+    command += ["--trainable", "adapter,connectors", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True, cwd=tmp_path)
+
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, str(killed)], cwd=tmp_path, **silent)
+    wait_for((killed / "checkpoints" / "step_8").exists, process)
+    process.kill()
+    process.wait()
+    assert not (killed / "metrics.json").exists(), "the run ended before it could be killed"
+    subprocess.run([*command, str(killed)], check=True, capture_output=True, cwd=tmp_path)
+    assert read_log(whole) == read_log(killed) and len(read_log(whole)) == 24
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_and_what_was_best_can_be_asked(small_world, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "2000", "--batch-size", "2",
-                                "--eval-every", "2", "--eval-rows", "2", "--out", str(run)], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    deadline = time.time() + 120
-    while not ((run / "log.csv").exists() and len((run / "log.csv").read_text().splitlines()) > 4) and time.time() < deadline and process.poll() is None:
-        time.sleep(.05)
+    command = [sys.executable, str(ROOT / "train.py"), *few_rows(small_world), "--steps", "2000"]
+    command += ["--batch-size", "2", "--eval-every", "2", "--eval-rows", "2", "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    log = run / "log.csv"
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 4, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in errors
-    steps = len((run / "log.csv").read_text().splitlines()) - 1
-    assert steps >= 4 and [state.name for state in (run / "state").iterdir()] == [f"step_{steps}"]
+    assert process.returncode == 130 and "the same command continues" in errors
+
+    rows = read_log(run)
+    assert len(rows) >= 4 and checkpoints(run) == [f"step_{len(rows)}"]
     assert (run / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    metrics = [row.split(",")[9] for row in (run / "log.csv").read_text().splitlines()[1:]]
-    assert all(bool(metric) == (i % 2 == 1) for i, metric in enumerate(metrics))
-    assert f"{json.loads((run / 'best' / 'progress.json').read_text())['best']:.4f}" == max(m for m in metrics if m)
-    assert infer.main(["--eval", "--data", str(small_world), "--tasks", "ks", "--test-rows", "1", "--run", str(run / "best"), "--out", str(tmp_path / "eval")]) == 0
+    metrics = [row["metric"] for row in rows]
+    assert all(metrics[1::2]) and not any(metrics[0::2])
+    best = json.loads((run / "best" / "progress.json").read_text())["best"]
+    assert best == pytest.approx(max(float(metric) for metric in metrics[1::2]), rel=1e-6)
+    evaluation = ["--eval", *few_rows(small_world), "--run", str(run / "best")]
+    assert infer.main([*evaluation, "--out", str(tmp_path / "eval")]) == 0
 
 
-def test_a_batch_passed_in_parts_makes_the_same_step(small_world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data", str(small_world), "--tasks", "ks,s4", "--test-rows", "1", "--steps", "4", "--batch-size", "6", "--dropout", "0", "--no-half"]
-    for name, more in (("whole", []), ("parts", ["--max-tokens", "500"])):
-        assert train.main([*flags, *more, "--out", name]) == 0
-    whole, parts = (list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("whole", "parts"))
-    assert [float(row["loss"]) for row in parts] == pytest.approx([float(row["loss"]) for row in whole], abs=1e-5)
-    assert [row["rows"] for row in parts] == [row["rows"] for row in whole] == ["6"] * 4
-    assert sum(int(row["places"]) for row in parts) < sum(int(row["places"]) for row in whole)         # less padding
+# --- asking ---------------------------------------------------------------------------------------
 
 
-def test_infer_on_a_clip_prints_one_json_line_and_draws(finished, small_world, tmp_path, monkeypatch, capsys):
+def test_infer_on_a_clip_prints_one_json_line_and_draws(
+    finished, small_world, tmp_path, monkeypatch, capsys
+):
     clip = sorted((small_world / "ave" / "video").glob("*.mp4"))[0]
     monkeypatch.chdir(tmp_path)
     assert infer.main([str(clip), "--task", "ave", "--json", "--run", str(finished)]) == 0
-    out = capsys.readouterr().out
-    line = json.loads(out)
-    assert out.count("\n") == 1 and {"text", "parsed", "seconds", "error"} <= set(line)
+    printed = capsys.readouterr().out
+    line = json.loads(printed)
+    assert printed.count("\n") == 1
+    assert {"text", "parsed", "seconds", "error"} <= set(line)
     assert Path(line["picture"]).read_bytes()[:4] == b"\x89PNG"
-    assert infer.main([str(clip), "--ask", "How many things are seen?", "--run", str(finished)]) == 0
-    assert "answer:" in (shown := capsys.readouterr().out) and "How many things are seen?" in shown
+
+    question = "How many things are seen?"
+    assert infer.main([str(clip), "--ask", question, "--run", str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "answer:" in printed and question in printed
 
 
 def test_infer_takes_every_kind_of_media(finished, small_world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     one, two = map(str, sorted((small_world / "ave" / "video").glob("*.mp4"))[:2])
     image = str(next((small_world / "s4").rglob("frames/*.jpg")))
-    for arguments in (["--task", "a2v", one, "--second-video", two], ["--task", "v2a", one, "--audio", one, "--audio", two],
-                      ["--task", "s4", "--image", image, "--audio", one, "--frame-index", "2"], ["--task", "meld", one],
-                      ["--task", "avqa_thu", one, "--ask", "What is heard?", "--options", "dog,cat,bell"],
-                      ["--task", "ref_avs", "--image", image, "--audio", one, "--ask", "the thing on the left"]):
-        assert infer.main([*arguments, "--json", "--run", str(finished), "--limit", "8"]) == 0
+    expression = "the thing on the left"
+    for arguments in (
+        ["--task", "a2v", one, "--second-video", two],
+        ["--task", "v2a", one, "--audio", one, "--audio", two],
+        ["--task", "s4", "--image", image, "--audio", one, "--frame-index", "2"],
+        ["--task", "meld", one],
+        ["--task", "avqa_thu", one, "--ask", "What is heard?", "--options", "dog,cat,bell"],
+        ["--task", "ref_avs", "--image", image, "--audio", one, "--ask", expression],
+    ):
+        command = [*arguments, "--json", "--run", str(finished), "--max-new-tokens", "8"]
+        assert infer.main(command) == 0
         assert json.loads(capsys.readouterr().out)["task"] == arguments[1]
 
 
-def test_eval_scores_a_split_and_counts_missing_clips(finished, small_world, tmp_path, capsys):
-    assert infer.main(["--eval", "--data", str(small_world), "--split", "train", "--tasks", "ave", "--test-rows", "3", "--run", str(finished), "--out", str(tmp_path / "e")]) == 0
-    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+def old_form(run: Path, folder: Path) -> None:
+    """Write a run as the first version did: flat settings, and one file of all trained parts."""
+    new = json.loads((run / "config.json").read_text())
+    training = new["settings"]["training"]
+    flat = {"adapter": "ilora", "r": 4, "alpha": 8, "train": "adapter+connectors+words"}
+    flat |= {"answers": "text", "half": True, "quantize": "", "steps": training["steps"]}
+    old = {"preset": new["preset"], "train": flat, "steps": new["steps"]}
+    state = {}
+    for file in (run / "parts").iterdir():
+        name = {"embeddings": "words"}.get(file.stem, file.stem)
+        state |= {f"{name}.{key}": value for key, value in load_file(file).items()}
+
+    (folder / "adapter").mkdir(parents=True)
+    for file in (run / "adapter").iterdir():
+        (folder / "adapter" / file.name).write_bytes(file.read_bytes())
+    save_file(state, folder / "modules.safetensors")
+    (folder / "config.json").write_text(json.dumps(old | {"limits": new["token_limits"]}))
+
+
+def test_a_run_of_the_first_version_still_answers(
+    finished, small_world, tmp_path, monkeypatch, capsys
+):
+    old_form(finished, tmp_path / "old")
+    clip = sorted((small_world / "ave" / "video").glob("*.mp4"))[0]
+    monkeypatch.chdir(tmp_path)
+    texts = []
+    for run in (finished, tmp_path / "old"):
+        assert infer.main([str(clip), "--task", "ave", "--json", "--run", str(run)]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1]
+    split = ["--eval", "--data", str(small_world), "--tasks", "s4", "--test-rows", "1"]
+    assert infer.main([*split, "--run", "old", "--out", "eval"]) == 0
+
+
+# --- scoring a split ------------------------------------------------------------------------------
+
+
+def test_eval_scores_a_split(finished, small_world, tmp_path):
+    split = ["--data", str(small_world), "--split", "train", "--tasks", "ave", "--test-rows", "3"]
+    command = ["--eval", *split, "--run", str(finished), "--out", str(tmp_path / "eval")]
+    assert infer.main(command) == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["tasks"]["ave"]["n"] == 3 and "exact" in metrics["tasks"]["ave"]
-    data = tmp_path / "data"
-    (data / "ave").mkdir(parents=True)
+
+
+def test_eval_stops_at_a_missing_clip_or_counts_it_as_wrong(
+    finished, small_world, tmp_path, capsys
+):
     rows = json.loads((small_world / "ave" / "test.json").read_text())[:2]
-    (data / "ave" / "test.json").write_text(json.dumps([{**r, "video_path": str(small_world / "ave" / "video" / r["video_path"]) if i else "gone.mp4",
-                                                         "audio_path": str(small_world / "ave" / "audio" / r["audio_path"])} for i, r in enumerate(rows)]))
-    command = ["--eval", "--data", str(data), "--tasks", "ave", "--run", str(finished), "--out", str(tmp_path / "m")]
-    assert infer.main(command) == 2 and "gone.mp4" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    for row in rows:
+        for kind in ("video", "audio"):
+            row[f"{kind}_path"] = str(small_world / "ave" / kind / row[f"{kind}_path"])
+    rows[0]["video_path"] = "gone.mp4"
+    (tmp_path / "data" / "ave").mkdir(parents=True)
+    (tmp_path / "data" / "ave" / "test.json").write_text(json.dumps(rows))
+
+    out = tmp_path / "eval"
+    command = ["--eval", "--data", str(tmp_path / "data"), "--tasks", "ave"]
+    command += ["--run", str(finished), "--out", str(out)]
+    assert infer.main(command) == 2
+    assert "gone.mp4" in capsys.readouterr().err
+    assert not (out / "metrics.json").exists()
     assert infer.main([*command, "--allow-missing"]) == 0
-    assert json.loads((tmp_path / "m" / "metrics.json").read_text())["missing"] == 1
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["missing"] == 1 and metrics["tasks"]["ave"]["n"] == 2
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(finished, small_world, tmp_path, monkeypatch, capsys):
-    command = ["--eval", "--data", str(small_world), "--tasks", "ave,avqa,ks,s4", "--batch-size", "3", "--run", str(finished)]
-    assert infer.main([*command, "--out", str(tmp_path / "whole")]) == 0
+def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
+    finished, small_world, tmp_path, monkeypatch
+):
+    tasks = ["ave", "avqa", "s4"]
+    command = ["--eval", "--data", str(small_world), "--tasks", ",".join(tasks)]
+    command += ["--test-rows", "3", "--batch-size", "2", "--run", str(finished)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert infer.main([*command, "--out", str(whole)]) == 0
+
     generate, calls = AVLanguageModel.generate, []
 
-    def killed(self, *args, **kwargs):
+    def killed(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return generate(self, *args, **kwargs)
+        return generate(self, *arguments, **options)
+
     monkeypatch.setattr(AVLanguageModel, "generate", killed)
-    assert infer.main([*command, "--out", str(tmp_path / "cut")]) == 130
-    partial = tmp_path / "cut" / "answers.partial.jsonl"
+    assert infer.main([*command, "--out", str(cut)]) == 130
+    partial = cut / "answers.partial.jsonl"
     lines = partial.read_text().splitlines()
-    assert len(lines) == 3 and not (tmp_path / "cut" / "metrics.json").exists()
-    partial.write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])          # the third line is cut
+    assert len(lines) == 3 and not (cut / "metrics.json").exists()
+
+    # its third line is cut; two batches are done
+    partial.write_text("\n".join([*lines[:2], lines[2][:20]]))
     calls[:] = [1] * 10
-    assert infer.main([*command, "--out", str(tmp_path / "cut")]) == 0
-    batches = len(plan_batches(read_samples(small_world, ["ave", "avqa", "ks", "s4"], "test"), 3))
-    assert len(calls) - 10 == batches - 2                                     # two batches were done
-    for file in sorted((tmp_path / "whole" / "predictions").iterdir()):
-        assert file.read_bytes() == (tmp_path / "cut" / "predictions" / file.name).read_bytes()
-    assert {p.stem for p in (tmp_path / "cut" / "sheets").iterdir()} == {"ave", "avqa", "ks", "s4"} and not partial.exists()
-    assert json.loads((tmp_path / "cut" / "metrics.json").read_text())["decoding"]["batch_size"] == 3
+    assert infer.main([*command, "--out", str(cut)]) == 0
+    batches = plan_batches(read_samples(small_world, tasks, "test", limit=3), 2)
+    assert len(calls) - 10 == len(batches) - 2
+    for file in sorted((whole / "predictions").iterdir()):
+        assert file.read_bytes() == (cut / "predictions" / file.name).read_bytes()
+    assert {path.stem for path in (cut / "sheets").iterdir()} == set(tasks)
+    assert not partial.exists()
+    decoding = json.loads((cut / "metrics.json").read_text())["decoding"]
+    assert decoding["batch_size"] == 2
 
 
-def bad_inputs(folder, world):
-    """(what it is, command, words the one line must have)"""
+def test_eval_with_a_modality_taken_away(finished, small_world, tmp_path):
+    command = ["--eval", *few_rows(small_world), "--run", str(finished), "--max-new-tokens", "4"]
+    for modality in ("audio", "video"):
+        out = tmp_path / modality
+        assert infer.main([*command, "--ablate", modality, "--out", str(out)]) == 0
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["decoding"]["ablate"] == modality and set(metrics["tasks"]) == {"ks", "s4"}
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def bad_inputs(folder: Path, world: Path):
+    """Yield a command, its arguments, and the words that its one line must have."""
     good = sorted((world / "ave" / "video").glob("*.mp4"))[0]
     (folder / "text.mp4").write_text("not a film")
-    (folder / "cut.mp4").write_bytes(good.read_bytes()[:len(good.read_bytes()) // 2])
+    (folder / "cut.mp4").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
     (folder / "empty.wav").write_bytes(b"")
     for name, content in (("broken", "[{"), ("field", '[{"video_path": "x.mp4"}]')):
         (folder / name / "ave").mkdir(parents=True)
         (folder / name / "ave" / "train.json").write_text(content)
+    nothing, empty = str(folder / "nothing"), str(folder / "empty.wav")
+
+    # infer.py: files, questions, runs
     ask = ["--task", "ave"]
-    yield "missing file", infer.main, [str(folder / "gone.mp4"), *ask], ["gone.mp4"]
-    yield "text file", infer.main, [str(folder / "text.mp4"), *ask], ["text.mp4"]
-    yield "cut file", infer.main, [str(folder / "cut.mp4"), *ask], ["cut.mp4"]
-    yield "empty sound", infer.main, [str(good), "--audio", str(folder / "empty.wav"), *ask], ["empty.wav"]
-    yield "nothing asked", infer.main, [str(good)], ["--ask", "--task"]
-    yield "missing second video", infer.main, [str(good), "--task", "a2v"], ["a2v", "video2_path"]
-    yield "unknown task", infer.main, [str(good), "--task", "avee"], ["avee", "ave"]
-    yield "unknown task", train.main, ["--tasks", "avee"], ["avee", "ave"]
-    yield "broken json", train.main, ["--data", str(folder / "broken")], ["broken/ave/train.json", "JSON"]
-    yield "missing field", train.main, ["--data", str(folder / "field")], ["field/ave/train.json", "row 0", "audio_path"]
-    yield "no such data", train.main, ["--data", str(folder / "nothing")], ["nothing", "--data"]
-    yield "no such things", train.main, ["--things", str(folder / "nothing")], ["nothing", "--things"]
-    yield "no such run", infer.main, [str(good), *ask, "--run", str(folder / "nothing")], ["nothing", "--run"]
-    yield "unknown flag", train.main, ["--stepz", "3"], ["--stepz"]
-    yield "unknown preset", train.main, ["crab-huge"], ["crab-huge", "crab_plus-tiny"]
-    yield "wrong value", train.main, ["--steps", "many"], ["--steps", "many"]
+    for name in ("gone.mp4", "text.mp4", "cut.mp4"):
+        yield infer.main, [str(folder / name), *ask], [name]
+    yield infer.main, [str(good), "--audio", empty, *ask], ["empty.wav"]
+    yield infer.main, [str(good)], ["--ask", "--task"]
+    yield infer.main, [str(good), "--task", "a2v"], ["a2v", "video2_path"]
+    yield infer.main, [str(good), "--task", "avee"], ["avee", "ave"]
+    yield infer.main, [str(good), *ask, "--run", nothing], ["nothing", "--run"]
+
+    # train.py: data, things, parts
+    yield train.main, ["--tasks", "avee"], ["avee", "ave"]
+    broken, field = ["--data", str(folder / "broken")], ["--data", str(folder / "field")]
+    yield train.main, broken, ["broken/ave/train.json", "JSON"]
+    yield train.main, field, ["field/ave/train.json", "row 0", "audio_path"]
+    yield train.main, ["--data", nothing], ["nothing", "--data"]
+    yield train.main, ["--things", nothing], ["nothing", "--things"]
+    yield train.main, few_rows(world, "--trainable", "adapter,qformers"), ["qformers", "embeddings"]
 
 
-def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(small_world, tmp_path, monkeypatch, capsys):
-    inputs = tmp_path / "inputs"
+def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    inputs, work = tmp_path / "inputs", tmp_path / "work"
     inputs.mkdir()
+    work.mkdir()
     cases = list(bad_inputs(inputs, small_world))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    for name, main, arguments, words in cases:
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-        error = capsys.readouterr().err.strip()
-        lines = [line for line in error.splitlines() if line.startswith("error:")]
-        assert code == 2 and len(lines) == 1 and "Traceback" not in error, (name, error)
-        assert all(word in lines[0] for word in words), (name, error)
-        assert not list((tmp_path / "work").iterdir()), name
+    monkeypatch.chdir(work)
+    for main, arguments, words in cases:
+        assert main(arguments) == 2, arguments
+        printed = capsys.readouterr().err.strip()
+        lines = [line for line in printed.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and "Traceback" not in printed, printed
+        assert all(word in lines[0] for word in words), printed
+        assert not list(work.iterdir()), arguments
 
 
-def test_readme_commands_run_at_a_small_size(tmp_path):
-    """The README's training command with small numbers, then infer.py without arguments, in a folder of their own."""
-    commands = [line.strip() for line in (ROOT / "README.md").read_text().splitlines()]
-    assert "pip install -r requirements.txt && python train.py" in commands and "pytest" in commands
+# --- the commands of README.md --------------------------------------------------------------------
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the commands in the code blocks of README.md as lists of words."""
+    commands = []
+    for block in (ROOT / "README.md").read_text().split("```")[1::2]:
+        for line in block.splitlines():
+            for command in line.split("&&"):
+                if command.split()[:1] in (["python"], ["torchrun"]):
+                    commands.append(shlex.split(command, comments=True))
+    return commands
+
+
+def after(command: list[str], word: str) -> list[str]:
+    """Return the words of a command behind a word."""
+    return command[command.index(word) + 1 :]
+
+
+def test_every_command_of_the_readme_has_flags_that_exist_and_values_that_fit_together():
+    presets = set()
+    for command in readme_commands():
+        if "train.py" in command:
+            given, settings = parse_train(after(command, "train.py"))
+            presets.add(given.preset)
+            recipe = PRESETS[given.preset].recipe
+            if recipe != "tinybase":
+                importlib.import_module(f"crab_min.recipes.{recipe}").run_settings(settings)
+        elif "infer.py" in command:
+            infer.parse_infer(after(command, "infer.py"))
+        elif "crab_min.tools.check" in command:
+            check.make_parser().parse_args(after(command, "crab_min.tools.check"))
+        else:
+            convert.make_parser().parse_args(after(command, "crab_min.tools.convert"))
+    assert presets == set(PRESETS)
+
+
+@pytest.mark.slow
+def test_the_first_two_commands_of_the_readme_run_at_a_small_size(tmp_path):
+    """In a folder of their own: training with small numbers, then infer.py without a clip."""
+    commands = readme_commands()
+    assert commands[0] == ["python", "train.py"] and commands[1] == ["python", "infer.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = lambda *arguments: subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)      # noqa: E731
-    done = run(str(ROOT / "train.py"), *SMALL, "--world-clips", "24", "--world-test", "2")
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    world = ["--world-clips", "24", "--world-test", "2"]
+    printed = run(str(ROOT / "train.py"), *SMALL, *world)
+    rows = [line.split(" ")[0] for line in printed.splitlines()]
     for task in TASKS.values():
-        assert len([line for line in done.stdout.splitlines() if line.split(" ")[0] == task.name]) == (1 if "test" in task.splits and task.v2 else 0)
-    done = run(str(ROOT / "infer.py"), "--json", "--limit", "8", "--run", "runs/crab_plus-tiny")
-    assert done.returncode == 0 and json.loads(done.stdout)["task"] == "avqa", done.stderr[-2000:]
+        expected = 1 if "test" in task.splits and task.v2 else 0
+        assert rows.count(task.name) == expected
+    printed = run(str(ROOT / "infer.py"), "--json", "--max-new-tokens", "8")
+    assert json.loads(printed)["task"] == "avqa"
 
 
-def test_every_recipe_of_the_readme_is_a_run_that_could_start(monkeypatch):
-    """The commands of "Train the papers": flags that exist, values that fit together."""
-    section = (ROOT / "README.md").read_text().split("## Train the papers")[1].split("\n## ")[0]
-    recipes = [line.split("#")[0].split("train.py")[1].split() for line in section.splitlines() if line.startswith(("python train.py", "torchrun"))]
-    found = []
-    monkeypatch.setattr(train, "run", lambda config, preset: found.append((preset, config)))
-    for recipe in recipes:
-        assert train.main(recipe) == 0
-    assert {preset for preset, _ in found} == {"crab_plus-7b", "crab_plus-3b", "crab-7b", "pave-7b", "pave-0.5b", "crema-xl"} and len(found) >= 12
-    for preset, config in found:
-        if config.stage in ("", "visual"):                                    # others want the run before them
-            trainer.staged(config, preset)
+# --- Crab's stages --------------------------------------------------------------------------------
 
 
 def test_each_stage_of_crab_starts_from_the_one_before(small_world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["crab-tiny", "--steps", "4", "--batch-size", "4", "--r", "4", "--alpha", "8", "--data", str(small_world), "--test-rows", "1"]
+    command = ["crab-tiny", *few_rows(small_world), "--steps", "2", "--batch-size", "4", "--r", "4"]
     assert train.main([*command, "--stage", "audio"]) == 2
     assert "runs/crab-tiny-visual is none; run --stage visual first" in capsys.readouterr().err
+    parts = {}
     for stage in ("visual", "audio", "unified"):
         assert train.main([*command, "--stage", stage]) == 0
-    states = {stage: load_file(f"runs/crab-tiny-{stage}/modules.safetensors") for stage in ("visual", "audio", "unified")}
-    assert {key.split(".")[0] for key in states["visual"]} == {"visual_qformer"}
-    assert {key.split(".")[0] for key in states["audio"]} == {"visual_qformer", "audio_qformer"}
-    assert all(torch.equal(states["audio"][key], value) for key, value in states["visual"].items())
-    assert not torch.equal(states["unified"]["visual_qformer.query"], states["visual"]["visual_qformer.query"])      # trained on
-    assert not Path("runs/crab-tiny-audio/adapter").exists() and Path("runs/crab-tiny-unified/adapter").is_dir()
-    assert json.loads(Path("runs/crab-tiny-unified/config.json").read_text())["train"]["start"] == "runs/crab-tiny-audio"
+        files = Path(f"runs/crab-tiny-{stage}/parts").iterdir()
+        parts[stage] = {file.stem: load_file(file) for file in files}
+
+    # a connector is aligned, goes on as it is, and learns again with all tasks
+    assert set(parts["visual"]) == {"visual_qformer"}
+    assert set(parts["audio"]) == {"visual_qformer", "audio_qformer"}
+    for key, value in parts["visual"]["visual_qformer"].items():
+        assert torch.equal(parts["audio"]["visual_qformer"][key], value)
+    query = [parts[stage]["visual_qformer"]["query"] for stage in ("visual", "unified")]
+    assert not torch.equal(*query)
+    assert not Path("runs/crab-tiny-audio/adapter").exists()
+    assert Path("runs/crab-tiny-unified/adapter").is_dir()
+    saved = json.loads(Path("runs/crab-tiny-unified/config.json").read_text())
+    assert saved["settings"]["training"]["init_from"] == "runs/crab-tiny-audio"
 
 
-def test_captions_of_one_sense_hide_the_other(small_world):
+@pytest.mark.parametrize("stage", ["visual", "audio"])
+def test_captions_of_one_modality_hide_the_other(small_world, stage):
     whole = read_samples(small_world, ["avcap"], "train", limit=3)
-    for kind, field in (("video", "seen"), ("audio", "heard")):
-        for before, after in zip(whole, keep_modality(whole, kind)):
-            assert [p.kind for p in after.media] == [kind] and after.target == before.row[field] != before.target
-            assert after.parts[0].text.startswith(f"{kind}: ") and after.parts[-1] == before.parts[-1]
+    alignment = crab.ALIGN[stage]
+    for before, after_ in zip(whole, crab.keep_modality(whole, alignment)):
+        assert [part.kind for part in after_.media] == [alignment.kind]
+        assert after_.target == before.row[alignment.caption] != before.target
+        assert after_.parts[0].text.startswith(f"{alignment.kind}: ")
+        assert after_.parts[-1] == before.parts[-1]

@@ -1,19 +1,20 @@
-"""CREMA (2402.05889): any modality beside a video, through one frozen Q-Former, in a frozen LM.
+"""CREMA (2402.05889): a frozen LM, and any modality beside a video.
 
-    [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question        fusion "concat": Zbar behind the video, as released
-    [P_t, Z_t + Zbar_t]_t, question                    fusion "add": Zbar on top of it
+    [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question    "concat": Zbar behind the video, as released
+    [P_t, Z_t + Zbar_t]_t, question                "add": Zbar on top of the video
 
-Z_t are the Q tokens of frame t, Zbar_t those of all other modalities, fused into as many tokens however many
-modalities there are (self-gated fusion, crema.py), and P_t the words "Frame t: ". A modality is a side
-channel of the video: what an encoder makes of a sound, of pictures (flow, depth, normals, thermal, touch), of
-3D points, or of anything that encoders.register names. A clip without a modality has zero tokens in its place.
+Z_t are the Q tokens of frame t and P_t the words "Frame t: ". Zbar_t are the tokens of all other
+modalities, fused into Q tokens however many modalities there are (self-gated fusion, crema.py). All
+go through one frozen Q-Former. A modality is a side channel of the video: what an encoder makes of
+a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything that
+encoders.register names. A clip without a modality has zero tokens in its place.
 
-In modality-sequential training each batch gives one update per modality, of its own parameters and the fusion
-(`set_active_modalities`). The passes of one batch share the tokens of the modalities that do not learn
-(`frozen_tokens`).
+In modality-sequential training each batch gives one update per modality, of its own parameters and
+the fusion (`set_active_modalities`). The passes of a batch share the tokens of the modalities that
+do not learn (`frozen_tokens`).
 
-What differs from the released code: the steps of a sound are aligned with the frames; there their mean
-stands at each frame (`aligned=False`).
+What differs from the released code: the steps of a sound are aligned with the frames (released:
+the mean of all steps at every frame; `aligned=False` does so too).
 
 Shapes: T frames, S encoder tokens, W their width, Q queries, D LM width.
 """
@@ -48,11 +49,12 @@ from crab_min.trained_parts import SavedPart
 
 
 class CremaModel(AVLanguageModel):
-    """Encoders, one Q-Former for all modalities and an LM, all frozen; "rgb", the video, is always there.
+    """Encoders, one Q-Former for all modalities, an LM. "rgb" (the video) never lacks.
 
     Args:
         frame_prefix: the words before a frame.
-        time, number: embeddings that a base was trained with (composed.add_embeddings).
+        time: embedding that a base was trained with (composed.add_embeddings).
+        number: likewise.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class CremaModel(AVLanguageModel):
     def encode(
         self, kind: str, media: list, seconds: list[float] | None = None
     ) -> list[MediaFeatures]:
-        """Encode several media of one kind, all but sounds as pictures: features (T, S, W) of each.
+        """Encode several media of one kind, all but sounds as pictures: (T, S, W) each.
 
         Raises:
             ModelError: sound without a BEATs.
@@ -149,7 +151,7 @@ class CremaModel(AVLanguageModel):
         return batch
 
     def drop_modalities(self, medium: MediaFeatures) -> MediaFeatures:
-        """Return a video without a random share of its side modalities, so that any few of them will do."""
+        """Return a video without a random share of its side modalities."""
         kept = {}
         for name, side in medium.sides.items():
             if torch.rand(()) >= self.modality_dropout:
@@ -167,7 +169,7 @@ class CremaModel(AVLanguageModel):
 
     # --- tokens
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
-        """Compute the tokens (token_count, D) of each video and of the modalities beside it."""
+        """Compute the tokens (token_count, D) of each video with its other modalities."""
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
         if self.fusion is not None:
@@ -197,10 +199,10 @@ class CremaModel(AVLanguageModel):
 
     @contextmanager
     def frozen_tokens(self) -> Iterator[None]:
-        """Keep the tokens of modalities that do not learn, for several passes of one batch.
+        """Share tokens of modalities that do not learn between the passes of a batch.
 
-        Every forward pass inside has to be of the same batch. `set_active_modalities` forgets the tokens of
-        the modalities that learn from then on.
+        Every forward pass inside has to be of the same batch. `set_active_modalities` drops the
+        tokens of the modalities that learn from then on.
         """
         self.cached_tokens = {}
         try:
@@ -225,7 +227,8 @@ class CremaModel(AVLanguageModel):
             lengths: the frames T of each clip.
 
         Returns:
-            tokens (sum of T, Q, D), zero where a clip has no such modality, and where it has (sum of T,).
+            tokens (sum of T, Q, D), zero where a clip lacks the modality, and where they are not
+            (sum of T,).
         """
         # the clips that have it, all in one call
         clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
@@ -254,7 +257,7 @@ class CremaModel(AVLanguageModel):
         return self.fusion.names if self.fusion is not None else []
 
     def configure(self, config: ModalityConfig) -> None:
-        """Take the settings of a run, before modalities are added; rgb gets an adapter of their rank."""
+        """Take the settings of a run, before modalities are added. rgb gets a new adapter."""
         self.fusion_mode = config.fusion
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
@@ -271,7 +274,8 @@ class CremaModel(AVLanguageModel):
     def add_modality(self, name: str, width: int) -> None:
         """Add a side modality with features `width` wide; the others stay as they are.
 
-        It starts with the queries, norm and projection that rgb has, and with zero columns in the fusion.
+        It starts with the queries, norm and projection that rgb has, and with zero columns in the
+        fusion.
 
         Raises:
             ModelError: a name that is taken, or that cannot be one.
@@ -284,7 +288,7 @@ class CremaModel(AVLanguageModel):
         self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:
-        """Make the fusion of the modalities `names`, with the columns of those that it had.
+        """Make the fusion of the modalities `names`, with the columns that it had of them.
 
         Columns of new modalities are zero, so that they change nothing at first.
         """
@@ -415,11 +419,11 @@ class CremaModel(AVLanguageModel):
         return linears[0].A[name].out_features
 
 
-# --- weights ---------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def from_base(base: ComposedModel) -> CremaModel:
-    """Make a model of a composed one (the tiny base), whose visual connector all modalities share."""
+    """Make a model of the tiny base, whose visual connector all modalities share."""
     connector = base.visual_qformer
     c = connector.config
     sizes = MultimodalConfig(
@@ -459,7 +463,7 @@ def from_blip2(
     tokenizer: PreTrainedTokenizerFast,
     audio: AudioEncoder | None,
 ) -> CremaModel:
-    """Make a model of a BLIP-2, whose LM may be Flan-T5 or another, with or without an encoder."""
+    """Make a model of BLIP-2, whose LM may be Flan-T5 or one without an encoder."""
     # its Q-Former, and rgb as BLIP-2 reads images
     vision = VisionEncoder(blip.vision_model, layer=-1)
     qformer = blip.config.qformer_config
@@ -496,7 +500,8 @@ def load_blip2(
     """Load a model for modalities, frozen and in evaluation mode.
 
     Args:
-        weights: BLIP-2 by local path or hub id; "tiny-random" for a small random one; "" for a base.
+        weights: BLIP-2 by local path or hub id; "tiny-random" for a small random one; "" to use a
+            base.
         base: the folder of a base, where there are no weights (default: the shipped one).
         audio: a BEATs checkpoint.
 

@@ -1,4 +1,4 @@
-"""What several backbones share: media in groups of one kind, sound through BEATs, loading of weights."""
+"""What backbones share: media by kind, sound through BEATs, pretrained weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from crab_min.model import missing_weights
 def by_kind(
     media: list[MediaFeatures], groups: list[tuple[str, ...]]
 ) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """Yield each group of kinds that occurs, with the positions of its media in the list."""
+    """Yield each group of kinds that occurs, with the positions of its media."""
     for kinds in groups:
         positions = [i for i, medium in enumerate(media) if medium.kind in kinds]
         if positions:
@@ -23,7 +23,7 @@ def by_kind(
 
 @torch.no_grad()
 def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatures]:
-    """Encode several sounds, T waves (N,) each, with BEATs: features (T, S, W) of each.
+    """Encode several sounds with BEATs, each T waves (N,): features (T, S, W).
 
     Raises:
         ModelError: no encoder.
@@ -44,7 +44,7 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
 
 @contextmanager
 def named_weights(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises for missing weights into a ModelError that says what to do."""
+    """Turn what transformers raises for missing weights into a ModelError."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def named_weights(what: str, name: str) -> Iterator[None]:
 
 
 def four_bit_config(not_in_4_bits: list[str]) -> BitsAndBytesConfig:
-    """Return the settings for a frozen LM in NF4 with quantized scales (QLoRA, 2305.14314).
+    """Return settings for NF4 with quantized scales (QLoRA, 2305.14314).
 
     Args:
         not_in_4_bits: modules that keep their precision, by name or as a regular expression.

@@ -1,14 +1,15 @@
-"""CLIP and BEATs, a Q-Former connector for each, and any Hugging Face causal LM (Crab, 2503.13068).
+"""CLIP and BEATs, a Q-Former connector for each, any causal LM (Crab, 2503.13068).
 
     features = encoder(frames or sound)                        (T, S, W), frozen
     queries  = Q-Former(features), each time step by itself    (T, Q, hidden)
-    tokens   = MLP(queries)                                    (T, Q, D), T * Q tokens in the prompt
+    tokens   = MLP(queries)                                    (T, Q, D), T * Q in the prompt
 
-One difference from Crab: learned embeddings can be added to the tokens, of the frame or second that they
-belong to (`time_steps`) and of the first or second video, image or sound of the prompt (`numbers`). They
-help a small LM to say when, and in which. With 0 of them it is Crab.
+What differs from Crab: learned embeddings can be added to the tokens, of the frame or second that
+they belong to (`time_steps`), and of the first or second video, image or sound of the prompt
+(`numbers`). They help a small LM to say when, and in which. With none of them it is Crab.
 
-Shapes: T frames or sound segments, S encoder tokens of each, W encoder width, Q queries, D LM width.
+Shapes: T frames or sound segments, S encoder tokens of each, W encoder width, Q queries, D LM
+width.
 """
 
 import json
@@ -125,7 +126,7 @@ class ComposedModel(PatchedModel):
     def connect(
         self, connector: QFormerConnector, media: list[MediaFeatures], media_index: list[int]
     ) -> list[Tensor]:
-        """Compute the tokens (T * Q, D) of media that pass one connector, all steps in one call."""
+        """Compute the tokens (T * Q, D) of media that pass one connector, in one call."""
         lengths = [len(medium.features) for medium in media]
         features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
         queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
@@ -142,7 +143,7 @@ class ComposedModel(PatchedModel):
         return {name: module for name, module in modules.items() if module is not None}
 
     def reset_connector(self, name: str) -> None:
-        """Put a new random connector in the place of `name`, for a stage that aligns it from nothing."""
+        """Replace a connector by a random one, for a stage that aligns it from nothing."""
         connector = QFormerConnector(getattr(self, name).config)
         setattr(self, name, connector.to(self.device))
 
@@ -160,11 +161,11 @@ class ComposedModel(PatchedModel):
 
 
 def pad_tokens(media: list[MediaFeatures], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Put the steps of several media into one tensor, padded to the most encoder tokens of a step.
+    """Put all steps of several media into one tensor, padded to one number of tokens.
 
     Returns:
-        features (1, sum of T, longest S, W), and which of them are real (1, sum of T, longest S), or None
-        where all are.
+        features (1, sum of T, longest S, W), and which of them are real (1, sum of T, longest S),
+        or None where all are.
     """
     longest = max(medium.features.shape[1] for medium in media)
     features, masks = [], []
@@ -191,30 +192,32 @@ def add_embeddings(
     time: nn.Embedding | None,
     number: nn.Embedding | None,
 ) -> Tensor:
-    """Add the embeddings of time and of the medium's number to tokens (sum of T, Q, D) of several media.
+    """Add embeddings to the tokens (sum of T, Q, D) of several media.
 
     Args:
         lengths: T of each medium.
         media_index: whether it is the first (0), second ... of its kind in its prompt.
-        time: of the frame or second in its medium; later ones share the last row.
+        time: embedding of the frame or second; late ones share the last row.
+        number: embedding of `media_index`.
     """
     if time is not None:
         steps = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])  # (sum of T,)
         tokens = tokens + time(steps.clamp(max=time.num_embeddings - 1))[:, None]
     if number is not None:
         indices = torch.tensor(media_index, device=tokens.device)
-        indices = indices.repeat_interleave(torch.tensor(lengths, device=tokens.device))
+        repeats = torch.tensor(lengths, device=tokens.device)
+        indices = indices.repeat_interleave(repeats, output_size=sum(lengths))
         tokens = tokens + number(indices.clamp(max=number.num_embeddings - 1))[:, None]
     return tokens
 
 
-# --- loading ---------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_llm(
     name_or_config: dict | str, tokenizer: PreTrainedTokenizerFast, load_in_4bit: bool = False
 ) -> nn.Module:
-    """Load a causal LM by path or hub id, or make a random one from a transformers config.
+    """Load a causal LM by path or hub id, or make a random one from a config.
 
     Raises:
         ModelError: weights that are not there.
@@ -236,7 +239,7 @@ def load_llm(
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer.json of a base, or a pretrained tokenizer, with placeholders for media.
+    """Load a base's tokenizer.json, or a pretrained tokenizer; add placeholders.
 
     Raises:
         ModelError: a tokenizer that is not there.
@@ -262,8 +265,8 @@ def load_base(
     """Load what `save_base` wrote, in float32, frozen and in evaluation mode.
 
     Args:
-        folder: "random" for the shipped base's sizes and tokenizer with random weights, the same ones each
-            time, to see what the base is worth.
+        folder: "random" for the shipped base's sizes and tokenizer with random weights, the same
+            ones each time, to see what the base is worth.
 
     Raises:
         ModelError: a file that is missing, or weights that do not fit.

@@ -1,12 +1,13 @@
-"""LLaVA-OneVision, the video LM that PAVE patches (2503.19794). It reads frames and no sound.
+"""LLaVA-OneVision, the video LM that PAVE patches (2503.19794). It takes no sound.
 
-The model of transformers is used as it is. Its video features are taken where it computes them: a hook on its
-projector gives what goes in, which the patches query with, and its own call gives the tokens that come out.
-As in PAVE a learned newline follows every row of a frame's grid (transformers puts one behind the whole
-video), and an image is a video of one frame. Sound is a side channel alone: through BEATs, or from a file
-of features.
+The model of transformers is used as it is. Its video features are taken where it computes them: a
+hook on its projector gives what goes in, which the patches query with, and its own call gives the
+tokens that come out. As in PAVE a learned newline follows every row of a frame's grid (transformers
+puts one behind the whole video), and an image is a video of one frame. Sound is a side channel
+alone: through BEATs, or from a file of features.
 
-Shapes: T frames, R x R tokens per frame after the model's pooling, V width of its vision encoder, D LM width.
+Shapes: T frames, R x R tokens per frame after the model's pooling, V width of its vision encoder,
+D LM width.
 """
 
 import torch
@@ -61,7 +62,7 @@ class LlavaModel(PatchedModel):
 
     @torch.no_grad()
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
-        """Prepare pixels (T, 3, H, W) in -1 .. 1; of a second view and of sound compute features.
+        """Prepare pixels (T, 3, H, W) in -1 .. 1; encode a second view and sound.
 
         Raises:
             ModelError: sound without a BEATs.
@@ -117,10 +118,10 @@ class LlavaModel(PatchedModel):
 
 
 def load_llava(weights: str, audio: str = "", load_in_4bit: bool = False) -> LlavaModel:
-    """Load LLaVA-OneVision by local path or hub id, frozen and in evaluation mode.
+    """Load LLaVA-OneVision, frozen and in evaluation mode.
 
     Args:
-        weights: "tiny-random" for a small random one.
+        weights: local path or hub id, or "tiny-random" for a small random one.
         audio: a BEATs checkpoint, for sound as a side channel.
 
     Raises:

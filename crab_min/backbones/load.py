@@ -1,5 +1,9 @@
 """The model that the settings of a run name, frozen and in evaluation mode."""
 
+from contextlib import nullcontext
+
+import torch
+
 from crab_min.backbones.blip2 import load_blip2
 from crab_min.backbones.composed import (
     ComposedModel,
@@ -7,6 +11,7 @@ from crab_min.backbones.composed import (
     load_base,
     load_tokenizer,
 )
+from crab_min.backbones.empty import empty_backbone
 from crab_min.backbones.llava_onevision import load_llava
 from crab_min.backbones.masking import MaskingModel
 from crab_min.backbones.omni import load_omni
@@ -18,70 +23,96 @@ from crab_min.model import ASSETS, AVLanguageModel
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]
 
 
-def load_model(config: BackboneConfig, masks: MaskDecoderConfig | None = None) -> AVLanguageModel:
+def load_model(
+    config: BackboneConfig, masks: MaskDecoderConfig | None = None, empty: bool = False
+) -> AVLanguageModel:
     """Load the model of a run.
 
     Args:
         masks: the mask decoder; it is added where `masks.decoder` is true.
+        empty: build the same classes on the meta device instead, without weights (empty.py).
 
     Raises:
         ModelError: settings that exclude each other, or weights that are not there.
     """
-    if masks is not None and masks.decoder:
-        return load_masking(config, masks)
-    check_4bit(config)
-    if config.backbone == "composed":
-        return load_composed(config, ComposedModel)
-    if config.backbone == "blip2":
-        return load_blip2(config.weights, config.base, config.audio, config.load_in_4bit)
-    if not config.weights:
-        raise ModelError(
-            f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of "
-            "Qwen2.5-Omni (omni) or LLaVA-OneVision (llava_onevision), or tiny-random"
-        )
+    has_masks = masks is not None and masks.decoder
+    check_settings(config, has_masks)
+    composed_class = MaskingModel if has_masks else ComposedModel
+    with torch.device("meta") if empty else nullcontext():
+        # small random weights are made, not read
+        if empty and config.weights != "tiny-random":
+            model = empty_backbone(config, composed_class, LLAMA_CHAT)
+        else:
+            model = load_backbone(config, composed_class)
+        if has_masks:
+            model.add_mask_decoder(masks)
+    return model.requires_grad_(False).eval()
+
+
+def load_backbone(config: BackboneConfig, composed_class: type[ComposedModel]) -> AVLanguageModel:
+    """Load a backbone with its weights.
+
+    Args:
+        composed_class: the class of a composed model.
+    """
     if config.backbone == "omni":
         return load_omni(config.weights, config.separate_media, config.load_in_4bit)
-    return load_llava(config.weights, config.audio, config.load_in_4bit)
+    if config.backbone == "llava_onevision":
+        return load_llava(config.weights, config.audio, config.load_in_4bit)
+    if config.backbone == "blip2":
+        return load_blip2(config.weights, config.base, config.audio, config.load_in_4bit)
+
+    # composed: a base, or the parts' own weights
+    if config.weights == "tiny-random":
+        return load_base("random", composed_class)
+    if not config.vision:
+        return load_base(config.base or ASSETS / "base", composed_class)
+    parts = ModelConfig(
+        vision=config.vision,
+        audio=config.audio,
+        llm=config.llm,
+        visual_qformer={},
+        audio_qformer={},
+        template=LLAMA_CHAT,
+    )
+    return composed_class(parts, load_tokenizer(config.llm), config.load_in_4bit)
 
 
-def load_masking(config: BackboneConfig, masks: MaskDecoderConfig) -> MaskingModel:
-    """Load a composed model and add a new mask decoder."""
-    if config.backbone != "composed":
+def check_settings(config: BackboneConfig, has_masks: bool) -> None:
+    """Refuse settings that exclude each other, or that name nothing to load.
+
+    Raises:
+        ModelError: they do; it says what to give.
+    """
+    if has_masks and config.backbone != "composed":
         raise ModelError(
             "mask decoder: it reads the layers of a vision encoder beside a causal LM "
             f"(--backbone composed), got --backbone {config.backbone}"
         )
-    check_4bit(config)
-    model = load_composed(config, MaskingModel)
-    model.add_mask_decoder(masks)
-    return model
-
-
-def check_4bit(config: BackboneConfig) -> None:
-    """Refuse 4 bits where no LM is loaded from a hub or folder: a random or a tiny one needs none."""
     pretrained = config.llm if config.backbone == "composed" else config.weights
     if config.load_in_4bit and pretrained in ("", "tiny-random"):
         raise ModelError(
-            "--load-in-4bit: the LM is quantized while it is loaded from a hub or a folder, and here there "
-            f"is nothing to load ({pretrained or 'the tiny base'}); name an LM, or leave --load-in-4bit out"
+            "--load-in-4bit: an LM is quantized while it is loaded from a hub or a folder, and "
+            f"here there is nothing to load ({pretrained or 'a tiny base'}); name an LM, or leave "
+            "--load-in-4bit out"
         )
+    if config.backbone in ("omni", "llava_onevision") and not config.weights:
+        raise ModelError(
+            f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of "
+            "Qwen2.5-Omni (omni) or LLaVA-OneVision (llava_onevision), or tiny-random"
+        )
+    if config.backbone == "composed" and config.weights != "tiny-random":
+        check_parts(config)
 
 
-def load_composed(config: BackboneConfig, model_class: type[ComposedModel]) -> ComposedModel:
-    """Load a base, or put a model together from its parts' own weights."""
+def check_parts(config: BackboneConfig) -> None:
+    """Refuse a composed model that is neither a base nor a whole set of parts."""
     parts = {"vision": config.vision, "audio": config.audio, "llm": config.llm}
-    if config.weights == "tiny-random":
-        return load_base("random", model_class)
     if config.weights:
         raise ModelError(
-            f"--weights {config.weights}: a composed model takes --base, or --vision, --audio and --llm; "
-            "--weights takes tiny-random alone"
+            f"--weights {config.weights}: a composed model takes --base, or --vision, --audio and "
+            "--llm; --weights takes tiny-random alone"
         )
-    if not any(parts.values()):
-        return load_base(config.base or ASSETS / "base", model_class)
-    if config.base or not all(parts.values()):
+    if any(parts.values()) and (config.base or not all(parts.values())):
         given = parts | {"base": config.base}
         raise ModelError(f"--vision, --audio and --llm go together and without --base; got {given}")
-    composed = ModelConfig(**parts, visual_qformer={}, audio_qformer={}, template=LLAMA_CHAT)
-    model = model_class(composed, load_tokenizer(config.llm), config.load_in_4bit)
-    return model.requires_grad_(False).eval()

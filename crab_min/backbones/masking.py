@@ -1,13 +1,14 @@
-"""The composed backbone with Crab's mask decoder (2503.13068): answers end in mask tokens.
+"""The composed backbone with Crab's mask decoder (2503.13068).
 
-The states of the LM that predict the mask tokens, and two layers of the vision encoder for the image, become
-the mask (masks.py). The loss of a batch is the mean cross-entropy of its answer tokens plus the mean loss of
-its masks, L_txt + L_mask.
+Answers end in mask tokens. The LM's states that predict these tokens, and two layers of the vision
+encoder for the image, become the mask (masks.py). The loss is the mean cross-entropy of the answer
+tokens plus the mean loss of the masks, L_txt + L_mask.
 
-Where only the decoder learns, the LM makes the same of every answer each time. `cache_answer_states` keeps
-that, and training then runs without the LM.
+Where only the decoder learns, the LM computes the same for an answer each time.
+`cache_answer_states` keeps that, and training then runs without the LM.
 
-Shapes: B samples, S scales, M mask tokens per scale, D LM width, W encoder width, C 1 or 71 channels.
+Shapes: B samples, S scales, M mask tokens per scale, D LM width, W encoder width, C channels of a
+mask: 1, or 71 classes.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from crab_min.model import NO_LABEL, Batch, cross_entropy
 
 @dataclass
 class AnswerStates:
-    """What a frozen LM makes of one answer: all that is needed to train the mask decoder without it."""
+    """What training the mask decoder takes from a frozen LM: its states at one answer."""
 
     mask_states: (
         Tensor | None
@@ -45,7 +46,7 @@ class MaskingModel(ComposedModel):
     cached_states: dict[str, AnswerStates]  # by sample; while there are any, the LM is not asked
 
     def add_mask_decoder(self, config: MaskDecoderConfig) -> None:
-        """Add mask tokens behind the LM's vocabulary and a new decoder; before the adapter is added."""
+        """Add mask tokens to the vocabulary, and a new decoder; before any adapter."""
         self.tokenizer.add_tokens(list(MASK_TOKENS))
         self.mask_token_ids = self.tokenizer.convert_tokens_to_ids(list(MASK_TOKENS))
         sizes = MaskConfig(
@@ -70,7 +71,7 @@ class MaskingModel(ComposedModel):
         return [self.eos_id, self.mask_token_ids[-1]]
 
     def answer_ids(self, text: str) -> list[int]:
-        """Return the token ids of an answer; one that ends in the last mask token needs no other end."""
+        """Return the token ids of an answer. The last mask token needs no end behind it."""
         ids = self.encode_text(text)
         if ids and ids[-1] == self.mask_token_ids[-1]:
             return ids
@@ -79,7 +80,7 @@ class MaskingModel(ComposedModel):
     # --- media
     @property
     def mask_layers(self) -> list[int]:
-        """Hidden states of the vision encoder that the decoder reads: 14 and 22 of CLIP-L's 24."""
+        """The vision encoder's layers that the decoder takes: 14 and 22 of CLIP-L's 24."""
         depth = self.vision.model.config.num_hidden_layers
         return [round(depth * 14 / 24), round(depth * 22 / 24)]
 
@@ -87,7 +88,7 @@ class MaskingModel(ComposedModel):
     def encode(
         self, kind: str, media: list, seconds: list[float] | None = None
     ) -> list[MediaFeatures]:
-        """Encode several media of one kind; of an image also the layers that the decoder reads."""
+        """Encode several media of one kind; images also for the mask decoder."""
         if kind != "image":
             return super().encode(kind, media, seconds)
         frames = torch.stack([torch.as_tensor(medium) for medium in media])  # (M, 1, H, W, 3)
@@ -100,7 +101,7 @@ class MaskingModel(ComposedModel):
 
     # --- the loss
     def forward(self, batch: Batch) -> Tensor:
-        """Compute the loss times the answer tokens: of the text, and of the masks where it has any."""
+        """Compute (L_txt + L_mask) times the answer tokens, by which the caller divides."""
         gold = {row: mask for row, mask in enumerate(batch.masks) if mask is not None}
         if not gold:
             return super().forward(batch)
@@ -118,15 +119,14 @@ class MaskingModel(ComposedModel):
         logits = self.mask_logits(batch, states, semantic)
         weights = self.mask_config
         masks_loss = loss_of_masks(logits, gold, weights.bce, weights.dice)
-        # the caller divides a loss by the number of answer tokens
         return batch.answer_tokens * (text_loss + masks_loss)
 
     def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Ask the LM for the losses of the answer tokens and for its last states.
 
         Returns:
-            losses (B, n) of the longest answer's n places, 0 where there is no answer token, and states
-            (B, n + 1, D) at these places and at the one before them.
+            losses (B, n) at the places of the longest answer, 0 where there is no answer token,
+            and states (B, n + 1, D) at these places and at the one before them.
         """
         last = batch.longest_answer + 1
         output = self.llm(
@@ -138,7 +138,7 @@ class MaskingModel(ComposedModel):
         return cross_entropy(output.logits, batch.labels), output.hidden_states[-1][:, -last:]
 
     def find_mask_states(self, batch: Batch, states: Tensor) -> dict[int, Tensor]:
-        """Return the states (S M, D) that predict the mask tokens of each row that has them all."""
+        """Return row -> the states (S M, D) that predict its mask tokens, if it has all."""
         return self.mask_branch.find(batch.ids[:, -states.shape[1] :], states)
 
     def cached_loss_and_states(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
@@ -213,8 +213,8 @@ class MaskingModel(ComposedModel):
         """Keep what the LM makes of each answer of a batch, by `batch.keys`.
 
         Args:
-            text_tokens: of the other tokens of an answer so many are kept, evenly spread. Only the output
-                rows of the mask tokens can still learn from them.
+            text_tokens: of the other tokens of an answer so many are kept, evenly spread. Only the
+                output rows of the mask tokens can still learn from them.
         """
         _, states = self.token_losses_and_states(batch)
         mask_states = self.find_mask_states(batch, states)
@@ -232,7 +232,7 @@ class MaskingModel(ComposedModel):
             )
 
     def calibrate_masks(self) -> None:
-        """Let the decoder take the cached states centred and scaled: it learns several times as fast."""
+        """Let the decoder take states centred and scaled, by the cached ones."""
         answers = self.cached_states.values()
         states = [answer.mask_states for answer in answers if answer.mask_states is not None]
         self.mask_branch.calibrate(torch.stack(states))
@@ -247,8 +247,8 @@ class MaskingModel(ComposedModel):
     def set_trainable(self, parts: list[str]) -> None:
         """Choose what learns, also "mask_decoder" and "mask_tokens".
 
-        The decoder is all of the branch but the embeddings of the mask tokens ("mask_tokens"): without
-        these no gradient passes the LM.
+        The decoder is all of the branch but the input embeddings of the mask tokens
+        ("mask_tokens"). Without these no gradient passes the LM.
         """
         super().set_trainable(
             [name for name in parts if name not in ("mask_decoder", "mask_tokens")]

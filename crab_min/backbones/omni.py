@@ -1,13 +1,14 @@
-"""Qwen2.5-Omni's thinker, which has encoders for frames and sound of its own (Crab+, 2603.04128).
+"""Qwen2.5-Omni's thinker, which has encoders of its own (Crab+, 2603.04128).
 
-The model of transformers is used as it is: its processors, encoders, positions and LM. Only the tokens of
-its encoders are put into the prompt here, so that one function builds the prompts of every backbone. And
-each video says how many seconds a pair of its frames spans, sample by sample; transformers' processor takes
-one rate for a whole call, and assumes two frames per second where none is given.
+The model of transformers is used as it is: its processors, encoders, positions and LM. Two things
+are done here. The tokens of its encoders are put into the prompt, so that one function builds the
+prompts of every backbone. And each video says how many seconds a pair of its frames spans; the
+processor of transformers takes one rate for a whole call, and assumes two frames per second where
+none is given.
 
-What differs from the released code: padding on the left; text between the two videos of a2v and the two
-sounds of v2a (theirs are run together, as here with `separate_media=False`); seconds of a pair of frames
-from the clip's length, where theirs is always 2.0.
+What differs from the released code: padding on the left; text between the two videos of a2v and
+the two sounds of v2a (released: run together, as with `separate_media=False`); seconds of a pair
+of frames from the clip's length (released: always 2.0).
 
 Shapes: P patches of 14 x 14 pixels and two frames, F mel frames of 10 ms, D width of the LM.
 """
@@ -76,7 +77,7 @@ class OmniModel(PatchedModel):
 
     # --- media
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
-        """Prepare what the encoders take: patches (P, 1176) of frames, mel frames (F, 128) of a sound.
+        """Prepare what the encoders take: patches (P, 1176), or mel frames (F, 128).
 
         The encoders themselves run in `tokens`.
         """
@@ -137,7 +138,7 @@ class OmniModel(PatchedModel):
         return len(medium.features) // self.processor.image_processor.merge_size**2
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
-        """Compute the encoders' tokens (token_count, D) of each medium, with what patches add to them."""
+        """Compute the tokens (token_count, D) of each medium: the encoders', and patched."""
         tokens: list = [None] * len(media)
         with torch.no_grad():
             for kinds, positions in by_kind(media, [("video",), ("image",), ("audio",)]):
@@ -228,7 +229,7 @@ def frame_mask(sounds: list[MediaFeatures], device: torch.device) -> Tensor:
 def run_together(
     parts: list[PromptPart], media: list[MediaFeatures]
 ) -> tuple[list[PromptPart], list[MediaFeatures]]:
-    """Join each medium to the one before it where both are of one kind, without the text between them.
+    """Join a medium to the one before it, without text, where both are of one kind.
 
     So the released Crab+ lays out the two videos of a2v and the two sounds of v2a.
     """
@@ -254,10 +255,10 @@ def run_together(
 
 
 def load_omni(weights: str, separate_media: bool = True, load_in_4bit: bool = False) -> OmniModel:
-    """Load the thinker of Qwen2.5-Omni by local path or hub id, frozen and in evaluation mode.
+    """Load Qwen2.5-Omni's thinker, frozen and in evaluation mode.
 
     Args:
-        weights: "tiny-random" for a small random one.
+        weights: local path or hub id, or "tiny-random" for a small random one.
         separate_media: see PromptLayout.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A backbone whose videos take patches: one per side channel, each optional for a clip (PAVE, pave.py)."""
+"""Backbones whose videos take patches (PAVE, pave.py), one per side channel."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +14,11 @@ from crab_min.trained_parts import SavedPart
 
 
 class PatchedModel(AVLanguageModel):
-    """An audio-visual LM with patches; a subclass adds their updates to its videos' tokens.
+    """An audio-visual LM with patches. A clip may lack any of their side channels.
 
-    A subclass sets `patches` and `patch_widths`: the width of a video's tokens before the projector, which
-    a patch queries with, and the width of the LM.
+    A subclass sets `patches`, adds what they find to the tokens of its videos, and sets
+    `patch_widths`: the width of a video's tokens before the projector, which a patch queries with,
+    and the width of the LM.
     """
 
     patches: Patches
@@ -31,7 +32,7 @@ class PatchedModel(AVLanguageModel):
         self.add_patch(name, width, settings)
 
     def add_patch(self, name: str, side_width: int, config: SideChannelConfig) -> None:
-        """Add a new patch for the side channel `name`, whose features are `side_width` wide."""
+        """Add a new patch for the side channel `name`, of features `side_width` wide."""
         video_width, lm_width = self.patch_widths
         patch = PatchConfig(
             video=video_width,
@@ -72,8 +73,9 @@ class PatchedModel(AVLanguageModel):
         if (config.video, config.out) != self.patch_widths:
             video_width, lm_width = self.patch_widths
             raise ModelError(
-                f"{part.source}: a patch for video tokens {config.video} wide and an LM of {config.out}; "
-                f"this model has {video_width} and {lm_width}. Use it with the model that it was trained on"
+                f"{part.source}: a patch for video tokens {config.video} wide and an LM of "
+                f"{config.out}; this model has {video_width} and {lm_width}. Use it with the model "
+                "that it was trained on"
             )
         name = part.name.removeprefix("patch_")
         if name not in self.patches or self.patches[name].config != config:

@@ -1,6 +1,7 @@
 """The sizes of the models: the tiny base, and what the large presets are built of."""
 
-# The tiny base: about 4 million parameters, so that everything runs on a laptop. The same modules as at full size.
+# The tiny base: about 4 million parameters in the same modules as at full size, so that everything
+# runs on a laptop.
 TINY_MODEL = {
     "vision": {
         "model_type": "clip_vision_model",
@@ -40,32 +41,10 @@ TINY_MODEL = {
 }
 
 
-# Full sizes, the few numbers that make a model: what `--plan` counts with. Everything else is transformers' default.
-CLIP_LARGE = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-}
-
-
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-
-
 def qwen_omni(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int
 ) -> dict:
-    """The thinker of a Qwen2.5-Omni (transformers' default has another vision encoder): its LM differs from size to size, its encoders only in their output."""
+    """Return the config of a Qwen2.5-Omni thinker, whose encoders differ in their output alone."""
     return {
         "text_config": {
             "vocab_size": vocab,
@@ -101,7 +80,7 @@ def qwen_omni(
 def llava_onevision(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
 ) -> dict:
-    """LLaVA-OneVision: transformers' default SigLIP and a Qwen2."""
+    """Return the config of a LLaVA-OneVision: transformers' default SigLIP, and a Qwen2."""
     return {
         "text_config": {
             "model_type": "qwen2",
@@ -116,36 +95,48 @@ def llava_onevision(
     }
 
 
-VIT_G = {"model_type": "blip_2_vision_model"}  # transformers' defaults are BLIP-2's
-
-
-FLAN_T5_XL = {
-    "model_type": "t5",
-    "vocab_size": 32128,
-    "d_model": 2048,
-    "d_kv": 64,
-    "d_ff": 5120,
-    "num_layers": 24,
-    "num_heads": 32,
-    "feed_forward_proj": "gated-gelu",
-    "decoder_start_token_id": 0,
-    "tie_word_embeddings": False,
+# The configs of the weights that the presets name, by hub id: `--plan` counts with them and
+# downloads nothing. What a config does not name is transformers' default.
+HUB_SIZES = {
+    "Qwen/Qwen2.5-Omni-3B": qwen_omni(2048, 11008, 36, 16, 2, 151936),
+    "Qwen/Qwen2.5-Omni-7B": qwen_omni(3584, 18944, 28, 28, 4, 152064),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": llava_onevision(
+        896, 4864, 24, 14, 2, 152000, tied=True
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": llava_onevision(
+        3584, 18944, 28, 28, 4, 152128, tied=False
+    ),
+    # its ViT-g and its Q-Former are the defaults
+    "Salesforce/blip2-flan-t5-xl": {
+        "text_config": {
+            "model_type": "t5",
+            "vocab_size": 32128,
+            "d_model": 2048,
+            "d_kv": 64,
+            "d_ff": 5120,
+            "num_layers": 24,
+            "num_heads": 32,
+            "feed_forward_proj": "gated-gelu",
+            "decoder_start_token_id": 0,
+            "tie_word_embeddings": False,
+        }
+    },
+    "openai/clip-vit-large-patch14": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+    "meta-llama/Llama-2-7b-chat-hf": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
 }
-
-
-LLAVA = {
-    "0.5b": llava_onevision(896, 4864, 24, 14, 2, 152000, True),
-    "7b": llava_onevision(3584, 18944, 28, 28, 4, 152128, False),
-}
-
-
-QWEN_OMNI = {
-    "3b": qwen_omni(2048, 11008, 36, 16, 2, 151936),
-    "7b": qwen_omni(3584, 18944, 28, 28, 4, 152064),
-}
-
-
-LLAMA_CHAT = [
-    "[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n",
-    " [/INST] ",
-]  # text before and after a prompt
+# Every published BEATs has the default sizes of beats.BeatsConfig.

@@ -1,4 +1,4 @@
-"""Small random models of transformers' own classes (`--weights tiny-random`), to try a command on.
+"""Small random models of transformers' classes, to try a command: tiny-random.
 
 Their weights are the same ones each time, and their tokenizers know bytes only.
 """
@@ -56,7 +56,7 @@ def byte_alphabet() -> list[str]:
 
 
 def byte_level_qwen(special_tokens: dict[str, str]) -> Qwen2Tokenizer:
-    """Make Qwen's tokenizer without merges, with further special tokens by attribute name."""
+    """Make Qwen's tokenizer without merges, with special tokens by attribute name."""
     return Qwen2Tokenizer(
         vocab={character: i for i, character in enumerate(byte_alphabet())},
         merges=[],
@@ -83,15 +83,20 @@ def byte_level_t5(special_tokens: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_omni() -> tuple[nn.Module, Qwen2_5OmniProcessor]:
-    """Make a Qwen2.5-Omni thinker of 0.2 million parameters, and its processor."""
-    text = byte_level_qwen(OMNI_TOKENS)
-    processor = Qwen2_5OmniProcessor(
+def omni_processor(mel_bins: int) -> Qwen2_5OmniProcessor:
+    """Make Qwen2.5-Omni's processor, with a byte-level tokenizer."""
+    return Qwen2_5OmniProcessor(
         Qwen2VLImageProcessor(),
         Qwen2VLVideoProcessor(),
-        WhisperFeatureExtractor(feature_size=16, return_attention_mask=True),
-        text,
+        WhisperFeatureExtractor(feature_size=mel_bins, return_attention_mask=True),
+        byte_level_qwen(OMNI_TOKENS),
     )
+
+
+def tiny_omni() -> tuple[nn.Module, Qwen2_5OmniProcessor]:
+    """Make a Qwen2.5-Omni thinker of 0.2 million parameters, and its processor."""
+    processor = omni_processor(mel_bins=16)
+    text = processor.tokenizer
     config = Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": len(text),

@@ -124,6 +124,16 @@ def steps_of(settings: Settings, rows: int) -> int:
     return max(300, min(most, round(3 * rows / samples_per_step)))
 
 
+def side_channel_widths(run: Run) -> dict[str, int]:
+    """Return the width of the features of each side channel of a run.
+
+    Raises:
+        RunError: no training row has one of them.
+    """
+    names = run.settings.side_channels
+    return {name: side_channel_width(run.features, run.rows.train, name) for name in names}
+
+
 def side_channel_width(features: Features, rows: list[Sample], name: str) -> int:
     """Return the width of a side channel's tokens, as the first training row has it.
 

@@ -52,13 +52,15 @@ STAGE_BEFORE = {"audio": "visual", "unified": "audio", "masks": "unified"}
 def train(settings: CrabSettings, preset: str) -> dict:
     """Train a stage, by default in runs/PRESET-STAGE; return the numbers of metrics.json."""
     stage = settings.stages.stage
-    settings = stage_settings(settings, preset)
+    settings = run_settings(settings)
+    init_from = settings.training.init_from or default_start(settings, preset)
+    settings = replace(settings, training=replace(settings.training, init_from=init_from))
     run = open_run("crab", f"{preset}-{stage}", settings)
     run.model = load_model(settings).to(run.device)
     if stage in ALIGN:
         run.model.reset_connector(ALIGN[stage].connector)
     load_rows(run, built_in_data, prepare_samples)
-    run.model.add_adapter(settings.adapter)
+    add_trained_parts(run.model, settings)
     begin(run)
 
     if stage == "masks":
@@ -69,20 +71,18 @@ def train(settings: CrabSettings, preset: str) -> dict:
     return finish(run, evaluate_model(run.model, run.features, test, run.decoding, settings))
 
 
-def stage_settings(settings: CrabSettings, preset: str) -> CrabSettings:
+def run_settings(settings: CrabSettings) -> CrabSettings:
     """Return the settings with what their stage decides.
 
     Raises:
-        RunError: the stage before is not finished, or settings exclude each other.
+        RunError: settings exclude each other.
     """
-    stage, training = settings.stages.stage, settings.training
+    stage = settings.stages.stage
     if settings.stages.text_steps and not learns_decoder_alone(settings):
         raise RunError(
             "--text-steps wants --stage masks, --trainable with mask_decoder and "
             "--cache-features: what the LM makes of the answers is kept then"
         )
-    init_from = training.init_from or default_start(settings, preset)
-    settings = replace(settings, training=replace(training, init_from=init_from))
     if stage in ALIGN:
         return replace(
             settings,
@@ -106,6 +106,9 @@ def default_start(settings: CrabSettings, preset: str) -> str:
     """Return the run that a stage starts from: that of the stage before.
 
     The mask stage on the shipped base starts from the shipped adapter.
+
+    Raises:
+        RunError: the stage before is not finished.
     """
     stage, backbone = settings.stages.stage, settings.backbone
     if stage == "masks" and not (backbone.base or backbone.llm):
@@ -254,9 +257,23 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
 
-def load_model(settings: CrabSettings) -> AVLanguageModel:
-    """Load the frozen backbone, with a mask decoder where the settings have one."""
-    return load.load_model(settings.backbone, settings.masks)
+def load_model(settings: CrabSettings, empty: bool = False) -> AVLanguageModel:
+    """Load the frozen backbone, or build it without weights.
+
+    It has a mask decoder where the settings have one.
+    """
+    return load.load_model(settings.backbone, settings.masks, empty)
+
+
+def add_trained_parts(
+    model: AVLanguageModel, settings: CrabSettings, widths: dict[str, int] | None = None
+) -> None:
+    """Add what learns beside the backbone's connectors and mask decoder.
+
+    Args:
+        widths: of the features of each side channel; here there is none.
+    """
+    model.add_adapter(settings.adapter)
 
 
 def built_in_data(settings: CrabSettings) -> Path:

@@ -24,16 +24,35 @@ def train(settings: Settings, preset: str) -> dict:
     load_rows(run, built_in_data, prepare_samples)
 
     # what learns: the adapter; connectors and embeddings where --trainable names them
-    run.model.add_adapter(settings.adapter)
+    add_trained_parts(run.model, settings)
     begin(run)
     train_model(run)
     test = run.rows.test
     return finish(run, evaluate_model(run.model, run.features, test, run.decoding, settings))
 
 
-def load_model(settings: Settings) -> AVLanguageModel:
-    """Load the frozen backbone."""
-    return load.load_model(settings.backbone)
+# --- what infer.py and --plan call ---------------------------------------------------------------
+
+
+def run_settings(settings: Settings) -> Settings:
+    """Return the settings with which a run trains."""
+    return settings
+
+
+def load_model(settings: Settings, empty: bool = False) -> AVLanguageModel:
+    """Load the frozen backbone, or build it without weights."""
+    return load.load_model(settings.backbone, empty=empty)
+
+
+def add_trained_parts(
+    model: AVLanguageModel, settings: Settings, widths: dict[str, int] | None = None
+) -> None:
+    """Add what learns.
+
+    Args:
+        widths: of the features of each side channel; here there is none.
+    """
+    model.add_adapter(settings.adapter)
 
 
 def prepare_samples(

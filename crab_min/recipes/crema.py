@@ -23,7 +23,7 @@ from crab_min.recipes.common import (
     finish,
     load_rows,
     open_run,
-    side_channel_width,
+    side_channel_widths,
     train_model,
 )
 from crab_min.runs import processes
@@ -35,12 +35,7 @@ from crab_min.world.side_channels import CHANNELS, build_side_world
 
 def train(settings: CremaSettings, preset: str) -> dict:
     """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
-    sequential, training = settings.crema.modality_sequential, settings.training
-    if sequential and training.grad_accum > 1:
-        raise RunError(
-            f"--grad-accum {training.grad_accum}: with --modality-sequential a batch is passed "
-            "once per modality; give --grad-accum 1, or --no-modality-sequential"
-        )
+    settings = run_settings(settings)
     run = open_run("crema", preset, settings)
 
     # the frozen video LM; the sound leaves the prompt, modalities stand beside their video
@@ -48,13 +43,9 @@ def train(settings: CremaSettings, preset: str) -> dict:
     load_rows(run, built_in_data, prepare_samples)
 
     # what learns: per modality an adapter in the Q-Former, queries and a projection; the fusion
-    run.model.add_adapter(settings.adapter)
-    run.model.configure(settings.crema)
-    for name in settings.crema.names[1:]:
-        width = side_channel_width(run.features, run.rows.train, name)
-        run.model.add_side_channel(name, width, settings.crema)
+    add_trained_parts(run.model, settings, side_channel_widths(run))
     begin(run)
-    if sequential:
+    if settings.sequential:
         step = SequentialStep(settings.crema, steps_per_epoch(run))
         train_model(run, step=step)
         if processes.rank() == 0:
@@ -166,9 +157,28 @@ def subset_table(subsets: dict[str, dict[str, float]]) -> str:
 
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
+# (steps, tokens per step, width) of modalities that the model's vision encoder does not make:
+# BEATs for each tenth of a sound, and the places of 3D points, which may have features beside them
+SIDE_FEATURES = {"audio": (10, 48, 768), "points": (1, 64, 96)}
 
-def load_model(settings: CremaSettings) -> AVLanguageModel:
-    """Load the frozen backbone.
+
+def run_settings(settings: CremaSettings) -> CremaSettings:
+    """Return the settings with which a run trains.
+
+    Raises:
+        RunError: settings exclude each other.
+    """
+    grad_accum = settings.training.grad_accum
+    if settings.sequential and grad_accum > 1:
+        raise RunError(
+            f"--grad-accum {grad_accum}: with --modality-sequential a batch is passed once per "
+            "modality; give --grad-accum 1, or --no-modality-sequential"
+        )
+    return settings
+
+
+def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
+    """Load the frozen backbone, or build it without weights.
 
     Raises:
         RunError: it is not one with a Q-Former for several modalities.
@@ -178,7 +188,21 @@ def load_model(settings: CremaSettings) -> AVLanguageModel:
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return load.load_model(settings.backbone)
+    return load.load_model(settings.backbone, empty=empty)
+
+
+def add_trained_parts(
+    model: AVLanguageModel, settings: CremaSettings, widths: dict[str, int]
+) -> None:
+    """Add what learns: an adapter on the LM, if any, the modalities and their fusion.
+
+    Args:
+        widths: of the features of each side modality.
+    """
+    model.add_adapter(settings.adapter)
+    model.configure(settings.crema)
+    for name in settings.side_channels:
+        model.add_side_channel(name, widths[name], settings.crema)
 
 
 def prepare_samples(

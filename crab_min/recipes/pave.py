@@ -20,7 +20,7 @@ from crab_min.recipes.common import (
     finish,
     load_rows,
     open_run,
-    side_channel_width,
+    side_channel_widths,
     train_model,
 )
 from crab_min.runs.folder import load_saved_run
@@ -44,10 +44,7 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
     load_rows(run, built_in_data, prepare_samples)
 
     # what learns: LoRA on the LM, and a patch per side channel
-    run.model.add_adapter(settings.adapter)
-    for channel in settings.patch.channels:
-        width = side_channel_width(run.features, run.rows.train, channel)
-        run.model.add_side_channel(channel, width, settings.patch)
+    add_trained_parts(run.model, settings, side_channel_widths(run))
     begin(run)
     train_model(run)
     test = run.rows.test
@@ -116,9 +113,38 @@ def types_of(result: dict) -> dict[str, dict]:
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
 
-def load_model(settings: PaveSettings) -> AVLanguageModel:
-    """Load the frozen backbone."""
-    return load.load_model(settings.backbone)
+# (steps, tokens per step, width) of side channels given as files, as the released patches read
+# them: ImageBind in every second of a minute, LanguageBind twice in every second of two minutes,
+# LLaVA-3D, and the frames of four cameras
+SIDE_FEATURES = {
+    "audio": (59, 1, 1024),
+    "fast": (240, 4, 1024),
+    "depth": (32, 576, 1024),
+    "view": (128, 196, 1152),
+}
+
+
+def run_settings(settings: PaveSettings) -> PaveSettings:
+    """Return the settings with which a run trains."""
+    return settings
+
+
+def load_model(settings: PaveSettings, empty: bool = False) -> AVLanguageModel:
+    """Load the frozen backbone, or build it without weights."""
+    return load.load_model(settings.backbone, empty=empty)
+
+
+def add_trained_parts(
+    model: AVLanguageModel, settings: PaveSettings, widths: dict[str, int]
+) -> None:
+    """Add what learns: an adapter on the LM, and a patch per side channel.
+
+    Args:
+        widths: of the features of each side channel.
+    """
+    model.add_adapter(settings.adapter)
+    for name in settings.side_channels:
+        model.add_side_channel(name, widths[name], settings.patch)
 
 
 def prepare_samples(

@@ -1,411 +1,703 @@
 """What a run needs, before anything is downloaded: `python train.py PRESET --plan`.
 
-Parameters are counted on models without memory (the meta device), built from the few numbers in config.py. What a forward keeps for its
-backward is counted too, not derived: the LM's forward runs on tensors without values, once with one layer and once with two, under the
-same code that will train; the difference is a layer. All sizes are for one GPU; encoders run without gradients and are left out of the
-activations, and so is what the CUDA libraries take for themselves (about a gigabyte).
+The run's own model is asked. Its recipe builds it as for training, under the flags that were given,
+but on the meta device: every tensor has a shape and a precision, and none has memory.
+
+    parameters    counted by part
+    tokens        black media are encoded, and the model says how many tokens they become
+    activations   counted in forwards on tensors without values, see `activation_bytes`
+    evaluation    computed from the LM's sizes, see `evaluation_bytes`
+
+All is for one GPU. Left out are what frozen encoders need while they run, and what the CUDA
+libraries take for themselves (about a gigabyte, which "fits" adds).
+
+Shapes: B samples, L tokens of a prompt with its answer, D width of the LM.
 """
-import math
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import ModuleType
 
+import numpy as np
 import torch
-from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2_5OmniThinkerConfig,
-    Qwen2_5OmniThinkerForConditionalGeneration,
-)
 
-from crab_min.backbones.composed import load_tokenizer
-from crab_min.backbones.sizes import (
-    CLIP_LARGE,
-    FLAN_T5_XL,
-    LLAMA_2_7B,
-    LLAVA,
-    QWEN_OMNI,
-    TINY_MODEL,
-    VIT_G,
-)
-from crab_min.beats import Beats, BeatsConfig
-from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion
-from crab_min.data import MASKED, pick_tasks
-from crab_min.encoders import ATTENTION, FAMILIES
-from crab_min.interface import audio_windows
-from crab_min.masks import MASK_TOKEN_COUNT, SCALES, MaskDecoder
-from crab_min.model import ASSETS, AdapterConfig
-from crab_min.pave import Patch, PatchConfig
-from crab_min.qformer import QFormerConfig, QFormerConnector
-from crab_min.runs.log import PEAK
-from crab_min.sides import modalities, side_names
+from crab_min.answers import Answer
+from crab_min.config import Settings
+from crab_min.data import SAMPLE_RATE, Sample, pick_tasks
+from crab_min.encoders import MediaFeatures
+from crab_min.errors import DataError
+from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
+from crab_min.interface import PromptPart, audio_windows, build_prompt
+from crab_min.masks import MASK_TOKEN_COUNT
+from crab_min.model import AVLanguageModel, index_by_kind
 from crab_min.tasks import TASKS, Task
-from crab_min.trainer import ALIGN, TrainConfig
 
-GPUS = (16, 24, 48, 80)                                # GB
-NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8                 # bytes a weight: 4 bits, an 8-bit scale for 64 of them, a float for 256 scales (QLoRA, 2305.14314)
-CLIP_SECONDS = {"spread": 60., "fifths": 5., "fifth": 5.}                       # length of the sound files of a task; else 10 s
+CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio window; else 10 s
+SLOT_CHARACTERS = 80  # of a question, or of what else fills a slot of an instruction
+CHARACTERS = 4  # of a token of text, about
+ANSWER = 80  # tokens of a reasoned answer, about
+
+GPUS = (16, 24, 48, 80)  # GB
+# dense bfloat16 operations per second at most
+PEAK = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}
+# the share of it that training is taken to use: a guess
+SHARE = 0.3
+# bytes per weight in NF4 (QLoRA, 2305.14314): 4 bits, an 8-bit scale for 64 of them, and a float
+# for 256 scales
+NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
 
 
 @dataclass
-class Sizes:
-    """The models of a preset as plain configs; `native` holds the thinker or LLaVA-OneVision, or the other fields the parts of a composed model."""
-    native: dict | None = None
-    llava: bool = False
-    vision: dict | None = None
-    audio: dict | None = None
-    llm: dict | None = None
-    visual_qformer: dict | None = None
-    audio_qformer: dict | None = None
+class Count:
+    """Parameters of a part."""
+
+    trained: int = 0
+    frozen: int = 0
 
 
-def sizes_of(preset: str) -> Sizes:
-    """The configs of a preset's models."""
-    if preset.startswith("crab_plus-") and preset.removeprefix("crab_plus-") in QWEN_OMNI:
-        return Sizes(native=QWEN_OMNI[preset.removeprefix("crab_plus-")])
-    if preset.startswith("pave-") and preset.removeprefix("pave-") in LLAVA:
-        return Sizes(native=LLAVA[preset.removeprefix("pave-")], llava=True)
-    if preset == "crema-xl":
-        return Sizes(vision=VIT_G, audio={}, llm=FLAN_T5_XL)
-    if preset == "crab-7b":
-        return Sizes(vision=CLIP_LARGE, audio={}, llm=LLAMA_2_7B, visual_qformer={}, audio_qformer={})
-    tiny = {k: TINY_MODEL[k] for k in ("vision", "audio", "llm", "visual_qformer", "audio_qformer")}
-    return Sizes(**tiny | {"llm": dict(tiny["llm"], vocab_size=len(load_tokenizer(ASSETS / "base" / "tokenizer.json")))})
+@dataclass
+class Prompt:
+    """The prompt of a task: its tokens with an answer, and its media without values."""
+
+    tokens: int
+    media: list[MediaFeatures]
 
 
-def make_lm(sizes: Sizes, layers: int | None = None) -> nn.Module:
-    """The LM of a composed model, or the whole thinker; `layers` replaces the number of its LM's layers (and of the thinker's encoders)."""
-    if sizes.native is None:
-        config = AutoConfig.for_model(**sizes.llm)
-        config.num_hidden_layers = layers or config.num_hidden_layers
-        if config.is_encoder_decoder:
-            config.num_decoder_layers = config.num_hidden_layers
-            return AutoModelForSeq2SeqLM.from_config(config)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION if config.hidden_size < 1024 else "sdpa")
-    config = LlavaOnevisionConfig(**sizes.native) if sizes.llava else Qwen2_5OmniThinkerConfig(**sizes.native)
-    if layers:
-        config.text_config.num_hidden_layers = layers
-        config.text_config.layer_types = config.text_config.layer_types[:layers]
-        if sizes.llava:
-            config.vision_config.num_hidden_layers = 1
+@dataclass
+class SideCost:
+    """What a side channel adds to the longest prompt."""
+
+    parameters: int
+    operations: int
+
+
+@dataclass
+class Memory:
+    """Bytes that a run needs on a GPU."""
+
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    evaluation: int  # all that is there while the greatest batch is answered
+
+    @property
+    def training(self) -> int:
+        """All that is there in a training step."""
+        weights = self.frozen + self.trained
+        return weights + self.gradients + self.optimizer + self.activations
+
+    def fits(self, gigabytes: int) -> bool:
+        """Whether a GPU holds it, with a gigabyte for CUDA and a twentieth lost between blocks."""
+        needed = max(self.training, self.evaluation)
+        return needed / 1e9 * 1.05 + 1 < gigabytes * 2**30 / 1e9
+
+
+@dataclass
+class Plan:
+    """All that `report` prints."""
+
+    parts: dict[str, Count]
+    tokens: dict[str, int]  # of a sample, by task
+    operations: float  # of the LM in a training step, for a sample of the mean length
+    memory: dict[str, Memory]  # by the precision of the LM's weights
+    base_operations: int  # of the frozen model's forward on the longest prompt
+    side_costs: dict[str, SideCost]
+    batch_size: int
+    eval_rows: int
+    checkpointing: bool
+    whole_qformers: int
+
+    @property
+    def trained(self) -> int:
+        return sum(count.trained for count in self.parts.values())
+
+    @property
+    def frozen(self) -> int:
+        return sum(count.frozen for count in self.parts.values())
+
+
+def plan(recipe: ModuleType, settings: Settings) -> Plan:
+    """Count what a run of a recipe needs.
+
+    Args:
+        recipe: a module of crab_min.recipes.
+
+    Raises:
+        ModelError: a model whose sizes are not known here.
+        DataError: no task has a prompt with the run's side channels.
+    """
+    settings = recipe.run_settings(settings)
+    training = settings.training
+
+    # the model as it trains
+    model = recipe.load_model(settings, empty=True)
+    sides = {name: side_features(model, recipe, settings, name) for name in settings.side_channels}
+    widths = {name: medium.features.shape[-1] for name, medium in sides.items()}
+    recipe.add_trained_parts(model, settings, widths)
+    model.set_trainable(training.parts)
+    parts, qformers = count_parts(model), whole_qformers(model)
+
+    # its prompts; the longest one decides about memory
+    prompts = example_prompts(model, recipe, settings, sides)
+    tokens = {task: prompt.tokens for task, prompt in prompts.items()}
+    longest = max(prompts.values(), key=lambda prompt: prompt.tokens)
+    # a product and its sum for each weight: forward, backward to the inputs, and with
+    # checkpointing the forward again
+    passes = 6 if training.gradient_checkpointing else 4
+    multiplied = sum(linear.weight.numel() for linear in lm_linears(model))
+    operations = passes * multiplied * sum(tokens.values()) / len(tokens)
+
+    # from here on the model runs, on tensors without values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(model)
+        longest.media = [without_values(medium) for medium in longest.media]
+        memory = memory_by_precision(model, settings, longest)
+        base_operations, side_costs = count_operations(model, longest, parts)
+    return Plan(
+        parts=parts,
+        tokens=tokens,
+        operations=operations,
+        memory=memory,
+        base_operations=base_operations,
+        side_costs=side_costs,
+        batch_size=training.batch_size,
+        eval_rows=eval_rows(settings),
+        checkpointing=training.gradient_checkpointing,
+        whole_qformers=qformers,
+    )
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+# how the names of a part's parameters begin, and its title
+PARTS = [
+    (r"vision\.|llm\..*\.(visual|vision_tower)\.", "vision encoder"),
+    (r"audio\.|llm\..*\.audio_tower\.", "audio encoder"),
+    (r"llm\..*\.(multi_modal_projector|image_newline)", "projector"),
+    (r"visual_qformer\.", "visual connector"),
+    (r"audio_qformer\.", "audio connector"),
+    (r"(time|number)\.", "time and number"),
+    (r"multimodal\.(?:parts|.*\.[AB])\.(\w+)\.", r"modality \1"),
+    (r"multimodal\.", "shared Q-Former"),
+    (r"fusion\.", "fusion"),
+    (r"mask_branch\.|llm\..*\.rows$", "mask decoder and tokens"),
+    (r"llm\..*lora_", "adapter in the language model"),
+    (r"llm\..*lm_head\.", "head"),
+    (r"llm\.", "language model"),
+    (r"patches\.(\w+)\.", r"patch for \1"),
+]
+
+
+def part_of(name: str) -> tuple[int, str]:
+    """Return the part of a parameter: its place in the table, and its title."""
+    for place, (pattern, title) in enumerate(PARTS):
+        match = re.match(pattern, name)
+        if match:
+            return place, match.expand(title)
+    raise AssertionError(f"{name}: belongs to no part")
+
+
+def count_parts(model: AVLanguageModel) -> dict[str, Count]:
+    """Count the parameters of each part; a head that is tied to the embeddings has none."""
+    counts: dict[tuple[int, str], Count] = {}
+    for name, parameter in model.named_parameters():
+        count = counts.setdefault(part_of(name), Count())
+        if parameter.requires_grad:
+            count.trained += parameter.numel()
         else:
-            config.vision_config.depth, config.audio_config.encoder_layers = 1, 1
-    return (LlavaOnevisionForConditionalGeneration if sizes.llava else Qwen2_5OmniThinkerForConditionalGeneration)(config)
+            count.frozen += parameter.numel()
+    return {title: counts[place, title] for place, title in sorted(counts)}
 
 
-def make_vision(sizes: Sizes) -> nn.Module:
-    config = AutoConfig.for_model(**sizes.vision)
-    return FAMILIES[config.model_type].model(config)
+def whole_qformers(model: AVLanguageModel) -> int:
+    """Count the parameters of one whole Q-Former per modality, with which CREMA compares itself.
+
+    Its queries, norm and projection are counted, and no adapters and no fusion. 0 for a model
+    without modalities.
+    """
+    shared = own = 0
+    for name, parameter in model.named_parameters():
+        if name.startswith("multimodal.parts."):
+            own += parameter.numel()
+        elif name.startswith("multimodal.") and not re.search(r"\.[AB]\.", name):
+            shared += parameter.numel()
+    return own + shared * (1 + len(model.side_names))
 
 
-def make_modalities(sizes: Sizes, config: TrainConfig, width: int) -> nn.ModuleDict:
-    """CREMA's trained parts for an LM `width` wide: a MultimodalQFormer with the modalities of a run, and their fusion."""
-    vision, audio = AutoConfig.for_model(**sizes.vision).hidden_size, BeatsConfig.from_dict(sizes.audio).encoder_embed_dim
-    c, q = MultimodalConfig(width, vision, rank=config.modality_rank), sizes.visual_qformer
-    if q:                                              # the tiny base's own
-        c = replace(c, **{k: q[k] for k in ("queries", "hidden", "layers", "heads", "intermediate")}, cross_every=1, mlp_depth=2)
-    qformer, names = MultimodalQFormer(c), modalities(config)
-    for name in names:
-        qformer.add(name, audio if name == "audio" else 96 if name == "points" and q else vision)
-    return nn.ModuleDict({"qformer": qformer, **({"fusion": SelfGatedFusion(names[1:], width)} if names[1:] else {})})
+# --- the LM --------------------------------------------------------------------------------------
 
 
-def count_parameters(sizes: Sizes, adapter: AdapterConfig, train: str, patches: dict[str, PatchConfig] = {}, crema: TrainConfig | None = None) -> dict[str, tuple[int, int]]:
-    """{part: (trained, frozen)} parameters of the whole model; crema: the run, where it is one with modalities."""
-    with torch.device("meta"):
-        lm = make_lm(sizes)
-        lm.requires_grad_(False)
-        peft_config = adapter.build()
-        lm = get_peft_model(lm, peft_config) if peft_config else lm
-        base = lm.get_base_model() if peft_config else lm
-        parts = {"language model": base}
-        if sizes.llava:
-            parts = {"vision encoder": base.model.vision_tower, "projector": base.model.multi_modal_projector, "language model": base.model.language_model, "head": base.lm_head}
-        elif sizes.native is not None:
-            parts = {"vision encoder": base.model.visual, "audio encoder": base.model.audio_tower, "language model": base.model.language_model, "head": base.lm_head}
-        elif crema:
-            encoders = {"vision encoder": make_vision(sizes), "audio encoder": Beats(BeatsConfig.from_dict(sizes.audio))}
-            for part in encoders.values():
-                part.requires_grad_(False)
-            made = make_modalities(sizes, crema, base.config.hidden_size)
-            own = {f"modality {name}": nn.ParameterList(made["qformer"].own(name).values()) for name in modalities(crema)}
-            parts = encoders | own | {"shared Q-Former": made["qformer"], **({"fusion": made["fusion"]} if "fusion" in made else {}), **parts}
-        else:
-            clip, beats = make_vision(sizes), Beats(BeatsConfig.from_dict(sizes.audio))
-            width = base.config.hidden_size
-            connectors = {"visual connector": QFormerConnector(QFormerConfig(clip.config.hidden_size, width, **sizes.visual_qformer)),
-                          "audio connector": QFormerConnector(QFormerConfig(beats.config.encoder_embed_dim, width, **sizes.audio_qformer))}
-            for part in (clip, beats, *connectors.values()):
-                part.requires_grad_(False)
-            for name, part in connectors.items():
-                part.requires_grad_("connectors" in train or name.replace(" connector", "_qformer") in train)
-            if "words" in train:
-                base.get_input_embeddings().requires_grad_(True)
-            parts = {"vision encoder": clip, "audio encoder": beats, **connectors, **parts}
-        parts |= {f"patch for {name}": Patch(config) for name, config in patches.items()}
-    counted, found = {}, set()
-    for name, part in parts.items():
-        new = [(n, p) for n, p in part.named_parameters() if id(p) not in found]                    # a tied head is counted once
-        found |= {id(p) for _, p in new}
-        counted[name] = tuple(sum(p.numel() for n, p in new if "lora_" not in n and p.requires_grad == learns) for learns in (True, False))
-        if extra := sum(p.numel() for n, p in new if "lora_" in n):
-            counted[f"adapter in the {name}"] = (extra, 0)
-    return counted
+def lm_of(model: AVLanguageModel) -> nn.Module:
+    """Return the LM without PEFT's wrapper; an adapter stays inside."""
+    return model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
+
+
+def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
+    """Return the LM's decoder, and its encoder if it has one, without the head."""
+    lm = lm_of(model)
+    return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
+
+
+def lm_linears(model: AVLanguageModel) -> list[nn.Linear]:
+    """Return the frozen linears of the LM's layers, which each token is multiplied with."""
+    linears = []
+    for stack in lm_stacks(model):
+        for name, module in stack.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                linears.append(module)
+    return linears
+
+
+def lm_layers(model: AVLanguageModel) -> list[nn.ModuleList]:
+    """Return the layers of each stack."""
+    return [stack.block if hasattr(stack, "block") else stack.layers for stack in lm_stacks(model)]
+
+
+def lm_width(model: AVLanguageModel) -> int:
+    """Return the width of the LM's embeddings."""
+    return model.llm.get_input_embeddings().weight.shape[1]
+
+
+def lm_dtype(model: AVLanguageModel) -> torch.dtype:
+    """Return the precision of the LM's weights."""
+    return model.llm.get_input_embeddings().weight.dtype
 
 
 @contextmanager
-def storages(module: nn.Module, half: bool):
-    """A dict that fills with what a forward of `module` keeps for its backward: {name of a storage: (its bytes, itself)}; parameters are not counted."""
-    own, kept = {p.untyped_storage()._cdata for p in module.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), storage)                  # the storage is kept so that no later one takes its name
-        return tensor
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        yield kept
-
-
-def kept_bytes(lm: nn.Module, batch: int, length: int, answer: int, half: bool) -> int:
-    """Bytes that the LM's forward keeps for its backward on `batch` prompts of `length` tokens, of which `answer` are learned; parameters not counted."""
-    base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    if base.config.is_encoder_decoder:
-        x, mask = torch.zeros(batch, length, base.config.hidden_size, dtype=base.dtype, requires_grad=True), torch.ones(batch, length, dtype=torch.long)
-        with storages(lm, half) as kept:
-            loss = base(inputs_embeds=x, attention_mask=mask, labels=torch.zeros(batch, answer, dtype=torch.long)).loss
-        return sum(size for size, _ in kept.values()) if loss is not None else 0
-    decoder = getattr(base.model, "language_model", base.model)
-    x = torch.zeros(batch, length, decoder.config.hidden_size, dtype=base.dtype, requires_grad=True)
-    eager = decoder.config._attn_implementation == "eager"
-    mask = torch.zeros(batch, 1, length, length, dtype=base.dtype if eager else torch.bool)
-    mask = {"full_attention": mask, "sliding_attention": mask} if decoder is not base.model else mask
-    with storages(lm, half) as kept:
-        hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-        loss = F.cross_entropy(base.lm_head(hidden[:, -answer - 1:])[:, :-1].flatten(0, 1).float(), torch.zeros(batch * answer, dtype=torch.long))
-    return sum(size for size, _ in kept.values()) if loss is not None else 0
+def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
+    """Take all but the first layers out of the LM."""
+    lists = lm_layers(model)
+    whole = [list(layers) for layers in lists]
+    for layers in lists:
+        del layers[count:]
+    try:
+        yield
+    finally:
+        for layers, all_layers in zip(lists, whole):
+            layers.extend(all_layers[count:])
 
 
-def pretend(lm: nn.Module) -> None:
-    """Put CPU tensors without values in the place of meta tensors, so that the code of the CPU runs (attention chooses its kernel by device)."""
-    for module in lm.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+# --- prompts -------------------------------------------------------------------------------------
 
 
-def activations(sizes: Sizes, adapter: AdapterConfig, batch: int, length: int, answer: int, checkpointing: bool, half: bool) -> int:
-    """Bytes of activations of a training step: all layers', or with checkpointing their inputs and one layer's."""
-    found = []
-    for layers in (1, 2):
-        with torch.device("meta"):
-            lm = make_lm(sizes, layers).requires_grad_(False).train().to(torch.bfloat16 if half else torch.float32)
-            peft_config = adapter.build()
-            lm = get_peft_model(lm, peft_config) if peft_config else lm
-        with FakeTensorMode():
-            pretend(lm)
-            found.append(kept_bytes(lm, batch, length, answer, half))
-    one, two = found
-    layer, rest = two - one, 2 * one - two
-    text = make_config(sizes)
-    if not checkpointing:
-        return rest + layer * text.num_hidden_layers
-    return rest + layer + text.num_hidden_layers * batch * length * text.hidden_size * (2 if half else 4)
+def example_prompts(
+    model: AVLanguageModel,
+    recipe: ModuleType,
+    settings: Settings,
+    sides: dict[str, MediaFeatures],
+) -> dict[str, Prompt]:
+    """Make a prompt of each task, as the recipe and the model lay it out.
+
+    Media have their exact number of tokens, for clips of CLIP_SECONDS. Text is counted in
+    characters, since there is no tokenizer before it is downloaded.
+
+    Args:
+        sides: the features of each side channel.
+    """
+    prompts: dict[str, Prompt] = {}
+    encoded: dict[tuple, MediaFeatures] = {}
+    for sample in example_samples(recipe, settings):
+        features = []
+        for part in sample.media:
+            key = (part.side, part.kind, part.frames, part.window)
+            if key not in encoded:
+                encoded[key] = sides[part.side] if part.side else encode_black(model, part)
+            features.append(encoded[key])
+
+        parts, media = model.arrange(sample.parts, features)
+        tokens = sum(len(model.placeholder_ids(medium)) for medium in media)
+        text = model.layout.before + "".join(part.text for part in parts) + model.layout.after
+        prompts[sample.task.name] = Prompt(tokens + len(text) // CHARACTERS + ANSWER, media)
+    return prompts
 
 
-def modality_bytes(sizes: Sizes, config: TrainConfig, half: bool) -> int:
-    """Bytes of activations of CREMA's Q-Former in a training step: of one modality in sequential training, else of all; the fusion is left out."""
-    with torch.device("meta"):
-        width, vision = make_config(sizes).hidden_size, AutoConfig.for_model(**sizes.vision)
-        qformer = make_modalities(sizes, replace(config, modalities="rgb"), width)["qformer"]
-    with FakeTensorMode():
-        pretend(qformer)
-        x = torch.zeros(1, config.batch_size * config.frames, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size)
-        with storages(qformer, half) as kept:
-            tokens = qformer("rgb", x)
-    return sum(size for size, _ in kept.values()) * (1 if config.sequential else len(modalities(config))) if tokens is not None else 0
+def example_samples(recipe: ModuleType, settings: Settings) -> list[Sample]:
+    """Return a sample without content of each task, in the form of the recipe.
+
+    Raises:
+        DataError: none of the tasks can have it.
+    """
+    names = pick_tasks(settings.data.tasks)
+    if settings.data.tasks == "all":
+        names = [name for name in names if TASKS[name].v2]
+    samples: list[Sample] = []
+    for name in names:
+        try:
+            sample = example_sample(TASKS[name], settings.side_channels)
+            samples += recipe.prepare_samples([sample], settings)
+        except DataError:  # side channels stand beside one video, and this task has two
+            if name == names[-1] and not samples:
+                raise
+    return samples
 
 
-def make_decoder(sizes: Sizes, config: TrainConfig) -> MaskDecoder:
-    """Crab's mask decoder beside these models."""
-    vision = AutoConfig.for_model(**sizes.vision)
-    return MaskDecoder(config.sizes(vision.hidden_size, make_config(sizes).hidden_size, vision.image_size))
+def example_sample(task: Task, side_channels: list[str]) -> Sample:
+    """Make a sample of a task whose slots are filled with as many characters as is usual."""
+    # vid and fid: what Ref-AVS names its masks by
+    row = {"frame_idx": 0, "vid": "0", "fid": "0"}
+    row |= {medium.fields[0]: "media/0/frames/0.jpg" for medium in task.media}
+    row |= {slot.fields[0]: SLOT_CHARACTERS * "x" for slot in task.slots}
+    row["sides"] = {name: f"{name}.npy" for name in side_channels}
+    return Sample(task.name, task, build_prompt(task, row), target="", gold=Answer(), row=row)
 
 
-def decoder_bytes(sizes: Sizes, config: TrainConfig) -> int:
-    """Bytes of activations of the mask decoder in a training step, each sample with a mask."""
-    vision = AutoConfig.for_model(**sizes.vision)
-    with torch.device("meta"):
-        decoder = make_decoder(sizes, config)
-    with FakeTensorMode():
-        pretend(decoder)
-        features = [torch.zeros(config.batch_size, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size) for _ in range(SCALES)]
-        with storages(decoder, False) as kept:
-            logits = decoder(torch.zeros(config.batch_size, MASK_TOKEN_COUNT, make_config(sizes).hidden_size), features)
-    return sum(size for size, _ in kept.values()) if logits is not None else 0
+def encode_black(model: AVLanguageModel, part: PromptPart) -> MediaFeatures:
+    """Encode a black clip, or silence, as long as those of the part's task."""
+    if part.kind == "audio":
+        seconds = CLIP_SECONDS.get(part.window, 10.0)
+        windows = audio_windows(part.window, seconds)
+        waves = [np.zeros(round(SAMPLE_RATE * (end - start))) for start, end in windows]
+        return model.encode("audio", [waves], [seconds])[0]
+    frames = 1 if part.kind == "image" else part.frames
+    pixels = np.zeros((frames, model.frame_size, model.frame_size, 3), np.uint8)
+    return model.encode(part.kind, [pixels], [10.0])[0]
 
 
-def make_config(sizes: Sizes):
-    """The transformers config of the LM."""
-    if sizes.native is None:
-        return AutoConfig.for_model(**sizes.llm)
-    return (LlavaOnevisionConfig if sizes.llava else Qwen2_5OmniThinkerConfig)(**sizes.native).text_config
+def side_features(
+    model: AVLanguageModel, recipe: ModuleType, settings: Settings, name: str
+) -> MediaFeatures:
+    """Return features of a side channel: of the model's encoders, or as a file would have them."""
+    has_beats = getattr(model, "audio", None) is not None
+    if name == "audio" and has_beats:
+        return encode_black(model, PromptPart("audio"))
+    if name in recipe.SIDE_FEATURES:
+        return MediaFeatures(name, torch.empty(recipe.SIDE_FEATURES[name], device="meta"))
+    return encode_black(model, PromptPart("view", frames=settings.data.frames or Task.frames))
 
 
-# side steps, tokens a step and width, as the released patches have them: ImageBind each second of a minute, LanguageBind twice a second for two, LLaVA-3D, four cameras
-SIDES = {"audio": (59, 1, 1024), "fast": (240, 4, 1024), "depth": (32, 576, 1024), "view": (128, 196, 1152)}
+# --- memory --------------------------------------------------------------------------------------
 
 
-def patch_sizes(sizes: Sizes, config: TrainConfig) -> tuple[dict[str, PatchConfig], tuple[int, int]]:
-    """The patches of a run by name, and (frames, tokens a frame) of the videos that they read."""
-    if sizes.llava:
-        vision = LlavaOnevisionConfig(**sizes.native).vision_config
-        width, grid = vision.hidden_size, math.ceil(vision.image_size // vision.patch_size / 2) ** 2
-    elif config.modalities:
-        return {}, (config.frames, 0)
-    elif sizes.native is None:
-        connector = QFormerConfig(1, 1, **sizes.visual_qformer)
-        width, grid = connector.hidden, connector.queries
-    else:
-        width, grid = make_config(sizes).hidden_size, 64
-    return {name: PatchConfig(width, SIDES.get(name, SIDES["audio"])[2], make_config(sizes).hidden_size, config.patch_size, layers=config.patch_layers,
-                              shared_kv=config.shared_kv, rope=config.patch_rope) for name in side_names(config)}, (config.frames or 10, grid)
+def memory_by_precision(
+    model: AVLanguageModel, settings: Settings, longest: Prompt
+) -> dict[str, Memory]:
+    """Count the bytes of a run, also with the LM in 4 bits where that can be had.
+
+    Returns:
+        "bfloat16" or "float32", and "4-bit LM" -> its bytes. With --load-in-4bit that alone.
+    """
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    whole = Memory(
+        frozen=frozen,
+        trained=trained,
+        gradients=trained,
+        optimizer=2 * trained,  # AdamW's two moments
+        activations=activation_bytes(model, settings, longest),
+        evaluation=frozen + trained + evaluation_bytes(model, settings, longest),
+    )
+    if settings.run.eval_every:  # the optimizer stays where it is
+        whole.evaluation += whole.optimizer
+
+    dtype = lm_dtype(model)
+    columns = {str(dtype).removeprefix("torch."): whole}
+    if dtype == torch.bfloat16:  # pretrained weights, which bitsandbytes quantizes as they load
+        saved = sum(linear.weight.numel() * (2 - NF4) for linear in lm_linears(model))
+        columns["4-bit LM"] = replace(
+            whole, frozen=round(frozen - saved), evaluation=round(whole.evaluation - saved)
+        )
+    if settings.backbone.load_in_4bit:
+        return {"4-bit LM": columns["4-bit LM"]}
+    return columns
 
 
-def flops(module: nn.Module, *inputs, **named) -> int:
-    """Floating-point operations of a forward on tensors without values, two for a multiplication and its addition."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs, **named)
-    return counter.get_total_flops()
+def activation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt) -> int:
+    """Count what a training step on the longest prompts keeps for its backward pass.
 
+    Nothing is derived from the architecture: the code that will train runs on tensors without
+    values, and hooks see each tensor that autograd keeps. The LM runs with one layer and with two;
+    the difference is a layer, and every layer keeps as much. With gradient checkpointing the LM
+    keeps the inputs of its layers, and the rest of one layer at a time.
 
-def patch_costs(sizes: Sizes, config: TrainConfig, tokens: int) -> dict[str, tuple[int, int]]:
-    """{patch, and "base": the frozen model on `tokens` tokens (LLaVA-OneVision: with its encoder): (parameters, FLOPs)}."""
-    patches, (frames, grid) = patch_sizes(sizes, config)
-    found = {}
-    with torch.device("meta"):
-        for name, c in patches.items():
-            steps, count, width = SIDES.get(name, SIDES["audio"])
-            patch = Patch(c)
-            found[name] = sum(p.numel() for p in patch.parameters()), flops(patch, torch.empty(1, frames, grid, c.video), torch.empty(1, steps, count, width))
-        lm = make_lm(sizes)
-        decoder, mask = getattr(lm.model, "language_model", lm.model), torch.empty(1, 1, tokens, tokens, dtype=torch.bool)
-        mask = mask if decoder is lm.model else {"full_attention": mask, "sliding_attention": mask}
-        spent = flops(decoder, inputs_embeds=torch.empty(1, tokens, make_config(sizes).hidden_size), attention_mask=mask, use_cache=False)
-        if sizes.llava:
-            side = lm.config.vision_config.image_size
-            spent += flops(lm.model.vision_tower, torch.empty(frames, 3, side, side))
-        found["base"] = sum(p.numel() for p in lm.parameters()), spent
-    return found
+    Counted are the LM, what makes tokens of features (connectors, patches, modalities), and the
+    mask decoder. Frozen encoders keep nothing.
+    """
+    batch, bf16 = settings.training.batch_size, settings.training.bf16
+    model.train()
+    if settings.sequential:  # one modality learns in an update; the video has most tokens
+        for name in settings.side_channels:
+            model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
+    total = lm_activation_bytes(model, settings, longest.tokens)
 
+    media = longest.media * batch
+    with saved_for_backward(model, bf16) as saved:
+        tokens = model.tokens(media, index_by_kind(longest.media) * batch)
+    total += saved.bytes
 
-def media_tokens(sizes: Sizes, task: Task, config: TrainConfig) -> int:
-    """Tokens of the media of one prompt."""
-    total = 0
-    for kind in [medium.kind for medium in task.media]:
-        if (config.side or config.modalities) and kind == "audio":            # a side channel has none
-            continue
-        if config.modalities:
-            queries, prefix = (sizes.visual_qformer or {"queries": 32})["queries"], 0 if sizes.visual_qformer else 4        # "Frame 1: "
-            total += (config.frames or task.frames) * (queries + prefix) * (2 if config.join == "concat" and side_names(config) else 1)
-            continue
-        if sizes.llava:
-            grid = math.isqrt(patch_sizes(sizes, config)[1][1])
-            total += grid * (grid + 1) * (1 if kind == "image" else config.frames or task.frames)
-            continue
-        windows = audio_windows(task.audio, CLIP_SECONDS.get(task.audio, 10.))
-        if sizes.native is not None:
-            seconds = max(1, round(sum(end - start for start, end in windows)))
-            total += 25 * seconds if kind == "audio" else 64 if kind == "image" else 64 * -(-task.frames // 2)
-        else:
-            connector = QFormerConfig(1, 1, **(sizes.audio_qformer if kind == "audio" else sizes.visual_qformer))
-            total += connector.queries * (len(windows) if kind == "audio" else 1 if kind == "image" else task.frames)
+    if model.predicts_masks:
+        states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, S M, D)
+        scales = next(medium.scales for medium in media if medium.scales)
+        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
+        with saved_for_backward(model, bf16=False) as saved:
+            logits = model.mask_branch(states, features)
+        total += saved.bytes
     return total
 
 
-def text_tokens(task: Task) -> int:
-    """About how many tokens the words of a prompt are: four characters each, 20 for what fills a slot, 30 for the chat format."""
-    return len(task.instruction) // 4 + 20 * len(task.slots) + 8 * len(task.media) + 30
+def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int) -> int:
+    """Count what the LM keeps, see `activation_bytes`; length: tokens of each prompt."""
+    training = settings.training
+    kept = []
+    for count in (1, 2):
+        with first_layers(model, count), saved_for_backward(model, training.bf16) as saved:
+            loss = lm_loss(model, training.batch_size, length)
+        kept.append(saved.bytes)
+    layer = kept[1] - kept[0]
+    rest = kept[0] - layer
+
+    depth = len(lm_layers(model)[0])
+    if not training.gradient_checkpointing:
+        return rest + depth * layer
+    inputs = training.batch_size * length * lm_width(model) * lm_dtype(model).itemsize
+    return rest + layer + depth * inputs
 
 
-SHARE = .3                                             # of a GPU's peak that a training run is taken to use: a guess, until train.py shows its own (MFU)
-ANSWER = 80                                            # about how many tokens a reasoned answer has
+def lm_loss(model: AVLanguageModel, batch: int, length: int) -> Tensor:
+    """Run the LM on embeddings without values, and the loss of ANSWER tokens of each row.
+
+    Its mask is given whole, (B, 1, L, L), as models of several kinds of media take it: they would
+    look at the values of a mask (B, L).
+    """
+    lm = lm_of(model)
+    x = torch.zeros(batch, length, lm_width(model), dtype=lm_dtype(model), requires_grad=True)
+    labels = torch.zeros(batch, ANSWER, dtype=torch.long)
+    if lm.config.is_encoder_decoder:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        return lm(inputs_embeds=x, attention_mask=mask, labels=labels).loss
+    hidden = lm_hidden(model, x)  # (B, L, D)
+    logits = lm.get_output_embeddings()(hidden[:, -ANSWER - 1 :])  # (B, ANSWER + 1, V)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
 
 
-def plan(config: TrainConfig, preset: str) -> dict:
-    """Everything that `report` prints, as numbers: parameters by part, tokens by task, bytes in bfloat16 and with a 4-bit LM."""
-    sizes, adapter = sizes_of(preset), AdapterConfig(**{k: getattr(config, k) for k in AdapterConfig.__dataclass_fields__})
-    train, masks = ALIGN.get(config.stage, ("", config.train))[1], bool(config.masks) or config.stage == "masks"
-    tasks = ",".join(MASKED) if config.stage == "masks" and config.tasks == "all" else config.tasks
-    if "adapter" not in train.split("+"):                                      # it stays as the stage before has left it
-        adapter = replace(adapter, adapter="none")
-    parts = count_parameters(sizes, adapter, train, patch_sizes(sizes, config)[0], config if config.modalities else None)
-    if masks:
-        with torch.device("meta"):
-            parts["mask decoder and tokens"] = (sum(p.numel() for p in make_decoder(sizes, config).parameters()) + 2 * MASK_TOKEN_COUNT * make_config(sizes).hidden_size, 0)
-    lengths = {name: media_tokens(sizes, task, config) + text_tokens(task) + ANSWER for name, task in TASKS.items() if task.v2
-               and (tasks == "all" or name in pick_tasks(tasks)) and not ((config.side or config.modalities) and name in ("a2v", "v2a"))}
-    trained, frozen = (sum(n[i] for n in parts.values()) for i in (0, 1))
-    half = sizes.native is not None or preset.endswith(("7b", "xl"))
-    with torch.device("meta"):
-        lm = make_lm(sizes)
-    decoder = lm if lm.config.is_encoder_decoder else getattr(lm.model, "language_model", lm.model)
-    linears = sum(m.weight.numel() for name, m in decoder.named_modules() if isinstance(m, nn.Linear) and name != "lm_head")
-    weights = frozen * (2 if half else 4)
-    learned = {"adapter and trained weights": 4 * trained, "gradients": 4 * trained, "optimizer (AdamW)": 8 * trained,
-               "activations": activations(sizes, adapter, config.batch_size, max(lengths.values()), ANSWER, config.checkpointing, half)}
-    if config.modalities:
-        learned["activations"] += modality_bytes(sizes, config, half)
-    if masks:
-        learned["activations"] += decoder_bytes(sizes, config)
-    memory = {"bfloat16" if half else "float32": {"frozen weights": weights, **learned}}
-    if half:
-        memory["4-bit LM"] = {"frozen weights": round(weights - linears * (2 - NF4)), **learned}
-    return {"preset": preset, "parts": {name: {"trained": t, "frozen": f} for name, (t, f) in parts.items()}, "trained": trained, "frozen": frozen,
-            "patches": patch_costs(sizes, config, max(lengths.values())) if config.side else {}, "whole": whole_qformers(sizes, config) if config.modalities else 0, "tokens": lengths,
-            "operations": (6 if config.checkpointing else 4) * linears * sum(lengths.values()) / len(lengths), "batch_size": config.batch_size, "checkpointing": config.checkpointing, "memory": memory}
+def lm_hidden(model: AVLanguageModel, x: Tensor) -> Tensor:
+    """Run the LM's decoder on embeddings x (B, L, D), without a cache; returns (B, L, D)."""
+    (decoder,) = lm_stacks(model)
+    is_eager = decoder.config._attn_implementation == "eager"  # it adds the mask to its logits
+    dtype = x.dtype if is_eager else torch.bool
+    mask = torch.zeros(len(x), 1, x.shape[1], x.shape[1], dtype=dtype)
+    return decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
 
 
-def whole_qformers(sizes: Sizes, config: TrainConfig) -> int:
-    """Parameters of a Q-Former a modality, trained whole (with its queries, norm and projection, without adapters and fusion): what CREMA compares itself with."""
-    with torch.device("meta"):
-        qformer = make_modalities(sizes, config, make_config(sizes).hidden_size)["qformer"]
-    return sum(p.numel() for name, p in qformer.named_parameters() if ".A." not in name and ".B." not in name and ".parts." not in f".{name}") * len(
-        modalities(config)) + sum(p.numel() for p in qformer.parts.parameters())
+def eval_rows(settings: Settings) -> int:
+    """Return how many prompts evaluation answers together."""
+    return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
 
 
-def report(found: dict) -> str:
-    """The lines that `--plan` prints."""
+def evaluation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt) -> int:
+    """Compute what the greatest batch of evaluation takes beside the weights.
+
+    Counted are, for `eval_rows` prompts of the longest task and answers of DEFAULT_LIMIT tokens:
+    the keys and values of all layers, and the widest moment while the prompts are read. That is a
+    layer's MLP (gate, up and their product, beside the hidden states before and after it) or the
+    logits, of whole prompts where the LM has no way to keep fewer (Qwen2.5-Omni). Where options
+    are ranked, there are logits of ANSWER tokens, as they are and in float32.
+    """
+    lm, itemsize = lm_of(model), lm_dtype(model).itemsize
+    config = lm.config.get_text_config()
+    prompt = longest.tokens - ANSWER
+    rows = eval_rows(settings)
+
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_width = getattr(config, "head_dim", None) or lm_width(model) // config.num_attention_heads
+    cached = 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * itemsize
+    cache = rows * (prompt + DEFAULT_LIMIT) * cached
+
+    mlp_width = max(linear.out_features for linear in lm_linears(model))
+    mlp = rows * prompt * (3 * mlp_width + 2 * lm_width(model)) * itemsize
+    if settings.run.eval_mode == "rank":
+        logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
+    elif "logits_to_keep" in inspect.signature(lm.forward).parameters:
+        logits = rows * config.vocab_size * itemsize
+    else:
+        logits = rows * prompt * config.vocab_size * itemsize
+    return cache + max(mlp, logits)
+
+
+# --- tensors without values ----------------------------------------------------------------------
+
+
+def fill(model: AVLanguageModel) -> None:
+    """Put CPU tensors in the place of meta tensors, inside of a FakeTensorMode.
+
+    They have no values either, but the code of a device runs on them: attention chooses its kernel
+    by device.
+    """
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def without_values(medium: MediaFeatures) -> MediaFeatures:
+    """Return features of the same shapes, inside of a FakeTensorMode."""
+    return replace(
+        medium,
+        features=torch.zeros(medium.features.shape),
+        mask=None,
+        scales=[torch.zeros(scale.shape) for scale in medium.scales],
+        sides={name: without_values(side) for name, side in medium.sides.items()},
+    )
+
+
+class Saved:
+    """The storages of tensors that autograd keeps, by their number."""
+
+    def __init__(self):
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
+    """Collect what a forward inside keeps for its backward pass; parameters are not counted."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = Saved()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved.storages[storage._cdata] = storage
+        return tensor
+
+    hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        yield saved
+
+
+# --- operations ----------------------------------------------------------------------------------
+
+
+def count_operations(
+    model: AVLanguageModel, longest: Prompt, parts: dict[str, Count]
+) -> tuple[int, dict[str, SideCost]]:
+    """Count the operations of a forward on the longest prompt, two for a product and its sum.
+
+    Returns:
+        those of the model without side channels, and what each side channel adds.
+    """
+    indices = index_by_kind(longest.media)
+
+    def tokens_with(names: list[str]) -> int:
+        media = []
+        for medium in longest.media:
+            sides = {name: side for name, side in medium.sides.items() if name in names}
+            media.append(replace(medium, sides=sides))
+        return operations_of(lambda: model.tokens(media, indices))
+
+    alone = tokens_with([])
+    costs = {}
+    for name in model.side_names:
+        parameters = sum(
+            count.trained for title, count in parts.items() if title.endswith(f" {name}")
+        )
+        costs[name] = SideCost(parameters, tokens_with([name]) - alone)
+    lm = operations_of(lambda: lm_loss(model, 1, longest.tokens))
+    return alone + lm, costs
+
+
+def operations_of(forward: Callable) -> int:
+    """Count the operations of a forward; attention is counted as plain products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward()
+    return counter.get_total_flops()
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def report(result: Plan) -> str:
+    """Format a plan as `--plan` prints it."""
+    sections = [part_lines(result), token_lines(result), cost_lines(result), memory_lines(result)]
+    return "\n".join(line for lines in sections for line in lines)
+
+
+def part_lines(result: Plan) -> list[str]:
     lines = [f"{'part':<36}{'trained':>16}{'frozen':>16}"]
-    lines += [f"{name:<36}{n['trained']:>16,}{n['frozen']:>16,}" for name, n in found["parts"].items()]
-    lines += [f"{'all':<36}{found['trained']:>16,}{found['frozen']:>16,}", "", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
-    lines += ["  " + "  ".join(f"{task} {n}" for task, n in list(found["tokens"].items())[i:i + 7]) for i in range(0, len(found["tokens"]), 7)]
-    lines.append(f"time: {found['operations'] / 1e12:.1f} TFLOPs a sample of the mean length in the LM, without encoders and decoding; 100,000 samples at {SHARE:.0%} of a GPU's peak: "
-                 + ", ".join(f"{name} {found['operations'] * 1e5 / SHARE / PEAK[name] / 3600:.1f} h" for name in ("3090", "4090", "A100", "H100")))
-    base = found["patches"].get("base")
-    for name, (count, spent) in found["patches"].items():
-        share = "" if name == "base" else f", {count / base[0]:.2%} and {spent / base[1]:.2%} of the base"
-        lines.append(f"{'the frozen base' if name == 'base' else f'patch for {name}'}: {count:,} parameters, {spent / 1e12:.3f} TFLOPs for the longest sample{share}")
-    if found["whole"]:
-        lines.append(f"a Q-Former a modality, trained whole, would be {found['whole']:,} parameters; trained here: {found['trained']:,}, {1 - found['trained'] / found['whole']:.1%} fewer")
-    lines += ["", f"memory in GB, {found['batch_size']} samples of {max(found['tokens'].values())} tokens a step, gradient checkpointing {'on' if found['checkpointing'] else 'off'}:"]
-    names = list(found["memory"])
-    lines.append(f"  {'':<30}" + "".join(f"{name:>12}" for name in names))
-    for row in next(iter(found["memory"].values())):
-        lines.append(f"  {row:<30}" + "".join(f"{found['memory'][name][row] / 1e9:>12.2f}" for name in names))
-    totals = {name: sum(found["memory"][name].values()) / 1e9 for name in names}
-    lines.append(f"  {'together':<30}" + "".join(f"{totals[name]:>12.2f}" for name in names))
-    for gpu in GPUS:                                                            # a gigabyte for CUDA itself, a twentieth lost between blocks
-        lines.append(f"  {f'fits {gpu} GB':<30}" + "".join(f"{'yes' if totals[name] * 1.05 + 1 < gpu * 1.073 else 'no':>12}" for name in names))
-    return "\n".join(lines)
+    counts = result.parts | {"all": Count(result.trained, result.frozen)}
+    for title, count in counts.items():
+        lines.append(f"{title:<36}{count.trained:>16,}{count.frozen:>16,}")
+    return lines
+
+
+def token_lines(result: Plan) -> list[str]:
+    lines = ["", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
+    cells = [f"{task} {tokens}" for task, tokens in result.tokens.items()]
+    for start in range(0, len(cells), 7):
+        lines.append("  " + "  ".join(cells[start : start + 7]))
+    hours = []
+    for gpu, peak in PEAK.items():
+        hours.append(f"{gpu} {1e5 * result.operations / (SHARE * peak) / 3600:.1f} h")
+    lines.append(
+        f"time: {result.operations / 1e12:.1f} TFLOPs a sample of the mean length in the LM, "
+        f"without encoders and decoding; 100,000 samples at {SHARE:.0%} of a GPU's peak: "
+        + ", ".join(hours)
+    )
+    return lines
+
+
+def cost_lines(result: Plan) -> list[str]:
+    lines = []
+    for name, cost in result.side_costs.items():
+        lines.append(
+            f"side channel {name}: {cost.parameters:,} parameters, {cost.operations / 1e12:.3f} "
+            f"TFLOPs for the longest sample, {cost.parameters / result.frozen:.2%} and "
+            f"{cost.operations / result.base_operations:.2%} of the base"
+        )
+    if result.side_costs:
+        lines.append(
+            f"the frozen base: {result.frozen:,} parameters, "
+            f"{result.base_operations / 1e12:.3f} TFLOPs for the longest sample"
+        )
+    if result.whole_qformers:
+        fewer = 1 - result.trained / result.whole_qformers
+        lines.append(
+            f"a Q-Former per modality, trained whole, would be {result.whole_qformers:,} "
+            f"parameters; trained here: {result.trained:,}, {fewer:.1%} fewer"
+        )
+    return lines
+
+
+def memory_lines(result: Plan) -> list[str]:
+    longest = max(result.tokens.values())
+    checkpointing = "on" if result.checkpointing else "off"
+    rows = {
+        "frozen weights": [memory.frozen for memory in result.memory.values()],
+        "adapter and trained weights": [memory.trained for memory in result.memory.values()],
+        "gradients": [memory.gradients for memory in result.memory.values()],
+        "optimizer (AdamW)": [memory.optimizer for memory in result.memory.values()],
+        "activations": [memory.activations for memory in result.memory.values()],
+        "training, together": [memory.training for memory in result.memory.values()],
+        f"evaluation, {result.eval_rows} samples": [
+            memory.evaluation for memory in result.memory.values()
+        ],
+    }
+    lines = [
+        "",
+        f"memory in GB, {result.batch_size} samples of {longest} tokens a step, gradient "
+        f"checkpointing {checkpointing}:",
+        f"  {'':<30}" + "".join(f"{name:>12}" for name in result.memory),
+    ]
+    for title, values in rows.items():
+        lines.append(f"  {title:<30}" + "".join(f"{value / 1e9:>12.2f}" for value in values))
+    for gpu in GPUS:
+        answers = ["yes" if memory.fits(gpu) else "no" for memory in result.memory.values()]
+        lines.append(f"  {f'fits {gpu} GB':<30}" + "".join(f"{answer:>12}" for answer in answers))
+    return lines

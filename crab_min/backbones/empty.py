@@ -1,0 +1,172 @@
+"""Models without weights: what `--plan` counts parameters and memory on.
+
+Classes and sizes are those of a run, built on the meta device: tensors with a shape and a precision
+but without memory. Sizes come from a config.json, where a name is a folder or stands in the hub
+cache, or from sizes.py. Nothing is downloaded. Tokenizers stand for the real ones in their special
+tokens and their length alone.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import tokenizers
+import torch
+from transformers import (
+    AutoConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+)
+
+from crab_min.backbones.blip2 import CremaModel, from_base, from_blip2
+from crab_min.backbones.composed import (
+    PLACEHOLDERS,
+    SPECIALS,
+    ComposedModel,
+    ModelConfig,
+    empty_base,
+)
+from crab_min.backbones.llava_onevision import LlavaModel
+from crab_min.backbones.omni import QWEN_CHAT, OmniModel
+from crab_min.backbones.sizes import HUB_SIZES
+from crab_min.backbones.tiny_random import LLAVA_TOKENS, byte_level_qwen, omni_processor
+from crab_min.beats import read_file
+from crab_min.config import BackboneConfig
+from crab_min.encoders import AudioEncoder
+from crab_min.errors import ModelError
+from crab_min.model import ASSETS, AVLanguageModel
+
+LOADED_IN = torch.bfloat16  # the precision in which pretrained LMs are loaded
+
+
+def empty_backbone(
+    config: BackboneConfig, composed_class: type[ComposedModel], template: list[str]
+) -> AVLanguageModel:
+    """Build the backbone of a run without weights, inside of `torch.device("meta")`.
+
+    Args:
+        composed_class: the class of a composed model.
+        template: text before and after the prompts of a model that is composed of parts.
+
+    Raises:
+        ModelError: weights whose sizes are not known here.
+    """
+    if config.backbone == "omni":
+        return empty_omni(config)
+    if config.backbone == "llava_onevision":
+        return empty_llava(config)
+    if config.backbone == "blip2" and config.weights:
+        return empty_blip2(config)
+    if config.vision:
+        return empty_composed(config, composed_class, template)
+
+    # a base: the shipped one, or that of --base
+    folder = ASSETS / "base" if config.base in ("", "random") else Path(config.base)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder / 'config.json'}: missing; --base takes the folder of a base")
+    if config.backbone == "blip2":
+        return from_base(empty_base(folder, ComposedModel))
+    return empty_base(folder, composed_class)
+
+
+def empty_composed(
+    config: BackboneConfig, model_class: type[ComposedModel], template: list[str]
+) -> ComposedModel:
+    """Build a model that is composed of a vision encoder, a BEATs and an LM."""
+    vision = find_config(config.vision, AutoConfig)
+    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP has a text half too
+    llm = find_config(config.llm, AutoConfig)
+    sizes = ModelConfig(
+        vision=vision.to_dict(),
+        audio=beats_sizes(config.audio),
+        llm=llm.to_dict(),
+        visual_qformer={},
+        audio_qformer={},
+        template=template,
+    )
+    model = model_class(sizes, word_tokenizer(llm.vocab_size))
+    # as load_llm loads it
+    model.llm.to(LOADED_IN)
+    model.llm.set_attn_implementation("sdpa")
+    return model
+
+
+def empty_omni(config: BackboneConfig) -> OmniModel:
+    """Build a Qwen2.5-Omni thinker."""
+    sizes = find_config(config.weights, Qwen2_5OmniThinkerConfig)
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration(sizes).to(LOADED_IN)
+    processor = omni_processor(sizes.audio_config.num_mel_bins)
+    layout = replace(QWEN_CHAT, separate_media=config.separate_media)
+    return OmniModel(thinker, processor, layout)
+
+
+def empty_llava(config: BackboneConfig) -> LlavaModel:
+    """Build a LLaVA-OneVision, with a BEATs where one is named."""
+    sizes = find_config(config.weights, LlavaOnevisionConfig)
+    llava = LlavaOnevisionForConditionalGeneration(sizes).to(LOADED_IN)
+    return LlavaModel(llava, byte_level_qwen(LLAVA_TOKENS), empty_beats(config.audio))
+
+
+def empty_blip2(config: BackboneConfig) -> CremaModel:
+    """Build a BLIP-2, with a BEATs where one is named."""
+    sizes = find_config(config.weights, Blip2Config)
+    blip = Blip2ForConditionalGeneration(sizes).to(LOADED_IN)
+    tokenizer = word_tokenizer(sizes.text_config.vocab_size)
+    return from_blip2(blip, tokenizer, empty_beats(config.audio))
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def find_config(name: str, config_class: type) -> PreTrainedConfig:
+    """Return the transformers config of a model by hub id or folder.
+
+    Args:
+        config_class: its class, or AutoConfig.
+
+    Raises:
+        ModelError: neither sizes.py nor this machine has one.
+    """
+    if name in HUB_SIZES and config_class is AutoConfig:
+        return AutoConfig.for_model(**HUB_SIZES[name])
+    if name in HUB_SIZES:
+        return config_class(**HUB_SIZES[name])
+    try:
+        return config_class.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: its sizes are not known here, and --plan downloads nothing; give a folder "
+            f"with its config.json, or one of {', '.join(HUB_SIZES)}"
+        ) from error
+
+
+def beats_sizes(path: str) -> dict:
+    """Return the config of a BEATs checkpoint; without the file, that of all published ones."""
+    return read_file(path)["cfg"] if Path(path).is_file() else {}
+
+
+def empty_beats(path: str) -> AudioEncoder | None:
+    """Build a BEATs, or nothing where none is named."""
+    return AudioEncoder(beats_sizes(path)) if path else None
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of `size` tokens that splits a text into words and signs."""
+    special = ["<unk>", *SPECIALS]
+    fillers = [f"word {i}" for i in range(len(special), size)]
+    ids = {token: i for i, token in enumerate([*special, *fillers])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=list(PLACEHOLDERS.values()),
+    )
