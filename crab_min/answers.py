@@ -429,7 +429,7 @@ def read_event(label: str, start: int, end: int) -> Answer:
 
 def read_av_events(text: str) -> Answer:
     """Read "audio: A,(0 3) B, (2 5)(6 7) visual: A,(0 10)"; a part may be missing."""
-    # "", "audio", its events, "visual", its events
+    # Split into: what stands before, "audio", its events, "visual", its events.
     before, *pieces = re.split(r"\b(audio|visual)\s*:", text, flags=re.IGNORECASE)
     events = {"audio": [], "visual": []}
     for kind, part in zip(pieces[::2], pieces[1::2]):
@@ -465,9 +465,10 @@ def read_texts(answers: list) -> Answer:
     return Answer(text=texts[0], choices=tuple(texts))
 
 
+# What the fields of a reader hold, for the error text. Of a `parse` function: TAGGED_TEXT.
 TAGGED_TEXT = "a text with the label in its tag or box"
 MASK_BOXES = "the boxes of the row's mask (read_samples derives them)"
-EXPECTED = {  # reader: what its fields hold, for the error text
+EXPECTED = {
     read_label: "a label",
     read_option: "the index of the right option (from 0) and the list of options",
     read_event: "the event, its start and its end in seconds",

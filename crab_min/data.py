@@ -22,14 +22,8 @@ from crab_min.interface import PromptPart, audio_windows, build_prompt, text_par
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import exit_with_parent
-from crab_min.sources.av_uie import (
-    annotation_file,
-    mask_classes,
-    mask_objects,
-    mask_path,
-    read_mask,
-    read_rows,
-)
+from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
+from crab_min.sources.rows import annotation_file, read_rows
 from crab_min.tasks import TASKS, Task
 
 SAMPLE_RATE = 16000  # Hz

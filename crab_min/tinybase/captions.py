@@ -24,6 +24,7 @@ import itertools
 import random
 
 from crab_min.answers import mask_box
+from crab_min.model import ASSETS
 from crab_min.tasks import TASKS
 from crab_min.world.clauses import (
     EARLIER,
@@ -36,13 +37,14 @@ from crab_min.world.clauses import (
     clause_at_position,
     clause_compared,
     clause_heard,
-    clause_heard_where,
     clause_if_heard,
+    clause_sound_sources,
+    clause_where,
     clause_where_heard,
     clause_where_heard_at,
+    during,
     join_with_and,
     list_of_names,
-    seconds_heard,
     sentence,
     unique_minimum,
 )
@@ -76,12 +78,12 @@ def visual_facts(
         # the only object of this kind of scene moves about, so its side and box say nothing
         facts["movement"] = movement_clauses(renderer, scene) if frame_at is None else []
         return facts
-    facts["side"] = [f"the {obj.label} is {at_position(obj.position)}" for obj in visible]
+    facts["side"] = [clause_where(obj) for obj in visible]
     facts["there"] = [f"{at_position(obj.position)} is the {obj.label}" for obj in visible]
 
-    # when an object is seen takes the whole clip; exactly where it is takes one frame
+    # the whole clip tells when an object is seen, one frame exactly where
     if frame_at is None:
-        facts["seen"] = [seen_clause(obj) for obj in visible]
+        facts["seen"] = [f"the {obj.label} is seen {during(obj.seen)}" for obj in visible]
     else:
         boxes = [box_clause(renderer, scene, obj, frame_at) for obj in visible]
         facts["height"] = [height_clause(obj) for obj in visible]
@@ -126,14 +128,12 @@ def audio_facts(
     return facts
 
 
-def av_facts(
-    visible: list[Object], audible: list[Object], seconds: range, fixed_places: bool
-) -> Facts:
+def av_facts(visible: list[Object], audible: list[Object], seconds: range, fixed: bool) -> Facts:
     """Collect what only picture and sound together tell: what is seen and heard, where it sounds.
 
     Args:
         seconds: the seconds of the sound that is heard.
-        fixed_places: each object keeps its place, so that its side can be told.
+        fixed: each object keeps its position, so that it can be told.
     """
     seen_and_heard = [obj for obj in visible if obj in audible]
     off_screen = [obj for obj in audible if obj not in visible]
@@ -141,13 +141,13 @@ def av_facts(
         "off": [f"the {obj.label} is {NOT_IN_PICTURE}" for obj in off_screen],
         "both": [f"the {obj.label} is seen and heard" for obj in seen_and_heard],
     }
-    if not fixed_places:
+    if not fixed:
         return facts
     facts["sounds"] = [clause_if_heard(obj, obj in audible) for obj in visible]
     facts["shown"] = [shown_clause(obj, obj in visible) for obj in audible]
     facts[""] = []
     if seen_and_heard:
-        facts[""].append(clause_heard_where(seen_and_heard))
+        facts[""].append(clause_sound_sources(seen_and_heard))
     if len(visible) > 1:
         facts[""].append(join_with_and(facts["sounds"]))
 
@@ -178,11 +178,6 @@ def movement_clauses(renderer: Renderer, scene: Scene) -> list[str]:
     ]
 
 
-def seen_clause(obj: Object) -> str:
-    start, end = obj.seen[0]
-    return f"the {obj.label} is seen from {start} to {end}"
-
-
 def height_clause(obj: Object) -> str:
     height = "high" if obj.y < SIZE / 2 else "low"
     return f"the {obj.label} is {height}"
@@ -203,17 +198,14 @@ def shown_clause(obj: Object, visible: bool) -> str:
 
 def comparisons(objects: list[Object]) -> list[str]:
     """Compare every two objects by how long they are heard, then by which is heard earlier."""
-    longer, earlier = [], []
-    for a, b in itertools.permutations(objects, 2):
-        if seconds_heard(a) != seconds_heard(b):
-            longer.append(
-                join_with_and([clause_heard(a), clause_heard(b), clause_compared(a, b, LONGER)])
-            )
-        if a.heard and b.heard and a.heard[0][0] != b.heard[0][0]:
-            earlier.append(
-                join_with_and([clause_heard(a), clause_heard(b), clause_compared(a, b, EARLIER)])
-            )
-    return longer + earlier
+    heard = [obj for obj in objects if obj.heard]
+    clauses = []
+    for comparison, comparable in ((LONGER, objects), (EARLIER, heard)):
+        for a, b in itertools.permutations(comparable, 2):
+            if comparison.key(a) != comparison.key(b):
+                judgement = clause_compared(a, b, comparison)
+                clauses.append(join_with_and([clause_heard(a), clause_heard(b), judgement]))
+    return clauses
 
 
 # --- statements -----------------------------------------------------------------------------------
@@ -250,7 +242,7 @@ def scene_statements(
     if audio:
         groups.append(audio_facts(audible, visible or audible, len(audio) == SECONDS, rng))
     if video and audio:
-        groups.append(av_facts(visible, audible, audio, fixed_places=not scene.movement))
+        groups.append(av_facts(visible, audible, audio, fixed=not scene.movement))
     return sample_statements(groups, forms, rng)
 
 
@@ -325,13 +317,13 @@ def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.R
     """
     usable = [form for form in forms if any(group.get(form) for group in groups)]
     facts = []
-    if usable:
+    if usable:  # a lesson
         form = rng.choice(usable)
         for group in groups:
             facts += group.get(form, [])
         sampled = rng.sample(facts, min(4, len(facts)))
     else:
-        # lookups stand in the list twice, so that they are sampled twice as often
+        # clauses that look something up stand in the list twice, so they are sampled twice as often
         for group in groups:
             for form, clauses in group.items():
                 facts += 2 * clauses if form else clauses
@@ -369,25 +361,7 @@ def with_keywords_or_recap(statements: list[str], rng: random.Random) -> tuple[s
 
 
 # --- the tokenizer's corpus -----------------------------------------------------------------------
-# English that users' own annotations may need
-COMMON_ENGLISH = " ".join(
-    """
-a man a woman a boy a girl people someone child children baby face voice hand eyes mouth speech
-speaking talking singing laughing crying walking running standing sitting dancing playing performing
-holding looking moving driving riding cutting cooking washing eating drinking music song instrument
-guitar piano flute drum violin saxophone accordion cello trumpet stage street road house kitchen
-room garden field forest tree water river sea beach rain wind storm fire engine motor machine truck
-train bus boat airplane helicopter motorcycle bicycle siren alarm horn chainsaw lawn mower hammer
-animal dog cat horse cow sheep goat pig chicken rooster duck bird lion elephant black white red
-green blue yellow brown dark bright small large big little old young long short high low loud quiet
-soft sharp happy sad angry surprised afraid disgusted neutral joy sadness anger fear first second
-third last left right middle top bottom before after while during then when where which what who how
-many more less than between from until always never only both other another picture image video
-audio sound sounds clip scene camera background there is are was were has have the this that these
-those with without and or but not of in on at to for by its their his her it they he she making
-produces heard seen shown continues starts ends begins time range object event
-""".split()
-)
+COMMON_ENGLISH = ASSETS / "common_english.txt"  # words that users' own annotations may need
 
 
 def corpus(renderer: Renderer, seed: int) -> list[str]:
@@ -416,4 +390,4 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
         lines += [row["text"] for row in task_rows]
     lines += [row.get("question", "") for row in rows["avqa"]]
     lines += [task.instruction for task in TASKS.values() if task.v2]
-    return lines + [COMMON_ENGLISH] * 3
+    return lines + [" ".join(COMMON_ENGLISH.read_text().split())] * 3

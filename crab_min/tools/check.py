@@ -20,7 +20,7 @@ from crab_min.data import Sample, decode_ahead, make_sample, pick_tasks
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
-from crab_min.sources.av_uie import annotation_file, read_rows
+from crab_min.sources.rows import annotation_file, read_rows
 from crab_min.tasks import TASKS, Task
 
 GROUP = 16  # files that a worker process is given at once

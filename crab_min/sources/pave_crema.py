@@ -1,0 +1,124 @@
+"""The annotation files of PAVE's (2503.19794) and CREMA's (2402.05889) tasks -> AV-UIE v2 rows.
+
+Each function takes the folder of a source, one of its rows, and whether it is for training, and
+yields the rows that this one becomes. Where the folders lie: RELEASED_LAYOUTS in rows.py. A folder
+has videos/NAME.mp4, of a ScanNet scene its frames as a film.
+
+Differs from PAVE: of AVSD every turn is a sample of its own; PAVE answers five turns in one.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from crab_min.answers import answer_tag
+from crab_min.tasks import TASKS
+
+# A question's type is the word it begins with, as SQA3D's results are tabled.
+QUESTION_TYPES = ("what", "is", "how", "can", "which")
+
+# Side channels of CREMA: where they lie in a source's folder. Depth, flow and normals are folders
+# of pictures, one per video; points are 3D-LLM's features, one file per scene.
+SIDE_CHANNELS = {
+    "depth": "videos_depth/{name}",
+    "flow": "videos_flow/{name}",
+    "normals": "videos_norm/{name}",
+    "points": "voxelized_features_sam_nonzero_preprocess/{name}.pt",
+}
+
+
+def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a dialogue of AVSD: a question follows all turns before it, with gold answers.
+
+    A dialogue has about ten turns. The last one is tested; each is a sample for training.
+    """
+    video = video_path(folder, row["image_id"])
+    dialogue = row["dialog"]
+    first = 1 if train else len(dialogue)
+    for count in range(first, len(dialogue) + 1):
+        *before, last = dialogue[:count]
+        context = ""
+        for turn in before:
+            question, answer = turn["question"].strip(), turn["answer"].strip()
+            context += f"Question: {question} Answer: {answer} "
+        yield {
+            "image_id": row["image_id"],
+            "video_path": video,
+            "audio_path": video,
+            "dialogue": f"{context}Question: {last['question'].strip()}",
+            "answer": last["answer"],
+        }
+
+
+def scanqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a question of ScanQA about a 3D scene."""
+    yield scene_row("scanqa", folder, row)
+
+
+def sqa3d(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a question of SQA3D, asked from a position in a 3D scene."""
+    yield scene_row("sqa3d", folder, row)
+
+
+def scene_row(task: str, folder: Path, row: dict) -> dict:
+    """Return the row of a question about a scene; the first of its answers is trained on."""
+    question = row["question"].lower().lstrip()
+    matching = [word for word in QUESTION_TYPES if question.startswith(word)]
+    return {
+        **row,
+        "video_path": video_path(folder, row["scene_id"]),
+        "answer": TASKS[task].gold_answer(row).text,
+        **side_channels(folder, row["scene_id"]),
+        "type": matching[0] if matching else "other",
+    }
+
+
+def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a row of MUSIC-AVQA's own files (json_update), which spell "anser".
+
+    <Object> and the like in a question stand for the row's templ_values, in their order.
+    """
+    video = video_path(folder, row["video_id"])
+    answer = row["anser"].replace("_", " ")
+    values = json.loads(row["templ_values"])
+    question = re.sub(r"<\w+>", lambda _: values.pop(0), row["question_content"])
+    yield {
+        **row,
+        "video_path": video,
+        "audio_path": video,
+        "type": " ".join(json.loads(row["type"])),
+        "answer": answer,
+        "label": answer_tag(answer),
+        "question": question,
+    }
+
+
+def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a question of NExT-QA in the form of SeViLA and CREMA.
+
+    Its type is what its qid begins with: CW, TN, DL, ...
+    """
+    row = {
+        **row,
+        "video_path": video_path(folder, row["video"]),
+        "multi_choice": [row[f"a{i}"] for i in range(row["num_option"])],
+        "type": row["qid"].split("_")[0],
+    }
+    choice = TASKS["nextqa"].gold_answer(row).choice
+    yield {**row, "label": answer_tag(choice), **side_channels(folder, row["video"])}
+
+
+def video_path(folder: Path, name: str) -> str:
+    """Return the path of a video, whose sound is in the same file."""
+    return str((folder / "videos" / f"{name}.mp4").absolute())
+
+
+def side_channels(folder: Path, name: str) -> dict[str, dict[str, str]]:
+    """Return {"sides": {channel: path}} of the side channels that are there; {} without any."""
+    sides = {}
+    for channel, pattern in SIDE_CHANNELS.items():
+        path = folder / pattern.format(name=name)
+        if path.exists():
+            sides[channel] = str(path.absolute())
+    return {"sides": sides} if sides else {}
