@@ -1,4 +1,8 @@
-"""The native backbone, on a tiny random Qwen2.5-Omni: batches give what samples give alone, and train.py and infer.py run on it."""
+"""Qwen2.5-Omni, on a tiny random one: batches give what samples give alone.
+
+Also that train.py and infer.py run on it, and that weights in 4 bits are loaded and refused.
+"""
+
 import json
 import sys
 
@@ -8,13 +12,15 @@ import torch
 
 import infer
 import train
-from crab_min.backbones.load import BackboneConfig, load_model
+from crab_min.backbones import common
+from crab_min.backbones.load import load_model
 from crab_min.backbones.omni import load_omni
+from crab_min.config import AdapterConfig, BackboneConfig
 from crab_min.errors import ModelError
 from crab_min.interface import PromptPart
-from crab_min.model import AdapterConfig
 
 RNG = np.random.default_rng(0)
+VIDEO, IMAGE, AUDIO = PromptPart("video"), PromptPart("image"), PromptPart("audio")
 
 
 def frames(count: int) -> np.ndarray:
@@ -22,22 +28,35 @@ def frames(count: int) -> np.ndarray:
 
 
 def waves(*seconds: float) -> list:
-    return [RNG.standard_normal(round(16000 * s)).astype(np.float32) * .1 for s in seconds]
+    return [RNG.standard_normal(round(16000 * s)).astype(np.float32) * 0.1 for s in seconds]
 
 
 def text(words: str) -> PromptPart:
     return PromptPart("text", text=words)
 
 
-# (parts, [(kind, arrays, seconds)]): video and sound; the same with a silent sound; an image task; two videos; two sounds; words alone
+# a prompt, and (kind, arrays, seconds) of each of its media
 CASES = {
-    "video and sound": ([PromptPart("video"), text("\n"), PromptPart("audio"), text("\nWhat?")], [("video", frames(10), 10.), ("audio", waves(*[1] * 10), 10.)]),
-    "a silent clip": ([PromptPart("video"), text("\n"), PromptPart("audio"), text("\nWho?")], [("video", frames(4), 30.), ("audio", [np.zeros(64000, np.float32)], 30.)]),
-    "an image": ([PromptPart("image"), PromptPart("audio"), text("\nWhere?")], [("image", frames(1), 1.), ("audio", waves(1.), 5.)]),
-    "a2v": ([PromptPart("audio"), text("\nvideo one: "), PromptPart("video"), text("\nvideo two: "), PromptPart("video"), text("\nWhich?")],
-            [("audio", waves(2.2), 2.2), ("video", frames(4), 8.), ("video", frames(4), 10.)]),
-    "v2a": ([PromptPart("video"), text("\naudio one: "), PromptPart("audio"), text("\naudio two: "), PromptPart("audio"), text("\nWhich?")],
-            [("video", frames(4), 8.), ("audio", waves(1.5), 1.5), ("audio", waves(.4), .4)]),
+    "video and sound": (
+        [VIDEO, text("\n"), AUDIO, text("\nWhat?")],
+        [("video", frames(10), 10.0), ("audio", waves(*[1] * 10), 10.0)],
+    ),
+    "a silent clip": (
+        [VIDEO, text("\n"), AUDIO, text("\nWho?")],
+        [("video", frames(4), 30.0), ("audio", [np.zeros(64000, np.float32)], 30.0)],
+    ),
+    "an image": (
+        [IMAGE, AUDIO, text("\nWhere?")],
+        [("image", frames(1), 1.0), ("audio", waves(1.0), 5.0)],
+    ),
+    "a2v": (
+        [AUDIO, text("\nvideo one: "), VIDEO, text("\nvideo two: "), VIDEO, text("\nWhich?")],
+        [("audio", waves(2.2), 2.2), ("video", frames(4), 8.0), ("video", frames(4), 10.0)],
+    ),
+    "v2a": (
+        [VIDEO, text("\naudio one: "), AUDIO, text("\naudio two: "), AUDIO, text("\nWhich?")],
+        [("video", frames(4), 8.0), ("audio", waves(1.5), 1.5), ("audio", waves(0.4), 0.4)],
+    ),
     "words": ([text("Say yes.")], []),
 }
 
@@ -47,112 +66,208 @@ def model():
     return load_omni("tiny-random")
 
 
+def features_of(model, media):
+    return [model.encode(kind, [arrays], [seconds])[0] for kind, arrays, seconds in media]
+
+
 def batch_of(model, names, targets=None):
-    prompts, media = zip(*(CASES[name] for name in names))
-    return model.collate(list(prompts), [[model.encode(kind, [arrays], [seconds])[0] for kind, arrays, seconds in m] for m in media], targets)
+    prompts = [CASES[name][0] for name in names]
+    media = [features_of(model, CASES[name][1]) for name in names]
+    return model.collate(prompts, media, targets)
 
 
+# --- the model ------------------------------------------------------------------------------------
 def test_tokens_are_as_many_as_crab_plus_counts(model):
-    """Crab+: 64 tokens a pair of frames, 25 a second of sound; sounds shorter than a second are padded to one."""
-    (video,), (sound,), (short,) = (model.encode(*case) for case in (("video", [frames(10)], [10.]), ("audio", [waves(*[2] * 10)], [60.]), ("audio", [waves(.2)], [.2])))
-    assert [model.count(m) for m in (video, sound, short)] == [320, 500, 25]
-    assert [len(t) for t in model.tokens([sound, video, short], [0, 0, 1])] == [500, 320, 25]
+    """64 per pair of frames, 25 per second of sound; shorter sounds are padded to a second."""
+    (video,) = model.encode("video", [frames(10)], [10.0])
+    (sound,) = model.encode("audio", [waves(*[2] * 10)], [60.0])
+    (short,) = model.encode("audio", [waves(0.2)], [0.2])
+    assert [model.token_count(medium) for medium in (video, sound, short)] == [320, 500, 25]
+    tokens = model.tokens([sound, video, short], [0, 0, 1])
+    assert [len(of_medium) for of_medium in tokens] == [500, 320, 25]
 
 
 @torch.no_grad()
 def test_a_batch_gives_the_logits_of_each_sample_alone(model):
     together = model.logits(batch_of(model, CASES), 5)
     for row, name in zip(together, CASES):
-        torch.testing.assert_close(row, model.logits(batch_of(model, [name]), 5)[0], atol=2e-4, rtol=1e-3)
+        alone = model.logits(batch_of(model, [name]), 5)[0]
+        torch.testing.assert_close(row, alone, atol=2e-4, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_it_is_what_transformers_computes_from_pixels_and_waves(model):
-    """One video and one sound through the processor's own path: ids, features and positions are the model's."""
-    batch, (_, media) = batch_of(model, ["video and sound"]), CASES["video and sound"]
-    video, sound = (model.encode(kind, [arrays], [seconds])[0] for kind, arrays, seconds in media)
-    theirs = model.thinker(input_ids=batch["ids"], attention_mask=batch["attention"], pixel_values_videos=video.features,
-                           video_grid_thw=torch.tensor([[5, 16, 16]]), input_features=sound.features.T[None],
-                           feature_attention_mask=torch.ones(1, len(sound.features), dtype=torch.long), video_second_per_grid=torch.tensor([2.]))
-    torch.testing.assert_close(model.logits(batch, 5), theirs.logits[:, -5:], atol=1e-4, rtol=1e-3)
+    """One video and one sound through the processor's own path: ids, features, positions."""
+    batch = batch_of(model, ["video and sound"])
+    video, sound = features_of(model, CASES["video and sound"][1])
+    expected = model.thinker(
+        input_ids=batch.ids,
+        attention_mask=batch.attention,
+        pixel_values_videos=video.features,
+        video_grid_thw=torch.tensor([[5, 16, 16]]),
+        input_features=sound.features.T[None],
+        feature_attention_mask=torch.ones(1, len(sound.features), dtype=torch.long),
+        video_second_per_grid=torch.tensor([2.0]),
+    )
+    logits = model.logits(batch, 5)
+    torch.testing.assert_close(logits, expected.logits[:, -5:], atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_the_seconds_of_a_clip_set_its_positions(model):
     prompt, [(kind, arrays, _), sound] = CASES["video and sound"]
     logits = []
-    for seconds in (10., 60.):
-        features = [model.encode(kind, [arrays], [seconds])[0], model.encode(*[[v] if i else v for i, v in enumerate(sound)])[0]]
+    for seconds in (10.0, 60.0):
+        features = features_of(model, [(kind, arrays, seconds), sound])
         logits.append(model.logits(model.collate([prompt], [features]), 1))
     assert not torch.allclose(*logits)
 
 
 def test_answers_do_not_depend_on_the_batch_or_on_what_came_before(model):
-    alone = {name: model.generate(batch_of(model, [name]), 6)[0] for name in CASES}
-    assert model.generate(batch_of(model, CASES), 6) == list(alone.values())
+    alone = [model.generate(batch_of(model, [name]), 6)[0] for name in CASES]
+    assert model.generate(batch_of(model, CASES), 6) == alone
 
 
 @torch.no_grad()
 def test_run_together_as_released_two_videos_are_one(model):
-    released = load_omni("tiny-random", separate=False)
+    released = load_omni("tiny-random", separate_media=False)
     ours, theirs = batch_of(model, ["a2v"]), batch_of(released, ["a2v"])
-    begin = model.marks["video"][0][0]
-    assert (ours["ids"] == begin).sum() == 2 and (theirs["ids"] == begin).sum() == 1
-    assert [m.kind for m in theirs["media"]] == ["audio", "video"] and theirs["media"][1].seconds == 18
+    begin = model.media_tokens["video"].before[0]
+    assert (ours.ids == begin).sum() == 2
+    assert (theirs.ids == begin).sum() == 1
+    assert [medium.kind for medium in theirs.media] == ["audio", "video"]
+    assert theirs.media[1].seconds == 18
     assert released.logits(theirs, 1).isfinite().all()
 
 
-@pytest.mark.parametrize("encoders", [False, True])
-def test_adapters_are_where_they_are_asked_for_and_learn(encoders):
+def test_adapters_are_on_the_lm_alone_and_learn():
     model = load_omni("tiny-random")
-    model.add_adapter(AdapterConfig(r=4, encoder_adapters=encoders))
+    model.add_adapter(AdapterConfig(r=4))
+    model.set_trainable(["adapter"])
     model.llm.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    for step in range(2):                              # B is zero at first, so A and R get a gradient from the second step on
-        loss, tokens = model(batch_of(model, CASES, ["yes"] * len(CASES)))
+    batch = batch_of(model, CASES, ["yes"] * len(CASES))
+    for _ in range(2):  # B is zero at first, so A and R get a gradient from the second step on
         model.zero_grad()
-        (loss / tokens).backward()
+        (model(batch) / batch.answer_tokens).backward()
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
-                    p -= .1 * p.grad.sign()
-    adapted = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {"language_model" in n for n in adapted} == ({True, False} if encoders else {True})
-    assert len({n.split(".ilora_")[0] for n in adapted if "language_model" in n}) == 14
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+                    p -= 0.1 * p.grad.sign()
+    adapted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("language_model" in name for name in adapted)
+    assert len({name.split(".ilora_")[0] for name in adapted}) == 14
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.values())
 
 
+# --- commands -------------------------------------------------------------------------------------
 def test_train_and_infer_run_on_it(small_world, tmp_path, capsys):
-    run = tmp_path / "run"
-    assert train.main(["crab_plus-7b", "--weights", "tiny-random", "--steps", "2", "--batch-size", "2", "--data", str(small_world), "--tasks", "ks,a2v,s4",
-                       "--test-rows", "1", "--r", "4", "--alpha", "8", "--out", str(run)]) == 0
-    assert set(json.loads((run / "metrics.json").read_text())["tasks"]) == {"ks", "a2v", "s4"}
+    run, picture, routes = tmp_path / "run", tmp_path / "a.png", tmp_path / "r.png"
+    command = (
+        "crab_plus-7b --weights tiny-random --steps 2 --batch-size 2 --tasks ks,a2v,s4 "
+        f"--test-rows 1 --r 4 --alpha 8 --data {small_world} --out {run}"
+    )
+    assert train.main(command.split()) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics["tasks"]) == {"ks", "a2v", "s4"}
+
     clip = next((small_world / "ave" / "video").glob("test_*.mp4"))
     capsys.readouterr()
-    assert infer.main([str(clip), "--ask", "What is it?", "--run", str(run), "--limit", "3", "--json", "--picture", str(tmp_path / "a.png"), "--routes", str(tmp_path / "r.png")]) == 0
-    assert json.loads(capsys.readouterr().out)["clip"] == str(clip) and (tmp_path / "r.png").stat().st_size > 5000
+    ask = [str(clip), "--ask", "What is it?", "--run", str(run), "--max-new-tokens", "3", "--json"]
+    assert infer.main([*ask, "--picture", str(picture), "--routes", str(routes)]) == 0
+    assert json.loads(capsys.readouterr().out)["clip"] == str(clip)
+    assert routes.stat().st_size > 5000
 
 
-def test_weights_that_are_not_there_say_what_to_do(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match="Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"):
+def test_weights_that_are_not_there_say_what_to_do():
+    expected = "Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"
+    with pytest.raises(ModelError, match=expected):
         load_omni("nowhere/at-all")
 
 
-@pytest.mark.parametrize("backbone", ["native", "llava", "crema"])
-def test_a_base_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone):
+# --- 4 bits ---------------------------------------------------------------------------------------
+LOADERS = {
+    "omni": "crab_min.backbones.omni.Qwen2_5OmniThinkerForConditionalGeneration",
+    "llava_onevision": (
+        "crab_min.backbones.llava_onevision.LlavaOnevisionForConditionalGeneration"
+    ),
+    "blip2": "crab_min.backbones.blip2.Blip2ForConditionalGeneration",
+    "composed": "crab_min.backbones.composed.AutoModelForCausalLM",
+}
+
+
+class Stop(Exception):
+    """Ends loading where the weights would be read."""
+
+
+@pytest.mark.parametrize("backbone", LOADERS)
+def test_4_bits_are_asked_of_transformers_for_the_lm_alone(backbone, monkeypatch):
+    given = {}
+
+    def from_pretrained(name, **settings):
+        given.update(settings)
+        raise Stop
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", common)  # some module: it is there
+    monkeypatch.setattr(f"{LOADERS[backbone]}.from_pretrained", from_pretrained)
+    if backbone == "composed":
+        from crab_min.backbones.composed import load_llm
+
+        with pytest.raises(Stop):
+            load_llm("some/llm", None, load_in_4bit=True)
+    else:
+        with pytest.raises(Stop):
+            load_model(BackboneConfig(backbone=backbone, weights="some/lm", load_in_4bit=True))
+    settings = given["quantization_config"]
+    assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4"
+    assert settings.bnb_4bit_use_double_quant
+    assert settings.bnb_4bit_compute_dtype == torch.bfloat16
+    assert "lm_head" in settings.llm_int8_skip_modules
+
+
+@pytest.mark.parametrize("backbone", ["omni", "llava_onevision", "blip2"])
+def test_an_lm_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone, tmp_path):
     pytest.importorskip("bitsandbytes")
-    whole, small = (load_model(BackboneConfig(backbone=backbone, weights="tiny-random", quantize=quantize)).to("cpu") for quantize in ("", "4bit"))
-    batches = [model.collate([[PromptPart("text", "What is it?")]], [[]], ["A dog."]) for model in (whole, small)]
-    one, other = (model.losses(batch) for model, batch in zip((whole, small), batches))
-    assert not torch.equal(one, other) and torch.allclose(one, other, rtol=.1)
-    small.add_adapter(AdapterConfig(adapter="none" if backbone == "crema" else "ilora"))
-    if backbone != "crema":
-        small(batches[1])[0].backward()
+    base = BackboneConfig(backbone=backbone, weights="tiny-random")
+    whole = load_model(base)
+    folder = save_pretrained(whole, tmp_path)
+    config = BackboneConfig(backbone=backbone, weights=folder, load_in_4bit=True)
+    small = load_model(config).to("cpu")
+    prompt = [[text("What is it?")]], [[]], ["A dog."]
+    one = whole.token_losses(whole.collate(*prompt))
+    batch = small.collate(*prompt)
+    other = small.token_losses(batch)
+    assert not torch.equal(one, other)
+    assert torch.allclose(one, other, rtol=0.1)
+    adapter = "none" if backbone == "blip2" else "ilora"
+    small.add_adapter(AdapterConfig(adapter=adapter))
+    if adapter == "ilora":
+        small(batch).backward()
         assert all(p.grad is not None for p in small.parameters() if p.requires_grad)
 
 
-def test_4_bits_without_bitsandbytes_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+def save_pretrained(model, folder):
+    """Write a tiny random model as a checkpoint lies on the hub."""
+    if hasattr(model, "processor"):
+        model.processor.save_pretrained(folder)
+    else:
+        model.tokenizer.save_pretrained(folder)
+    model.llm.save_pretrained(folder)
+    return str(folder)
+
+
+def test_4_bits_without_bitsandbytes_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ModelError, match="pip install bitsandbytes"):
-        load_model(BackboneConfig(backbone="native", weights="tiny-random", quantize="4bit"))
+        load_model(BackboneConfig(backbone="omni", weights="some/lm", load_in_4bit=True))
+
+
+def test_4_bits_without_weights_to_load_are_refused():
+    tiny = [
+        BackboneConfig(backbone="omni", weights="tiny-random", load_in_4bit=True),
+        BackboneConfig(load_in_4bit=True),
+        BackboneConfig(backbone="blip2", load_in_4bit=True),
+    ]
+    for config in tiny:
+        with pytest.raises(ModelError, match="--load-in-4bit: .* nothing to load"):
+            load_model(config)

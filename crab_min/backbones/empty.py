@@ -2,8 +2,8 @@
 
 Classes and sizes are those of a run, built on the meta device: tensors with a shape and a precision
 but without memory. Sizes come from a config.json, where a name is a folder or stands in the hub
-cache, or from sizes.py. Nothing is downloaded. Tokenizers stand for the real ones in their special
-tokens and their length alone.
+cache, or from sizes.py. Nothing is downloaded, tokenizers neither: where there is none, a token of
+text is four characters.
 """
 
 from dataclasses import replace
@@ -26,7 +26,6 @@ from transformers import (
 from crab_min.backbones.blip2 import CremaModel, from_base, from_blip2
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
-    SPECIALS,
     ComposedModel,
     ModelConfig,
     empty_base,
@@ -34,7 +33,7 @@ from crab_min.backbones.composed import (
 from crab_min.backbones.llava_onevision import LlavaModel
 from crab_min.backbones.omni import QWEN_CHAT, OmniModel
 from crab_min.backbones.sizes import HUB_SIZES
-from crab_min.backbones.tiny_random import LLAVA_TOKENS, byte_level_qwen, omni_processor
+from crab_min.backbones.tiny_random import LLAVA_TOKENS, OMNI_TOKENS, omni_processor
 from crab_min.beats import read_file
 from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder
@@ -42,6 +41,7 @@ from crab_min.errors import ModelError
 from crab_min.model import ASSETS, AVLanguageModel
 
 LOADED_IN = torch.bfloat16  # the precision in which pretrained LMs are loaded
+MEDIA_TOKENS = {f"{kind}_token": token for kind, token in PLACEHOLDERS.items()}
 
 
 def empty_backbone(
@@ -89,7 +89,7 @@ def empty_composed(
         audio_qformer={},
         template=template,
     )
-    model = model_class(sizes, word_tokenizer(llm.vocab_size))
+    model = model_class(sizes, counting_tokenizer("</s>", MEDIA_TOKENS, llm.vocab_size))
     # as load_llm loads it
     model.llm.to(LOADED_IN)
     model.llm.set_attn_implementation("sdpa")
@@ -100,7 +100,8 @@ def empty_omni(config: BackboneConfig) -> OmniModel:
     """Build a Qwen2.5-Omni thinker."""
     sizes = find_config(config.weights, Qwen2_5OmniThinkerConfig)
     thinker = Qwen2_5OmniThinkerForConditionalGeneration(sizes).to(LOADED_IN)
-    processor = omni_processor(sizes.audio_config.num_mel_bins)
+    tokenizer = counting_tokenizer("<|im_end|>", OMNI_TOKENS)
+    processor = omni_processor(sizes.audio_config.num_mel_bins, tokenizer)
     layout = replace(QWEN_CHAT, separate_media=config.separate_media)
     return OmniModel(thinker, processor, layout)
 
@@ -109,14 +110,15 @@ def empty_llava(config: BackboneConfig) -> LlavaModel:
     """Build a LLaVA-OneVision, with a BEATs where one is named."""
     sizes = find_config(config.weights, LlavaOnevisionConfig)
     llava = LlavaOnevisionForConditionalGeneration(sizes).to(LOADED_IN)
-    return LlavaModel(llava, byte_level_qwen(LLAVA_TOKENS), empty_beats(config.audio))
+    tokenizer = counting_tokenizer("<|im_end|>", LLAVA_TOKENS)
+    return LlavaModel(llava, tokenizer, empty_beats(config.audio))
 
 
 def empty_blip2(config: BackboneConfig) -> CremaModel:
     """Build a BLIP-2, with a BEATs where one is named."""
     sizes = find_config(config.weights, Blip2Config)
     blip = Blip2ForConditionalGeneration(sizes).to(LOADED_IN)
-    tokenizer = word_tokenizer(sizes.text_config.vocab_size)
+    tokenizer = counting_tokenizer("</s>", MEDIA_TOKENS)
     return from_blip2(blip, tokenizer, empty_beats(config.audio))
 
 
@@ -155,18 +157,21 @@ def empty_beats(path: str) -> AudioEncoder | None:
     return AudioEncoder(beats_sizes(path)) if path else None
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of `size` tokens that splits a text into words and signs."""
-    special = ["<unk>", *SPECIALS]
-    fillers = [f"word {i}" for i in range(len(special), size)]
-    ids = {token: i for i, token in enumerate([*special, *fillers])}
+def counting_tokenizer(end: str, special: dict[str, str], size: int = 0) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that takes four characters of a text for a token.
+
+    Args:
+        end: the special token at the end of an answer.
+        special: other special tokens by attribute.
+        size: of the vocabulary, filled with tokens that occur nowhere.
+    """
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": end}
+    vocabulary = [*names.values(), *special.values()]
+    vocabulary += [f"<{i}>" for i in range(len(vocabulary), size)]
+    ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    four = tokenizers.Regex(r"[\s\S]{1,4}")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(four, "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=list(PLACEHOLDERS.values()),
+        tokenizer_object=tokenizer, extra_special_tokens=special, **names
     )

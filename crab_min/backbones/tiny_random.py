@@ -14,6 +14,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2_5OmniProcessor,
     Qwen2_5OmniThinkerConfig,
@@ -83,20 +84,20 @@ def byte_level_t5(special_tokens: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def omni_processor(mel_bins: int) -> Qwen2_5OmniProcessor:
-    """Make Qwen2.5-Omni's processor, with a byte-level tokenizer."""
+def omni_processor(mel_bins: int, tokenizer: PreTrainedTokenizerBase) -> Qwen2_5OmniProcessor:
+    """Make Qwen2.5-Omni's processor with another tokenizer."""
     return Qwen2_5OmniProcessor(
         Qwen2VLImageProcessor(),
         Qwen2VLVideoProcessor(),
         WhisperFeatureExtractor(feature_size=mel_bins, return_attention_mask=True),
-        byte_level_qwen(OMNI_TOKENS),
+        tokenizer,
     )
 
 
 def tiny_omni() -> tuple[nn.Module, Qwen2_5OmniProcessor]:
     """Make a Qwen2.5-Omni thinker of 0.2 million parameters, and its processor."""
-    processor = omni_processor(mel_bins=16)
-    text = processor.tokenizer
+    text = byte_level_qwen(OMNI_TOKENS)
+    processor = omni_processor(16, text)
     config = Qwen2_5OmniThinkerConfig(
         text_config={
             "vocab_size": len(text),

@@ -43,7 +43,6 @@ from crab_min.tasks import TASKS, Task
 
 CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio window; else 10 s
 SLOT_CHARACTERS = 80  # of a question, or of what else fills a slot of an instruction
-CHARACTERS = 4  # of a token of text, about
 ANSWER = 80  # tokens of a reasoned answer, about
 
 GPUS = (16, 24, 48, 80)  # GB
@@ -210,14 +209,15 @@ def part_of(name: str) -> tuple[int, str]:
 
 def count_parts(model: AVLanguageModel) -> dict[str, Count]:
     """Count the parameters of each part; a head that is tied to the embeddings has none."""
-    counts: dict[tuple[int, str], Count] = {}
-    for name, parameter in model.named_parameters():
-        count = counts.setdefault(part_of(name), Count())
+    counts: dict[str, Count] = {}
+    by_place = sorted(model.named_parameters(), key=lambda named: part_of(named[0])[0])
+    for name, parameter in by_place:
+        count = counts.setdefault(part_of(name)[1], Count())
         if parameter.requires_grad:
             count.trained += parameter.numel()
         else:
             count.frozen += parameter.numel()
-    return {title: counts[place, title] for place, title in sorted(counts)}
+    return counts
 
 
 def whole_qformers(model: AVLanguageModel) -> int:
@@ -299,8 +299,7 @@ def example_prompts(
 ) -> dict[str, Prompt]:
     """Make a prompt of each task, as the recipe and the model lay it out.
 
-    Media have their exact number of tokens, for clips of CLIP_SECONDS. Text is counted in
-    characters, since there is no tokenizer before it is downloaded.
+    Media have their exact number of tokens, for clips of CLIP_SECONDS; text has about as many.
 
     Args:
         sides: the features of each side channel.
@@ -316,9 +315,8 @@ def example_prompts(
             features.append(encoded[key])
 
         parts, media = model.arrange(sample.parts, features)
-        tokens = sum(len(model.placeholder_ids(medium)) for medium in media)
-        text = model.layout.before + "".join(part.text for part in parts) + model.layout.after
-        prompts[sample.task.name] = Prompt(tokens + len(text) // CHARACTERS + ANSWER, media)
+        tokens = len(model.prompt_ids(parts, media)) + ANSWER
+        prompts[sample.task.name] = Prompt(tokens, media)
     return prompts
 
 
