@@ -1,4 +1,4 @@
-"""BEATs, the frozen audio encoder of Crab and CREMA, and the filter bank that it reads.
+"""BEATs, the frozen audio encoder of Crab and CREMA, and its filter bank.
 
 Paper: BEATs (2212.09058). A log-mel picture of the sound (10 ms x 128 mel bins) is cut into
 16 x 16 patches, and a transformer runs over the patches in time-major order: patch s is row s // 8
@@ -71,7 +71,9 @@ class BeatsConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "BeatsConfig":
-        """Read a released `cfg`, or our own fields; what only matters in pre-training is ignored.
+        """Read a released `cfg`, or our own fields.
+
+        Entries that only matter in pre-training are ignored.
 
         Raises:
             ModelError: an option that is not implemented here. No published BEATs uses one.
@@ -115,7 +117,7 @@ def fbank(wave: Tensor) -> Tensor:
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int, device=None) -> Tensor:
-    """Compute T5's bucket (S, S) of every distance key - query between S = `length` patches.
+    """Compute T5's bucket (S, S) of every distance key - query of `length` patches.
 
     Half of the buckets serve each sign. Near distances have a bucket each, far ones share them by
     the logarithm of the distance.
@@ -133,7 +135,7 @@ def distance_buckets(length: int, buckets: int, max_distance: int, device=None) 
 
 
 class Attention(nn.Module):
-    """Self-attention whose position bias is scaled by each head's query (`gru_rel_pos`)."""
+    """Self-attention with a position bias scaled by each head's query."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -247,7 +249,7 @@ class Encoder(nn.Module):
 
 
 class Beats(nn.Module):
-    """Filter banks (B, F, 128) -> features (B, S, D) with D = config.encoder_embed_dim."""
+    """Filter banks (B, F, 128) -> features (B, S, D), D = config.encoder_embed_dim."""
 
     def __init__(self, config: BeatsConfig):
         super().__init__()

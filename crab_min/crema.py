@@ -69,13 +69,14 @@ class MultimodalConfig:
 
 
 class MMQAModule(nn.Module):
-    """The parts that a modality has of its own, beside its low-rank pairs in the Q-Former."""
+    """The parts of one modality, beside its low-rank pairs in the Q-Former."""
 
     def __init__(self, config: MultimodalConfig, width: int):
-        """width: of the modality's features. Where it is not W, a linear `input` leads there."""
+        """width: of the modality's features; a linear `input` leads from there to W."""
         super().__init__()
         self.width = width
         self.query = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden))
+        # released: only sound has a width of its own (BEATs' 768)
         if width == config.width_in:
             self.input = nn.Identity()
         else:
@@ -101,6 +102,7 @@ class MMQALinear(nn.Module):
 
     def add(self, name: str, rank: int) -> None:
         """Add the pair of a modality, or start it anew: A (R, in) random, B (out, R) zero."""
+        # the base may be on its device already, in half precision
         like = {"device": self.base.weight.device, "dtype": self.base.weight.dtype}
         self.A[name] = nn.Linear(self.base.in_features, rank, bias=False, **like)
         self.B[name] = nn.Linear(rank, self.base.out_features, bias=False, **like)
@@ -108,14 +110,14 @@ class MMQALinear(nn.Module):
         nn.init.zeros_(self.B[name].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = self.base(x)  # W x + b
         if self.modality is None:
             return y
         return y + self.B[self.modality](self.A[self.modality](x))
 
 
 class MultimodalQFormer(nn.Module):
-    """One frozen Q-Former for all modalities: features (B, T, S, width) -> tokens (B, T, Q, D)."""
+    """One frozen Q-Former for all modalities: features -> tokens (B, T, Q, D)."""
 
     def __init__(self, config: MultimodalConfig, qformer: Blip2QFormerModel | None = None):
         """qformer: the one to share, whose linears are wrapped; None: a random one."""
@@ -125,6 +127,7 @@ class MultimodalQFormer(nn.Module):
         if qformer is None:
             qformer = blip2_qformer(config, config.cross_every)
         self.qformer = qformer.requires_grad_(False)
+        # CREMA adapts queries and values of the self-attention; cross-attention stays frozen
         for layer in self.qformer.encoder.layer:
             self_attention = layer.attention.attention
             self_attention.query = MMQALinear(self_attention.query)
@@ -161,7 +164,7 @@ class MultimodalQFormer(nn.Module):
 
     @contextmanager
     def adapted_to(self, name: str | None) -> Iterator[None]:
-        """Let the low-rank pairs of the modality `name` act inside the block; None: no pair."""
+        """Let the low-rank pairs of a modality act inside the block; None: no pair."""
         linears = self.pairs().values()
         for linear in linears:
             linear.modality = name
@@ -194,7 +197,7 @@ class MultimodalQFormer(nn.Module):
                 f"modality {name!r}: cannot be a name in torch; give one of letters, digits and _ "
                 f"that is no method of a module, such as 'depth'"
             )
-        weight = self.qformer.layernorm.weight
+        weight = self.qformer.layernorm.weight  # for its device and type
         self.parts[name] = MMQAModule(self.config, width).to(weight.device, weight.dtype)
         for linear in self.pairs().values():
             linear.add(name, self.config.rank)
@@ -221,6 +224,7 @@ class MultimodalQFormer(nn.Module):
 
         They are what a step on this modality trains. Raises ModelError: no such modality.
         """
+        # its own module, and its pair in every adapted linear
         modules = {f"parts.{name}": self.of(name)}
         for path, linear in self.pairs().items():
             modules[f"{path}.A.{name}"] = linear.A[name]
@@ -269,7 +273,9 @@ class SelfGatedFusion(nn.Module):
             ModelError: an unknown name, unequal shapes.
         """
         self.check(sides)
-        like = next(iter(sides.values()))
+        like = next(iter(sides.values()))  # (B, ..., D)
+
+        # Z_1 .. Z_M-1, zeros where a modality is missing
         tokens = []
         for name in self.names:
             Z = sides.get(name, torch.zeros_like(like))
@@ -277,11 +283,13 @@ class SelfGatedFusion(nn.Module):
                 absent = ~present[name]
                 Z = Z.masked_fill(absent.view(-1, *[1] * (Z.ndim - 1)), 0)
             tokens.append(Z)
+
+        # the gate is a sigmoid of the fused tokens themselves
         fused = self.linear(torch.cat(tokens, -1))  # F = W [Z_1; ...; Z_M-1] + b
         return F.silu(fused)  # sigmoid(F) * F
 
     def check(self, sides: dict[str, Tensor]) -> None:
-        """Raise ModelError unless all names are known and all tokens are D wide, of one shape."""
+        """Raise ModelError unless all names are known and all tokens are of one shape."""
         shapes = {name: tuple(x.shape) for name, x in sides.items()}
         known = sides.keys() <= set(self.names)
         one_shape = len(set(shapes.values())) == 1
@@ -295,7 +303,7 @@ class SelfGatedFusion(nn.Module):
 
 
 def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
-    """Bring a modality with steps of its own (sound, 3D points) to the frames of the video.
+    """Bring a modality with steps of its own (sound, 3D points) to the video's frames.
 
     Args:
         x: tokens (B, U, Q, D).
@@ -308,6 +316,7 @@ def over_frames(x: Tensor, frames: int, aligned: bool = False) -> Tensor:
     """
     if not aligned:
         return x.mean(1, keepdim=True).expand(-1, frames, -1, -1)
+    # pooled along time, all tokens and channels alike
     by_time = x.flatten(2).mT  # (B, Q D, U)
     return F.adaptive_avg_pool1d(by_time, frames).mT.unflatten(2, x.shape[2:])
 
@@ -346,11 +355,13 @@ class EarlyExit:
         self.steps += 1
         if not last:
             return
+        # an exited modality is encoded and fused as before, and only its updates stop
         epoch_norms = {name: self.sums[name] / self.steps for name in self.live}  # g_e
         for name, norm in epoch_norms.items():
             if self.has_enough(self.norms[name], norm):
                 self.exits[name] = len(self.norms[name])
             self.norms[name].append(norm)
+        # start the next epoch
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.steps = 0
 

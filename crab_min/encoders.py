@@ -67,7 +67,7 @@ class MediaFeatures:
     sides: dict[str, "MediaFeatures"] = field(default_factory=dict)
 
     def side_tokens(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Return the side channels as plain pairs: features (U, S, W) and mask (U, S) or None."""
+        """Return the side channels as pairs: features (U, S, W), mask (U, S) or None."""
         return {name: (side.features, side.mask) for name, side in self.sides.items()}
 
 
@@ -97,7 +97,7 @@ FAMILIES = {
 
 
 class VisionEncoder(nn.Module):
-    """CLIP, SigLIP or BLIP-2's ViT: frames (B, T, H, W, 3) uint8 -> features (B, T, S, D).
+    """CLIP, SigLIP or BLIP-2's ViT: frames (B, T, H, W, 3) -> features (B, T, S, D).
 
     Args:
         name_or_config: a local folder or hub id, whose weights are loaded in float32; or a
@@ -150,7 +150,7 @@ class VisionEncoder(nn.Module):
         return self.hidden(frames, [self.layer])[0]
 
     def hidden(self, frames: Tensor, layers: list[int]) -> list[Tensor]:
-        """Return several hidden states (B, T, S, D) at once; Crab's mask decoder reads two more."""
+        """Return several hidden states (B, T, S, D); Crab's mask decoder reads two."""
         batch, steps = frames.shape[:2]
         passes: list[list[Tensor]] = [[] for _ in layers]
         for part in frames.flatten(0, 1).split(self.FRAMES_PER_PASS):  # (n, H, W, 3)
@@ -160,7 +160,7 @@ class VisionEncoder(nn.Module):
         return [torch.cat(outputs).unflatten(0, (batch, steps)) for outputs in passes]
 
     def pixels(self, frames: Tensor) -> Tensor:
-        """Turn frames (n, H, W, 3) uint8 into the model's normalised input (n, 3, size, size)."""
+        """Turn frames (n, H, W, 3) uint8 into normalised input (n, 3, size, size)."""
         x = frames.to(self.mean.device).permute(0, 3, 1, 2).float() / 255  # (n, 3, H, W)
         size = (self.size, self.size)
         if x.shape[-2:] != size:
@@ -179,7 +179,7 @@ def family_of(model_type: str | None, name: str) -> Family:
 
 
 def build_vision(config: dict) -> PreTrainedModel:
-    """Build a vision model with random weights from a transformers config. Raises ModelError."""
+    """Build a vision model of random weights from a config. Raises ModelError."""
     family = family_of(config.get("model_type"), "the given config")
     values = {**config, **family.overrides}
     return family.model(AutoConfig.for_model(**values, attn_implementation=ATTENTION))
@@ -345,7 +345,7 @@ def encode_side(kind: str, arrays: np.ndarray | Tensor) -> MediaFeatures:
 
 
 class DepthEncoder(nn.Module):
-    """A depth model of transformers in front of a vision encoder, for the modality depth.
+    """A depth model of transformers in front of a vision encoder.
 
     Frames (B, T, H, W, 3) -> features (B, T, S, D) of their depth as grey pictures; near is bright.
 
@@ -371,7 +371,7 @@ class DepthEncoder(nn.Module):
         self.width = vision.width
 
     def pictures(self, frames: Tensor) -> Tensor:
-        """Draw the depth of frames (n, H, W, 3) in grey (n, h, w, 3), farthest 0, nearest 255."""
+        """Draw the depth of frames in grey (n, h, w, 3), the farthest 0, the nearest 255."""
         inputs = self.processor(images=list(frames.cpu().numpy()), return_tensors="pt")
         depth = self.depth(
             **inputs.to(self.depth.device)

@@ -2,7 +2,7 @@
 
 Papers: Crab (2503.13068) and Crab+ (2603.04128), "Interaction-aware LoRA". LoRA adds one low-rank
 update to a linear. I-LoRA adds several, which share their matrix A, and a router that weighs them
-for every token, so that each head can serve another interaction of sound and picture:
+for every token, so that each head can serve a different audio-visual interaction:
 
     y = W x + b + (alpha / r) * sum_k w_k B_k A dropout(x),        w = softmax(R x)
 
@@ -52,17 +52,17 @@ class ILoraError(ModelError):
 
 
 class MergeError(ILoraError, NotImplementedError):
-    """An impossible merge; PEFT expects a NotImplementedError of methods without merging."""
+    """An impossible merge; PEFT expects a NotImplementedError for it."""
 
 
 # --- the equation ---------------------------------------------------------------------------------
 def route(logits: Tensor) -> Tensor:
-    """Return the routing weights w (..., K) in float32 for the router's logits R x (..., K)."""
+    """Return w = softmax(R x) (..., K) in float32, from the router's logits R x."""
     return F.softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def loop_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Add the update head by head, as the equation reads. The layer uses `stacked_form`.
+    """Add the update head by head, as the equation reads; the layer does not use it.
 
     Args:
         y: output of the frozen linear, W x + b (..., D_out).
@@ -81,7 +81,7 @@ def loop_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -> T
 
 
 def stacked_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Add the update with one product over all heads. Same arguments and result as `loop_form`."""
+    """Add the update with one product over all heads; otherwise as `loop_form`."""
     # every head's share of A x, one behind the other: [w_1 A x; ...; w_K A x]
     weighted = w[..., :, None] * low[..., None, :]  # (..., K, r)
     stacked = weighted.reshape(-1, B.shape[1])  # (n, K r)
@@ -94,7 +94,7 @@ def stacked_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -
 
 
 class ILoraLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear and its adapters: one A, one router and one B for each adapter name."""
+    """A frozen linear and its adapters: one A, router and B per adapter name."""
 
     # PEFT finds the parts of an adapter by these names
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
@@ -123,6 +123,7 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
         self.ilora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scaling[name] = config.alpha / config.r
 
+        # with every B_k zero a new adapter changes nothing
         nn.init.kaiming_uniform_(self.ilora_A[name].weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.ilora_router[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.ilora_B[name].weight)
@@ -131,11 +132,13 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        # PEFT's protocol: a disabled adapter does not act, even if it was merged before
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)  # W x + b
         if self.disable_adapters or self.merged:
             return y
+        # usually one; an active adapter need not target this linear
         for name in self.active_adapters:
             if name in self.ilora_A:
                 y = self.add_update(name, x, y)
@@ -143,6 +146,7 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
 
     def add_update(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Add the update of the adapter `name` for tokens x (..., D_in) to y (..., D_out)."""
+        # the adapter of a half-precision base is float32; autocast would cast by itself
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, self.ilora_A[name].weight.dtype)
         low = self.ilora_A[name](self.ilora_dropout[name](x))  # (..., r)
@@ -151,8 +155,9 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
 
     # --- merging, possible with one head
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the update to the base weight, which only a single head allows. Raises MergeError."""
+        """Add the update to the base weight. Raises MergeError: several heads."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ilora_A]
+        # refuse before anything is changed
         for name in names:
             heads = self.ilora_router[name].out_features
             if heads > 1:
@@ -183,7 +188,7 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
 
 
 class ILoraLinear(ILoraLayer):
-    """The layer under a name with `Linear` in it, by which PEFT's `all-linear` finds it again."""
+    """The layer, under a name by which PEFT's `all-linear` finds it again."""
 
 
 # --- looking at the routers -----------------------------------------------------------------------
@@ -203,6 +208,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
+    # a hook on every router; it is called with the router's logits
     hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, ILoraLayer):
@@ -266,7 +272,7 @@ class ILoraConfig(PeftConfig):
 
 # --- the method in PEFT ---------------------------------------------------------------------------
 class ILoraModel(BaseTuner):
-    """Puts an adapter into every targeted linear; BaseTuner matches, freezes and saves."""
+    """The method: puts an adapter into every targeted linear, BaseTuner does the rest."""
 
     prefix = "ilora_"
     tuner_layer_cls = ILoraLayer
@@ -281,7 +287,7 @@ class ILoraModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):
-        # a second adapter on the same linear
+        # a further adapter on the same linear
         if isinstance(target, ILoraLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -291,6 +297,7 @@ class ILoraModel(BaseTuner):
                 f"narrow target_modules={peft_config.target_modules} or set exclude_modules"
             )
         layer = ILoraLinear(target, adapter_name, peft_config)
+        # only the active adapter is trained
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -298,6 +305,7 @@ class ILoraModel(BaseTuner):
 
 def describe_linears(model: nn.Module) -> str:
     """Say which linears a model has, for an error about targets that match none."""
+    # names end alike in all layers: count each end once
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     ends = Counter(name.split(".")[-1] for name in names)
     listed = ", ".join(f"{end} ({count})" for end, count in ends.items())
@@ -308,7 +316,7 @@ def describe_linears(model: nn.Module) -> str:
 
 
 def register() -> None:
-    """Make PEFT know the method. Its enum of methods is closed, so a member is added to it."""
+    """Make PEFT know the method, whose closed enum of methods gets one more member."""
     if "ILORA" in PeftType.__members__:
         return
     member = str.__new__(PeftType, "ILORA")

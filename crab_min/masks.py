@@ -120,10 +120,10 @@ class GeneratorLayer(nn.Module):
 
 
 class TwoWayLayer(nn.Module):
-    """A layer of the two-way transformer: queries read the image, and the image the queries."""
+    """A layer in which the queries attend to the image, and the image to the queries."""
 
     def __init__(self, config: MaskConfig, first: bool):
-        """first: in the first layer self-attention replaces the queries, without positions."""
+        """first: self-attention replaces the queries, without positional encoding."""
         super().__init__()
         width, heads = config.width, config.heads
         self.first = first
@@ -200,7 +200,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class PositionalEncoding(nn.Module):
-    """Random Fourier features: sines and cosines of random projections of row and column."""
+    """Random Fourier features: sines and cosines of random projections of x and y."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -275,7 +275,7 @@ class MaskDecoder(nn.Module):
 
     @torch.no_grad()
     def sharpen(self) -> None:
-        """Scale the initial weights so that a small decoder learns within hundreds of steps.
+        """Scale the initial weights so that a small decoder learns in hundreds of steps.
 
         Attention differs from position to position, the prompt weighs more, and near positions
         have similar encodings. With the initial weights of torch and Segment Anything, training
@@ -385,7 +385,7 @@ def mask_loss(
 def loss_of_masks(
     logits: dict[int, Tensor], gold: dict[int, Tensor], lambda_bce: float, lambda_dice: float
 ) -> Tensor:
-    """Compute the mean loss of the masks of a batch, in which rows may be of both kinds.
+    """Compute the mean loss of a batch, whose rows may have masks or classes.
 
     Args:
         logits: row -> (1, H, W), or (class_count, H, W).
@@ -483,7 +483,7 @@ class MaskBranch(nn.Module):
         return torch.arange(self.first, self.first + MASK_TOKEN_COUNT, device=self.read.device)
 
     def calibrate(self, states: Tensor) -> None:
-        """Centre and scale the decoder's input by the mean and deviation of states (n, S M, D).
+        """Centre and scale the decoder's input as states (n, S M, D) are distributed.
 
         Such states have much in common. With what differs between them alone the decoder learns
         several times as fast.
@@ -514,7 +514,7 @@ class MaskBranch(nn.Module):
         return states_of_row
 
     def positions(self, ids: Tensor) -> list[int] | None:
-        """Return the first position of each mask token in ids (L,), None unless all are there."""
+        """Return the position of each mask token in ids (L,), or None if one is missing."""
         positions = []
         for token in range(self.first, self.first + MASK_TOKEN_COUNT):
             matches = (ids == token).nonzero().flatten().tolist()
@@ -553,7 +553,7 @@ class SegmentConfig:
     mask_dice: float = flag(0.5, "weight of the dice loss of a mask")
 
     def sizes(self, width_in: int, width_out: int, size: int) -> MaskConfig:
-        """Return the sizes of the decoder for a vision encoder, an LM and frames of `size`."""
+        """Return the decoder's sizes for a vision encoder, an LM and frames of `size`."""
         return MaskConfig(
             width_in,
             width_out,

@@ -64,7 +64,7 @@ class PatchConfig:
 
 
 class Block(nn.Module):
-    """Cross-attention from a frame to its side tokens, then an MLP; both are added to the frame."""
+    """Cross-attention from a frame to its side tokens, then an MLP, both added to it."""
 
     def __init__(self, config: PatchConfig):
         super().__init__()
@@ -112,7 +112,7 @@ class Block(nn.Module):
 
 
 class Patch(nn.Module):
-    """The function g: video tokens and side tokens -> what is added to the video's tokens."""
+    """The function g: video and side tokens -> what is added to the video's tokens."""
 
     def __init__(self, config: PatchConfig):
         super().__init__()
@@ -241,7 +241,7 @@ def neighbourhood(
 
 
 def partition_steps(steps: int, frames: int) -> Tensor:
-    """Share out side steps to frames: contiguous parts, of which the first are one step longer.
+    """Share out side steps to frames in contiguous parts, the first ones one longer.
 
     Returns:
         (frames, most), the side steps of each frame, -1 where a frame has fewer than the most.
@@ -253,7 +253,7 @@ def partition_steps(steps: int, frames: int) -> Tensor:
 def lengthen_short(
     side: Tensor, valid: Tensor, steps: list[int], frames: int
 ) -> tuple[Tensor, Tensor]:
-    """Interpolate the side channels (B, U, S, C) of fewer than `frames` steps to as many."""
+    """Interpolate side channels (B, U, S, C) of fewer than `frames` steps to as many."""
     rows, valid_rows = [], []
     for row, valid_row, count in zip(side, valid, steps):
         if count < frames:
@@ -266,14 +266,14 @@ def lengthen_short(
 
 
 def interpolate_time(x: Tensor, length: int) -> Tensor:
-    """Interpolate x (U, S, C) linearly to (length, S, C); the first and last step stay."""
+    """Interpolate x (U, S, C) to (length, S, C); the first and the last step stay."""
     x = x.permute(1, 2, 0)  # (S, C, U)
     return F.interpolate(x, size=length, mode="linear", align_corners=True).permute(2, 0, 1)
 
 
 # --- rotary positions -----------------------------------------------------------------------------
 def positions(times: Tensor, grid: Tensor) -> Tensor:
-    """List time, row and column of the tokens of several time steps, in time-major order.
+    """List time, row and column of tokens in time-major order.
 
     Args:
         times: (N, steps).
@@ -294,7 +294,7 @@ def angles_of(position: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate coordinates i and i + 64 of x (N, heads, K, 128) by angle i of (N, K, 64)."""
+    """Rotate coordinates i, i + 64 of x (N, heads, K, 128) by angle i of (N, K, 64)."""
     a, b = x.chunk(2, -1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -302,7 +302,7 @@ def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
 
 # --- the patches of a model -----------------------------------------------------------------------
 class Patches(nn.ModuleDict):
-    """The patches of a model by the name of their side channel. A clip may lack any channel."""
+    """The patches of a model by side channel. A clip may lack any channel."""
 
     def add_to(
         self,
@@ -324,11 +324,13 @@ class Patches(nn.ModuleDict):
         Raises:
             ModelError: features of another shape or width than a patch takes.
         """
-        updates = self.updates(videos, sides)  # g(v, s)
-        return [z if g is None else z + g for z, g in zip(tokens, updates)]  # z' = z + g(v, s)
+        patched = []
+        for z, g in zip(tokens, self.updates(videos, sides)):
+            patched.append(z if g is None else z + g)  # z' = z + g(v, s)
+        return patched
 
     def updates(self, videos: list[Tensor], sides: list[dict]) -> list[Tensor | None]:
-        """Compute g(v, s) (T, Q, D) of each video, summed over its patches; None without one."""
+        """Compute g(v, s) (T, Q, D) per video, summed over its patches; None without."""
         updates: list[Tensor | None] = [None] * len(videos)
         for name, chosen in self.group(videos, sides):
             patch = self[name]
@@ -341,7 +343,7 @@ class Patches(nn.ModuleDict):
         return updates
 
     def group(self, videos: list[Tensor], sides: list[dict]) -> list[tuple[str, list[int]]]:
-        """Find (name, videos) such that those videos have that channel and are of one shape."""
+        """Group the videos, by index, that share a side channel and a shape."""
         groups = defaultdict(list)
         for i, (video, side) in enumerate(zip(videos, sides)):
             for name in side.keys() & self.keys():
@@ -354,7 +356,7 @@ class Patches(nn.ModuleDict):
 
     # --- files
     def save(self, folder: Path) -> None:
-        """Write folder/NAME.safetensors for each patch: weights, with its sizes in the header."""
+        """Write folder/NAME.safetensors for each patch, with its sizes in the header."""
         for name, patch in self.items():
             folder.mkdir(parents=True, exist_ok=True)
             state = {key: value.contiguous() for key, value in patch.state_dict().items()}

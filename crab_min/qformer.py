@@ -97,7 +97,7 @@ def blip2_qformer(config, cross_every: int) -> Blip2QFormerModel:
 
 
 def make_mlp(config) -> nn.Sequential:
-    """Build the MLP from `hidden` to the LM's width: `mlp_depth` linears with GELUs in between."""
+    """Build the MLP to the LM's width: `mlp_depth` linears with GELUs in between."""
     layers = [nn.Linear(config.hidden, config.width_out)]
     for _ in range(config.mlp_depth - 1):
         layers += [nn.GELU(), nn.Linear(config.width_out, config.width_out)]

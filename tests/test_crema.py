@@ -1,4 +1,4 @@
-"""CREMA's modules: one frozen Q-Former, MMQA, self-gated fusion, early exit, released names.
+"""CREMA's modules: MMQA, self-gated fusion, early exit, released names.
 
 In MMQA every modality has parts of its own, which come and go without touching the others.
 """
@@ -263,7 +263,7 @@ def modality_shapes(c: MultimodalConfig, end: str, norm_name: str) -> dict[str, 
 
 
 def crema_shapes(c: MultimodalConfig, widths: dict[str, int]) -> dict[str, tuple]:
-    """Return names and shapes of a released checkpoint with modalities of these widths."""
+    """Return names and shapes of a released checkpoint, modalities by width."""
     shapes = bert_shapes(c, ".w")
     shapes |= linear("fusion.0", c.width_out * (len(widths) - 1), c.width_out)
     shapes["t5_model.shared.weight"] = (3, 2)
@@ -317,7 +317,7 @@ def test_released_names_at_the_papers_sizes():
 
 
 def test_missing_modalities_are_reported():
-    """A sequentially trained checkpoint of the release holds the modality trained last."""
+    """A sequentially trained release holds the modality that was trained last."""
     released = random_weights(crema_shapes(tiny().config, {"rgb": 24, "flow": 24, "audio": 20}))
     for name in list(released):
         if "_flow" in name or "rgb" in name or "gradsel" in name:

@@ -1,4 +1,4 @@
-"""PAVE: the patch by itself, in the models, as a file, and clips that need its side channels."""
+"""PAVE: the patch by itself, in the models, as a file, and clips that need it."""
 
 import copy
 import json

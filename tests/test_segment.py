@@ -1,4 +1,5 @@
 """The mask decoder, the mask tokens of an LM, and masks from answer to score."""
+
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     Sam2Config,
     Sam2HieraDetConfig,
     Sam2ImageProcessor,
@@ -28,46 +31,65 @@ from crab_min.errors import ModelError
 from crab_min.evaluation.answering import masks_from_boxes, score_masks
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.interface import PromptPart
-from crab_min.masks import MaskConfig, MaskDecoder, dice_loss, loss_of_masks, mask_loss
+from crab_min.masks import (
+    MASK_TOKEN_COUNT,
+    MaskBranch,
+    MaskConfig,
+    MaskDecoder,
+    dice_loss,
+    loss_of_masks,
+    mask_loss,
+)
 from crab_min.model import ASSETS, AdapterConfig
-from crab_min.sources.av_uie import mask_classes
+from crab_min.sources.av_uie import CLASSES, mask_classes
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
 SMALL = MaskConfig(width_in=12, width_out=20, width=32, queries=5, feedforward=40, low=16, size=32)
 
 
-def decoder_input(b: int):
+# --- the decoder ----------------------------------------------------------------------------------
+def decoder_input(batch: int):
+    """Return states of the mask tokens and vision features of two scales."""
     torch.manual_seed(1)
-    return torch.randn(b, 6, 20), [torch.randn(b, 16, 12) for _ in range(2)]
+    return torch.randn(batch, 6, 20), [torch.randn(batch, 16, 12) for _ in range(2)]
+
+
+def make_decoder(**changes) -> MaskDecoder:
+    torch.manual_seed(0)
+    return MaskDecoder(dataclasses.replace(SMALL, **changes))
+
+
+def test_sizes_are_those_of_the_answers_and_of_the_dataset():
+    assert len(MASK_TOKENS) == MASK_TOKEN_COUNT
+    assert SMALL.class_count == CLASSES
 
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_batched_equals_one_by_one(classes):
-    torch.manual_seed(0)
-    decoder, (states, features) = MaskDecoder(SMALL).eval(), decoder_input(3)
+    decoder, (states, features) = make_decoder().eval(), decoder_input(3)
     with torch.no_grad():
-        whole = decoder(states, features, classes)
-        assert whole.shape == (3, 71 if classes else 1, 32, 32)
+        together = decoder(states, features, classes)
+        assert together.shape == (3, 71 if classes else 1, 32, 32)
         for i in range(3):
-            torch.testing.assert_close(decoder(states[i:i + 1], [f[i:i + 1] for f in features], classes)[0], whole[i], atol=1e-5, rtol=1e-5)
+            one = slice(i, i + 1)
+            alone = decoder(states[one], [f[one] for f in features], classes)
+            torch.testing.assert_close(alone, together[one], atol=1e-5, rtol=1e-5)
 
 
-def test_generator_layers_read_what_the_one_before_made():
-    """Unchained, as released, only the last layer counts: changing the first changes nothing."""
-    torch.manual_seed(0)
-    for chained in (True, False):
-        decoder, (states, features) = MaskDecoder(dataclasses.replace(SMALL, chained=chained)), decoder_input(1)
-        with torch.no_grad():
-            before = decoder(states, features)
-            decoder.generator[0].mlp[0].bias += 1
-            assert torch.equal(decoder(states, features), before) == (not chained)
+@pytest.mark.parametrize("chained", [True, False])
+def test_generator_layers_read_what_the_one_before_made(chained):
+    """Unchained, as released, only the last layer counts, the first changes nothing."""
+    decoder, (states, features) = make_decoder(chained=chained), decoder_input(1)
+    with torch.no_grad():
+        before = decoder(states, features)
+        decoder.generator[0].mlp[0].bias += 1
+        assert torch.equal(decoder(states, features), before) == (not chained)
 
 
-def test_place_codes_are_saved(tmp_path):
+def test_positional_encodings_are_saved(tmp_path):
     """The released code draws their matrices anew at each start."""
-    torch.manual_seed(0)
-    decoder, (states, features) = MaskDecoder(SMALL), decoder_input(1)
+    decoder, (states, features) = make_decoder(), decoder_input(1)
     save_file(decoder.state_dict(), tmp_path / "decoder.safetensors")
     torch.manual_seed(99)
     other = MaskDecoder(SMALL)
@@ -77,70 +99,131 @@ def test_place_codes_are_saved(tmp_path):
 
 
 def test_losses_by_hand():
-    """Two pixels, one right at odds e^20 and one at even odds: cross-entropy ln 2 / 2; dice 1 - 2 * 1 / (1.5 + 1)."""
-    logits, gold = torch.tensor([[[[20., 0.]]]]), torch.tensor([[[[1., 0.]]]])
+    """Two pixels, one right at odds e^20, one at even odds: cross-entropy ln 2 / 2."""
+    logits, gold = torch.tensor([[[[20.0, 0.0]]]]), torch.tensor([[[[1.0, 0.0]]]])
     assert dice_loss(logits, gold).item() == pytest.approx(1 - 2 / 2.5, abs=1e-3)
-    assert mask_loss(logits, gold, bce=2, dice=0).item() == pytest.approx(np.log(2), abs=1e-4)
+    loss = mask_loss(logits, gold, lambda_bce=2, lambda_dice=0)
+    assert loss.item() == pytest.approx(np.log(2), abs=1e-4)
+
+    # a batch with a mask and with classes, where a pixel of no class does not count
     classes = torch.zeros(71, 1, 2)
-    classes[3, 0, 0] = 50.
-    found = {0: logits[0], 1: classes}
-    wanted = {0: gold[0], 1: torch.tensor([[[3, -1]]])}                        # a pixel of no class counts nothing
-    assert loss_of_masks(found, wanted, 1, 0).item() == pytest.approx(np.log(2) / 4, abs=1e-4)
+    classes[3, 0, 0] = 50.0
+    wanted = {0: gold[0], 1: torch.tensor([[[3, -1]]])}
+    loss = loss_of_masks({0: logits[0], 1: classes}, wanted, 1, 0)
+    assert loss.item() == pytest.approx(np.log(2) / 4, abs=1e-4)
     assert loss_of_masks({}, wanted, 1, 0).item() == 0
 
 
-# --- in the model ----------------------------------------------------------------------------------------------------------
+def test_states_are_found_where_all_mask_tokens_stand_in_order():
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40,
+            hidden_size=20,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    branch = MaskBranch(SMALL, llm, first=43)
+    assert branch.ids.tolist() == [43, 44, 45, 46, 47, 48]
+    ids = torch.tensor(
+        [
+            [5, 3, 43, 44, 45, 46, 47, 48],
+            [1, 43, 44, 2, 45, 46, 47, 48],  # with a word between
+            [1, 44, 43, 45, 46, 47, 48, 3],  # in another order
+            [1, 2, 43, 44, 45, 46, 47, 3],  # one is missing
+            [43, 44, 45, 46, 47, 48, 1, 2],  # no state predicts the first
+        ]
+    )
+    output = llm(input_ids=ids, output_hidden_states=True)
+    states = output.hidden_states[-1]
+    found = branch.find(ids, states)
+    assert found.keys() == {0, 1}
+    assert torch.equal(found[0], states[0, 1:7])
+    assert torch.equal(found[1], states[1, [0, 1, 3, 4, 5, 6]])
+    # ids between the words and the mask tokens belong to media, and are never generated
+    assert output.logits.shape[-1] == 49
+    assert output.logits[..., 40:43].amax() == torch.finfo(torch.float32).min
+
+
+# --- in the model ---------------------------------------------------------------------------------
+ANSWERS = [
+    f"The dog sounds. {''.join(MASK_TOKENS)}",
+    f"So the bell and the cat sound. {''.join(MASK_TOKENS)}",
+    "Nothing sounds.",
+]
+
+
 @pytest.fixture(scope="module")
 def masked():
-    """The shipped base with a small decoder and an adapter, and a batch of two images whose answers end in mask tokens and one whose does not."""
+    """The shipped base with a small decoder; prompts and features of three images.
+
+    Two of the ANSWERS to them end in mask tokens.
+    """
     torch.manual_seed(0)
     model = load_model(BackboneConfig(masks="decoder", mask_width=32, mask_queries=4))
     model.add_adapter(AdapterConfig())
-    media = [model.encode("image", [np.random.default_rng(i).integers(0, 256, (1, 96, 96, 3), np.uint8)], [1.]) for i in range(3)]
-    return model, [[PromptPart("image"), PromptPart("text", text="\nWhich thing sounds?")]] * 3, media
-
-
-SAID = [f"The dog sounds. {''.join(MASK_TOKENS)}", f"So the bell and the cat sound. {''.join(MASK_TOKENS)}", "Nothing sounds."]
+    prompt = [PromptPart("image"), PromptPart("text", text="\nWhich thing sounds?")]
+    media = []
+    for i in range(3):
+        image = np.random.default_rng(i).integers(0, 256, (1, 96, 96, 3), np.uint8)
+        media.append(model.encode("image", [image], [1.0]))
+    return model, [prompt] * 3, media
 
 
 def test_gradients_reach_all_of_the_branch(masked):
     model, prompts, media = masked
     model.set_trainable("masks")
-    batch = model.collate(prompts, media, SAID)
+    batch = model.collate(prompts, media, ANSWERS)
     batch["masks"] = [torch.ones(1, 96, 96), torch.zeros(1, 96, 96), None]
     loss, tokens = model(batch)
     (loss / tokens).backward()
-    got = {name for name, p in model.masks.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    model.zero_grad(), model.masks.requires_grad_(False)
-    wanted = {"read", "said", *(f"decoder.{name}" for name, _ in model.masks.decoder.named_parameters() if not name.startswith("classes"))}
-    idle = ("key.bias", "cross_attention.query.weight", "cross_attention.query.bias", "cross_attention.key.weight")       # see GeneratorLayer
-    assert not {name for name in wanted - got if not name.endswith(idle)}
+    reached = set()
+    for name, p in model.masks.named_parameters():
+        if p.grad is not None and p.grad.abs().sum() > 0:
+            reached.add(name)
+    model.zero_grad()
+    model.masks.requires_grad_(False)
+
+    # keys and queries of an attention with one key have no effect (see GeneratorLayer)
+    attention = "cross_attention"
+    idle = ("key.bias", f"{attention}.query.weight", f"{attention}.query.bias")
+    idle += (f"{attention}.key.weight",)
+    for name, _ in model.masks.named_parameters():
+        if not name.endswith(idle) and not name.startswith("decoder.classes"):
+            assert name in reached
 
 
 def test_text_and_masks_together_for_any_batch(masked):
-    """Masks do not depend on what else is in the batch; an answer without its tokens has none."""
+    """Masks do not depend on the batch; an answer without mask tokens has none."""
     model, prompts, media = masked
     model.eval()
-    whole = model.masks_of(model.collate(prompts, media, SAID), [False] * 3)
-    assert whole[2] is None and whole[0].shape == (1, 96, 96)
+
+    def masks_of(answers: list[str], classes: bool = False) -> list:
+        n = len(answers)
+        return model.masks_of(model.collate(prompts[:n], media[:n], answers), [classes] * n)
+
+    together = masks_of(ANSWERS)
+    assert together[2] is None and together[0].shape == (1, 96, 96)
     for i in range(2):
-        alone, = model.masks_of(model.collate(prompts[i:i + 1], media[i:i + 1], SAID[i:i + 1]), [False])
-        torch.testing.assert_close(alone, whole[i], atol=1e-4, rtol=1e-4)
-    classes, = model.masks_of(model.collate(prompts[:1], media[:1], SAID[:1]), [True])
+        batch = model.collate(prompts[i : i + 1], media[i : i + 1], ANSWERS[i : i + 1])
+        (alone,) = model.masks_of(batch, [False])
+        torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
+    (classes,) = masks_of(ANSWERS[:1], classes=True)
     assert classes.shape == (71, 96, 96)
-    cut, = model.masks_of(model.collate(prompts[:1], media[:1], [SAID[0].replace(MASK_TOKENS[3], "")]), [False])
-    assert cut is None
+    assert masks_of([ANSWERS[0].replace(MASK_TOKENS[3], "")]) == [None]
     assert len(model.generate(model.collate(prompts, media), 12)) == 3
 
 
-def test_tokens_change_nothing_for_who_does_not_use_them(masked, tiny_model):
+def test_mask_tokens_change_nothing_for_answers_without_them(masked, tiny_model):
     """The LM with mask tokens gives other texts the same loss as the LM without."""
     model, prompts, media = masked
     losses = []
-    for each in (model.eval(), tiny_model):
+    for lm in (model.eval(), tiny_model):
         with torch.no_grad():
-            losses.append(each.losses(each.collate(prompts[:1], media[:1], ["The dog sounds."])))
-    torch.testing.assert_close(*losses, atol=2e-2, rtol=1e-2)                             # six more words share the probability
+            losses.append(lm.losses(lm.collate(prompts[:1], media[:1], ["The dog sounds."])))
+    # six more tokens share the probability
+    torch.testing.assert_close(*losses, atol=2e-2, rtol=1e-2)
 
 
 def test_saved_and_loaded(masked, tmp_path):
@@ -151,9 +234,12 @@ def test_saved_and_loaded(masked, tmp_path):
     torch.manual_seed(5)
     other = load_model(BackboneConfig(masks="decoder", mask_width=32, mask_queries=4))
     other.load_trained(tmp_path)
-    batches = [(each.eval(), each.collate(prompts, media, SAID)) for each in (model, other)]
-    (a, b, _), (c, d, _) = (each.masks_of(batch, [False] * 3) for each, batch in batches)
-    assert torch.equal(a, c) and torch.equal(b, d)
+    masks = []
+    for saved in (model, other):
+        batch = saved.eval().collate(prompts, media, ANSWERS)
+        masks.append(saved.masks_of(batch, [False] * 3))
+    for before, after in zip(masks[0][:2], masks[1][:2]):
+        assert torch.equal(before, after)
 
 
 def test_backbone_without_a_decoder_is_refused():
@@ -161,37 +247,44 @@ def test_backbone_without_a_decoder_is_refused():
         load_model(BackboneConfig(backbone="native", weights="tiny-random", masks="decoder"))
 
 
-# --- data ------------------------------------------------------------------------------------------------------------------
-def test_samples_with_masks(small_world):
-    for split in ("train", "test"):
-        samples = add_mask_tokens(read_samples(small_world, list(TASKS), split))
-        for s in samples:
-            named = s.task.name in MASKED and bool(s.task.parse(s.target).boxes if s.target else s.gold.boxes)
-            assert bool(s.mask) == named and (MASK_TOKENS[0] in s.target) == (named and split == "train")
-            if s.mask:
-                assert gold_mask(s).shape == (96, 96) and gold_mask(s, 224).shape == (224, 224) and gold_mask(s).dtype == bool
-                assert not s.task.parse(s.target).error if s.target else True            # mask tokens do not disturb the text's own answer
+# --- data -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_samples_with_masks(small_world, split):
+    for s in add_mask_tokens(read_samples(small_world, list(TASKS), split)):
+        answer = s.task.parse(s.target) if s.target else s.gold
+        has_mask = s.task.name in MASKED and bool(answer.boxes)
+        assert bool(s.mask) == has_mask
+        assert (MASK_TOKENS[0] in s.target) == (has_mask and split == "train")
+        if has_mask:
+            assert gold_mask(s).shape == (96, 96) and gold_mask(s).dtype == bool
+            assert gold_mask(s, 224).shape == (224, 224)
+            assert not answer.error  # mask tokens do not disturb the text's own answer
 
 
 def test_swapped_sound_means_the_other_thing(tmp_path):
-    root = build_world(WorldConfig(world_clips=8, world_test=40), 0, tmp_path)
-    samples = read_samples(root, ["s4"], "test")
-    changed = swap_audio(samples)
+    world = WorldConfig(world_clips=8, world_test=20)
+    root = build_world(world, 0, tmp_path, still=True)
+    samples = {s.id: s for s in read_samples(root, ["s4"], "test")}
+    changed = swap_audio(list(samples.values()))
     assert changed
     for s in changed:
-        before = next(x for x in samples if x.id == s.id)
-        assert s.row["a_obj"] in before.row["silent"] and list(s.gold.boxes[0]) == before.row["silent"][s.row["a_obj"]]
-        assert s.row["silent"][before.row["a_obj"]] == before.gold.boxes[0]
-        a, b = ([p for p in x.media if p.kind == "audio"][0] for x in (before, s))
-        assert a.path != b.path and Path(b.path).exists()
-        assert [p for p in before.media if p.kind == "image"] == [p for p in s.media if p.kind == "image"]
+        before = samples[s.id]
+        sounding, silent = before.row["a_obj"], before.row["silent"]
+        assert s.row["a_obj"] in silent and list(s.gold.boxes[0]) == silent[s.row["a_obj"]]
+        assert s.row["silent"][sounding] == before.gold.boxes[0]
+        sound_before, sound = (next(p for p in x.media if p.kind == "audio") for x in (before, s))
+        assert sound.path != sound_before.path and Path(sound.path).exists()
+        images = [[p for p in x.media if p.kind == "image"] for x in (before, s)]
+        assert images[0] == images[1]
 
 
 def test_a_mask_of_another_size_than_its_image(tmp_path, small_world):
-    s = next(x for x in add_mask_tokens(read_samples(small_world, ["s4"], "test")))
-    Image.fromarray(np.kron(np.asarray(Image.open(s.mask)), np.ones((2, 3), np.uint8))).save(tmp_path / "0.png")
+    s = next(s for s in add_mask_tokens(read_samples(small_world, ["s4"], "test")))
+    larger = np.kron(np.asarray(Image.open(s.mask)), np.ones((2, 3), np.uint8))
+    Image.fromarray(larger).save(tmp_path / "0.png")
     other = dataclasses.replace(s, mask=str(tmp_path / "0.png"))
-    assert gold_mask(other).shape == (192, 288) and np.array_equal(gold_mask(other, 96), gold_mask(s))
+    assert gold_mask(other).shape == (192, 288)
+    assert np.array_equal(gold_mask(other, 96), gold_mask(s))
 
 
 def test_training_row_without_a_mask_file_is_trained_on_text(small_world, monkeypatch):
@@ -201,68 +294,106 @@ def test_training_row_without_a_mask_file_is_trained_on_text(small_world, monkey
 
 
 def test_classes_of_avss_by_its_palette():
-    """PASCAL VOC's: 1 is dark red, 14 (64, 128, 128); a grey of another set is no class."""
-    colours = np.array([[[0, 0, 0], [128, 0, 0], [64, 128, 128], [9, 9, 9]]], np.uint8)
-    assert mask_classes(colours).tolist() == [[0, 1, 14, -1]]
+    """PASCAL VOC's: 1 is dark red, 14 (64, 128, 128); an unknown grey is no class."""
+    colours = [[[0, 0, 0], [128, 0, 0], [64, 128, 128], [9, 9, 9]]]
+    assert mask_classes(np.array(colours, np.uint8)).tolist() == [[0, 1, 14, -1]]
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 def test_scores_of_perfect_absent_and_denied(small_world):
     samples = add_mask_tokens(read_samples(small_world, ["s4", "ref_avs"], "test"))
-    samples.append(dataclasses.replace(samples[-1], id="ref_avs/test/none", mask=""))     # an expression that means nothing there
-    perfect = [None if gold_mask(s) is None else gold_mask(s).astype(np.float32) for s in samples]
+    # an expression that means nothing there
+    samples.append(dataclasses.replace(samples[-1], id="ref_avs/test/none", mask=""))
+    golds = [gold_mask(s) for s in samples]
+    perfect = [None if gold is None else gold.astype(np.float32) for gold in golds]
     scores = score_masks(samples, perfect)
-    assert scores["s4"]["coverage"] == 1 and scores["s4"]["miou"] > .9 and scores["s4"]["hard_f"] > .9
-    assert scores["ref_avs"]["null_s"] == scores["ref_avs"]["null_s_background"] == 0 and scores["ref_avs"]["null_n"] > 0
-    nothing = score_masks(samples, [None] * len(samples))
-    assert nothing["s4"]["coverage"] == nothing["s4"]["miou"] == nothing["s4"]["hard_miou"] == 0
-    assert nothing["s4"]["n"] == scores["s4"]["n"]                                        # scored, not left out
+    s4, ref_avs = scores["s4"], scores["ref_avs"]
+    assert s4["coverage"] == 1 and s4["miou"] > 0.9 and s4["hard_f"] > 0.9
+    assert ref_avs["null_s"] == ref_avs["null_s_background"] == 0 and ref_avs["null_n"] > 0
+
+    # answers without a mask are scored, not left out
+    nothing = score_masks(samples, [None] * len(samples))["s4"]
+    assert nothing["coverage"] == nothing["miou"] == nothing["hard_miou"] == 0
+    assert nothing["n"] == s4["n"]
+
+    # a quarter of the image where there is nothing
     quarter = np.zeros((224, 224))
     quarter[:112, :112] = 1
     everywhere = score_masks(samples, [quarter] * len(samples))["ref_avs"]
-    assert everywhere["null_s"] == pytest.approx(.5) and everywhere["null_s_background"] == pytest.approx((1 / 3) ** .5)
+    assert everywhere["null_s"] == pytest.approx(0.5)
+    assert everywhere["null_s_background"] == pytest.approx((1 / 3) ** 0.5)
 
 
-# --- SAM2 ------------------------------------------------------------------------------------------------------------------
+# --- SAM2 -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
     """A tiny random SAM2 in a folder, as a checkpoint lies on the hub."""
     folder = tmp_path_factory.mktemp("sam2")
-    backbone = Sam2HieraDetConfig(hidden_size=8, image_size=[128, 128], blocks_per_stage=[1] * 4, embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 4],
-                                  global_attention_blocks=[], window_size_per_stage=[8, 4, 4, 4], window_positional_embedding_background_size=[4, 4])
-    vision = Sam2VisionConfig(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], backbone_feature_sizes=[[32] * 2, [16] * 2, [8] * 2], fpn_hidden_size=32)
+    backbone = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[128, 128],
+        blocks_per_stage=[1] * 4,
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 4],
+        global_attention_blocks=[],
+        window_size_per_stage=[8, 4, 4, 4],
+        window_positional_embedding_background_size=[4, 4],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=backbone,
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[32] * 2, [16] * 2, [8] * 2],
+        fpn_hidden_size=32,
+    )
+    prompts = Sam2PromptEncoderConfig(hidden_size=32, image_size=128)
+    decoder = Sam2MaskDecoderConfig(
+        hidden_size=32, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=32
+    )
+    config = Sam2Config(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
     torch.manual_seed(0)
-    Sam2Model(Sam2Config(vision_config=vision, prompt_encoder_config=Sam2PromptEncoderConfig(hidden_size=32, image_size=128),
-                         mask_decoder_config=Sam2MaskDecoderConfig(hidden_size=32, mlp_dim=64, num_attention_heads=2, iou_head_hidden_dim=32))).save_pretrained(folder)
-    Sam2Processor(image_processor=Sam2ImageProcessor(size={"height": 128, "width": 128}), target_size=128).save_pretrained(folder)
+    Sam2Model(config).save_pretrained(folder)
+    images = Sam2ImageProcessor(size={"height": 128, "width": 128})
+    Sam2Processor(image_processor=images, target_size=128).save_pretrained(folder)
     return Sam2(str(folder))
 
 
 def test_sam2_each_object_by_its_own_points(sam2):
     """Several objects at once are as each alone; the image is encoded once."""
     image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
-    objects = [((10, 20, 100, 120), [(30, 40), (50, 60)]), ((0, 0, 224, 224), []), ((120, 100, 200, 210), [(150, 150), (160, 170)])]
+    objects = [
+        ((10, 20, 100, 120), [(30, 40), (50, 60)]),
+        ((0, 0, 224, 224), []),
+        ((120, 100, 200, 210), [(150, 150), (160, 170)]),
+    ]
     calls, encode = [], sam2.model.get_image_embeddings
     sam2.model.get_image_embeddings = lambda pixels: calls.append(1) or encode(pixels)
     masks = sam2.masks(image, objects)
     assert len(calls) == 1 and masks.shape == (3, 60, 100) and masks.dtype == bool
     del sam2.model.get_image_embeddings
-    for i, each in enumerate(objects):
-        assert (sam2.masks(image, [each])[0] == masks[i]).mean() > .999
+    for mask, box_and_points in zip(masks, objects):
+        assert (sam2.masks(image, [box_and_points])[0] == mask).mean() > 0.999
     assert sam2.masks(image, []).shape == (0, 60, 100)
-    assert sam2.masks(image, [((k, k, k + 20, k + 20), [(k + 5, k + 5)]) for k in range(50)]).shape == (50, 60, 100)
+    many = [((k, k, k + 20, k + 20), [(k + 5, k + 5)]) for k in range(50)]
+    assert sam2.masks(image, many).shape == (50, 60, 100)
 
 
 def test_sam2_from_text_to_score(sam2, small_world):
-    """Unparsed, denied and empty answers are scored; a box outside of the picture is no answer."""
+    """Unparsed, denied and empty answers are scored; a box outside is no answer."""
     s4 = add_mask_tokens(read_samples(small_world, ["s4"], "test"), tokens=False)[:1] * 4
-    texts = ["The dog is at [10,20,90,100] points [40,50],[60,70].", "a dog", "[10,20,900,100]", ""]
+    texts = [
+        "The dog is at [10,20,90,100] points [40,50],[60,70].",
+        "a dog",
+        "[10,20,900,100]",
+        "",
+    ]
     masks = masks_from_boxes(s4, texts, sam2)
-    assert [m is None for m in masks] == [False, True, True, True] and masks[0].shape == (96, 96)
+    assert masks[0].shape == (96, 96) and masks[1:] == [None, None, None]
     scores = score_masks(s4, masks)["s4"]
-    assert scores["coverage"] == .25 and scores["n"] == 4
+    assert scores["coverage"] == 0.25 and scores["n"] == 4
     ref = add_mask_tokens(read_samples(small_world, ["ref_avs"], "test"), tokens=False)[:1]
-    denied, = masks_from_boxes(ref, ["<answer> false</answer>"], sam2)
+    (denied,) = masks_from_boxes(ref, ["<answer> false</answer>"], sam2)
     assert denied.shape == (96, 96) and not denied.any()
 
 
@@ -277,32 +408,49 @@ def test_box_as_a_mask():
     assert mask[:, 2:4].all() and mask.sum() == 16 + 1
 
 
-# --- the stage -------------------------------------------------------------------------------------------------------------
+# --- the stage ------------------------------------------------------------------------------------
 def test_stage_from_command_to_mask(small_world, tmp_path, monkeypatch, capsys):
-    """Training, its files, the run's masks again by infer.py, and a mask drawn for one picture; boxes as masks; SAM2 that is not there."""
+    """Training, its files, and infer.py with the decoder, boxes and a missing SAM2."""
     monkeypatch.chdir(tmp_path)
-    assert train.main(["crab-tiny", "--stage", "masks", "--data", str(small_world), "--tasks", "s4,ref_avs", "--steps", "3", "--text-steps", "1", "--mask-width", "32", "--mask-queries", "4", "--out", "run"]) == 0
-    metrics = json.loads(Path("run/metrics.json").read_text())
-    assert set(metrics["masks"]) == {"s4", "ref_avs"} and metrics["masks"]["s4"]["n"] > 0 and 0 <= metrics["masks"]["s4"]["miou"] <= 1
+    data = f"--data {small_world} --tasks s4,ref_avs"
+    sizes = "--steps 3 --text-steps 1 --mask-width 32 --mask-queries 4"
+    command = f"crab-tiny --stage masks {data} {sizes} --out run"
+    assert train.main(command.split()) == 0
+    scores = json.loads(Path("run/metrics.json").read_text())["masks"]
+    assert set(scores) == {"s4", "ref_avs"}
+    assert scores["s4"]["n"] > 0 and 0 <= scores["s4"]["miou"] <= 1
+
+    # what was saved: the positional encodings, and connectors that learned with the text
     saved = load_file("run/modules.safetensors")
-    assert {name for name in saved if name.startswith("masks.decoder.places")} == {"masks.decoder.places.0.matrix", "masks.decoder.places.1.matrix"}
+    encodings = {name for name in saved if name.startswith("masks.decoder.places")}
+    assert encodings == {"masks.decoder.places.0.matrix", "masks.decoder.places.1.matrix"}
     before = load_file(ASSETS / "crab_plus-tiny" / "modules.safetensors")
-    same = {name.split(".")[0] for name in before if torch.equal(saved[name], before[name])} - {name.split(".")[0] for name in before if not torch.equal(saved[name], before[name])}
-    assert same == {"words"}                                                  # the connectors learned with the text
-    eval_command = ["--eval", "--run", "run", "--data", str(small_world), "--tasks", "s4,ref_avs"]
-    for extra in ([], ["--masks", "box", "--out", "boxes"]):
-        assert infer.main([*eval_command, *extra]) == 0
+    changed = {n.split(".")[0] for n in before if not torch.equal(saved[n], before[n])}
+    assert {name.split(".")[0] for name in before} - changed == {"words"}
+
+    # the same masks again, and boxes as masks
+    evaluate = f"--eval --run run {data}"
+    assert infer.main(evaluate.split()) == 0
+    assert infer.main(f"{evaluate} --masks box --out boxes".split()) == 0
     again = json.loads(Path("run/eval_test/metrics.json").read_text())["masks"]
-    assert again["s4"]["miou"] == pytest.approx(metrics["masks"]["s4"]["miou"], abs=1e-3)
-    assert json.loads(Path("boxes/metrics.json").read_text())["masks"]["s4"]["coverage"] > .5
+    assert again["s4"]["miou"] == pytest.approx(scores["s4"]["miou"], abs=1e-3)
+    boxes = json.loads(Path("boxes/metrics.json").read_text())["masks"]
+    assert boxes["s4"]["coverage"] > 0.5
+
+    # one picture
     s = read_samples(small_world, ["s4"], "test")[0]
-    image, sound = (next(p.path for p in s.media if p.kind == kind) for kind in ("image", "audio"))
-    ask = ["--task", "s4", "--image", image, "--audio", sound, "--json", "--run", "run", "--picture", "p.png"]
+    paths = {p.kind: p.path for p in s.media}
+    clip = ["--image", paths["image"], "--audio", paths["audio"]]
+    ask = ["--task", "s4", *clip, "--json", "--run", "run", "--picture", "p.png"]
     capsys.readouterr()
     assert infer.main([*ask, "--masks", "box"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["error"] or Image.open(said["mask"]).size == (224, 224)
+    reply = json.loads(capsys.readouterr().out)
+    assert reply["error"] or Image.open(reply["mask"]).size == (224, 224)
     assert infer.main([*ask, "--masks", "sam2", "--sam2", str(tmp_path / "none")]) == 0
     assert "SAM2" in json.loads(capsys.readouterr().out)["no_mask"] and Path("p.png").exists()
-    assert infer.main(["--eval", "--data", str(small_world), "--masks", "decoder", "--run", str(ASSETS / "crab_plus-tiny")]) == 2
+
+    # a run without a decoder
+    without = ["--run", str(ASSETS / "crab_plus-tiny")]
+    evaluate = ["--eval", "--data", str(small_world), "--masks", "decoder", *without]
+    assert infer.main(evaluate) == 2
     assert "--stage masks" in capsys.readouterr().err

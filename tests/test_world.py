@@ -34,7 +34,7 @@ def renderer():
 
 # --- files ----------------------------------------------------------------------------------------
 def test_same_seed_same_annotations_and_pictures(small_world, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "in_processes", lambda write, clips: None)  # no clips
+    monkeypatch.setattr(folders, "write_in_processes", lambda write, clips: None)  # no clips
     again = build_world(SMALL, 0, tmp_path)
     compared = 0
     for path in sorted(small_world.rglob("*")):

@@ -91,7 +91,7 @@ def clause_at_position(obj: Object) -> str:
     return f"{at_position(obj.position)} is the {obj.label}, {heard_or_silent(obj)}"
 
 
-def clause_heard_where(objects: Sequence[Object]) -> str:
+def clause_sound_sources(objects: Sequence[Object]) -> str:
     """Return "the dog on the left and the cat on the right can be heard"."""
     names = [f"the {obj.label} {at_position(obj.position)}" for obj in objects]
     return f"{join_with_and(names)} can be heard"

@@ -34,6 +34,7 @@ def clip_rows(renderer: Renderer, scenes: Scenes, rng: random.Random, count: int
 
     count: rows of avqa_thu, and half the rows of avqa, as far as there are enough.
     """
+    # Events.
     rows: Rows = defaultdict(list)
     for scene in scenes["one"]:
         rows["ave"].append(ave_row(scene))
@@ -44,8 +45,7 @@ def clip_rows(renderer: Renderer, scenes: Scenes, rng: random.Random, count: int
         rows["avvp"].append(avvp_row(scene))
         rows["avcap"].append(avcap_row(scene))
 
-    # All random calls for avqa_thu's candidates come before those that balance avqa: the order
-    # decides what a seed gives.
+    # Collect all questions, then choose. The order of the random calls decides what a seed gives.
     asked = [row for scene in scenes["one"] + scenes["many"] for row in avqa_candidates(scene)]
     chosen = []
     for scene in scenes["one"] + scenes["many"]:
@@ -55,12 +55,12 @@ def clip_rows(renderer: Renderer, scenes: Scenes, rng: random.Random, count: int
     for number, row in enumerate(balanced(chosen, count, rng)):
         rows["avqa_thu"].append({**row, "id": number})
 
+    # Actions and emotions. Five folders have the emotion task: in training each has its own clips.
     for scene in scenes["action"]:
         rows["ks"].append(ks_row(scene, renderer))
         rows["ucf"].append(ucf_row(scene))
     for scene in scenes["face"]:
         for position, (folder, field) in enumerate(EMOTION_FIELD.items()):
-            # Five folders, one task: for training each of them has clips of its own.
             if scene.split != "train" or scene.index % len(EMOTION_FIELD) == position:
                 rows[folder].append(emotion_row(scene, field))
     return rows
@@ -173,7 +173,7 @@ def avcap_row(scene: Scene) -> dict:
 
 # --- questions ------------------------------------------------------------------------------------
 def what_one_sense_counts(scene: Scene) -> tuple:
-    """Return what eyes or ears alone can count; balanced within it, it tells nothing of answers."""
+    """Return what eyes or ears alone can count. Answers are balanced within each such stratum."""
     return scene.kind, len(scene.seen), len(scene.heard)
 
 
@@ -250,7 +250,9 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> Rows:
         asked, other = rng.sample(scenes, 2)
         if confusable(asked, other) or confusable(other, asked):
             continue
-        right = rng.randrange(2)  # position of the scene asked about
+
+        # The scene asked about comes first or second, and the two folders take turns.
+        right = rng.randrange(2)
         pair = (asked, other) if right == 0 else (other, asked)
         if len(rows["a2v"]) > len(rows["v2a"]):
             rows["v2a"].append(v2a_row(asked, pair, right))
@@ -301,7 +303,7 @@ def v2a_row(asked: Scene, sounds: tuple[Scene, Scene], right: int) -> dict:
 
 
 def match_text(asked: Scene, objects: list[Object], medium: str, right: int) -> str:
-    """Say of each object in which of the two media it is: only the event of the scene is in one."""
+    """Return in which of two media each object is: only the event of the scene is in one."""
     number = NUMBERS[right + 1]
     clauses = []
     for obj in objects:

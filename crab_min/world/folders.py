@@ -39,16 +39,16 @@ def build_world(
     """Return the world's folder in the AV-UIE v2 layout; build it where it is not there yet.
 
     Building takes about a minute on two cores. The folder's name tells version, seed, sizes and
-    things, so each of them has a world of its own.
+    things. The folder appears whole or not at all.
 
     Args:
-        still: only the folders whose rows show one frame. Without videos, which are most of the
+        still: only the folders whose rows show one frame, without videos, which are most of the
             work.
 
     Raises:
         DataError: the things of `config.things` cannot be used.
     """
-    renderer = Renderer(config.things or None)
+    renderer = Renderer(config.things or None)  # a new one: files of the things may have changed
     final = Path(cache) / world_name(config, seed, still, renderer)
     if not (final / "AVUIE_2").exists():
         counts = clip_counts(config, still)
@@ -60,7 +60,7 @@ def build_world(
                 rows = make_rows(renderer, split, counts[split], seed, root, still)
                 write_rows(rows, split, root)
             write = partial(write_clip, config.things, seed, str(root), still)
-            in_processes(write, clip_ids(counts))
+            write_in_processes(write, clip_ids(counts))
     return final / "AVUIE_2"
 
 
@@ -128,8 +128,8 @@ def make_rows(
         scenes[kind] = [renderer.scene(split, kind, index, seed) for index in range(count)]
     rows: Rows = {}
     if not still:
-        questions = counts["one"] * (2 if split == "train" else 1)
-        rows |= clip_rows(renderer, scenes, rng, questions)
+        question_count = counts["one"] * (2 if split == "train" else 1)
+        rows |= clip_rows(renderer, scenes, rng, question_count)
         rows |= match_rows(scenes["one"], rng, counts["one"])
     return rows | frame_rows(renderer, scenes, rng, root, still)
 
@@ -174,7 +174,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def in_processes(write: Callable[[tuple], None], clips: list[tuple]) -> None:
+def write_in_processes(write: Callable[[tuple], None], clips: list[tuple]) -> None:
     """Write clips in a worker process per core, with a progress bar."""
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:

@@ -45,12 +45,12 @@ class Frame:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path, quality=95)
 
-    def say_what_sounds(self) -> str:
-        """Say of each visible thing whether it is heard, the targets being those that are."""
+    def sound_sentence(self) -> str:
+        """Return whether each visible thing is heard, the targets being those that are."""
         return sentence(*(clause_if_heard(obj, obj in self.targets) for obj in self.visible))
 
-    def say_where(self) -> str:
-        """Say where each target is: its box and three points."""
+    def location_text(self) -> str:
+        """Return where each target is, its box and three points, after a space each."""
         text = ""
         for obj, mask in zip(self.targets, self.masks):
             box, points = box_and_points(mask)
@@ -152,7 +152,7 @@ def sounding_row(frame: Frame, window: Window, root: Path, folder: str) -> dict:
         "a_obj": join_with_and([obj.label for obj in frame.targets]),
         "frame_idx": index,
         "image_path": picture,
-        "text": frame.say_what_sounds() + frame.say_where(),
+        "text": frame.sound_sentence() + frame.location_text(),
     }
 
 
@@ -166,7 +166,7 @@ def arig_row(frame: Frame, s4_row: dict) -> dict:
         "top_left": list(box[:2]),
         "bottom_right": list(box[2:]),
         "frame_idx": s4_row["frame_idx"],
-        "text": f"{frame.say_what_sounds()} The {s4_row['a_obj']} is at {box_text(box)}.",
+        "text": f"{frame.sound_sentence()} The {s4_row['a_obj']} is at {box_text(box)}.",
     }
 
 
@@ -234,7 +234,7 @@ def ref_avs_row(renderer: Renderer, scene: Scene, rng: random.Random, root: Path
         "image_path": picture,
         "idx": index,
         "description": phrase,
-        "text": text + frame.say_where(),
+        "text": text + frame.location_text(),
     }
 
 

@@ -43,34 +43,30 @@ class Renderer:
 
     def frames(self, scene: Scene, times: Iterable[float]) -> np.ndarray:
         """Draw the scene at the given seconds: (T, 96, 96, 3) uint8."""
-        # Poses are rounded, so that many frames are equal: each is drawn once.
+        # Poses are rounded, so that many frames are equal. Each is drawn once, and so is each
+        # turned and resized cut-out.
         drawn: dict[Hashable, np.ndarray] = {}
         cutouts: dict[tuple, np.ndarray] = {}
         frames = []
         for t in times:
-            if scene.kind == "face":
-                key = mouth_opening(scene, t)
-            else:
-                key = tuple(
-                    (obj.thing, pose(scene, obj, t)) for obj in scene.objects if obj.seen_at(t)
-                )
-            if key not in drawn and scene.kind == "face":
-                drawn[key] = draw_face(self.places[scene.place], scene, key)
-            elif key not in drawn:
-                drawn[key] = self.draw_things_at(scene.place, key, cutouts)
-            frames.append(drawn[key])
+            look = appearance(scene, t)
+            if look not in drawn:
+                drawn[look] = self.draw(scene, look, cutouts)
+            frames.append(drawn[look])
         return np.stack(frames)  # (T, 96, 96, 3)
 
-    def draw_things_at(self, place: str, poses: tuple, cutouts: dict) -> np.ndarray:
-        """Draw things over a place: (96, 96, 3).
+    def draw(self, scene: Scene, look: Hashable, cutouts: dict) -> np.ndarray:
+        """Draw one frame (96, 96, 3).
 
         Args:
-            place: its name.
-            poses: (index of the thing, its pose) of each, those behind first.
+            look: its `appearance`.
             cutouts: those of earlier frames, by thing, size and angle; new ones are added.
         """
-        frame = np.array(self.places[place])
-        for thing, (x, y, size, angle) in poses:
+        place = self.places[scene.place]
+        if scene.kind == "face":
+            return draw_face(place, scene, look)
+        frame = np.array(place)
+        for thing, (x, y, size, angle) in look:
             if (thing, size, angle) not in cutouts:
                 cutouts[thing, size, angle] = self.cutout(thing, size, angle)
             blend(frame, cutouts[thing, size, angle], x, y)
@@ -104,6 +100,8 @@ class Renderer:
         track = rng.standard_normal(SECONDS * RATE).astype(np.float32) * 0.002
         if scene.kind == "face":
             return np.clip(track + speak(scene.emotion, scene.voice, rng), -1, 1)
+
+        # Each span fades in and out, and is a little louder or softer than the others.
         for obj in scene.objects:
             for start, end in obj.heard:
                 length = (end - start) * RATE
@@ -122,6 +120,14 @@ def paint_place(sky: tuple, ground: tuple) -> Image.Image:
     columns = np.where(rows < 58, sky, ground) + gradient  # (96, 1, 3)
     picture = columns.repeat(SIZE, 1)  # (96, 96, 3)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def appearance(scene: Scene, t: float) -> Hashable:
+    """Return all that a frame depends on: the mouth of a face, or (thing, pose) of all in sight."""
+    if scene.kind == "face":
+        return mouth_opening(scene, t)
+    visible = [obj for obj in scene.objects if obj.seen_at(t)]
+    return tuple((obj.thing, pose(scene, obj, t)) for obj in visible)
 
 
 def pose(scene: Scene, obj: Object, t: float) -> Pose:
@@ -157,12 +163,15 @@ def blend(frame: np.ndarray, cutout: np.ndarray, x: int, y: int) -> None:
 
     What reaches over the border is cut off.
     """
+    # Where the cut-out lies in the frame, and the part of this that is within the border.
     height, width = cutout.shape[:2]
     top, left = y - height // 2, x - width // 2
     y0, y1 = max(top, 0), min(top + height, frame.shape[0])
     x0, x1 = max(left, 0), min(left + width, frame.shape[1])
     if y0 >= y1 or x0 >= x1:
         return
+
+    # Weights of 0 to 255, in whole numbers: the same result on every machine.
     part = cutout[y0 - top : y1 - top, x0 - left : x1 - left].astype(np.uint16)
     alpha = part[..., 3:]
     region = frame[y0:y1, x0:x1]

@@ -61,8 +61,6 @@ class Object:
             return "left"
         return "right" if self.x >= 2 * SIZE / 3 else "middle"
 
-    side = position  # TODO: until tinybase/ calls it position
-
 
 @dataclass
 class Scene:
@@ -145,6 +143,7 @@ def add_moving_thing(scene: Scene, things: list[Thing], rng: np.random.Generator
 
 def add_things(scene: Scene, things: list[Thing], rng: np.random.Generator) -> None:
     """Give a scene up to four things: seen and heard, seen and silent, or heard off-screen."""
+    # How many things are seen, heard, and both; which leaves at most four things in all.
     seen_count, heard_count = (int(count) for count in rng.choice([1, 2, 2, 3, 3], 2))
     if scene.kind == "one":
         both_count = 1
@@ -175,11 +174,3 @@ def random_span(rng: np.random.Generator, shortest: int, longest: int) -> Span:
     length = int(rng.integers(shortest, longest + 1))
     start = int(rng.integers(0, SECONDS - length + 1))
     return start, start + length
-
-
-def __getattr__(name):  # TODO: until all import it from rendering
-    if name == "Renderer":
-        from crab_min.world.rendering import Renderer
-
-        return Renderer
-    raise AttributeError(name)

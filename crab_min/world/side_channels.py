@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 from crab_min.answers import answer_tag
 from crab_min.media.flow import FLOW_GAP, flow_pictures
 from crab_min.media.write import write_video
-from crab_min.world.folders import in_processes, new_folder, worker_renderer
+from crab_min.world.folders import new_folder, worker_renderer, write_in_processes
 from crab_min.world.rendering import Renderer, pose
 from crab_min.world.scenes import FPS, Object, Scene, Span
 from crab_min.world.things import RATE, SECONDS, SIZE
@@ -94,7 +94,7 @@ def build_side_world(
     if not final.exists():
         with new_folder(final) as folder:
             write = partial(write_show, things, seed, str(folder))
-            in_processes(write, shows["train"] + shows["test"])
+            write_in_processes(write, shows["train"] + shows["test"])
 
     # The rows are cheap, so they are written anew each time.
     rows_folder = final / (" + " if together else "+").join(names)
