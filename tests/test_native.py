@@ -5,6 +5,7 @@ Also that train.py and infer.py run on it, and that weights in 4 bits are loaded
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import train
 from crab_min.backbones import common
 from crab_min.backbones.load import load_model
 from crab_min.backbones.omni import load_omni
+from crab_min.backbones.tiny_random import tiny_blip2, tiny_llava, tiny_omni
 from crab_min.config import AdapterConfig, BackboneConfig
 from crab_min.errors import ModelError
 from crab_min.interface import PromptPart
@@ -225,35 +227,34 @@ def test_4_bits_are_asked_of_transformers_for_the_lm_alone(backbone, monkeypatch
     assert "lm_head" in settings.llm_int8_skip_modules
 
 
-@pytest.mark.parametrize("backbone", ["omni", "llava_onevision", "blip2"])
+PIECES = {
+    "omni": tiny_omni,
+    "llava_onevision": tiny_llava,
+    "blip2": lambda: tiny_blip2("<video>"),
+}
+
+
+@pytest.mark.parametrize("backbone", PIECES)
 def test_an_lm_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone, tmp_path):
     pytest.importorskip("bitsandbytes")
-    base = BackboneConfig(backbone=backbone, weights="tiny-random")
-    whole = load_model(base)
-    folder = save_pretrained(whole, tmp_path)
-    config = BackboneConfig(backbone=backbone, weights=folder, load_in_4bit=True)
-    small = load_model(config).to("cpu")
-    prompt = [[text("What is it?")]], [[]], ["A dog."]
-    one = whole.token_losses(whole.collate(*prompt))
-    batch = small.collate(*prompt)
-    other = small.token_losses(batch)
-    assert not torch.equal(one, other)
-    assert torch.allclose(one, other, rtol=0.1)
-    adapter = "none" if backbone == "blip2" else "ilora"
-    small.add_adapter(AdapterConfig(adapter=adapter))
-    if adapter == "ilora":
+    for piece in PIECES[backbone]():  # as a checkpoint lies on the hub
+        piece.save_pretrained(tmp_path)
+    config = BackboneConfig(backbone=backbone, weights=str(tmp_path))
+    whole = load_model(config).to("cpu")
+    small = load_model(replace(config, load_in_4bit=True)).to("cpu")
+
+    sample = [[text("What is it?")]], [[]], ["A dog."]
+    batch = small.collate(*sample)
+    losses = whole.token_losses(whole.collate(*sample)), small.token_losses(batch)
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=0.1, atol=0.1)
+
+    # CREMA trains no adapter on the LM
+    small.add_adapter(AdapterConfig(adapter="none" if backbone == "blip2" else "ilora"))
+    trained = [p for p in small.parameters() if p.requires_grad]
+    if trained:
         small(batch).backward()
-        assert all(p.grad is not None for p in small.parameters() if p.requires_grad)
-
-
-def save_pretrained(model, folder):
-    """Write a tiny random model as a checkpoint lies on the hub."""
-    if hasattr(model, "processor"):
-        model.processor.save_pretrained(folder)
-    else:
-        model.tokenizer.save_pretrained(folder)
-    model.llm.save_pretrained(folder)
-    return str(folder)
+    assert all(p.grad is not None for p in trained)
 
 
 def test_4_bits_without_bitsandbytes_say_what_to_do(monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     Blip2Config,
@@ -36,7 +37,7 @@ from crab_min.backbones.sizes import HUB_SIZES
 from crab_min.backbones.tiny_random import LLAVA_TOKENS, OMNI_TOKENS, omni_processor
 from crab_min.beats import read_file
 from crab_min.config import BackboneConfig
-from crab_min.encoders import AudioEncoder
+from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.model import ASSETS, AVLanguageModel
 
@@ -103,7 +104,22 @@ def empty_omni(config: BackboneConfig) -> OmniModel:
     tokenizer = counting_tokenizer("<|im_end|>", OMNI_TOKENS)
     processor = omni_processor(sizes.audio_config.num_mel_bins, tokenizer)
     layout = replace(QWEN_CHAT, separate_media=config.separate_media)
-    return OmniModel(thinker, processor, layout)
+    return EmptyOmniModel(thinker, processor, layout)
+
+
+class EmptyOmniModel(OmniModel):
+    """An OmniModel whose encoders are counted and do not run: they look at the values of grids."""
+
+    def frame_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
+        return [self.zero_tokens(medium) for medium in media]
+
+    def sound_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
+        return [self.zero_tokens(medium) for medium in media]
+
+    def zero_tokens(self, medium: MediaFeatures) -> Tensor:
+        """Return zeros in the place of a medium's tokens (token_count, D)."""
+        width = self.thinker.config.text_config.hidden_size
+        return torch.zeros(self.token_count(medium), width, dtype=self.thinker.dtype)
 
 
 def empty_llava(config: BackboneConfig) -> LlavaModel:

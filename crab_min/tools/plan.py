@@ -428,18 +428,17 @@ def activation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt
             model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
     total = lm_activation_bytes(model, settings, longest.tokens)
 
-    media = longest.media * batch
+    # each row of a batch keeps as much as another
     with saved_for_backward(model, bf16) as saved:
-        tokens = model.tokens(media, index_by_kind(longest.media) * batch)
-    total += saved.bytes
+        model.tokens(longest.media, index_by_kind(longest.media))
+    total += batch * saved.bytes
 
     if model.predicts_masks:
-        states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, S M, D)
-        scales = next(medium.scales for medium in media if medium.scales)
-        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
+        states = torch.zeros(1, MASK_TOKEN_COUNT, lm_width(model))  # (1, S M, D)
+        scales = next(medium.scales for medium in longest.media if medium.scales)
         with saved_for_backward(model, bf16=False) as saved:
-            logits = model.mask_branch(states, features)
-        total += saved.bytes
+            model.mask_branch(states, [scale[None] for scale in scales])
+        total += batch * saved.bytes
     return total
 
 
@@ -449,7 +448,7 @@ def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int)
     kept = []
     for count in (1, 2):
         with first_layers(model, count), saved_for_backward(model, training.bf16) as saved:
-            loss = lm_loss(model, training.batch_size, length)
+            lm_loss(model, training.batch_size, length)
         kept.append(saved.bytes)
     layer = kept[1] - kept[0]
     rest = kept[0] - layer
@@ -531,11 +530,15 @@ def fill(model: AVLanguageModel) -> None:
     They have no values either, but the code of a device runs on them: attention chooses its kernel
     by device.
     """
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays tied
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is None:
+                continue
+            if parameter not in filled:
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+                filled[parameter] = nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = filled[parameter]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
