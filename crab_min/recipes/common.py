@@ -82,9 +82,11 @@ def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Call
         prepare: (samples, settings) -> samples in the form of the paper.
     """
     settings, data = run.settings, run.settings.data
-    root = data.data or processes.on_first(lambda: str(built_in_data(settings)))
-    prompts = load_prompts(data.prompts) if data.prompts else None
+    # wrong names are an error before the world is built
     tasks = pick_tasks(data.tasks)
+    prompts = load_prompts(data.prompts) if data.prompts else None
+    root = data.data or processes.on_first(lambda: str(built_in_data(settings)))
+
     train = read_samples(root, tasks, "train", data.target, prompts)
     tested = [name for name in tasks if "test" in TASKS[name].splits]
     test_root, test = evaluation_data(root), []
