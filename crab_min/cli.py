@@ -6,7 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field
 
-from crab_min.config import RECIPES, RENAMED, flag_fields, groups_of, settings_from_flags
+from crab_min.config import (
+    RECIPES,
+    RENAMED,
+    InferSettings,
+    flag_fields,
+    groups_of,
+    settings_from_flags,
+)
 from crab_min.errors import RunError
 from crab_min.recipes.presets import PRESETS, Preset, with_values
 
@@ -72,11 +79,15 @@ def all_flag_fields(settings: type) -> list[Field]:
 
 def add_flag(parser, f: Field, default, shown: bool) -> None:
     """Add the flag of a field; one that is not shown works, but stands in no help."""
-    value = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-    text = f"{f.metadata['help']} (default: {'none' if value == '' else value})"
+    text = f.metadata["help"]
+    if "(default:" not in text:
+        value = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        text += f" (default: {'none' if value in ('', None) else value})"
     options = {"default": default, "help": text if shown else argparse.SUPPRESS}
     if isinstance(f.default, bool):
         options["action"] = argparse.BooleanOptionalAction
+    elif f.type is list:
+        options |= {"action": "append", "default": [], "help": f"{text}; several times"}
     else:
         options |= {"type": f.type, "choices": f.metadata["choices"]}
     parser.add_argument("--" + flag_name(f.name), **options)
@@ -121,12 +132,8 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         if name in presets_of and name not in own:
             first.error(f"{known.preset} has no --{name}; {presets_of[name]} has")
     parser = command_parser(f"{known.preset}: {preset.description}")
-    values = values_of(preset, known.stage)
-    for name, group in groups_of(settings).items():
-        heading = parser.add_argument_group(name, group.__doc__)
-        for f in flag_fields(group):
-            shown = known.help_all or f.metadata["basic"]
-            add_flag(heading, f, values.get(name, {}).get(f.name, f.default), shown)
+    values = values_of(preset, getattr(known, "stage", ""))
+    add_groups(parser, settings, values, known.help_all)
 
     if known.help or known.help_all:
         parser.print_help()
@@ -140,6 +147,20 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         return given, settings_from_flags(settings, vars(given), values)
     except RunError as error:
         parser.error(str(error))
+
+
+def add_groups(parser: Parser, settings: type, values: dict[str, dict], everything: bool) -> None:
+    """Add the flags of settings, under one heading per group.
+
+    Args:
+        values: group -> field -> default, instead of the field's own.
+        everything: show all flags in the help, not the basic ones alone.
+    """
+    for name, group in groups_of(settings).items():
+        heading = parser.add_argument_group(name, group.__doc__)
+        for f in flag_fields(group):
+            default = values.get(name, {}).get(f.name, f.default)
+            add_flag(heading, f, default, everything or f.metadata["basic"])
 
 
 def command_parser(description: str = "") -> Parser:
@@ -156,6 +177,25 @@ def command_parser(description: str = "") -> Parser:
 def values_of(preset: Preset, stage: str) -> dict[str, dict]:
     """Return the values of a preset by group, with those of a stage."""
     return with_values(preset.values, **preset.stages.get(stage, {}))
+
+
+# --- infer.py ------------------------------------------------------------------------------------
+
+RENAMED_INFER = {"limit": "max-new-tokens", "without": "ablate"}
+
+
+def parse_infer(arguments: list[str]) -> argparse.Namespace:
+    """Parse the arguments of infer.py."""
+    parser = Parser(prog="infer.py", description="Ask about a clip, or score a split (--eval).")
+    parser.add_argument("clip", nargs="*", help="videos; their own sound is used without --audio")
+    parser.add_argument("--debug", action="store_true", help=COMMANDS["debug"])
+    add_groups(parser, InferSettings, {}, everything=True)
+    known = [flag_name(f.name) for f in all_flag_fields(InferSettings)]
+    parser.check_flags(arguments, [*known, "help", "debug"], RENAMED_INFER)
+    return parser.parse_args(arguments)
+
+
+# --- both ----------------------------------------------------------------------------------------
 
 
 def run_command(command: Callable[[], None], debug: bool) -> int:

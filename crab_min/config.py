@@ -373,6 +373,76 @@ RECIPES = {
 }
 
 
+# --- infer.py ------------------------------------------------------------------------------------
+
+
+@dataclass
+class AskConfig:
+    """A question about a clip; without a clip, about one of the built-in world."""
+
+    ask: str = flag("", "a question about the clip (for ref_avs: what is to be found)")
+    task: str = flag("", "a task instead of a question, such as ave; see crab_min/tasks.py")
+    audio: list = flag(None, "a sound, or a video whose sound is used; twice for v2a")
+    image: str = flag("", "an image, for s4, ms3, ref_avs and arig")
+    second_video: str = flag("", "the second video of a2v")
+    frame_index: int = flag(0, "which fifth (s4, ms3) or tenth (ref_avs) of the sound it is")
+    options: str = flag("", "options of a multiple-choice question, comma-separated")
+    index: int = flag(0, "without a clip: which test sample of the built-in world")
+    seed: int = flag(0, "without a clip: seed of the world")
+    things: str = flag("", "things of the built-in world, as for train.py (default: the run's)")
+    json: bool = flag(False, "print one JSON line per clip and nothing else")
+    picture: str = flag("", "where the picture goes (default: answers/CLIP_TASK.png)")
+    routes: str = flag("", "also draw which heads of I-LoRA served which tokens, to this PNG")
+
+
+@dataclass
+class AnswerConfig:
+    """The run that answers, and how."""
+
+    run: str = flag("", "run folder (default: the newest finished one, else the shipped adapter)")
+    side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
+    patch: list = flag(None, "PAVE: a patch file to load beside the run's")
+    skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
+    beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
+    max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
+    prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
+    masks: str = flag(
+        "",
+        "masks by the run's decoder (default where it has one), by SAM2 from box and points, "
+        "or the box itself",
+        choices=["", "decoder", "sam2", "box"],
+    )
+    sam2: str = flag("facebook/sam2.1-hiera-large", "path or hub id of a SAM2 checkpoint")
+
+
+@dataclass
+class ScoreConfig:
+    """A whole split that is answered and scored."""
+
+    eval: bool = flag(False, "answer and score a split")
+    data: str = flag("", "AV-UIE v2 folder or .jsonl file (default: the run's world)")
+    split: str = flag("test", "which split", choices=["train", "test"])
+    ablate: str = flag(
+        "",
+        "other clips' sounds (audio), or black pictures (video): what do answers rest on?",
+        choices=["", "audio", "video"],
+    )
+    tasks: str = flag("all", "comma-separated task names, or all")
+    test_rows: int = flag(0, "rows per task (0: all)")
+    batch_size: int = flag(50, "samples that are answered together")
+    allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
+    out: str = flag("", "where predictions and metrics go (default: RUN/eval_SPLIT)")
+
+
+@dataclass
+class InferSettings:
+    """The flags of infer.py."""
+
+    ask: AskConfig = field(default_factory=AskConfig)
+    answer: AnswerConfig = field(default_factory=AnswerConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+
 # --- settings from values, and back --------------------------------------------------
 
 
