@@ -1,6 +1,6 @@
 """Annotation rows -> samples -> arrays.
 
-`read_samples` makes of each row of an AV-UIE folder, or of a .jsonl file of one's own, a `Sample`:
+`read_samples` turns each row of an AV-UIE folder, or of a .jsonl file of your own, into a `Sample`:
 a prompt in parts, the text to learn, and the gold answer. Nothing is decoded before it is needed:
 `load_media` turns one part of a prompt into arrays, in a worker process (features.py).
 
@@ -40,7 +40,7 @@ class Sample:
         parts: the prompt: text and media in reading order.
         target: the text to learn; "" where a test row has none.
         row: the annotation row that it was made of.
-        mask: file of the mask that the answer stands for, where the model predicts masks.
+        mask: file of the gold mask; set by Crab's mask stage (recipes/crab.py).
     """
 
     id: str
@@ -163,13 +163,14 @@ def make_sample(
 
 
 def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
-    """Read the mask that a sample's answer stands for.
+    """Read the gold mask of a sample.
 
     Args:
-        size: pixels per side of the result; 0 for the file's own size.
+        size: pixels per side of the result, by the nearest pixel; 0 for the file's own size.
 
     Returns:
-        (H, W) bool; of AVSS the classes, int64, -1 where a colour is no class; None without mask.
+        (H, W) bool; for AVSS the class per pixel, int64, -1 for an unknown colour; None without
+        a mask.
     """
     if not sample.mask:
         return None
@@ -187,8 +188,7 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
 
 # --- a .jsonl file of one's own ------------------------------------------------------------------
 
-# Answers are text, or a label if every line's answer has an <answer> tag. A row's "options" make it
-# multiple choice, its "sides" {name: file} name side channels.
+# A row's "options" make it multiple choice, its "sides" {name: file} name side channels.
 CUSTOM = Task(
     name="own", family="own", instruction="", target="", gold=GoldLabel(TEXT.parse, "target")
 )
@@ -214,7 +214,8 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
 
     The last message is what the model should answer, those before it are the prompt. A file takes
     the place of its tag in the text (<video>, <audio>, <image>), or stands before the text where
-    there is no tag. Paths are relative to the file's folder.
+    there is no tag. Paths are relative to the file's folder. If all answers of the file have an
+    <answer> tag they are labels, else they are text.
 
     Raises:
         DataError: the file or one of its lines cannot be used; names the line.
@@ -288,7 +289,7 @@ def jsonl_parts(text: str, files: dict[str, list[str]]) -> list[PromptPart]:
         elif piece:
             parts.append(text_part(piece))
     if not parts or parts[-1].kind != "text":
-        parts.append(text_part("\n"))
+        parts.append(text_part("\n"))  # what follows a prompt is expected behind text
     return parts
 
 
@@ -311,11 +312,12 @@ def load_media(part: PromptPart, size: int) -> tuple:
     """Decode one medium.
 
     Args:
-        size: pixels per side of the square frames.
+        size: pixels per side of square frames; a dense stream has FAST_SIZE.
 
     Returns:
-        Its arrays, frames (T, size, size, 3) uint8 or a list of waves (N,), and its length in
-        seconds (0 where it has none).
+        Its arrays and its length in seconds: of video, image, view, flow and fast frames
+        (T, size, size, 3) uint8; of audio a list of waves (N,); of array and points features as
+        the file has them.
 
     Raises:
         MediaError: the file cannot be read.
@@ -342,7 +344,7 @@ def load_media(part: PromptPart, size: int) -> tuple:
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
-    """Decode the windows of a sound that a task hears; returns the waves and its seconds."""
+    """Decode the windows of a sound that a task uses; returns waves and the file's seconds."""
     windows = audio_windows(part.window, media_seconds(part.path), part.index)
     first = min(start for start, _ in windows)
     last = max(end for _, end in windows)
@@ -366,10 +368,10 @@ class LoadedMedia:
 
 
 class MediaSet:
-    """A dataset for worker processes whose keys are media parts.
+    """A dataset that is indexed by prompt parts and read by worker processes.
 
     Args:
-        decode: False for the length alone, from the header.
+        decode: False for the length alone, from the header; images are decoded all the same.
     """
 
     def __init__(self, size: int, decode: bool = True):

@@ -1,13 +1,18 @@
 """The training loop: `backward`, `update`, a step of both, and `fit`.
 
-The loss of a step is the cross-entropy summed over the answer tokens of all its batches on all
-processes, divided by the number of these tokens. AdamW; linear warm-up, then cosine decay; gradient
-clipping. A run that is killed and started again with the same command continues from its last
-checkpoint and ends with the same losses: the batches of a step depend on the seed and on how many
-came before, and the optimizer and the random generators are part of a checkpoint.
+The loss of a step is the mean over its N answer tokens, on all processes and in all batches:
 
-What differs between papers is an argument: the `step` (CREMA makes one update per modality) and
-`collate` (Crab's mask stage adds masks to a batch).
+    L = -1/N sum log p(token | prompt, answer so far)
+
+(A mean of the batches' means would weigh tokens of short answers more.) AdamW; linear warm-up, then
+cosine decay; gradient clipping.
+
+A run that is killed continues from its last checkpoint when the same command is started again. It
+ends with the same losses: the batches of a step depend on the seed and on their number alone, and
+a checkpoint holds the optimizer and the random generators.
+
+What differs between papers is an argument: the `step` (CREMA's modality-sequential training makes
+one update per modality) and `collate` (Crab's mask stage adds masks to a batch).
 """
 
 import itertools
@@ -39,21 +44,21 @@ FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
 
 @dataclass
 class StepResult:
-    """What a step did, over all processes."""
+    """The numbers of a step, over all processes; of several updates those of the last one."""
 
     loss: float  # mean cross-entropy per answer token
     answer_tokens: int
     rows: int
-    padded_tokens: int  # what the LM computed on
+    padded_tokens: int  # all tokens that the LM computed on
     grad_norm: float = 0.0  # before clipping
     active: str = ""  # CREMA: the modalities that were trained
 
 
 def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepResult:
-    """Compute the gradient of the mean loss per answer token over all batches of a step.
+    """Fill .grad with the gradient of L, the same on all processes, and return L.
 
     Args:
-        batches: those of this process; the others have theirs.
+        batches: of this process.
         bf16: matrix products in bfloat16 where the hardware has them.
 
     Raises:
@@ -79,10 +84,13 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
 
 
 def update(model: AVLanguageModel, optimizer: Optimizer, max_grad_norm: float) -> float:
-    """Clip the gradient and make an optimizer step; return the norm before clipping.
+    """Clip the gradient, make an optimizer step, clear the gradient.
+
+    Returns:
+        The norm of the gradient before clipping.
 
     Raises:
-        RunError: the gradient is not finite; no weight is changed.
+        RunError: the gradient is not finite; this call has changed no weight.
     """
     norm = nn.utils.clip_grad_norm_(trained_parameters(model), max_grad_norm).item()
     if not math.isfinite(norm):
@@ -92,8 +100,8 @@ def update(model: AVLanguageModel, optimizer: Optimizer, max_grad_norm: float) -
     return norm
 
 
-class JointStep:
-    """One update of everything that is trained (Crab, Crab+, PAVE)."""
+class Step:
+    """What the loop calls once per step; a paper that trains otherwise has a subclass."""
 
     finished = False  # nothing is left to train
 
@@ -104,9 +112,8 @@ class JointStep:
         optimizer: Optimizer,
         config: TrainingConfig,
     ) -> StepResult:
-        result = backward(model, batches, config.bf16)
-        result.grad_norm = update(model, optimizer, config.max_grad_norm)
-        return result
+        """Learn from the batches of a step."""
+        raise NotImplementedError
 
     def end(self, step: int) -> None:
         """Take note of the end of a step, counted from 1."""
@@ -119,14 +126,29 @@ class JointStep:
         """Take back what `state` returned."""
 
 
+class JointStep(Step):
+    """One update of everything that is trained (Crab, Crab+, PAVE)."""
+
+    def __call__(
+        self,
+        model: AVLanguageModel,
+        batches: list[Batch],
+        optimizer: Optimizer,
+        config: TrainingConfig,
+    ) -> StepResult:
+        result = backward(model, batches, config.bf16)
+        result.grad_norm = update(model, optimizer, config.max_grad_norm)
+        return result
+
+
 # --- all steps -----------------------------------------------------------------------------------
 
 
 def collate_answers(model: AVLanguageModel, samples: list[Sample], media: list) -> Batch:
-    """Make the batch of samples whose target texts are learned."""
+    """Make the batch of samples that learn to write their targets."""
     prompts = [sample.parts for sample in samples]
     batch = model.collate(prompts, media, [sample.target for sample in samples])
-    batch.keys = [sample.id for sample in samples]
+    batch.keys = [sample.id for sample in samples]  # for error messages and cached states
     return batch
 
 
@@ -137,42 +159,39 @@ def fit(
     settings: Settings,
     folder: Path,
     steps: range,
-    step: JointStep | None = None,
+    step: Step | None = None,
     collate: Callable = collate_answers,
     evaluate: Callable[[], float] | None = None,
 ) -> None:
-    """Train through `steps`, from the newest checkpoint in the run folder on.
+    """Train from the newest checkpoint in the run folder to the end of `steps`.
 
     Args:
-        steps: the span of the learning-rate schedule. Where a phase of a run ended, it left a
-            checkpoint, and a second phase continues there.
-        step: makes the updates of a step; a JointStep by default.
+        steps: the span of the learning-rate schedule. Crab's two phases are range(0, a), which
+            leaves a checkpoint, and range(a, b), which continues there.
+        step: learns from the batches of a step; a JointStep by default.
+        collate: (model, samples, features of their media) -> Batch.
         evaluate: returns the metric on held-out rows, every `eval_every` steps.
-
-    Raises:
-        RunError: a loss or gradient is not finite; the last checkpoint is kept.
     """
     training, run = settings.training, settings.run
     step, optimizer = step or JointStep(), make_optimizer(model, training)
     progress = resume(folder, model, optimizer, step, training.seed)
-    batches = features.batches(batch_order(model, samples, training, progress, steps), strict=False)
+    batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     model.train()
     with RunLog(folder, progress.step, steps.stop) as log, stop_requested() as stop:
-        for number in range(progress.step, steps.stop):
-            if step.finished:
-                break
-
-            # read: the samples of this step, as padded batches
+        while progress.step < steps.stop and not step.finished:
+            # read: the samples of this step as padded batches, without unreadable ones
             began = time.time()
             taken = list(itertools.islice(batches, training.grad_accum))
             waited = time.time() - began
             micro_batches = [collate(model, *batch) for batch in taken if batch[0]]
 
             # learn
-            set_learning_rate(optimizer, number, steps, training.warmup)
-            with naming_samples(number + 1, micro_batches):
+            set_learning_rate(optimizer, progress.step, steps, training.warmup)
+            with naming_samples(progress.step + 1, micro_batches):
                 result = step(model, micro_batches, optimizer, training)
-            progress = advance(progress, step, training)
+            step.end(progress.step + 1)
+            progress = advanced(progress, step, training)
+            seconds = time.time() - began
 
             # evaluate
             metric = None
@@ -182,10 +201,11 @@ def fit(
                     progress.best = metric
                     save_best(folder, model, progress)
 
-            # log, save
-            lr, seconds = optimizer.param_groups[0]["lr"], time.time() - began
+            # log, save; a run that is stopped with Ctrl-C saves first
+            lr = optimizer.param_groups[0]["lr"]
             log.add(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
-            stopped, last = any(processes.gather(bool(stop))), progress.step == steps.stop
+            stopped = any(processes.gather(bool(stop)))
+            last = progress.step == steps.stop or step.finished
             if last or stopped or progress.step % run.save_every == 0:
                 save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
             if stopped and not last:
@@ -196,9 +216,9 @@ def fit(
 
 
 def resume(
-    folder: Path, model: AVLanguageModel, optimizer: Optimizer, step: JointStep, seed: int
+    folder: Path, model: AVLanguageModel, optimizer: Optimizer, step: Step, seed: int
 ) -> Progress:
-    """Restore the newest checkpoint, if there is one, and make all processes agree."""
+    """Seed this process, restore the newest checkpoint if there is one, make processes agree."""
     if processes.rank():
         torch.manual_seed(seed + processes.rank())  # other dropout on every process
     progress = load_checkpoint(folder, model, optimizer)
@@ -207,9 +227,8 @@ def resume(
     return progress
 
 
-def advance(progress: Progress, step: JointStep, config: TrainingConfig) -> Progress:
+def advanced(progress: Progress, step: Step, config: TrainingConfig) -> Progress:
     """Return the progress after one more step."""
-    step.end(progress.step + 1)
     batches = progress.batches + config.grad_accum * processes.count()
     return Progress(progress.step + 1, batches, progress.best, step.state())
 
@@ -227,14 +246,14 @@ def naming_samples(step: int, batches: list[Batch]):
         ) from error
 
 
-def batch_order(
+def own_batches(
     model: AVLanguageModel,
     samples: list[Sample],
     config: TrainingConfig,
     progress: Progress,
     steps: range,
 ) -> Iterator[list[Sample]]:
-    """Return the batches that this process takes: of all batches every n-th of n processes."""
+    """Return the samples of this process's batches: process r of n takes r, r + n, r + 2n, ..."""
     lengths = prompt_lengths(model, samples) if config.group_by_length else None
     exponent = config.task_sampling_exponent
     order = Mixer(samples, config.batch_size, config.seed, exponent, lengths)
@@ -244,7 +263,7 @@ def batch_order(
 
 
 def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
-    """Return about how many tokens each sample has, by its id."""
+    """Return a length to sort each sample by, by its id: about its number of tokens."""
     lengths = {}
     for sample in samples:
         text = "".join(part.text for part in sample.parts) + sample.target
@@ -263,14 +282,17 @@ def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: flo
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Return the factor on the peak learning rate at a step, counted from 0."""
+    """Return the factor on the peak learning rate at step t, counted from 0.
+
+    min((t + 1) / r, (1 + cos(pi (t - r) / (N - r))) / 2)        r = warmup N
+    """
     rise = max(1, round(steps * warmup))
     decay = max(0, step - rise) / max(1, steps - rise)
     return min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * min(1, decay)))
 
 
 def make_optimizer(model: AVLanguageModel, config: TrainingConfig) -> AdamW:
-    """Make AdamW on what is trained; the adapter and the rest each have a peak learning rate."""
+    """Make AdamW on what is trained: the LM's adapter at `lr`, all else at `connector_lr`."""
     adapter, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,11 @@
-"""What the recipes share: opening a run, its rows, the frozen baseline, the end."""
+"""What the recipes share: opening a run, its rows, the frozen baseline, the end.
+
+A recipe calls, in this order: open_run (folder, device), its own load_model, load_rows (features,
+rows), its own add_trained_parts, begin (what learns, config.json, baseline), train_model, finish.
+
+infer.py and `--plan` call of every recipe module: load_model, add_trained_parts, prepare_samples,
+built_in_data, evaluate_model.
+"""
 
 import csv
 import json
@@ -32,6 +39,9 @@ from crab_min.runs import processes
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, save_trained
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
+
+
+LEAST_STEPS, MOST_STEPS, MOST_STEPS_UNKNOWN = 300, 760, 1300  # of a run that names no number
 
 
 @dataclass
@@ -73,7 +83,7 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
 
 
 def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Callable) -> None:
-    """Read the rows of a run and decode and encode their media.
+    """Read the rows of a run, decode and encode their media; sets run.features and run.rows.
 
     An unreadable training file is skipped and counted; a missing test file is an error.
 
@@ -113,8 +123,8 @@ def hold_out(rows: Rows, settings: Settings) -> Rows:
 def steps_of(settings: Settings, rows: int) -> int:
     """Return the optimizer steps of a run: as given, by epochs, or three passes over the rows.
 
-    Without a number they stay within what a laptop does in ten minutes; more for pictures and
-    sounds that the tiny base has never met.
+    Three passes are bounded by what a laptop does in ten minutes; by more where pictures and
+    sounds are new to the tiny base.
     """
     training = settings.training
     samples_per_step = training.batch_size * training.grad_accum * processes.count()
@@ -122,8 +132,9 @@ def steps_of(settings: Settings, rows: int) -> int:
         return training.steps
     if training.epochs:
         return max(1, round(training.epochs * rows / samples_per_step))
-    most = 1300 if settings.world.things or settings.data.data else 760
-    return max(300, min(most, round(3 * rows / samples_per_step)))
+    unknown = settings.world.things or settings.data.data
+    most = MOST_STEPS_UNKNOWN if unknown else MOST_STEPS
+    return max(LEAST_STEPS, min(most, round(3 * rows / samples_per_step)))
 
 
 def side_channel_widths(run: Run) -> dict[str, int]:
@@ -157,7 +168,11 @@ def side_channel_width(features: Features, rows: list[Sample], name: str) -> int
 
 
 def begin(run: Run) -> None:
-    """Set what learns, lock the run folder, write config.json, and evaluate the frozen model."""
+    """Set what learns, lock the run folder, write config.json, and score before training.
+
+    New parts add nothing yet (their last weights are zero), so this is the score of the frozen
+    model, or with --init-from of the run that training starts from.
+    """
     model, training = run.model, run.settings.training
     if training.init_from:
         model.restore_trained(Path(training.init_from))

@@ -29,7 +29,7 @@ from crab_min.recipes.common import (
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import add_side_channels, count_missing, limit_frames
-from crab_min.trainer import JointStep, StepResult, backward, update
+from crab_min.trainer import Step, StepResult, backward, update
 from crab_min.world.side_channels import CHANNELS, build_side_world
 
 
@@ -38,7 +38,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
     settings = run_settings(settings)
     run = open_run("crema", preset, settings)
 
-    # the frozen video LM; the sound leaves the prompt, modalities stand beside their video
+    # the frozen video LM; its prompts lose their sound and get the modalities of the video
     run.model = load_model(settings).to(run.device)
     load_rows(run, built_in_data, prepare_samples)
 
@@ -52,20 +52,21 @@ def train(settings: CremaSettings, preset: str) -> dict:
             atomic_write(run.folder / "exits.json", json.dumps(step.state(), indent=1))
     else:
         train_model(run)
-    return report(run)
+    return evaluate_and_finish(run)
 
 
 def steps_per_epoch(run: Run) -> int:
-    """Return how many steps pass over all training rows."""
+    """Return the steps of a nominal epoch: as many samples as there are training rows."""
     training = run.settings.training
     samples_per_step = training.batch_size * training.grad_accum * processes.count()
     return math.ceil(len(run.rows.train) / samples_per_step)
 
 
-class SequentialStep(JointStep):
-    """Modality-sequential training: per batch one update per modality, on its own parameters.
+class SequentialStep(Step):
+    """Modality-sequential training: per batch one update per modality.
 
-    A modality leaves when its gradient has grown: modality-adaptive early exit.
+    An update trains the modality's own parameters and the fusion. A modality exits when its
+    gradient has grown (modality-adaptive early exit); the others go on.
     """
 
     def __init__(self, config: ModalityConfig, steps_per_epoch: int):
@@ -82,6 +83,7 @@ class SequentialStep(JointStep):
         result = None
         with model.frozen_tokens():
             for name in self.exits.live:
+                # backward, note the norm of its gradient, update, next modality
                 model.set_active_modalities([name])
                 result = backward(model, batches, config.bf16)
                 self.exits.note(name, model.gradient_norm(name))
@@ -103,8 +105,8 @@ class SequentialStep(JointStep):
 # --- what each modality is worth -----------------------------------------------------------------
 
 
-def report(run: Run) -> dict:
-    """Evaluate the run with all modalities and with fewer, and write its end."""
+def evaluate_and_finish(run: Run) -> dict:
+    """Evaluate the run with all modalities and with fewer, and write metrics.json."""
     settings, test = run.settings, run.rows.test
     evaluation = evaluate_model(run.model, run.features, test, run.decoding, settings)
     if test:
@@ -128,7 +130,7 @@ def score_subsets(run: Run, evaluation: Evaluation) -> dict[str, dict[str, float
     scores = {}
     for subset in subsets:
         title = "+".join(subset)
-        if title in scores:
+        if title in scores:  # of one or two modalities, "all of them" is there already
             continue
         results = evaluation.scores
         if subset != names:
@@ -223,6 +225,7 @@ def built_in_data(settings: CremaSettings) -> Path:
     Raises:
         RunError: the built-in world has no such modality.
     """
+    # rgb alone still needs questions: those about sound
     world, names = settings.world, settings.crema.names[1:] or ["audio"]
     if set(names) - set(CHANNELS):
         raise RunError(

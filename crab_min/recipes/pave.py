@@ -6,7 +6,7 @@ With --compare-lora LoRA alone is trained first, on the same questions without t
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from crab_min.backbones import load
@@ -23,7 +23,8 @@ from crab_min.recipes.common import (
     side_channel_widths,
     train_model,
 )
-from crab_min.runs.folder import load_saved_run
+from crab_min.runs import processes
+from crab_min.runs.folder import difference, load_saved_run
 from crab_min.side_channels import add_side_channels, limit_frames
 from crab_min.world.side_channels import CHANNELS, build_side_world
 
@@ -39,7 +40,7 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
     """Train one run in runs/NAME."""
     run = open_run("pave", name, settings)
 
-    # the frozen video LLM; the sound leaves the prompt, side channels stand beside their video
+    # the frozen video LLM; its prompts lose their sound and get the side channels of the video
     run.model = load_model(settings).to(run.device)
     load_rows(run, built_in_data, prepare_samples)
 
@@ -57,40 +58,38 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
 def compare(settings: PaveSettings, preset: str) -> dict:
     """Train LoRA alone, then LoRA with the patch, and print both beside the frozen model.
 
-    A run that an earlier command has finished is not trained again.
+    Both runs answer the same questions, which only the side channel settles.
     """
     side, out = settings.patch.side, settings.run.out
-    settings = replace(settings, patch=replace(settings.patch, compare_lora=False))
-    alone = replace(
-        settings,
-        patch=replace(settings.patch, side="none", questions=side),
-        run=replace(settings.run, out=out and f"{out}-without"),
-    )
     name = f"{preset}-{side}"
-    lora = finished(alone, f"{name}-without")
-    if lora is None:
-        lora = train_patch(alone, f"{name}-without")
-    patch = finished(settings, name)
-    if patch is None:
-        patch = train_patch(settings, name)
-    if patch:  # {} on all processes but the first
+    with_patch = replace(settings, patch=replace(settings.patch, compare_lora=False))
+    without = replace(
+        with_patch,
+        patch=replace(with_patch.patch, side="none", questions=side),
+        run=replace(settings.run, out=f"{out}-without" if out else ""),
+    )
+    lora = train_once(without, f"{name}-without")
+    patch = train_once(with_patch, name)
+    if processes.rank() == 0:
         print(comparison_table(lora, patch))
     return patch
 
 
-def finished(settings: PaveSettings, name: str) -> dict | None:
-    """Return the metrics of this very run if an earlier command has finished it."""
+def train_once(settings: PaveSettings, name: str) -> dict:
+    """Train a run, or return the metrics of the same run if an earlier command finished it."""
     folder = Path(settings.run.out or f"runs/{name}")
-    try:
-        same = asdict(load_saved_run(folder).settings) == asdict(settings)
-        metrics = (folder / "metrics.json").read_text(encoding="utf-8")
-    except (OSError, RunError):
-        return None
-    return json.loads(metrics) if same else None
+    if (folder / "metrics.json").exists():
+        if not difference(load_saved_run(folder).settings, settings):
+            return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return train_patch(settings, name)
 
 
 def comparison_table(lora: dict, patch: dict) -> str:
-    """Format the scores by type of question: chance, frozen model, LoRA alone, with the patch."""
+    """Format the scores by type of question: guessing, frozen model, LoRA alone, with the patch.
+
+    Guessing is one over the number of options, or the best constant answer where there are none.
+    The frozen model is the same in both runs.
+    """
     lines = ["questions about      chance    base     LoRA alone  with the patch     n"]
     for task, result in patch["tasks"].items():
         guess = result.get("chance", result["constant"])

@@ -46,16 +46,16 @@ class LoadedRun:
         return self.saved.settings
 
 
-def load_run(folder: str | None) -> LoadedRun:
+def load_run(folder: str) -> LoadedRun:
     """Load a run with its trained parts, ready to answer.
 
     Args:
-        folder: None for the newest finished run under runs/, or the shipped adapter without any.
+        folder: "" for the newest finished run under runs/, or the shipped adapter without any.
 
     Raises:
         RunError, ModelError: it is not a run, or its weights cannot be had.
     """
-    if folder is None:
+    if not folder:
         finished = sorted(Path("runs").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
         folder = finished[-1].parent if finished else ASSETS / "crab_plus-tiny"
     saved = load_saved_run(Path(folder))
@@ -74,7 +74,7 @@ def apply_model_flags(run: LoadedRun, given: Namespace) -> None:
     Raises:
         RunError, ModelError: the model has no such thing.
     """
-    for file in given.patch or []:
+    for file in given.patch:
         run.model.load_patch(Path(file))
     skippable = getattr(run.model, "skipped_modalities", None)
     known = ["rgb", *run.model.side_names] if skippable is not None else []
