@@ -1,6 +1,5 @@
 """Released files without a download: their names and shapes, and our weights under their names."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crab_min.runs.folder import load_saved_run
 from crab_min.tools.convert import OUR_MODALITY_NAMES
 from crab_min.tools.released import TABLES
 from crab_min.tools.released.patterns import DROPPED, compile_pattern
 from crab_min.tools.released.weights import adapter_sizes
+from crab_min.trained_parts import read_parts
 
 HEADS = 3
 PEFT = "base_model.model."  # before the names of a model that PEFT wrapped
@@ -202,18 +203,26 @@ def pack_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_released(paper: str, run: Path, file: Path) -> None:
     """Write a file as the authors release it from a run folder."""
     state: dict[str, Tensor] = {}
-    for part in ("adapter/adapter_model.safetensors", "modules.safetensors"):
-        if (run / part).exists():
-            state |= load_file(run / part)
-    if (run / "modalities.safetensors").exists():
-        state |= with_crema_names(load_file(run / "modalities.safetensors"))
-    if (run / "patches").is_dir():
-        # the patches are numbered in the order in which --side named them
-        config = json.loads((run / "config.json").read_text())
-        for number, side in enumerate(config["train"]["side"].split(",")):
-            patch = load_file(run / "patches" / f"{side}.safetensors")
-            state |= {f"patches.{number}.{name}": weight for name, weight in patch.items()}
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    if adapter.exists():
+        state |= load_file(adapter)
+    # patches are numbered in the order in which --side named them
+    sides = load_saved_run(run).settings.patch.channels if paper == "pave" else []
+    for part in read_parts(run):
+        before = name_in_table(part.name, sides)
+        state |= {f"{before}.{name}": weight for name, weight in part.state.items()}
+    if paper == "crema":
+        state = with_crema_names(state)
     torch.save(revert(state, paper), file)
+
+
+def name_in_table(part: str, sides: list[str]) -> str:
+    """Return what stands before the weights of a part in the tables of released names."""
+    if part.startswith("patch_"):
+        return f"patches.{sides.index(part.removeprefix('patch_'))}"
+    if part.startswith("modality_") or part == "shared_qformer":
+        return "multimodal"
+    return {"embeddings": "words", "mask_decoder": "masks"}.get(part, part)
 
 
 def with_crema_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -243,6 +243,8 @@ def test_an_lm_in_4_bits_answers_nearly_the_same_and_its_adapter_learns(backbone
     whole = load_model(config).to("cpu")
     small = load_model(replace(config, load_in_4bit=True)).to("cpu")
 
+    # in evaluation mode bitsandbytes' code for CPUs wants widths that are multiples of 64
+    small.train(backbone != "blip2")
     sample = [[text("What is it?")]], [[]], ["A dog."]
     batch = small.collate(*sample)
     losses = whole.token_losses(whole.collate(*sample)), small.token_losses(batch)

@@ -1,10 +1,13 @@
-"""Tutorial 2: from frames and waves to tokens. Read beside Crab (arXiv 2503.13068), the section on the visual and the audio branch.
+# %% [markdown]
+# # 2. From frames and sound to tokens
+#
+# Paper: Crab (arXiv 2503.13068), the visual and audio branches of the unified audio-visual
+# interface. Code in `crab_min/`: `encoders.py`, `qformer.py`, `backbones/composed.py`.
+# Half a minute on a CPU; the first run builds a world.
+#
+# A frame gives 144 features here, a second of sound 48. The LM gets a few tokens in their place.
 
-    python tutorials/02_encoders_and_qformer.py     (half a minute on a CPU; the first time it also builds a small world)
-
-An LM reads vectors of its own width, a few hundred at most. A frame gives 144 patch features here, a second of sound 48, of the
-encoders' width. This script follows one clip through encoders and connectors and draws what the connectors' queries look at.
-"""
+# %%
 import sys
 from pathlib import Path
 
@@ -12,71 +15,106 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from crab_min.backbones.composed import load_base
 from crab_min.data import load_media, read_samples
-from crab_min.evaluation.pictures import draw_wave, save
+from crab_min.evaluation.pictures import draw_wave, new_figure, save
 from crab_min.world.folders import WorldConfig, build_world
 
-# 1. A clip: frames (T, H, W, 3), and its sound in stretches that go with the frames.
-model = load_base()
-sample = read_samples(build_world(WorldConfig(world_clips=48, world_test=4), seed=0), ["ave"], "test")[0]
-(frames, seconds), (waves, _) = (load_media(part, model.frame_size) for part in sample.media)
-(label, ((start, end), *_)), = sample.gold.events
-print(f"{Path(sample.media[0].path).name}: {len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} pixels, "
-      f"{len(waves)} stretches of sound of {len(waves[0]) / 16000:.0f} s; {label} from {start} to {end}\n")
+torch.set_grad_enabled(False)
+model = load_base()  # the shipped tiny base
+root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
+sample = read_samples(root, ["ave"], "test")[0]
+(frames, seconds), (waves, _) = [load_media(part, model.frame_size) for part in sample.media]
+label, spans = sample.gold.events[0]
+print(f"{label} from {spans[0][0]} to {spans[0][1]} s; frames {frames.shape}, {len(waves)} waves")
 
-# 2. Encoders, frozen: every frame and every stretch by itself. BEATs reads a spectrogram in patches of 160 ms x 16 of 128 bands.
-patches = model.vision(torch.from_numpy(frames)[None])
-sound, real = model.audio([torch.from_numpy(w) for w in waves])
-side = int(patches.shape[2] ** .5)
-print(f"vision encoder  {tuple(patches.shape)}: clips, frames, {side} x {side} patches, width")
-print(f"audio encoder   {tuple(sound.shape)}: clips, stretches, {sound.shape[2] // 8} times x 8 bands, width\n")
+# %% [markdown]
+# ## Encoders, frozen
+#
+# Every frame and every segment of sound is encoded by itself. CLIP's features stand for patches of
+# the frame, BEATs' for 160 ms and 16 of the 128 bands of a spectrogram.
 
-# 3. Connectors: a few learned queries read all features of one time step (cross-attention), an MLP brings them to the LM's width.
-looked = {}
-for name, connector in (("video", model.visual_qformer), ("audio", model.audio_qformer)):
-    attention = connector.qformer.encoder.layer[-1].crossattention.attention
-    attention.register_forward_hook(lambda module, inputs, output, name=name: looked.__setitem__(name, output[1]))          # (T, heads, Q, S)
-    c = connector.config
-    print(f"{name} connector: LayerNorm, {c.layers} layers with {c.queries} queries of width {c.hidden}, MLP to width {c.width_out}; "
-          f"{sum(p.numel() for p in connector.parameters()):,} parameters")
-with torch.no_grad():
-    seen, heard = model.visual_qformer(patches), model.audio_qformer(sound, real)
-print(f"\nvideo {tuple(seen.shape[1:])} and sound {tuple(heard.shape[1:])}: {seen[0].shape[0] * seen.shape[2]} + {heard[0].shape[0] * heard.shape[2]} places in the prompt.")
-print("At full size (Crab): 10 frames x 32 queries + 10 stretches x 32 queries = 640 places of width 4096.")
+# %%
+visual = model.vision(torch.from_numpy(frames)[None])
+audio, mask = model.audio([torch.from_numpy(wave) for wave in waves])
+print(f"features (clip, steps, S, width): {tuple(visual.shape)} and {tuple(audio.shape)}")
 
-# 4. When? A token does not know its second. The order in the prompt tells it, and on the tiny base a learned code for each second too.
-with torch.no_grad():
-    first, last = model.tokens(model.encode("video", [np.stack([frames[0]] * 10)], [seconds]), [0])[0].unflatten(0, (10, -1))[[0, -1]]
-print(f"\nTen times the same frame: its tokens have length {first.norm(dim=-1).mean():.2f}, and those of the first and the last differ by "
-      f"{(first - last).norm(dim=-1).mean():.2f}, the difference of the codes of second 0 and second 9.")
+# %% [markdown]
+# ## Q-Former: a few learned queries attend to all features of one time step
+#
+#     tokens_t = MLP(QFormer(queries, LayerNorm(features_t)))
+#
+# A layer is post-norm BERT: self-attention of the queries, cross-attention to the features, and a
+# feed-forward. In naive lines, with the attention weights kept:
 
-# 5. What the queries look at, in the last layer, mean over heads, while the thing sounds.
-queries = model.visual_qformer.config.queries
-figure = Figure(figsize=(12, 4.4), layout="constrained")
-FigureCanvasAgg(figure)
-axes = figure.subplots(2, queries + 1)
-moment = start
-axes[0, 0].imshow(frames[moment])
-axes[0, 0].set_title(f"frame {moment}", fontsize=9)
-draw_wave(axes[1, 0], [waves[moment]], 1)
-axes[1, 0].set_title(f"second {moment}: {label if start <= moment < end else 'no ' + label}", fontsize=9)
-for q, (above, below) in enumerate(axes[:, 1:].T):
-    grid = looked["video"][moment].mean(0)[q].view(side, side).numpy()
-    above.imshow(frames[moment])
-    above.imshow(grid, cmap="magma", alpha=.65, extent=(-.5, frames.shape[2] - .5, frames.shape[1] - .5, -.5))
-    above.set_title(f"visual query {q}", fontsize=9)
-    if q < model.audio_qformer.config.queries:
-        below.imshow(looked["audio"][moment].mean(0)[q].view(-1, 8).T.numpy(), origin="lower", aspect="auto", cmap="magma")
-        below.set_title(f"audio query {q}", fontsize=9)
-        below.set(xlabel="160 ms", ylabel="band")
-    else:
-        below.axis("off")
-for a in axes.flat:
-    a.set(xticks=[], yticks=[])
+
+# %%
+def attend(block, x, source):
+    """x <- LayerNorm(x + Linear(softmax(q k / sqrt(d)) v)), and the weights."""
+    attention, width = block.attention, block.attention.attention_head_size
+    q, k, v = attention.query(x), attention.key(source), attention.value(source)
+    q, k, v = [y.unflatten(-1, (-1, width)).transpose(1, 2) for y in (q, k, v)]
+    weights = (q @ k.mT / width**0.5).softmax(-1)  # (T, heads, Q, S)
+    mixed = (weights @ v).transpose(1, 2).flatten(2)  # (T, Q, hidden)
+    return block.output.LayerNorm(x + block.output.dense(mixed)), weights
+
+
+def naive_connector(connector, features):
+    """Features (T, S, W) of one clip -> tokens (T, Q, D), and the last layer's weights."""
+    features = connector.norm(features)
+    x = connector.qformer.layernorm(connector.query).expand(len(features), -1, -1)
+    for layer in connector.qformer.encoder.layer:
+        x, _ = attend(layer.attention, x, x)
+        x, weights = attend(layer.crossattention, x, features)
+        x = layer.output_query(layer.intermediate_query(x), x)  # feed-forward
+    return connector.mlp(x), weights.mean(1)  # the weights are averaged over heads
+
+
+visual_tokens, visual_weights = naive_connector(model.visual_qformer, visual[0])
+audio_tokens, audio_weights = naive_connector(model.audio_qformer, audio[0])
+assert torch.allclose(visual_tokens, model.visual_qformer(visual)[0], atol=1e-4)
+assert torch.allclose(audio_tokens, model.audio_qformer(audio, mask)[0], atol=1e-4)
+print(f"tokens: video {tuple(visual_tokens.shape)}, sound {tuple(audio_tokens.shape)}")
+
+# %% [markdown]
+# ## Tokens in the prompt
+#
+# The prompt has one placeholder per token, and `embed` puts the tokens there. At Crab's size that
+# is 32 for each of 10 frames and 10 segments, 640 tokens of width 4096. No token knows its second:
+# their order tells it, and the tiny base adds a learned code of the second. So ten times the same
+# frame gives ten different tokens:
+
+# %%
+media = model.encode("video", [np.stack([frames[0]] * 10)], [seconds])
+batch = model.collate([sample.parts[:2]], [media])
+placeholders = batch.ids == model.media_tokens["video"].placeholder
+tokens = model.embed(batch)[placeholders].unflatten(0, (10, -1))  # (T, Q, D)
+naive = model.visual_qformer(media[0].features[None])[0] + model.time.weight[:10, None]
+assert torch.allclose(tokens, naive + model.number.weight[0], atol=1e-4)
+print("first and last frame differ by up to", (tokens[0] - tokens[-1]).abs().max().item())
+
+# %% [markdown]
+# ## What each visual and each audio query attends to: answers/tutorial_02.png
+
+# %%
+second = spans[0][0]
+maps = [weights.view(12, 12) for weights in visual_weights[second]]
+maps += [weights.view(-1, 8).T.flip(0) for weights in audio_weights[second]]  # (bands, times)
+figure = new_figure(12, 4)
+(image, *visual_axes), (sound, *audio_axes) = figure.subplots(2, visual_weights.shape[1] + 1)
+image.imshow(frames[second])
+draw_wave(sound, [waves[second]], 1)
+for axes, weights in zip([*visual_axes, *audio_axes], maps):
+    axes.imshow(weights, cmap="magma", aspect="auto")
+for axes in figure.axes:
+    axes.axis("off")
 save(figure, Path("answers/tutorial_02.png"))
-print("\nLook at answers/tutorial_02.png: the frame and what each visual query attends to, the sound and what each audio query attends to.")
-print("Now set `moment` to a second in which nothing sounds and run it again: which queries move?")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Set `second` to one without the sound. Expect the maps of the audio queries to change much more
+#    than those of the visual ones: the thing is still in the picture.
+# 2. Shuffle `frames` before `model.vision`. Expect `visual_tokens` shuffled alike, since each time
+#    step is encoded by itself; the codes of the seconds are added later.

@@ -1,11 +1,13 @@
-"""Tutorial 3: I-LoRA, from the equation to a trained router. Read beside Crab (arXiv 2503.13068), the section on interaction-aware LoRA.
+# %% [markdown]
+# # 3. I-LoRA, from the equation to a trained router
+#
+# Papers: Crab (arXiv 2503.13068) and Crab+ (2603.04128), Interaction-aware LoRA. Code in
+# `crab_min/`: `ilora.py`, `evaluation/routing.py`. A minute on a CPU; the first run builds a world.
+#
+# LoRA adds one low-rank update to a linear. I-LoRA has several B for one A, and a router that
+# weighs them for every token: one head may serve video tokens, another the words of an answer.
 
-    python tutorials/03_ilora.py                    (about a minute on a CPU; the first time it also builds a world)
-
-LoRA adds one low-rank update to a linear. I-LoRA has several B for one A, and a router that weighs them for every token: one update may
-serve video tokens, another the words of an answer. This script computes one by hand, trains the tiny base with LoRA and with I-LoRA on
-four tasks, and draws which head serves which tokens.
-"""
+# %%
 import sys
 from pathlib import Path
 
@@ -17,68 +19,116 @@ from torch import nn
 from tqdm import tqdm
 
 from crab_min.backbones.composed import load_base
+from crab_min.config import AdapterConfig
 from crab_min.data import read_samples
 from crab_min.evaluation.pictures import draw_routing
 from crab_min.evaluation.routing import record_routing_stats
 from crab_min.features import Features, Mixer
-from crab_min.ilora import ILoraConfig, ILoraLinear, route
-from crab_min.model import AdapterConfig
+from crab_min.ilora import ILoraConfig, ILoraLinear, loop_form, route
 from crab_min.world.folders import WorldConfig, build_world
 
-# 1. The equation: y = W x + (alpha / r) * sum_k w_k B_k A x, w = softmax(R x), each token by itself.
+# %% [markdown]
+# ## The equation
+#
+#     y = W x + (alpha / r) * sum_k w_k B_k A x,     w = softmax(R x)
+#
+# `loop_form` adds the heads one by one, as it reads. The layer does it in a single product.
+
+# %%
 torch.manual_seed(0)
-linear, x = nn.Linear(6, 4, bias=False), torch.randn(2, 6)                    # two tokens
-layer = ILoraLinear(linear, "default", ILoraConfig(r=2, alpha=4, heads=3, dropout=0))
-A, R, B = (part["default"].weight for part in (layer.ilora_A, layer.ilora_router, layer.ilora_B))
-print(f"A {tuple(A.shape)}, R {tuple(R.shape)}, and three B of (4, 2) side by side: {tuple(B.shape)}")
-print(f"fresh, B is zero and nothing changes: {torch.equal(layer(x), linear(x))}")
+linear, x = nn.Linear(6, 4, bias=False), torch.randn(2, 6)  # two tokens
+layer = ILoraLinear(linear, "default", ILoraConfig(r=2, alpha=4, heads=3, dropout=0.0))
+parts = (layer.ilora_A, layer.ilora_router, layer.ilora_B)
+A, R, B = [part["default"].weight for part in parts]
+print(f"A {tuple(A.shape)}, R {tuple(R.shape)}, three B of (4, 2) side by side {tuple(B.shape)}")
+assert torch.equal(layer(x), linear(x))  # B is zero at the start: a new adapter changes nothing
+
 nn.init.normal_(B)
-w = route(x @ R.T)
-y = linear(x)
-for k in range(3):                                                            # as it reads, head by head
-    y = y + 4 / 2 * w[:, k:k + 1] * (x @ A.T @ B[:, 2 * k:2 * k + 2].T)
-print(f"w of the two tokens: {[[round(v, 2) for v in row] for row in w.tolist()]}; the layer gives the same in one product: {torch.allclose(layer(x), y, atol=1e-6)}\n")
+w = route(x @ R.T)  # (2, 3), each token by itself
+y = loop_form(linear(x), x @ A.T, w, B, scaling=4 / 2)
+assert torch.allclose(layer(x), y, atol=1e-6)
+print("w of the two tokens:", [[round(v, 2) for v in row] for row in w.tolist()])
 
-# 2. One line makes it an adapter of any Hugging Face model.
-model = load_base()
-adapted = get_peft_model(model.llm, ILoraConfig(r=8, alpha=16, heads=3, target_modules="all-linear"))
-adapted.print_trainable_parameters()
+# With three equal B the weights do not matter, as they sum to 1: this is LoRA.
+B.data[:] = B[:, :2].repeat(1, 3)
+assert torch.allclose(layer(x), linear(x) + 4 / 2 * x @ A.T @ B[:, :2].T, atol=1e-5)
 
-# 3. LoRA against I-LoRA: the same rank, the same batches.
-STEPS, TASKS = 60, ["a2v", "ks", "avqa", "arig"]
-samples = read_samples(build_world(WorldConfig(world_clips=240, world_test=12), seed=0), TASKS, "train", limit=100)
-shared = Features(load_base())
-shared.prepare(samples)
-models = {}
-for adapter in ("lora", "ilora"):
+# %% [markdown]
+# ## One line makes it an adapter of any Hugging Face model
+
+# %%
+config = ILoraConfig(r=8, alpha=16, heads=3, target_modules="all-linear")
+get_peft_model(load_base().llm, config).print_trainable_parameters()
+
+# %% [markdown]
+# ## LoRA against I-LoRA: the same rank, the same batches
+#
+# The loop in full. Later pages call `backward` and `update` of `trainer.py` for its last two parts.
+
+# %%
+STEPS, TASKS = 40, ["a2v", "ks", "avqa", "arig"]
+root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
+train = read_samples(root, TASKS, "train")
+features = Features(load_base())  # of the frozen encoders, which both runs share
+features.prepare(train)
+
+
+def batch_of(model, samples):
+    prompts = [sample.parts for sample in samples]
+    return model.collate(prompts, features(samples), [sample.target for sample in samples])
+
+
+def train_adapter(adapter):
     torch.manual_seed(0)
-    model = models[adapter] = load_base()
-    model.add_adapter(AdapterConfig(adapter=adapter, r=8, alpha=16, dropout=0))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=4e-3, weight_decay=0), []
-    for _, batch in zip(tqdm(range(STEPS), desc=adapter), Mixer(samples, 12, 0)):
-        loss, tokens = model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
-        (loss / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1)
+    model = load_base()
+    model.add_adapter(AdapterConfig(adapter=adapter, r=8, alpha=16, dropout=0.0))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=4e-3, weight_decay=0)
+    losses = []
+    for _, samples in zip(tqdm(range(STEPS), desc=adapter), Mixer(train, 12, seed=0)):
+        # read: prompts and answers as token ids, media as features
+        batch = batch_of(model, samples)
+
+        # backward: the gradient of the mean loss per answer token
+        loss = model(batch) / batch.answer_tokens
+        loss.backward()
+
+        # update: clip the gradient, then a step of the optimizer
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item() / tokens)
-    print(f"{adapter:<6} {sum(p.numel() for p in trained):>8,} trained parameters, loss a token {sum(losses[:5]) / 5:.2f} at first, {sum(losses[-10:]) / 10:.2f} in the last ten steps")
-print("One seed and sixty steps say which runs, not which is better; I-LoRA of this rank has about twice LoRA's parameters.\n")
+        losses.append(loss.item())
+    print(f"{adapter:<6} {sum(p.numel() for p in learned):,} parameters, loss per token", end=" ")
+    print(f"{sum(losses[:5]) / 5:.2f} in the first, {sum(losses[-5:]) / 5:.2f} in the last 5 steps")
+    return model
 
-# 4. Which head serves which tokens? The router's weights, by task, kind of token, layer and linear.
-model, routes = models["ilora"].eval(), {}
-for task in TASKS:
-    batch = [s for s in samples if s.task.name == task][:24]
-    with record_routing_stats(model) as routes[task], torch.no_grad():
-        model(model.collate([s.parts for s in batch], shared(batch), [s.target for s in batch]))
-print(f"{'task':<6} {'tokens':<7} {'entropy':>7}  most one-sided router (entropy 1: all heads alike; 0: one head alone)")
-for task, each in routes.items():
-    for kind in dict.fromkeys(kind for kind, *_ in each.share):
-        weights = {key[1:]: w for key, w in each.share.items() if key[0] == kind}
-        layer, linear = max(weights, key=lambda key: weights[key].max())
-        entropy = sum(e for key, e in each.entropy.items() if key[0] == kind) / len(weights)
-        print(f"{task:<6} {kind:<7} {entropy:>7.2f}  layer {layer}, {linear}: {' '.join(f'{v:.2f}' for v in weights[layer, linear])}")
-draw_routing(Path("answers/tutorial_03.png"), routes)
-print("\npicture: answers/tutorial_03.png. What the heads cost in time and memory: benchmarks/RESULTS.md (python benchmarks/ilora.py)")
-print("Now set heads=1 in AdapterConfig: the router has nothing to choose, and it is LoRA.")
+
+train_adapter("lora")
+model = train_adapter("ilora")
+
+# %% [markdown]
+# This shows that both learn, not which is better: I-LoRA of this rank has twice the parameters.
+# `python train.py crab_plus-tiny --adapter lora` (or `ilora`) trains and evaluates to the end.
+#
+# ## Which head serves which tokens?
+
+# %%
+stats = {}
+for name in TASKS:
+    samples = [sample for sample in train if sample.task.name == name][:16]
+    with record_routing_stats(model) as stats[name], torch.no_grad():
+        model(batch_of(model, samples))
+draw_routing(Path("answers/tutorial_03.png"), stats)
+
+print("mean weights of the most one-sided router:")
+for name, task_stats in stats.items():
+    key = max(task_stats.share, key=lambda key: task_stats.share[key].max())
+    weights = " ".join(f"{weight:.2f}" for weight in task_stats.share[key])
+    print(f"{name:<5} {weights}  for {key.kind} tokens, layer {key.layer}, {key.linear}")
+print("answers/tutorial_03.png: all of them, by task, kind of token, layer and linear")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Set `heads=1` in `AdapterConfig`. Expect every weight to be 1: the router has no choice.
+# 2. Give LoRA `r=17`. Expect as many parameters as I-LoRA has with `r=8`, and the fair comparison.

@@ -410,7 +410,7 @@ class CremaModel(AVLanguageModel):
         if name in self.multimodal.parts:
             if (self.multimodal.of(name).width, self.rank_of(name)) == (width, rank):
                 return
-            del self.multimodal.parts[name]
+            self.multimodal.remove(name)
         self.multimodal.add(name, width)
 
     def rank_of(self, name: str) -> int:

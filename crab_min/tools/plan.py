@@ -143,7 +143,8 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
     model = recipe.load_model(settings, empty=True)
     sides = {name: side_features(model, recipe, settings, name) for name in settings.side_channels}
     widths = {name: medium.features.shape[-1] for name, medium in sides.items()}
-    recipe.add_trained_parts(model, settings, widths)
+    with torch.device("meta"):
+        recipe.add_trained_parts(model, settings, widths)
     model.set_trainable(training.parts)
     parts, qformers = count_parts(model), whole_qformers(model)
 
@@ -162,14 +163,14 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
         fill(model)
         longest.media = [without_values(medium) for medium in longest.media]
         memory = memory_by_precision(model, settings, longest)
-        base_operations, side_costs = count_operations(model, longest, parts)
+        base_operations, costs = side_costs(model, longest, parts)
     return Plan(
         parts=parts,
         tokens=tokens,
         operations=operations,
         memory=memory,
         base_operations=base_operations,
-        side_costs=side_costs,
+        side_costs=costs,
         batch_size=training.batch_size,
         eval_rows=eval_rows(settings),
         checkpointing=training.gradient_checkpointing,
@@ -428,17 +429,21 @@ def activation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt
             model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
     total = lm_activation_bytes(model, settings, longest.tokens)
 
-    # each row of a batch keeps as much as another
-    with saved_for_backward(model, bf16) as saved:
-        model.tokens(longest.media, index_by_kind(longest.media))
-    total += batch * saved.bytes
+    # one row and two, since what is kept of weights is kept once
+    kept = []
+    for rows in (1, 2):
+        with saved_for_backward(model, bf16) as saved:
+            model.tokens(rows * longest.media, rows * index_by_kind(longest.media))
+        kept.append(saved.bytes)
+    total += kept[0] + (batch - 1) * (kept[1] - kept[0])
 
     if model.predicts_masks:
-        states = torch.zeros(1, MASK_TOKEN_COUNT, lm_width(model))  # (1, S M, D)
+        states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, S M, D)
         scales = next(medium.scales for medium in longest.media if medium.scales)
+        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
         with saved_for_backward(model, bf16=False) as saved:
-            model.mask_branch(states, [scale[None] for scale in scales])
-        total += batch * saved.bytes
+            model.mask_branch(states, features)
+        total += saved.bytes
     return total
 
 
@@ -586,36 +591,40 @@ def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
 # --- operations ----------------------------------------------------------------------------------
 
 
-def count_operations(
+def side_costs(
     model: AVLanguageModel, longest: Prompt, parts: dict[str, Count]
 ) -> tuple[int, dict[str, SideCost]]:
-    """Count the operations of a forward on the longest prompt, two for a product and its sum.
+    """Count what side channels cost in a forward on the longest prompt.
 
     Returns:
-        those of the model without side channels, and what each side channel adds.
+        the operations of the frozen model without them, and what each adds to it.
     """
-    indices = index_by_kind(longest.media)
-
-    def tokens_with(names: list[str]) -> int:
-        media = []
-        for medium in longest.media:
-            sides = {name: side for name, side in medium.sides.items() if name in names}
-            media.append(replace(medium, sides=sides))
-        return operations_of(lambda: model.tokens(media, indices))
-
-    alone = tokens_with([])
+    if not model.side_names:
+        return 0, {}
+    alone = token_operations(model, longest, [])
     costs = {}
     for name in model.side_names:
-        parameters = sum(
-            count.trained for title, count in parts.items() if title.endswith(f" {name}")
-        )
-        costs[name] = SideCost(parameters, tokens_with([name]) - alone)
+        trained = [count.trained for title, count in parts.items() if title.split()[-1] == name]
+        operations = token_operations(model, longest, [name]) - alone
+        costs[name] = SideCost(sum(trained), operations)
     lm = operations_of(lambda: lm_loss(model, 1, longest.tokens))
     return alone + lm, costs
 
 
+def token_operations(model: AVLanguageModel, longest: Prompt, names: list[str]) -> int:
+    """Count the operations that make tokens of media with some of their side channels."""
+    media = []
+    for medium in longest.media:
+        sides = {name: side for name, side in medium.sides.items() if name in names}
+        media.append(replace(medium, sides=sides))
+    return operations_of(lambda: model.tokens(media, index_by_kind(media)))
+
+
 def operations_of(forward: Callable) -> int:
-    """Count the operations of a forward; attention is counted as plain products."""
+    """Count the operations of a forward, two for a product and its sum.
+
+    Attention runs as plain products, since not every kernel of it is counted.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward()
     return counter.get_total_flops()
