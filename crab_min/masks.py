@@ -5,18 +5,17 @@ three for each of two layers ("scales") of the vision encoder. The states that p
 are projected and averaged over the three, to one prompt per scale. Each level l, first coarse, then
 fine, does
 
-    queries = generator(learned queries, prompt_l) + level_l       what to look for
-    queries, image = two_way_l(queries, neck(features_l) + no_mask)         Segment Anything's
-                                                                   transformer (2304.02643)
-    maps    = mlp(queries) . upscale(image)                        one map per query
-    logits  = classifier(mix(maps))                                the mask, or classes
+    queries = generator(learned queries, prompt_l) + level_l            what to look for
+    queries, image = two_way_l(queries, neck(features_l) + no_mask)     both attend to each other
+    maps    = mlp(queries) . upscale(image)                             one map per query
+    logits  = classifier(mix(maps))                                     the mask, or classes
 
-The fine level works on twice the grid, weighted by where the coarse one found something:
-image * (sigmoid(mean of its logits) + 1). The mask is the mean of both levels. The losses, added to
-the LM's cross-entropy L_txt:
+where two_way is the two-way transformer of Segment Anything (2304.02643). The fine level works on
+twice the grid, weighted by where the coarse one found something: image * (sigmoid(mean of its
+logits) + 1). The mask is the mean of both levels. Losses, added to the LM's cross-entropy L_txt:
 
-    lambda_bce L_bce + lambda_dice L_dice          masks (S4, MS3, Ref-AVS)
-    lambda_ce L_ce                                 classes (AVSS); lambda_ce = 1
+    lambda_bce L_bce + lambda_dice L_dice       masks (S4, MS3, Ref-AVS); released: 1 and 0.5
+    lambda_ce L_ce                              classes (AVSS); lambda_ce = 1
 
     symbol               variable                      shape
     mask token states    states                        (B, S M, D)
@@ -64,7 +63,7 @@ class MaskConfig:
     feedforward: int = 2048
     depth: int = 2  # layers of each two-way transformer
     generator: int = 2  # layers of the query generator
-    chained: bool = True
+    chained: bool = True  # the generator, see the top of the file; released: False
     low: int = 112  # pixels per side at which the two levels are averaged
     size: int = 224  # pixels per side of the mask
     class_count: int = 71  # of AVSS, with the background

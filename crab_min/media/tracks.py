@@ -66,7 +66,7 @@ def open_clip(path: str | Path) -> Iterator["Clip"]:
 
 
 def check_riff_size(path: str | Path) -> None:
-    """Raise MediaError for a WAV or AVI file that is cut short, which FFmpeg does not tell."""
+    """Raise MediaError for a WAV or AVI file that is cut short, which FFmpeg does not report."""
     with open(path, "rb") as file:
         mark = file.read(4)
         stated = int.from_bytes(file.read(4), "little")
@@ -171,7 +171,7 @@ class Track:
 
     def decode(self) -> Iterator[TimedFrame]:
         """Yield (time, frame) from here to the end. Raises MediaError if that comes too early."""
-        # A stream that states no length: only the packets of all streams tell if the file is whole.
+        # If the stream states no length, only the packets of all streams tell if the file is whole.
         streams = [] if self.stated is None else [self.stream]
         for packet in self.clip.container.demux(*streams):
             try:
@@ -213,6 +213,7 @@ class VideoTrack(Track):
     Attributes:
         shown: (time, frame) on the screen at the time that was asked for last.
         coming: (time, frame) after it; None at the end of the track.
+        decoded: what comes after `coming`.
         wanted: time of the next wanted frame. Long before it, frames that no other refers to
             (B-frames) are skipped.
         skipped: time of the last frame that was skipped.
@@ -224,10 +225,11 @@ class VideoTrack(Track):
         super().__init__(clip)
         self.shown: TimedFrame | None = None
         self.coming: TimedFrame | None = None
+        self.decoded: Iterator[TimedFrame] = iter(())
         self.wanted = self.skipped = -math.inf
         frame_rate = self.stream.average_rate or 8
         self.unskipped = UNSKIPPED / float(frame_rate)  # seconds
-        # Without an index of keyframes, FFmpeg's grows with what is read, and has holes.
+        # A file without an index of keyframes gets one while it is read, with holes: no use here.
         if "matroska" in clip.container.format.name:
             with suppress(av.FFmpegError):
                 self.seek(0)  # Matroska's index is read at the first seek
@@ -274,15 +276,17 @@ class VideoTrack(Track):
     def jump_pays(self, now: float, time: float) -> bool:
         """Tell if a keyframe lies between two times: seeking then decodes less than going on."""
         index = self.stream.index_entries
-        if not self.has_index or index[-1].timestamp < self.to_stamp(now):  # not of the whole file
+        # without an index, or with one of a part of the file, guess
+        if not self.has_index or index[-1].timestamp < self.to_stamp(now):
             return time - now > JUMP_FROM
         keyframe = index.search_timestamp(self.to_stamp(time))  # the last one at or before it
         return keyframe >= 0 and index[keyframe].timestamp > self.to_stamp(now)
 
     def jump(self, time: float) -> None:
         """Go on from a keyframe at or before a time."""
-        # MPEG-TS does not find its first keyframe at our zero, but at that of its own stamps.
+        # At our zero MPEG-TS gives its second keyframe; the first is at the zero of its own stamps.
         first = min(0.0, -self.clip.origin)
+        # the index may give a keyframe after the time: go further back
         for back in (0.0, 1.0, 5.0, 25.0, math.inf):
             self.seek(max(time - back, first))
             self.decoded = self.decode()
@@ -310,7 +314,7 @@ class AudioTrack(Track):
                     yield segment.start, segment.finish()
                 segment = Segment(time, frame, rate)
             segment.append(frame)
-        else:
+        else:  # at the end of the track
             if segment is None:
                 raise MediaError(f"{self.clip.path}: no sound of it can be decoded; fetch it again")
         if segment is not None:

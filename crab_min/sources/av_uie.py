@@ -21,6 +21,7 @@ CLASSES = 71  # of AVSS, with the background
 
 Box = tuple[int, int, int, int]  # (x1, y1, x2, y2) on the 224 x 224 grid
 Point = tuple[int, int]  # (x, y) on the same grid
+BoxAndPoints = tuple[Box, list[Point]]
 
 
 # --- annotation files -----------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def mask_objects(mask: np.ndarray, task: str) -> list[np.ndarray]:
     return [occupied & np.isin(np.arange(width), group) for group in groups]
 
 
-def box_and_points(mask: np.ndarray) -> tuple[Box, list[Point]]:
+def box_and_points(mask: np.ndarray) -> BoxAndPoints:
     """Return the box and three points of a mask (H, W) that is not empty, on the 224 x 224 grid.
 
     The points lie in the columns where the mask reaches a quarter, a half and three quarters of its

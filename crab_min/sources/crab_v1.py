@@ -1,7 +1,7 @@
 """The annotation files of AV-UIE v1 (Crab, 2503.13068): a released row -> rows as in AV-UIE v2.
 
 Each function takes the folder of a source, one of its rows, and whether it is for training. It
-yields the rows that this one becomes: none where it is left out, several where a clip has several
+yields the rows that this one becomes: none if it is left out, several if a clip has several
 annotated frames. Where the folders lie: RELEASED_LAYOUTS in rows.py.
 
 Differs from the released loader:
@@ -17,7 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from crab_min.answers import GRID, answer_tag, box_text, points_text
-from crab_min.sources.av_uie import Box, Point, box_and_points, mask_objects, mask_path, read_mask
+from crab_min.sources.av_uie import (
+    BoxAndPoints,
+    box_and_points,
+    mask_objects,
+    mask_path,
+    read_mask,
+)
 
 LVIS_AREA = 1000  # smallest area of an object that is asked for, in pixels, as in the release
 SILENT = 1000  # first coordinate of a box where nothing sounds (ARIG)
@@ -184,9 +190,7 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     }
 
 
-def read_frame(
-    task: str, image: Path, audio: Path, row: dict
-) -> tuple[dict, list[tuple[Box, list[Point]]]]:
+def read_frame(task: str, image: Path, audio: Path, row: dict) -> tuple[dict, list[BoxAndPoints]]:
     """Return the row of one frame, and the box and points of each object in its mask."""
     path = str(image.absolute())
     row = {
@@ -200,7 +204,7 @@ def read_frame(
     return row, [box_and_points(object_mask) for object_mask in mask_objects(mask, task)]
 
 
-def objects_text(objects: list[tuple[Box, list[Point]]]) -> str:
+def objects_text(objects: list[BoxAndPoints]) -> str:
     return "; ".join(f"{box_text(box)} {points_text(points)}" for box, points in objects)
 
 

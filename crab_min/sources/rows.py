@@ -4,7 +4,8 @@
 
 A task's AV-UIE v2 folder comes first. Without one, RELEASED_LAYOUTS tells where the files of AV-UIE
 v1 (Crab), of PAVE or of CREMA lie below the data folder, and how one of their rows becomes rows of
-the v2 form. Media are looked for where a row names them, or else where the end of that path lies.
+the v2 form. Media are looked for at the path that a row names, or else at the end of that path
+below the source's folder.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from crab_min.errors import DataError
 from crab_min.sources import crab_v1, pave_crema
 from crab_min.sources.av_uie import read_list
 
-NO_FILE = ""  # a split that was not released
+NO_FILE = ""  # for a split that was not released
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ RELEASED_LAYOUTS = {
 
 
 def annotation_file(root: Path, task: str, split: str) -> Path | None:
-    """Return the file with the rows of a task and split, or None where there is none."""
+    """Return the file with the rows of a task and split, or None if there is none."""
     path, _ = find_layout(root, task, split)
     return path
 
