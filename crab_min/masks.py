@@ -39,7 +39,7 @@ whatever was asked: how its weights begin (`sharpen`), and states that are centr
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -522,45 +522,3 @@ class MaskBranch(nn.Module):
             positions.append(matches[0])
         in_order = positions == sorted(positions)
         return positions if in_order and positions[0] > 0 else None
-
-
-# --- flags ----------------------------------------------------------------------------------------
-def flag(default, text: str, **more):
-    """Return a dataclass field with a help text."""
-    return field(default=default, metadata={"help": text, **more})
-
-
-@dataclass
-class SegmentConfig:
-    """The flags that say whether and how a run answers with masks."""
-
-    masks: str = flag(
-        "",
-        "composed: decoder (answers end in mask tokens, which a decoder makes masks of), "
-        "or nothing: boxes and points as text",
-        choices=["", "decoder"],
-    )
-    mask_width: int = flag(256, "width of the mask decoder")
-    mask_heads: int = flag(8, "heads of the mask decoder's attention")
-    mask_queries: int = flag(300, "queries of the mask decoder")
-    mask_chained: bool = flag(
-        True,
-        "each layer of the mask decoder's query generator reads what the one before it made "
-        "(released: the learned queries)",
-    )
-    mask_bce: float = flag(1.0, "weight of the cross-entropy of a mask's pixels")
-    mask_dice: float = flag(0.5, "weight of the dice loss of a mask")
-
-    def sizes(self, width_in: int, width_out: int, size: int) -> MaskConfig:
-        """Return the decoder's sizes for a vision encoder, an LM and frames of `size`."""
-        return MaskConfig(
-            width_in,
-            width_out,
-            width=self.mask_width,
-            heads=self.mask_heads,
-            queries=self.mask_queries,
-            feedforward=8 * self.mask_width,
-            chained=self.mask_chained,
-            low=size // 2,
-            size=size,
-        )

@@ -27,21 +27,16 @@ batch of videos with side channels of any lengths is one call (released: a loop 
 any short side channel is interpolated to exactly T steps.
 """
 
-import json
 import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from crab_min.errors import ModelError
-from crab_min.trained_parts import check_fit
 
 # Qwen2-VL's rotary positions: of the 64 frequencies of a head of 128, how many turn with the time,
 # the row and the column
@@ -353,45 +348,6 @@ class Patches(nn.ModuleDict):
     def add(self, name: str, config: PatchConfig) -> None:
         """Add a new patch for the side channel `name`."""
         self[name] = Patch(config)
-
-    # --- files
-    def save(self, folder: Path) -> None:
-        """Write folder/NAME.safetensors for each patch, with its sizes in the header."""
-        for name, patch in self.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {key: value.contiguous() for key, value in patch.state_dict().items()}
-            about = {"format": "pt", "patch": json.dumps(asdict(patch.config))}
-            save_file(state, folder / f"{name}.safetensors", about)
-
-    def load(self, file: Path, video: int, out: int) -> None:
-        """Add, or replace, the patch of a file.
-
-        Args:
-            video: V of this model.
-            out: D of this model.
-
-        Raises:
-            ModelError: not a patch, or one of another model.
-        """
-        try:
-            with safe_open(file, "pt") as opened:
-                config = PatchConfig(**json.loads((opened.metadata() or {})["patch"]))
-            state = load_file(file)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{file}: not a patch ({type(error).__name__}: {error}); give a "
-                f"patches/NAME.safetensors of a run of train.py --side NAME"
-            ) from None
-        if (config.video, config.out) != (video, out):
-            raise ModelError(
-                f"{file}: a patch for video tokens {config.video} wide and an LM of {config.out}; "
-                f"this model has {video} and {out}. Use it with the model that it was trained on"
-            )
-        name = Path(file).stem
-        if name not in self or self[name].config != config:
-            self.add(name, config)
-        check_fit(state, self[name].state_dict(), file)
-        self[name].load_state_dict(state)
 
 
 def check_side_channel(name: str, channel: list[tuple], width: int) -> None:

@@ -48,10 +48,15 @@ def save_trained(model, folder: Path) -> None:
     if isinstance(model.llm, PeftModel):
         model.llm.save_pretrained(folder / "adapter")
     for name in model.parts_to_save():
-        state = {key: value.contiguous() for key, value in model.part_state(name).items()}
-        header = {"format": "pt", "config": json.dumps(model.part_config(name))}
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "parts" / f"{name}.safetensors", header)
+        save_part(folder, name, model.part_state(name), model.part_config(name))
+
+
+def save_part(folder: Path, name: str, state: dict[str, Tensor], config: dict) -> None:
+    """Write parts/NAME.safetensors of a run folder."""
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    state = {key: value.contiguous() for key, value in state.items()}
+    header = {"format": "pt", "config": json.dumps(config)}
+    save_file(state, folder / "parts" / f"{name}.safetensors", header)
 
 
 def load_trained(model, folder: Path) -> None:
@@ -105,11 +110,10 @@ def copy_part(model, part: SavedPart) -> None:
 
 
 def read_parts(folder: Path) -> list[SavedPart]:
-    """Read the parts of a run folder, or of a folder in one of the old forms."""
-    files = sorted((folder / "parts").glob("*.safetensors"))
-    if files:
-        return [read_part(file) for file in files]
-    return [*read_old_patches(folder), *read_old_modules(folder), *read_old_modalities(folder)]
+    """Read the parts of a run folder, also those in one of the old forms."""
+    parts = [read_part(file) for file in sorted((folder / "parts").glob("*.safetensors"))]
+    old = [*read_old_patches(folder), *read_old_modules(folder), *read_old_modalities(folder)]
+    return parts + old
 
 
 def read_part(file: Path) -> SavedPart:

@@ -40,7 +40,6 @@ from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
 
-
 LEAST_STEPS, MOST_STEPS, MOST_STEPS_UNKNOWN = 300, 760, 1300  # of a run that names no number
 
 

@@ -32,7 +32,7 @@ from crab_min.tools.released.weights import (
     read_state_dict,
     select_ending,
 )
-from crab_min.trained_parts import check_fit
+from crab_min.trained_parts import check_fit, save_part
 
 # the preset whose backbone the released weights belong to
 DEFAULT_PRESETS = {
@@ -385,7 +385,8 @@ def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) ->
     out.mkdir(parents=True, exist_ok=True)
 
     # weights
-    model.patches.save(out / "patches")
+    for name, patch in model.patches.items():
+        save_part(out, f"patch_{name}", patch.state_dict(), asdict(patch.config))
     if model.adapter:
         peft_config(settings.adapter).save_pretrained(out / "adapter")
         save_weights(model.adapter, out / "adapter" / "adapter_model.safetensors")
