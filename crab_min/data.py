@@ -108,12 +108,14 @@ def read_samples(
             f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)"
         )
 
+    # a task without an annotation file is left out
     samples = []
     for name in tasks:
         path = annotation_file(root, name, split)
         if not path:
             continue
         for index, row in enumerate(read_rows(root, name, split, limit)):
+            # an error names the file and the row that has to be mended
             try:
                 sample = make_sample(TASKS[name], row, root, split, index, target, prompts)
             except DataError as error:
@@ -181,6 +183,7 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
         mask = mask.max(-1) > 0
     if not size:
         return mask
+    # the nearest row and column of the file for each of the result
     height, width = mask.shape
     rows, columns = np.arange(size) * height // size, np.arange(size) * width // size
     return mask[rows[:, None], columns]
@@ -231,6 +234,7 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
     if not lines:
         raise DataError(f"{path}: no lines; a line is {ROW_FORM}")
 
+    # each line by itself, so that an error names it
     rows = []
     for number, line in enumerate(lines[: limit or None], 1):
         try:
@@ -239,6 +243,7 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{path}, line {number}: not {ROW_FORM} ({reason})") from None
 
+    # one answer without a tag makes all of them free text
     untagged = [answer for *_, answer in rows if CUSTOM_TASKS["choice"].parse(answer).error]
     task = CUSTOM_TASKS["text" if untagged else "choice"]
     samples = []
@@ -273,6 +278,7 @@ def jsonl_parts(text: str, files: dict[str, list[str]]) -> list[PromptPart]:
     Raises:
         ValueError: a kind has some tags, but not as many as files.
     """
+    # files of a kind that has no tag stand before the text
     for kind, paths in files.items():
         tags = text.count(f"<{kind}>")
         if tags == 0:
@@ -280,6 +286,7 @@ def jsonl_parts(text: str, files: dict[str, list[str]]) -> list[PromptPart]:
         elif tags != len(paths):
             raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s")
 
+    # tags become media, in order; what is between them stays text
     parts = []
     left = {kind: iter(paths) for kind, paths in files.items()}
     for piece in MEDIA_TAG.split(text):
@@ -345,11 +352,13 @@ def load_media(part: PromptPart, size: int) -> tuple:
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
     """Decode the windows of a sound that a task uses; returns waves and the file's seconds."""
+    # only the stretch of the file that holds all windows is decoded
     windows = audio_windows(part.window, media_seconds(part.path), part.index)
     first = min(start for start, _ in windows)
     last = max(end for _, end in windows)
     audio = read_audio(part.path, window=(first, last))
 
+    # cut the windows out of it
     waves = []
     for start, end in windows:
         begin, stop = round((start - first) * SAMPLE_RATE), round((end - first) * SAMPLE_RATE)

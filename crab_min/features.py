@@ -62,6 +62,7 @@ class Features:
         Raises:
             DataError: an unreadable file, or too many.
         """
+        # a medium of several samples is announced, decoded and encoded once
         parts = {part for sample in samples for part in sample.media}
         parts -= self.cache.keys() | self.unreadable.keys()
         self.announced += len(parts)
@@ -102,10 +103,12 @@ class Features:
 
     def __call__(self, samples: list[Sample]) -> list[list[MediaFeatures]]:
         """Return the features of each sample's media in reading order."""
+        # encode what is not there yet
         wanted = dict.fromkeys(part for sample in samples for part in sample.media)
         missing = [part for part in wanted if part not in self.cache]
         if missing:
             self.encode_all(missing, strict=True)
+        # one list per sample
         media = []
         for sample in samples:
             media.append([self.cache[part] for part in sample.media])
@@ -134,6 +137,7 @@ class Features:
 
     def encode_all(self, parts: list[PromptPart], strict: bool) -> None:
         """Put the features of parts into the cache; many are decoded by workers, with a bar."""
+        # starting workers costs more than decoding a few files
         groups = [parts[i : i + GROUP] for i in range(0, len(parts), GROUP)]
         few = len(parts) <= FEW
         loader = decode_ahead(groups, self.model.frame_size, 0 if few else self.workers)
@@ -147,6 +151,7 @@ class Features:
 
     def encode(self, loaded: list[LoadedMedia], strict: bool) -> None:
         """Put features of decoded media into the cache; one kind and shape is one call."""
+        # what can be stacked goes together
         groups: dict[tuple, list[LoadedMedia]] = {}
         for medium in loaded:
             if medium.error:
@@ -157,6 +162,7 @@ class Features:
             key = (encoded_as(medium), own_encoder(medium.part), shape)
             groups.setdefault(key, []).append(medium)
 
+        # half precision: what an encoder gives is kept for every epoch
         for (kind, own, _), media in groups.items():
             for medium, features in zip(media, self.encode_group(kind, own, media)):
                 features.features = features.features.half()
@@ -232,6 +238,7 @@ class Mixer:
         if self.lengths is None:
             yield from mixed
             return
+        # sort a window of batches by length, cut it anew, and shuffle the new batches
         for number in itertools.count():
             window = itertools.chain(*itertools.islice(mixed, self.WINDOW))
             samples = sorted(window, key=lambda sample: self.lengths[sample.id])
@@ -246,6 +253,7 @@ class Mixer:
         taken: Counter[str] = Counter()
         orders: dict[str, list[Sample]] = {}
         while True:
+            # a task for each sample of the batch, and of each task its next row
             batch = []
             for name in rng.choices(self.names, self.weights, k=self.batch_size):
                 epoch, position = divmod(taken[name], len(self.rows[name]))
