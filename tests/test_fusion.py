@@ -3,29 +3,33 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from released import write_released
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import infer
 import train
 from crab_min.backbones.composed import load_base
-from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import DataError, add_side_channels, read_samples, side_part
-from crab_min.errors import MediaError, ModelError
+from crab_min.backbones.load import load_model
+from crab_min.config import AdapterConfig, BackboneConfig, SideChannelConfig
+from crab_min.data import read_samples
+from crab_min.errors import DataError, MediaError, ModelError
 from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
 from crab_min.media.arrays import read_array
 from crab_min.media.read import read_video
-from crab_min.model import AdapterConfig
 from crab_min.pave import Patch, PatchConfig, Patches, interpolate_time, partition_steps
+from crab_min.recipes.presets import PRESETS
+from crab_min.runs.folder import load_saved_run
+from crab_min.side_channels import add_side_channels, side_part
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.released.weights import read_checkpoint
+from crab_min.trained_parts import read_parts
 from crab_min.world.rendering import Renderer
 from crab_min.world.side_channels import CHANNELS, INTERVALS, build_side_world, make_show
 
@@ -144,26 +148,25 @@ def batch_of(model, samples):
     return model.collate([s.parts for s in samples], features(samples), targets)
 
 
-def add_patch(model, name, side_width, hidden=32, layers=2):
-    video, out = model.patch_widths
-    model.patches.add(name, PatchConfig(video, side_width, out, hidden, layers=layers))
+def add_patch(model, name, side_width, layers=2):
+    model.add_side_channel(name, side_width, SideChannelConfig(width=32, layers=layers))
 
 
 def test_a_new_patch_changes_nothing_and_one_that_is_taken_off_leaves_nothing(shows):
     model, samples = load_base(), samples_of(shows, "audio")[:3]
     batch = batch_of(model, samples)
-    before = model.losses(batch)
+    before = model.token_losses(batch)
     # a model without the patch does not read the side channel
-    assert torch.equal(before, model.losses(batch_of(model, add_side_channels(samples, []))))
+    assert torch.equal(before, model.token_losses(batch_of(model, add_side_channels(samples, []))))
     add_patch(model, "audio", 128)
-    assert torch.equal(model.losses(batch), before)
+    assert torch.equal(model.token_losses(batch), before)
     trained(model.patches["audio"])
-    assert not torch.equal(model.losses(batch), before)
+    assert not torch.equal(model.token_losses(batch), before)
     del model.patches["audio"]
-    assert torch.equal(model.losses(batch), before)
+    assert torch.equal(model.token_losses(batch), before)
 
 
-@pytest.mark.parametrize("backbone", ["composed", "native", "llava"])
+@pytest.mark.parametrize("backbone", ["composed", "omni", "llava_onevision"])
 @pytest.mark.parametrize("side", ["", "audio", "fast", "depth", "view"])
 def test_a_step_of_every_adapter_side_channel_and_backbone(shows, side, backbone):
     """The model is loaded and the clips are encoded once for the three adapters."""
@@ -173,7 +176,7 @@ def test_a_step_of_every_adapter_side_channel_and_backbone(shows, side, backbone
         samples = add_side_channels(samples, [])
     batch = batch_of(base, samples)
     if side:
-        width = batch["media"][0].sides[side].features.shape[-1]
+        width = batch.media[0].sides[side].features.shape[-1]
 
     for adapter in ("ilora", "lora", "none"):
         if not side and adapter == "none":
@@ -183,14 +186,15 @@ def test_a_step_of_every_adapter_side_channel_and_backbone(shows, side, backbone
         if side:
             add_patch(model, side, width, layers=1)
             trained(model.patches[side])
+        model.set_trainable(["adapter"])
         # Qwen2.5-Omni takes sound itself, and has no features of a second view
-        if backbone == "native" and side in ("audio", "depth", "view"):
+        if backbone == "omni" and side in ("audio", "depth", "view"):
             with pytest.raises(ModelError, match=f"patch {side}: this model's encoder gives no"):
                 model(batch)
             continue
 
-        loss, tokens = model(batch)
-        (loss / tokens).backward()
+        loss = model(batch)
+        (loss / batch.answer_tokens).backward()
         learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert loss.isfinite() and learned
         assert all(p.grad is not None for p in learned.values())
@@ -210,7 +214,7 @@ def test_the_likeliest_option_is_chosen(shows):
         losses = []
         for option in options(sample):
             batch = model.collate([sample.parts], features([sample]), [option])
-            losses.append(model.losses(batch).sum().item())
+            losses.append(model.token_losses(batch).sum().item())
         assert text == options(sample)[int(np.argmin(losses))]
 
 
@@ -222,30 +226,31 @@ def run_train(command: str) -> int:
     return train.main(command.split())
 
 
-def test_arms_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
+def test_a_comparison_with_lora_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_train(f"{RUN} --side audio") == 0
     printed = capsys.readouterr().out.splitlines()
-    header = "questions about chance base adapter alone with the patch n"
+    header = "questions about chance base LoRA alone with the patch n"
     assert printed[-2].split() == header.split() and printed[-1].startswith("audio")
-    # both arms are there: the table again, nothing is trained
+    # both runs are there: the table again, nothing is trained
     assert run_train(f"{RUN} --side audio") == 0
     assert capsys.readouterr().out.splitlines() == printed[-2:]
     assert not Path("runs/pave-tiny-audio-2").exists()
 
     # the patch of another run can be added
-    assert run_train(f"{RUN} --side fast --no-arms") == 0
-    audio, fast = Path("runs/pave-tiny-audio"), Path("runs/pave-tiny")
+    assert run_train(f"{RUN} --side fast --no-compare-lora") == 0
+    audio, fast = Path("runs/pave-tiny-audio"), Path("runs/pave-tiny-fast")
     model = load_base()
     questions = samples_of(Path(next(Path("data/world").glob("sides-*"))), "audio")
-    for file in (audio / "patches/audio.safetensors", fast / "patches/fast.safetensors"):
-        model.patches.load(file, *model.patch_widths)
-        trained(model.patches[file.stem])
+    for run, name in ((audio, "audio"), (fast, "fast")):
+        model.load_patch(run / "parts" / f"patch_{name}.safetensors")
+        trained(model.patches[name])
+    assert model.side_names == ["audio", "fast"]
     batch = batch_of(model, questions)
-    both = model.losses(batch)
+    both = model.token_losses(batch)
     del model.patches["fast"]
-    assert torch.equal(model.losses(batch), both)  # these clips have no dense stream
-    other = str(fast / "patches/fast.safetensors")
+    assert torch.equal(model.token_losses(batch), both)  # these clips have no dense stream
+    other = str(fast / "parts/patch_fast.safetensors")
     assert infer.main(["--json", "--run", str(audio), "--patch", other]) == 0
 
     # a run without its side channel, and channels that are not there
@@ -255,30 +260,48 @@ def test_arms_and_two_patches_trained_apart(tmp_path, monkeypatch, capsys):
     known = "--side smell: the built-in world has the side channels audio, fast"
     assert known in capsys.readouterr().err
     assert infer.main(["--run", str(audio), "--side", "depth"]) == 2
-    assert "has no such patch or modality, but audio" in capsys.readouterr().err
+    assert "--side depth" in capsys.readouterr().err
 
 
 def test_two_side_channels_in_one_run_each_sample_through_its_own(shows, tmp_path):
     run, data = tmp_path / "run", shows / "audio+fast" / "train.jsonl"
-    assert run_train(f"{RUN} --side audio,fast --no-arms --data {data} --out {run}") == 0
-    assert {p.stem for p in (run / "patches").iterdir()} == {"audio", "fast"}
+    assert run_train(f"{RUN} --side audio,fast --no-compare-lora --data {data} --out {run}") == 0
+    assert {file.stem for file in (run / "parts").iterdir()} == {"patch_audio", "patch_fast"}
     channels = [{p.side for p in s.media if p.side} for s in samples_of(shows, "audio+fast")]
     assert {frozenset(names) for names in channels} == {frozenset({"audio"}), frozenset({"fast"})}
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["tasks"]["own"]["types"]) == {"audio", "fast"}
 
 
-def test_a_patch_of_another_model_a_wrong_width_and_what_is_no_patch(tmp_path):
+def test_a_patch_comes_back_from_its_file_and_from_that_of_earlier_versions(tmp_path):
+    model = load_base()
+    config = SideChannelConfig(width=32, layers=1, shared_kv=True)
+    model.add_side_channel("audio", 12, config)
+    trained(model.patches["audio"])
+    model.save_trained(tmp_path)
+    patch = model.patches["audio"]
+    old = {"patch": json.dumps(asdict(patch.config))}
+    (tmp_path / "patches").mkdir()
+    save_file(patch.state_dict(), tmp_path / "patches/audio.safetensors", old)
+    for file in ("parts/patch_audio.safetensors", "patches/audio.safetensors"):
+        other = load_base()
+        other.load_patch(tmp_path / file)
+        assert other.patches["audio"].config == patch.config
+        for key, value in patch.state_dict().items():
+            assert torch.equal(other.patches["audio"].state_dict()[key], value)
+
+
+def test_a_patch_of_another_model_and_what_is_no_patch_are_refused(tmp_path):
     model = load_base()
     model.patches.add("depth", PatchConfig(12, 1, 16, 32))
-    model.patches.save(tmp_path)
+    model.save_trained(tmp_path)
     other = "a patch for video tokens 12 wide and an LM of 16; this model has 128 and 192"
     with pytest.raises(ModelError, match=other):
-        model.patches.load(tmp_path / "depth.safetensors", *model.patch_widths)
+        load_base().load_patch(tmp_path / "parts/patch_depth.safetensors")
     (tmp_path / "no.safetensors").write_bytes(b"nothing")
     for file in ("no.safetensors", "none.safetensors"):
         with pytest.raises(ModelError, match="not a patch"):
-            model.patches.load(tmp_path / file, *model.patch_widths)
+            model.load_patch(tmp_path / file)
 
 
 def test_arrays_of_the_wrong_shape_and_missing_side_channels_are_named(shows, tmp_path):
@@ -303,21 +326,24 @@ def test_arrays_of_the_wrong_shape_and_missing_side_channels_are_named(shows, tm
     model, samples = load_base(), samples_of(shows, "depth")[:2]
     add_patch(model, "depth", 5)
     with pytest.raises(ModelError, match="patch depth: reads side tokens 5 wide, got .128."):
-        model.losses(batch_of(model, samples))
+        model.token_losses(batch_of(model, samples))
 
 
 # --- LLaVA-OneVision ------------------------------------------------------------------------------
-def test_llava_trains_answers_and_goes_to_released_names_and_back(small_world, tmp_path):
+def test_llava_trains_answers_and_goes_to_released_names_and_back(
+    small_world, tmp_path, monkeypatch
+):
     run, back, file = tmp_path / "run", tmp_path / "again", tmp_path / "non_lora_and_lora.bin"
-    assert (
-        run_train(
-            "pave-0.5b --weights tiny-random --steps 2 --batch-size 2 --test-rows 2 --r 4 "
-            f"--patch-size 32 --frames 4 --shared-kv --data {small_world} --out {run}"
-        )
-        == 0
+    # released patches have no projection of values
+    values = PRESETS["pave-0.5b"].values | {"patch": {"width": 32, "shared_kv": True}}
+    monkeypatch.setattr(PRESETS["pave-0.5b"], "values", values)
+    command = (
+        "pave-0.5b --weights tiny-random --steps 2 --batch-size 2 --test-rows 2 --r 4 "
+        f"--frames 4 --data {small_world} --out {run}"
     )
+    assert run_train(command) == 0
     clip = str(next((small_world / "ave" / "video").glob("*.mp4")))
-    ask = ["--json", clip, "--ask", "What is heard?", "--limit", "4"]
+    ask = ["--json", clip, "--ask", "What is heard?", "--max-new-tokens", "4"]
     assert infer.main(["--run", str(run), *ask]) == 0
 
     write_released("pave", run, file)
@@ -328,13 +354,20 @@ def test_llava_trains_answers_and_goes_to_released_names_and_back(small_world, t
     assert any(name.startswith(adapter) for name in names)
 
     assert convert_main(["pave", str(file), "--out", str(back), "--preset", "pave-0.5b"]) == 0
-    for part in ("adapter/adapter_model.safetensors", "patches/audio.safetensors"):
-        before, after = load_file(run / part), load_file(back / part)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-    config = json.loads((back / "config.json").read_text())["train"]
-    assert (config["r"], config["alpha"]) == (4, 16)
-    assert (config["side"], config["adapter"]) == ("audio", "lora")
+    before, after = (weights_of(folder) for folder in (run, back))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    settings = load_saved_run(back).settings
+    assert (settings.adapter.r, settings.adapter.alpha) == (4, 16)
+    assert (settings.patch.side, settings.adapter.adapter) == ("audio", "lora")
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a run folder by part and name."""
+    weights = load_file(run / "adapter/adapter_model.safetensors")
+    for part in read_parts(run):
+        weights |= {f"{part.name}/{key}": value for key, value in part.state.items()}
+    return weights
 
 
 # --- the clips of the built-in world --------------------------------------------------------------

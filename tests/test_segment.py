@@ -1,5 +1,6 @@
 """The mask decoder, the mask tokens of an LM, and masks from answer to score."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -24,12 +25,15 @@ from transformers import (
 
 import infer
 import train
+from crab_min import trainer
 from crab_min.answers import MASK_TOKENS
-from crab_min.backbones.load import BackboneConfig, load_model
-from crab_min.data import MASKED, add_mask_tokens, gold_mask, read_samples, swap_audio
+from crab_min.backbones.load import load_model
+from crab_min.config import AdapterConfig, BackboneConfig, MaskDecoderConfig
+from crab_min.data import gold_mask, read_samples
 from crab_min.errors import ModelError
-from crab_min.evaluation.answering import masks_from_boxes, score_masks
+from crab_min.evaluation.masks import masks_from_boxes, score_masks
 from crab_min.evaluation.sam2 import Sam2, box_mask
+from crab_min.evaluation.swaps import swap_audio
 from crab_min.interface import PromptPart
 from crab_min.masks import (
     MASK_TOKEN_COUNT,
@@ -40,11 +44,13 @@ from crab_min.masks import (
     loss_of_masks,
     mask_loss,
 )
-from crab_min.model import ASSETS, AdapterConfig
+from crab_min.model import ASSETS
+from crab_min.recipes.crab import add_mask_tokens
 from crab_min.sources.av_uie import CLASSES, mask_classes
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
+DECODER = MaskDecoderConfig(decoder=True, width=32, queries=4)
 SMALL = MaskConfig(width_in=12, width_out=20, width=32, queries=5, feedforward=40, low=16, size=32)
 
 
@@ -161,7 +167,7 @@ def masked():
     Two of the ANSWERS to them end in mask tokens.
     """
     torch.manual_seed(0)
-    model = load_model(BackboneConfig(masks="decoder", mask_width=32, mask_queries=4))
+    model = load_model(BackboneConfig(), DECODER)
     model.add_adapter(AdapterConfig())
     prompt = [PromptPart("image"), PromptPart("text", text="\nWhich thing sounds?")]
     media = []
@@ -173,23 +179,22 @@ def masked():
 
 def test_gradients_reach_all_of_the_branch(masked):
     model, prompts, media = masked
-    model.set_trainable("masks")
+    model.set_trainable(["mask_decoder", "mask_tokens"])
     batch = model.collate(prompts, media, ANSWERS)
-    batch["masks"] = [torch.ones(1, 96, 96), torch.zeros(1, 96, 96), None]
-    loss, tokens = model(batch)
-    (loss / tokens).backward()
+    batch.masks = [torch.ones(1, 96, 96), torch.zeros(1, 96, 96), None]
+    model(batch).backward()
     reached = set()
-    for name, p in model.masks.named_parameters():
+    for name, p in model.mask_branch.named_parameters():
         if p.grad is not None and p.grad.abs().sum() > 0:
             reached.add(name)
     model.zero_grad()
-    model.masks.requires_grad_(False)
+    model.mask_branch.requires_grad_(False)
 
     # keys and queries of an attention with one key have no effect (see GeneratorLayer)
     attention = "cross_attention"
     idle = ("key.bias", f"{attention}.query.weight", f"{attention}.query.bias")
     idle += (f"{attention}.key.weight",)
-    for name, _ in model.masks.named_parameters():
+    for name, _ in model.mask_branch.named_parameters():
         if not name.endswith(idle) and not name.startswith("decoder.classes"):
             assert name in reached
 
@@ -201,13 +206,13 @@ def test_text_and_masks_together_for_any_batch(masked):
 
     def masks_of(answers: list[str], classes: bool = False) -> list:
         n = len(answers)
-        return model.masks_of(model.collate(prompts[:n], media[:n], answers), [classes] * n)
+        return model.predict_masks(model.collate(prompts[:n], media[:n], answers), [classes] * n)
 
     together = masks_of(ANSWERS)
     assert together[2] is None and together[0].shape == (1, 96, 96)
     for i in range(2):
         batch = model.collate(prompts[i : i + 1], media[i : i + 1], ANSWERS[i : i + 1])
-        (alone,) = model.masks_of(batch, [False])
+        (alone,) = model.predict_masks(batch, [False])
         torch.testing.assert_close(alone, together[i], atol=1e-4, rtol=1e-4)
     (classes,) = masks_of(ANSWERS[:1], classes=True)
     assert classes.shape == (71, 96, 96)
@@ -221,30 +226,31 @@ def test_mask_tokens_change_nothing_for_answers_without_them(masked, tiny_model)
     losses = []
     for lm in (model.eval(), tiny_model):
         with torch.no_grad():
-            losses.append(lm.losses(lm.collate(prompts[:1], media[:1], ["The dog sounds."])))
+            batch = lm.collate(prompts[:1], media[:1], ["The dog sounds."])
+            losses.append(lm.token_losses(batch))
     # six more tokens share the probability
     torch.testing.assert_close(*losses, atol=2e-2, rtol=1e-2)
 
 
 def test_saved_and_loaded(masked, tmp_path):
     model, prompts, media = masked
-    model.masks.requires_grad_(True)
+    model.mask_branch.requires_grad_(True)
     model.save_trained(tmp_path)
-    model.masks.requires_grad_(False)
+    model.mask_branch.requires_grad_(False)
     torch.manual_seed(5)
-    other = load_model(BackboneConfig(masks="decoder", mask_width=32, mask_queries=4))
+    other = load_model(BackboneConfig(), DECODER)
     other.load_trained(tmp_path)
     masks = []
     for saved in (model, other):
         batch = saved.eval().collate(prompts, media, ANSWERS)
-        masks.append(saved.masks_of(batch, [False] * 3))
+        masks.append(saved.predict_masks(batch, [False] * 3))
     for before, after in zip(masks[0][:2], masks[1][:2]):
         assert torch.equal(before, after)
 
 
 def test_backbone_without_a_decoder_is_refused():
     with pytest.raises(ModelError, match="--backbone composed"):
-        load_model(BackboneConfig(backbone="native", weights="tiny-random", masks="decoder"))
+        load_model(BackboneConfig(backbone="omni", weights="tiny-random"), DECODER)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ def test_backbone_without_a_decoder_is_refused():
 def test_samples_with_masks(small_world, split):
     for s in add_mask_tokens(read_samples(small_world, list(TASKS), split)):
         answer = s.task.parse(s.target) if s.target else s.gold
-        has_mask = s.task.name in MASKED and bool(answer.boxes)
+        has_mask = bool(s.task.mask_head) and bool(answer.boxes)
         assert bool(s.mask) == has_mask
         assert (MASK_TOKENS[0] in s.target) == (has_mask and split == "train")
         if has_mask:
@@ -381,7 +387,7 @@ def test_sam2_each_object_by_its_own_points(sam2):
 
 def test_sam2_from_text_to_score(sam2, small_world):
     """Unparsed, denied and empty answers are scored; a box outside is no answer."""
-    s4 = add_mask_tokens(read_samples(small_world, ["s4"], "test"), tokens=False)[:1] * 4
+    s4 = add_mask_tokens(read_samples(small_world, ["s4"], "test"), in_target=False)[:1] * 4
     texts = [
         "The dog is at [10,20,90,100] points [40,50],[60,70].",
         "a dog",
@@ -392,7 +398,7 @@ def test_sam2_from_text_to_score(sam2, small_world):
     assert masks[0].shape == (96, 96) and masks[1:] == [None, None, None]
     scores = score_masks(s4, masks)["s4"]
     assert scores["coverage"] == 0.25 and scores["n"] == 4
-    ref = add_mask_tokens(read_samples(small_world, ["ref_avs"], "test"), tokens=False)[:1]
+    ref = add_mask_tokens(read_samples(small_world, ["ref_avs"], "test"), in_target=False)[:1]
     (denied,) = masks_from_boxes(ref, ["<answer> false</answer>"], sam2)
     assert denied.shape == (96, 96) and not denied.any()
 
@@ -409,48 +415,107 @@ def test_box_as_a_mask():
 
 
 # --- the stage ------------------------------------------------------------------------------------
-def test_stage_from_command_to_mask(small_world, tmp_path, monkeypatch, capsys):
-    """Training, its files, and infer.py with the decoder, boxes and a missing SAM2."""
-    monkeypatch.chdir(tmp_path)
-    data = f"--data {small_world} --tasks s4,ref_avs"
-    sizes = "--steps 3 --text-steps 1 --mask-width 32 --mask-queries 4"
-    command = f"crab-tiny --stage masks {data} {sizes} --out run"
-    assert train.main(command.split()) == 0
-    scores = json.loads(Path("run/metrics.json").read_text())["masks"]
+def train_command(world: Path, out: str) -> list[str]:
+    data = f"--data {world} --tasks s4,ref_avs --test-rows 4"
+    return f"crab-tiny --stage masks {data} --steps 4 --text-steps 2 --out {out}".split()
+
+
+@pytest.fixture(scope="module")
+def mask_run(small_world, tmp_path_factory) -> Path:
+    """A run that learns the text of the answers in two steps, and masks in two more."""
+    run = tmp_path_factory.mktemp("masks") / "run"
+    assert train.main(train_command(small_world, str(run))) == 0
+    return run
+
+
+def test_the_stage_trains_connectors_with_the_text_and_then_the_decoder(mask_run):
+    scores = json.loads((mask_run / "metrics.json").read_text())["masks"]
     assert set(scores) == {"s4", "ref_avs"}
     assert scores["s4"]["n"] > 0 and 0 <= scores["s4"]["miou"] <= 1
+    parts = {file.stem: load_file(file) for file in (mask_run / "parts").iterdir()}
+    # the positional encodings are saved too
+    encodings = {name for name in parts["mask_decoder"] if name.startswith("decoder.places")}
+    assert encodings == {"decoder.places.0.matrix", "decoder.places.1.matrix"}
 
-    # what was saved: the positional encodings, and connectors that learned with the text
-    saved = load_file("run/modules.safetensors")
-    encodings = {name for name in saved if name.startswith("masks.decoder.places")}
-    assert encodings == {"masks.decoder.places.0.matrix", "masks.decoder.places.1.matrix"}
-    before = load_file(ASSETS / "crab_plus-tiny" / "modules.safetensors")
-    changed = {n.split(".")[0] for n in before if not torch.equal(saved[n], before[n])}
-    assert {name.split(".")[0] for name in before} - changed == {"words"}
+    # it starts from the shipped run, whose embeddings go on as they are
+    start = load_model(BackboneConfig())
+    start.load_trained(ASSETS / "crab_plus-tiny")
+    unchanged = set()
+    for name, module in start.trainable_modules().items():
+        state = module.state_dict()
+        if name in parts and all(torch.equal(parts[name][key], state[key]) for key in state):
+            unchanged.add(name)
+    assert unchanged == {"embeddings"}
+    assert parts.keys() >= {"visual_qformer", "audio_qformer", "time", "number"}
 
-    # the same masks again, and boxes as masks
-    evaluate = f"--eval --run run {data}"
-    assert infer.main(evaluate.split()) == 0
-    assert infer.main(f"{evaluate} --masks box --out boxes".split()) == 0
-    again = json.loads(Path("run/eval_test/metrics.json").read_text())["masks"]
-    assert again["s4"]["miou"] == pytest.approx(scores["s4"]["miou"], abs=1e-3)
-    boxes = json.loads(Path("boxes/metrics.json").read_text())["masks"]
+
+def test_a_run_killed_while_the_decoder_learns_continues_with_the_same_losses(
+    mask_run, small_world, tmp_path, monkeypatch
+):
+    """The LM has read the answers with what the first phase made of adapter and connectors."""
+    update, calls = trainer.update, []
+
+    def interrupted(*arguments) -> float:
+        calls.append(1)
+        if len(calls) == 4:  # the second step of the second phase
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    command = [*train_command(small_world, str(tmp_path / "cut")), "--save-every", "1"]
+    monkeypatch.setattr(trainer, "update", interrupted)
+    assert train.main(command) == 130
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_3"]
+    monkeypatch.undo()
+    assert train.main(command) == 0
+
+    logs = []
+    for run in (mask_run, tmp_path / "cut"):
+        with open(run / "log.csv", encoding="utf-8") as file:
+            logs.append([(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)])
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+    for part in ("mask_decoder", "visual_qformer"):
+        file = f"parts/{part}.safetensors"
+        whole, cut = load_file(mask_run / file), load_file(tmp_path / "cut" / file)
+        assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_the_masks_of_a_run_are_made_again_by_infer(mask_run, small_world, tmp_path):
+    data = f"--data {small_world} --tasks s4,ref_avs --test-rows 4"
+    evaluate = f"--eval --run {mask_run} {data} --out"
+    assert infer.main([*evaluate.split(), str(tmp_path / "decoder")]) == 0
+    assert infer.main([*evaluate.split(), str(tmp_path / "boxes"), "--masks", "box"]) == 0
+    before, again, boxes = (
+        json.loads((folder / "metrics.json").read_text())["masks"]
+        for folder in (mask_run, tmp_path / "decoder", tmp_path / "boxes")
+    )
+    assert again["s4"]["miou"] == pytest.approx(before["s4"]["miou"], abs=1e-3)
     assert boxes["s4"]["coverage"] > 0.5
 
-    # one picture
+
+def test_infer_draws_a_mask_or_says_what_it_lacks(
+    mask_run, small_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
     s = read_samples(small_world, ["s4"], "test")[0]
     paths = {p.kind: p.path for p in s.media}
     clip = ["--image", paths["image"], "--audio", paths["audio"]]
-    ask = ["--task", "s4", *clip, "--json", "--run", "run", "--picture", "p.png"]
-    capsys.readouterr()
+    ask = ["--task", "s4", *clip, "--json", "--run", str(mask_run), "--picture", "p.png"]
     assert infer.main([*ask, "--masks", "box"]) == 0
     reply = json.loads(capsys.readouterr().out)
     assert reply["error"] or Image.open(reply["mask"]).size == (224, 224)
     assert infer.main([*ask, "--masks", "sam2", "--sam2", str(tmp_path / "none")]) == 0
-    assert "SAM2" in json.loads(capsys.readouterr().out)["no_mask"] and Path("p.png").exists()
+    reply = json.loads(capsys.readouterr().out)
+    assert "SAM2" in reply["no_mask"] and Path("p.png").exists()
 
     # a run without a decoder
-    without = ["--run", str(ASSETS / "crab_plus-tiny")]
-    evaluate = ["--eval", "--data", str(small_world), "--masks", "decoder", *without]
-    assert infer.main(evaluate) == 2
+    split = ["--eval", "--data", str(small_world), "--masks", "decoder"]
+    assert infer.main([*split, "--run", str(ASSETS / "crab_plus-tiny"), "--out", "eval"]) == 2
     assert "--stage masks" in capsys.readouterr().err
+
+
+def test_steps_of_text_leave_some_for_the_masks(small_world, tmp_path, capsys):
+    command = train_command(small_world, str(tmp_path / "run"))
+    assert train.main([*command, "--text-steps", "4"]) == 2
+    assert "none is left for the masks" in capsys.readouterr().err
+    assert train.main(["crab-tiny", "--stage", "unified", "--text-steps", "4"]) == 2
+    assert "--text-steps wants --stage masks" in capsys.readouterr().err

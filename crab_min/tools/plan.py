@@ -42,7 +42,8 @@ from crab_min.model import AVLanguageModel, index_by_kind
 from crab_min.tasks import TASKS, Task
 
 CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio window; else 10 s
-SLOT_CHARACTERS = 80  # of a question, or of what else fills a slot of an instruction
+# in the place of a question, or of what else fills a slot of an instruction
+SLOT_TEXT = "Which of the things that are seen in the video is heard before the bell rings?"
 ANSWER = 80  # tokens of a reasoned answer, about
 
 GPUS = (16, 24, 48, 80)  # GB
@@ -72,8 +73,8 @@ class Prompt:
 
 
 @dataclass
-class SideCost:
-    """What a side channel adds to the longest prompt."""
+class PatchCost:
+    """What a patch adds to the model, and to its forward on the longest prompt."""
 
     parameters: int
     operations: int
@@ -111,7 +112,7 @@ class Plan:
     operations: float  # of the LM in a training step, for a sample of the mean length
     memory: dict[str, Memory]  # by the precision of the LM's weights
     base_operations: int  # of the frozen model's forward on the longest prompt
-    side_costs: dict[str, SideCost]
+    patches: dict[str, PatchCost]
     batch_size: int
     eval_rows: int
     checkpointing: bool
@@ -163,14 +164,14 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
         fill(model)
         longest.media = [without_values(medium) for medium in longest.media]
         memory = memory_by_precision(model, settings, longest)
-        base_operations, costs = side_costs(model, longest, parts)
+        base_operations, patches = patch_costs(model, longest, parts)
     return Plan(
         parts=parts,
         tokens=tokens,
         operations=operations,
         memory=memory,
         base_operations=base_operations,
-        side_costs=costs,
+        patches=patches,
         batch_size=training.batch_size,
         eval_rows=eval_rows(settings),
         checkpointing=training.gradient_checkpointing,
@@ -275,17 +276,31 @@ def lm_dtype(model: AVLanguageModel) -> torch.dtype:
     return model.llm.get_input_embeddings().weight.dtype
 
 
+def measure_layer(model: AVLanguageModel, measure: Callable[[], int]) -> tuple[int, int]:
+    """Measure the LM with one layer and with two.
+
+    Returns:
+        what it measures without layers, and for a layer.
+    """
+    values = []
+    for count in (1, 2):
+        with first_layers(model, count):
+            values.append(measure())
+    layer = values[1] - values[0]
+    return values[0] - layer, layer
+
+
 @contextmanager
 def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
     """Take all but the first layers out of the LM."""
-    lists = lm_layers(model)
-    whole = [list(layers) for layers in lists]
-    for layers in lists:
+    stacks = lm_layers(model)
+    whole = [list(layers) for layers in stacks]
+    for layers in stacks:
         del layers[count:]
     try:
         yield
     finally:
-        for layers, all_layers in zip(lists, whole):
+        for layers, all_layers in zip(stacks, whole):
             layers.extend(all_layers[count:])
 
 
@@ -342,11 +357,11 @@ def example_samples(recipe: ModuleType, settings: Settings) -> list[Sample]:
 
 
 def example_sample(task: Task, side_channels: list[str]) -> Sample:
-    """Make a sample of a task whose slots are filled with as many characters as is usual."""
+    """Make a sample of a task, with a text of usual length in its slots."""
     # vid and fid: what Ref-AVS names its masks by
     row = {"frame_idx": 0, "vid": "0", "fid": "0"}
     row |= {medium.fields[0]: "media/0/frames/0.jpg" for medium in task.media}
-    row |= {slot.fields[0]: SLOT_CHARACTERS * "x" for slot in task.slots}
+    row |= {slot.fields[0]: SLOT_TEXT for slot in task.slots}
     row["sides"] = {name: f"{name}.npy" for name in side_channels}
     return Sample(task.name, task, build_prompt(task, row), target="", gold=Answer(), row=row)
 
@@ -450,14 +465,13 @@ def activation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt
 def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int) -> int:
     """Count what the LM keeps, see `activation_bytes`; length: tokens of each prompt."""
     training = settings.training
-    kept = []
-    for count in (1, 2):
-        with first_layers(model, count), saved_for_backward(model, training.bf16) as saved:
-            lm_loss(model, training.batch_size, length)
-        kept.append(saved.bytes)
-    layer = kept[1] - kept[0]
-    rest = kept[0] - layer
 
+    def kept() -> int:
+        with saved_for_backward(model, training.bf16) as saved:
+            lm_loss(model, training.batch_size, length)
+        return saved.bytes
+
+    rest, layer = measure_layer(model, kept)
     depth = len(lm_layers(model)[0])
     if not training.gradient_checkpointing:
         return rest + depth * layer
@@ -519,7 +533,7 @@ def evaluation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt
     mlp = rows * prompt * (3 * mlp_width + 2 * lm_width(model)) * itemsize
     if settings.run.eval_mode == "rank":
         logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
-    elif "logits_to_keep" in inspect.signature(lm.forward).parameters:
+    elif config.is_encoder_decoder or "logits_to_keep" in inspect.signature(lm.forward).parameters:
         logits = rows * config.vocab_size * itemsize
     else:
         logits = rows * prompt * config.vocab_size * itemsize
@@ -591,24 +605,26 @@ def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
 # --- operations ----------------------------------------------------------------------------------
 
 
-def side_costs(
+def patch_costs(
     model: AVLanguageModel, longest: Prompt, parts: dict[str, Count]
-) -> tuple[int, dict[str, SideCost]]:
-    """Count what side channels cost in a forward on the longest prompt.
+) -> tuple[int, dict[str, PatchCost]]:
+    """Count what patches cost in a forward on the longest prompt.
 
     Returns:
-        the operations of the frozen model without them, and what each adds to it.
+        the operations of the frozen model, and the cost of each patch by its side channel.
     """
-    if not model.side_names:
+    names = [name for name in model.side_names if f"patch for {name}" in parts]
+    if not names:
         return 0, {}
     alone = token_operations(model, longest, [])
     costs = {}
-    for name in model.side_names:
-        trained = [count.trained for title, count in parts.items() if title.split()[-1] == name]
+    for name in names:
         operations = token_operations(model, longest, [name]) - alone
-        costs[name] = SideCost(sum(trained), operations)
-    lm = operations_of(lambda: lm_loss(model, 1, longest.tokens))
-    return alone + lm, costs
+        costs[name] = PatchCost(parts[f"patch for {name}"].trained, operations)
+    rest, layer = measure_layer(
+        model, lambda: operations_of(lambda: lm_loss(model, 1, longest.tokens))
+    )
+    return alone + rest + layer * len(lm_layers(model)[0]), costs
 
 
 def token_operations(model: AVLanguageModel, longest: Prompt, names: list[str]) -> int:
@@ -665,13 +681,13 @@ def token_lines(result: Plan) -> list[str]:
 
 def cost_lines(result: Plan) -> list[str]:
     lines = []
-    for name, cost in result.side_costs.items():
+    for name, cost in result.patches.items():
         lines.append(
-            f"side channel {name}: {cost.parameters:,} parameters, {cost.operations / 1e12:.3f} "
+            f"patch for {name}: {cost.parameters:,} parameters, {cost.operations / 1e12:.3f} "
             f"TFLOPs for the longest sample, {cost.parameters / result.frozen:.2%} and "
             f"{cost.operations / result.base_operations:.2%} of the base"
         )
-    if result.side_costs:
+    if result.patches:
         lines.append(
             f"the frozen base: {result.frozen:,} parameters, "
             f"{result.base_operations / 1e12:.3f} TFLOPs for the longest sample"
