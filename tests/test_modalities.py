@@ -29,10 +29,12 @@ from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
 from crab_min.interface import PromptPart
 from crab_min.media.arrays import point_code, read_points
-from crab_min.media.read import flow_pictures, read_flow, read_video, write_video
+from crab_min.media.flow import flow_pictures
+from crab_min.media.read import read_flow, read_video
+from crab_min.media.write import write_video
 from crab_min.tools.convert import main as convert_main
 from crab_min.tools.released.weights import read_checkpoint
-from crab_min.world.scenes import Renderer
+from crab_min.world.rendering import Renderer
 from crab_min.world.side_channels import CHANNELS, build_side_world, make_show
 
 NAMES = ["audio", "flow", "depth", "normals", "thermal", "touch", "points"]
