@@ -14,7 +14,7 @@ from crab_min.backbones.composed import load_base  # noqa: E402
 from crab_min.config import WorldConfig  # noqa: E402
 from crab_min.world.folders import build_world  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 
 

@@ -164,7 +164,7 @@ def train_see(
     Q-Former learn to look in minutes: DETR without its matching.
     """
     rng = np.random.default_rng(seed)
-    probes = VisualProbes(model, len(renderer.things), list(renderer.places))
+    probes = VisualProbes(model, len(renderer.things), len(renderer.places))
 
     def loss_of(step: int) -> tuple[Tensor, Figures]:
         # one frame per scene, at any time
@@ -176,7 +176,7 @@ def train_see(
 
         features = model.vision(torch.from_numpy(augment(frames, rng)))  # (B, 1, S, W)
         tokens = model.visual_qformer(features)[:, 0]  # (B, Q, D)
-        return probes(features[:, 0], tokens, scenes, targets)
+        return probes(features[:, 0], tokens, targets)
 
     trained = [model.vision, model.visual_qformer, probes]
     Stage("see", [(trained, lr)], steps, log).run(loss_of)
@@ -190,17 +190,22 @@ class VisualTargets:
     cell_box: Tensor  # (B, Q, 4), 0 to 1
     patch_thing: Tensor  # (B * S,)
     patch_box: Tensor  # (B * S, 4), the whole box of the thing that the patch shows a part of
+    place: Tensor  # (B,)
+    emotion: Tensor  # (B,), of a face that can be seen
 
 
 def visual_targets(renderer: Renderer, scenes: list[Scene], times: np.ndarray) -> VisualTargets:
+    # every cell and patch is empty at first
     no_thing, count = len(renderer.things), len(scenes)
     cell_thing = np.full((count, CELLS), no_thing)
     cell_box = np.zeros((count, CELLS, 4))
     patch_thing = np.full((count, PATCHES, PATCHES), no_thing)
     patch_box = np.zeros((count, PATCHES, PATCHES, 4))
+
+    # things, each in the cell of its centre and in the patches that it covers
     for i, (scene, t) in enumerate(zip(scenes, times)):
         if scene.kind == "face":
-            continue
+            continue  # a face is no thing
         for obj in scene.objects:
             mask = renderer.mask(scene, obj, t)
             box = mask_box(mask)
@@ -208,14 +213,18 @@ def visual_targets(renderer: Renderer, scenes: list[Scene], times: np.ndarray) -
                 continue
             cell = cell_of_box(box)
             cell_thing[i, cell], cell_box[i, cell] = obj.thing, np.array(box) / GRID
-            # a patch shows the thing where about a third of its pixels (0 or 255) are in the mask
+            # covered: about a third of the patch's pixels, 0 or 255 in the mask, are of the thing
             covered = mask.reshape(PATCHES, 8, PATCHES, 8).mean((1, 3)) > 80
             patch_thing[i, covered], patch_box[i, covered] = obj.thing, cell_box[i, cell]
+
+    places = list(renderer.places)
     return VisualTargets(
         torch.from_numpy(cell_thing),
         torch.from_numpy(cell_box).float(),
         torch.from_numpy(patch_thing).flatten(),
         torch.from_numpy(patch_box).float().flatten(0, 2),
+        torch.tensor([places.index(scene.place) for scene in scenes]),
+        emotion_labels(scenes, visible=True),
     )
 
 
@@ -241,7 +250,7 @@ class VisualProbes(nn.Module):
     `patch`: the vision encoder gets a dense gradient from the first step on.
     """
 
-    def __init__(self, model: ComposedModel, things: int, places: list[str]):
+    def __init__(self, model: ComposedModel, things: int, places: int):
         super().__init__()
         self.things, self.places = things, places
         queries, width = model.visual_qformer.config.queries, model.llm.config.hidden_size
@@ -251,12 +260,12 @@ class VisualProbes(nn.Module):
                 "grid: set queries of visual_qformer in the model's config"
             )
         self.cell = probe(width, things + 1 + 4)
-        self.scene = probe(queries * width, len(places) + len(EMOTIONS) + 1)
+        self.scene = probe(queries * width, places + len(EMOTIONS) + 1)
         self.digits = nn.Linear(width, 4 * TENS)
         self.patch = nn.Linear(model.vision.width, things + 1 + 4 + queries)
 
     def forward(
-        self, features: Tensor, tokens: Tensor, scenes: list[Scene], targets: VisualTargets
+        self, features: Tensor, tokens: Tensor, targets: VisualTargets
     ) -> tuple[Tensor, Figures]:
         """Return the loss and the figures of a batch of frames.
 
@@ -264,30 +273,32 @@ class VisualProbes(nn.Module):
             features: the vision encoder's (B, S, W).
             tokens: the Q-Former's (B, Q, D).
         """
-        # each query's cell: the thing in it, its box, and the tens of the box in pixels
-        thing, box = self.cell(tokens).split([self.things + 1, 4], -1)  # (B, Q, C + 1), (B, Q, 4)
-        place, face = self.scene(tokens.flatten(1)).split([len(self.places), len(EMOTIONS) + 1], 1)
+        # what the tokens tell: each of its cell, all together of the frame
         occupied = targets.cell_thing < self.things  # (B, Q)
-        box_error = (box - targets.cell_box).abs().mean(-1)[occupied].mean()
+        thing, box = self.cell(tokens).split([self.things + 1, 4], -1)  # (B, Q, C + 1), (B, Q, 4)
+        frame = self.scene(tokens.flatten(1))  # (B, places + 7)
+        place, face = frame.split([self.places, len(EMOTIONS) + 1], 1)
         tens = self.digits(tokens)[occupied].unflatten(-1, (4, TENS))  # (objects, 4, TENS)
-        tens_gold = ((targets.cell_box[occupied] * GRID).round() / 10).long()  # (objects, 4)
+
+        # losses of the cells: the thing, its box, and the tens of the box in pixels
         weight = torch.tensor([2.0] * self.things + [1.0])
+        box_error = (box - targets.cell_box).abs().mean(-1)[occupied].mean()
+        tens_gold = ((targets.cell_box[occupied] * GRID).round() / 10).long()  # (objects, 4)
         loss = 2 * F.cross_entropy(thing.flatten(0, 1), targets.cell_thing.flatten(), weight)
         loss = loss + 10 * box_error
         loss = loss + 0.5 * F.cross_entropy(tens.flatten(0, 1), tens_gold.flatten())
 
-        # the frame: its place, and the emotion of a face
-        place_gold = torch.tensor([self.places.index(scene.place) for scene in scenes])
-        face_gold = emotion_labels(scenes, visible=True)
-        loss = loss + 0.3 * F.cross_entropy(place, place_gold) + F.cross_entropy(face, face_gold)
-
+        # losses of the frame and of the patches
+        loss = loss + 0.3 * F.cross_entropy(place, targets.place)
+        loss = loss + F.cross_entropy(face, targets.emotion)
         loss = self.add_patch_losses(loss, features, targets)
 
         found = (thing.argmax(-1) == targets.cell_thing)[occupied].float().mean()
+        face_right = (face.argmax(1) == targets.emotion).float().mean()
         figures = {
             "found": round(found.item(), 2),
             "box_off": round(GRID * box_error.item(), 1),
-            "face": round((face.argmax(1) == face_gold).float().mean().item(), 2),
+            "face": round(face_right.item(), 2),
         }
         return loss, figures
 
@@ -318,12 +329,14 @@ def train_hear(
     head = probe(width, things + len(EMOTIONS) + 1)
 
     def loss_of(step: int) -> tuple[Tensor, Figures]:
+        # sound tracks, and what sounds in each of their pieces
         seconds = 2 if step % 3 == 2 else 1  # per piece
         kinds = ("one", "many", "many", "action", "face", "face")
         scenes = sample_scenes(renderer, kinds, step, CLIPS, seed)
         sounding = torch.stack([sounding_things(scene, things, seconds) for scene in scenes])
         waves = np.stack([augment(renderer.wave(scene), rng) for scene in scenes])
 
+        # what the tokens of a piece tell
         banks = fbank_pieces(waves, seconds).flatten(0, 1)  # (B * T, F, 128)
         features, _ = model.audio.beats(banks)  # (B * T, 48 or 96, W)
         tokens = model.audio_qformer(features[:, None])  # (B * T, 1, Q, D)
@@ -334,6 +347,7 @@ def train_hear(
         loss = F.binary_cross_entropy_with_logits(thing, sounding) * 5
         loss = loss + F.cross_entropy(voice.flatten(0, 1), voice_gold.flatten())
 
+        # shares of pieces with all things right, and of voices
         all_right = ((thing > 0) == (sounding > 0)).all(-1)  # (B, T)
         is_voice = voice_gold[:, 0] < len(EMOTIONS)  # (B,)
         voice_right = (voice.argmax(-1) == voice_gold)[is_voice]
