@@ -1,64 +1,120 @@
-"""Tutorial 4: from a scene to a clip, a question and a reasoned answer. Read beside Crab (arXiv 2503.13068), the section on the AV-UIE data.
+# %% [markdown]
+# # 4. From a scene to a clip, a question and a reasoned answer
+#
+# Paper: Crab (arXiv 2503.13068), the AV-UIE data with explicit reasoning. Code in `crab_min/`:
+# `world/`, `evaluation/answering.py`. Half a minute on a CPU; the first run builds a world.
+#
+# Crab's claim: tasks help each other when the training text says how an answer is found, and only
+# then gives the label. For real clips a model writes such text and people check it. In the built-in
+# world it follows from the scene, exactly.
 
-    python tutorials/04_world_and_reasoning.py      (about four minutes on a CPU; the first time it also builds a small world)
-
-Crab's claim is that tasks help each other when the training text says *how* an answer is found: who, where, when, and only then the label.
-On real clips such text has to be written by a model and checked by people. In the built-in world it follows from the scene, exactly, so
-the claim can be tried: this script takes one scene apart, then trains twice, once on reasoned targets and once on bare labels.
-"""
-import json
+# %%
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+import torch
 
-from crab_min.data import load_for_figure, read_samples
-from crab_min.evaluation.answering import table
+from crab_min.answers import Answer
+from crab_min.backbones.composed import load_base
+from crab_min.data import read_samples
+from crab_min.evaluation.answering import Decoding, generate_answers
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.tasks import TASKS
-from crab_min.trainer import TrainConfig, run
+from crab_min.evaluation.report import load_for_figure
+from crab_min.features import Features
+from crab_min.model import ASSETS
 from crab_min.world.folders import WorldConfig, build_world
 from crab_min.world.questions import questions
 from crab_min.world.rendering import Renderer
 
-# 1. A scene is symbols: what there is, where, and in which seconds it is seen and heard. It is drawn from (seed, split, kind, index) alone.
+# %% [markdown]
+# ## A scene is symbols
+#
+# It says what there is, where, and in which seconds it is seen and heard. Frames, sound, masks and
+# questions are computed from the symbols. Nothing is measured afterwards, so no label is wrong.
+
+# %%
 renderer = Renderer()
-scene = next(s for s in (renderer.scene("train", "many", i) for i in range(1000))
-             if len(s.seen) == len(s.heard) == 2 and len(s.objects) == 3)
-print(f"Scene {scene.name}, at the place {scene.place!r}:")
-for o in scene.objects:
-    print(f"  {o.label:<8} {'off screen' if not o.seen else f'{o.position}, seen {o.seen}':<28} {f'heard {o.heard}' if o.heard else 'silent'}")
+scene = renderer.scene("train", "many", 3)
+for thing in scene.objects:
+    place = thing.position if thing.seen else "off screen"
+    print(f"{thing.label:<9} {place:<11} seen {thing.seen}, heard {thing.heard}")
+print("frames", renderer.frames(scene, np.arange(10) + 0.5).shape)
+for question in list(questions(scene))[::4]:
+    print(f"{question.text} {question.evidence} So {question.answer}.")
 
-# 2. Frames, sound and masks are computed from the symbols; nothing is measured afterwards, so no label can be wrong.
-print(f"\nframes {renderer.frames(scene, np.arange(10) + .5).shape}, wave {renderer.wave(scene).shape}, "
-      f"pixels of the {scene.objects[0].label} at 5.5 s: {int((renderer.mask(scene, scene.objects[0], 5.5) > 0).sum())}")
+# %% [markdown]
+# ## The clip is a file, and a row points to it
+#
+# The world's folder has the layout of AV-UIE v2 and is read like real data. `target` is the text to
+# learn: the reasoning, then the label. With `--target label` it is the label alone.
 
-# 3. So are questions. An audio-visual one asks where something sounds: the eyes know what is where, the ears what sounds when.
-#    (tests/test_world.py fits the best rule it can from all visual facts alone, and from all audio facts alone: it stays near guessing.)
-print("\nSome questions about it, each with its evidence:")
-for modality, kind, question, answer, evidence in list(questions(scene))[::2]:
-    print(f"  {modality + ' ' + kind:<26} {question:<64} {evidence} So {answer}.")
+# %%
+root = build_world(WorldConfig(world_clips=48, world_test=4), seed=1)
+sample = read_samples(root, ["avvp"], "train")[0]
+media, title = load_for_figure(sample), sample.parts[-1].text.strip()
+draw_answer(Path("answers/tutorial_04.png"), media, title, sample.gold, sample.target)
+samples = read_samples(root, ["avqa"], "train")
+for sample, label in zip(samples[:3], read_samples(root, ["avqa"], "train", target="label")):
+    print(f"{sample.row['question']}\n  reasoning: {sample.target}\n  label: {label.target}")
 
-# 4. The clip and the rows that point to it are files in the AV-UIE v2 layout, read like the real data.
-config = WorldConfig(world_clips=240, world_test=12)
-root = build_world(config, seed=0)
-sample = next(s for s in read_samples(root, ["avvp"], "train") if len(s.gold.audio_events) == 2)
-draw_answer(Path("answers/tutorial_04.png"), load_for_figure(sample), sample.parts[-1].text.strip(), TASKS["avvp"].parse(sample.target), sample.target)
-print("\nanswers/tutorial_04.png shows a clip of it with its events.")
+# %% [markdown]
+# ## Does the label rest on the reasoning?
+#
+# The shipped adapter was trained on reasoned targets of other clips. We give it the beginning of an
+# answer, and take the label of the smallest loss, the negative log-likelihood. In naive lines:
 
-# 5. Reasoned targets against bare labels: the same clips, questions, steps and adapter. A reasoned answer is longer, so a
-#    step costs more; what it may buy is that the label can be read off the evidence just written.
-for target in ("reasoning", "label"):
-    out = Path("runs") / f"tutorial_04_{target}"
-    if not (out / "metrics.json").exists():
-        run(TrainConfig(world_clips=240, world_test=12, target=target, tasks="ave,avqa,meld,ucf", steps=120, out=str(out), r=16, alpha=32), "crab_plus-tiny")
-print("\nreasoning, then label, after 120 steps each:")
-for target in ("reasoning", "label"):
-    print(f"\n--target {target}\n" + table(json.loads((Path("runs") / f"tutorial_04_{target}" / "metrics.json").read_text())["tasks"]))
 
-print("""
-Two cautions. A minute on 240 clips is far from the end of either curve: the table of the README is the long run. And a thing of another world
-(--things FOLDER) that was never in training has one recording and one picture: its name cannot be known, so it stays at chance by nature.
-Now change steps=120 to steps=600, remove runs/tutorial_04_* and run it again: a few times the passes, and the tables show which target gains more.""")
+# %%
+def naive_losses(model, batch):
+    length = batch.longest_answer
+    labels = batch.labels[:, -length:]  # answers end the rows
+    log_p = model.logits(batch, length + 1)[:, :-1].log_softmax(-1)  # each predicts the next token
+    losses = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return losses.masked_fill(labels < 0, 0.0)  # (B, length)
+
+
+@torch.no_grad()
+def likeliest_label(sample, answer):
+    reasoning = answer.split("<answer>")[0]
+    labels = sorted({s.gold.choice for s in samples if s.row["type"] == sample.row["type"]})
+    texts = [reasoning + sample.task.format(Answer(choice=label)) for label in labels]
+    media = features([sample] * len(labels))
+    batch = model.collate([sample.parts] * len(labels), media, texts)
+    losses = model.token_losses(batch)
+    assert torch.allclose(losses, naive_losses(model, batch), atol=1e-4)
+    return labels[int(losses.sum(1).argmin())]
+
+
+model = load_base()
+model.load_trained(ASSETS / "crab_plus-tiny")
+features = Features(model.eval())
+features.prepare(samples)
+texts = generate_answers(model, features, samples, Decoding(limits={"avqa": 58}))
+targets, empty = [sample.target for sample in samples], [""] * len(samples)
+for name, answers in (("no", empty), ("the model's own", texts), ("the annotated", targets)):
+    labels = [likeliest_label(*pair) for pair in zip(samples, answers)]
+    right = sum(label == sample.gold.choice for label, sample in zip(labels, samples))
+    print(f"after {name} reasoning {right} of {len(samples)} labels are right")
+
+# The same with the annotated reasoning of a clip that has this question and another answer:
+follows, pairs = 0, 0
+for sample in samples:
+    others = [s for s in samples if s.row["question"] == sample.row["question"]]
+    others = [s for s in others if s.gold.choice != sample.gold.choice]
+    if others:
+        pairs += 1
+        follows += likeliest_label(sample, others[0].target) == others[0].gold.choice
+print(f"{follows} of {pairs} labels follow the foreign reasoning, against what is seen and heard")
+
+# %% [markdown]
+# The label is read off the reasoning, so this is what has to be learned. Whether it pays, two
+# trainings show: `python train.py crab_plus-tiny`, and the same with `--target label`.
+#
+# ## Exercises
+#
+# 1. Call `likeliest_label` on `samples[0]` with a wrong reasoning of your own in the same words.
+#    Expect the label that your text leads to, whatever the clip shows.
+# 2. Leave out `load_trained`. Expect little from any reasoning: to use it is learned as well.

@@ -49,7 +49,7 @@ from crab_min.trained_parts import SavedPart
 
 
 class CremaModel(AVLanguageModel):
-    """Encoders, one Q-Former for all modalities, an LM. "rgb" (the video) never lacks.
+    """Encoders, an LM, and one Q-Former for all modalities; "rgb" is the video.
 
     Args:
         frame_prefix: the words before a frame.
@@ -126,9 +126,13 @@ class CremaModel(AVLanguageModel):
         placeholder = self.media_tokens[medium.kind].placeholder
         queries = [placeholder] * self.multimodal.config.queries
         prefixes = [self.encode_text(self.frame_prefix.format(t + 1)) for t in range(frames)]
+
+        # [P_t, Z_t]_t
         ids = []
         for prefix in prefixes:
             ids += prefix + queries
+
+        # [P_t]_t, [Zbar_t]_t
         if self.appends_fused:
             for prefix in prefixes:
                 ids += prefix
@@ -170,6 +174,7 @@ class CremaModel(AVLanguageModel):
     # --- tokens
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (token_count, D) of each video with its other modalities."""
+        # Z, and Zbar on top of it or behind it
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
         if self.fusion is not None:
@@ -179,20 +184,23 @@ class CremaModel(AVLanguageModel):
             else:
                 streams.append(fused)
 
-        # the tokens of each video: of all its frames, then of all its fused frames
-        parts = []
+        # of each video all its Z, then its Zbar
+        videos: list[list[Tensor]] = [[] for _ in media]
         for stream in streams:
             stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
-            parts.append(stream.split(lengths))
-        return [torch.cat([x.flatten(0, 1) for x in of_video]) for of_video in zip(*parts)]
+            for video, tokens in zip(videos, stream.split(lengths)):
+                video.append(tokens.flatten(0, 1))  # (T * Q, D)
+        return [torch.cat(video) for video in videos]
 
     def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
         """Compute the tokens (sum of T, Q, D) of one modality of several clips."""
+        # an earlier pass of this batch has computed them
         if self.cached_tokens is not None and name in self.cached_tokens:
             return self.cached_tokens[name]
+
         features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
         is_adapted = name not in self.skipped_modalities
-        tokens = self.multimodal(name, features, mask, adapted=is_adapted)[0]
+        tokens = self.multimodal(name, features, mask, adapted=is_adapted)[0]  # (sum of T, Q, D)
         if self.cached_tokens is not None and name not in self.active_modalities:
             self.cached_tokens[name] = tokens.detach()
         return tokens
@@ -243,9 +251,8 @@ class CremaModel(AVLanguageModel):
         tokens, present = [], []
         for clip, frames in enumerate(lengths):
             if clip in encoded:
-                tokens.append(
-                    over_frames(encoded[clip][None], frames, self.aligned)[0]
-                )  # (T, Q, D)
+                steps = encoded[clip][None]  # (1, its own steps, Q, D)
+                tokens.append(over_frames(steps, frames, self.aligned)[0])  # (T, Q, D)
             else:
                 tokens.append(torch.zeros(frames, q, d, device=self.device))
             present.append(torch.full((frames,), clip in encoded, device=self.device))
@@ -261,12 +268,8 @@ class CremaModel(AVLanguageModel):
         self.fusion_mode = config.fusion
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
-        self.renew_adapter("rgb")
-
-    def renew_adapter(self, name: str) -> None:
-        """Give a modality a new adapter in the Q-Former, of the rank that is set."""
         for linear in self.multimodal.pairs().values():
-            linear.add(name, self.multimodal.config.rank)
+            linear.add("rgb", config.modality_rank)
 
     def add_side_channel(self, name: str, width: int, settings: ModalityConfig) -> None:
         self.add_modality(name, width)
@@ -292,7 +295,7 @@ class CremaModel(AVLanguageModel):
 
         Columns of new modalities are zero, so that they change nothing at first.
         """
-        d = self.multimodal.config.width_out
+        d = self.multimodal.config.width_out  # a modality has d columns
         old = self.fusion
         new = SelfGatedFusion(names, d).to(self.device)
         with torch.no_grad():
@@ -327,6 +330,7 @@ class CremaModel(AVLanguageModel):
                 raise ModelError(
                     f"modality {name!r}: not in this model, which has {', '.join(there)}"
                 )
+        # the fusion learns with every modality, and stays as it is
         self.multimodal.requires_grad_(False)
         self.active_modalities = set(names)
         for name in names:
@@ -339,7 +343,7 @@ class CremaModel(AVLanguageModel):
         """Return the L2 norm of the gradient of a modality's adapter, all its A and B."""
         norms = []
         for key, parameter in self.multimodal.own(name).items():
-            in_adapter = not key.startswith("parts.")
+            in_adapter = not key.startswith("parts.")  # queries, norm and projection
             if in_adapter and parameter.grad is not None:
                 norms.append(parameter.grad.norm())
         return torch.stack(norms).norm().item() if norms else 0.0

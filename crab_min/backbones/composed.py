@@ -20,12 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from crab_min.backbones.common import by_kind, encode_sounds, four_bit_config, named_weights
 from crab_min.backbones.patched import PatchedModel
@@ -86,10 +81,9 @@ class ComposedModel(PatchedModel):
         # connectors, and the optional embeddings of time and of the medium's number
         width = llm.config.hidden_size
         visual = QFormerConfig(vision.width, width, **config.visual_qformer)
+        sound = QFormerConfig(audio.width, width, **config.audio_qformer)
         self.visual_qformer = QFormerConnector(visual)
-        self.audio_qformer = QFormerConnector(
-            QFormerConfig(audio.width, width, **config.audio_qformer)
-        )
+        self.audio_qformer = QFormerConnector(sound)
         self.time = nn.Embedding(config.time_steps, width) if config.time_steps else None
         self.number = nn.Embedding(config.numbers, width) if config.numbers else None
 

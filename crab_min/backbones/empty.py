@@ -24,17 +24,22 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from crab_min.backbones.blip2 import CremaModel, from_base, from_blip2
+from crab_min.backbones.blip2 import CremaModel, from_base, from_blip2, load_blip2
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
     ComposedModel,
     ModelConfig,
     empty_base,
 )
-from crab_min.backbones.llava_onevision import LlavaModel
+from crab_min.backbones.llava_onevision import LlavaModel, load_llava
 from crab_min.backbones.omni import QWEN_CHAT, OmniModel
 from crab_min.backbones.sizes import HUB_SIZES
-from crab_min.backbones.tiny_random import LLAVA_TOKENS, OMNI_TOKENS, omni_processor
+from crab_min.backbones.tiny_random import (
+    LLAVA_TOKENS,
+    OMNI_TOKENS,
+    omni_processor,
+    tiny_omni,
+)
 from crab_min.beats import read_file
 from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
@@ -57,13 +62,14 @@ def empty_backbone(
     Raises:
         ModelError: weights whose sizes are not known here.
     """
+    is_random = config.weights == "tiny-random"  # small random weights are made, not read
     if config.backbone == "omni":
         return empty_omni(config)
     if config.backbone == "llava_onevision":
-        return empty_llava(config)
+        return load_llava(config.weights) if is_random else empty_llava(config)
     if config.backbone == "blip2" and config.weights:
-        return empty_blip2(config)
-    if config.vision:
+        return load_blip2(config.weights) if is_random else empty_blip2(config)
+    if config.vision and not is_random:
         return empty_composed(config, composed_class, template)
 
     # a base: the shipped one, or that of --base
@@ -99,11 +105,13 @@ def empty_composed(
 
 def empty_omni(config: BackboneConfig) -> OmniModel:
     """Build a Qwen2.5-Omni thinker."""
+    layout = replace(QWEN_CHAT, separate_media=config.separate_media)
+    if config.weights == "tiny-random":
+        return EmptyOmniModel(*tiny_omni(), layout)
     sizes = find_config(config.weights, Qwen2_5OmniThinkerConfig)
     thinker = Qwen2_5OmniThinkerForConditionalGeneration(sizes).to(LOADED_IN)
     tokenizer = counting_tokenizer("<|im_end|>", OMNI_TOKENS)
     processor = omni_processor(sizes.audio_config.num_mel_bins, tokenizer)
-    layout = replace(QWEN_CHAT, separate_media=config.separate_media)
     return EmptyOmniModel(thinker, processor, layout)
 
 

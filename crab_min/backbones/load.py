@@ -39,8 +39,7 @@ def load_model(
     check_settings(config, has_masks)
     composed_class = MaskingModel if has_masks else ComposedModel
     with torch.device("meta") if empty else nullcontext():
-        # small random weights are made, not read
-        if empty and config.weights != "tiny-random":
+        if empty:
             model = empty_backbone(config, composed_class, LLAMA_CHAT)
         else:
             model = load_backbone(config, composed_class)

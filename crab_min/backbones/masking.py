@@ -29,10 +29,8 @@ from crab_min.model import NO_LABEL, Batch, cross_entropy
 class AnswerStates:
     """What training the mask decoder takes from a frozen LM: its states at one answer."""
 
-    mask_states: (
-        Tensor | None
-    )  # (S M, D) the states that predict the mask tokens; None without them
-    states: Tensor  # (n, D) the states that predict n of its tokens
+    mask_states: Tensor | None  # (S M, D) that predict the mask tokens; None without these
+    states: Tensor  # (n, D) that predict n of its tokens
     labels: Tensor  # (n,) these tokens
 
 
@@ -43,7 +41,7 @@ class MaskingModel(ComposedModel):
     mask_branch: MaskBranch
     mask_config: MaskDecoderConfig
     mask_token_ids: list[int]
-    cached_states: dict[str, AnswerStates]  # by sample; while there are any, the LM is not asked
+    cached_states: dict[str, AnswerStates]  # by sample; where there are any, the LM does not run
 
     def add_mask_decoder(self, config: MaskDecoderConfig) -> None:
         """Add mask tokens to the vocabulary, and a new decoder; before any adapter."""
@@ -122,7 +120,7 @@ class MaskingModel(ComposedModel):
         return batch.answer_tokens * (text_loss + masks_loss)
 
     def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ask the LM for the losses of the answer tokens and for its last states.
+        """Run the LM: losses of the answer tokens, and its last states.
 
         Returns:
             losses (B, n) at the places of the longest answer, 0 where there is no answer token,

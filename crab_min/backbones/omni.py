@@ -81,15 +81,14 @@ class OmniModel(PatchedModel):
 
         The encoders themselves run in `tokens`.
         """
-        prepare = {
-            "audio": self.mel_frames,
-            "image": self.image_patches,
-            "video": self.video_patches,
-        }
-        return [
-            MediaFeatures(kind, prepare[kind](arrays), seconds=length)
-            for arrays, length in zip(media, seconds)
-        ]
+        if kind == "audio":
+            prepare = self.mel_frames
+        elif kind == "image":
+            prepare = self.image_patches
+        else:  # a video, or another view of it
+            prepare = self.video_patches
+        features = [prepare(arrays) for arrays in media]
+        return [MediaFeatures(kind, x, seconds=length) for x, length in zip(features, seconds)]
 
     def mel_frames(self, waves: list) -> Tensor:
         """Compute the mel frames (F, 128) of a sound, its waves joined."""

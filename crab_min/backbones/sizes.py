@@ -44,7 +44,7 @@ TINY_MODEL = {
 def qwen_omni(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int
 ) -> dict:
-    """Return the config of a Qwen2.5-Omni thinker, whose encoders differ in their output alone."""
+    """Return the config of a Qwen2.5-Omni thinker, given the sizes of its LM."""
     return {
         "text_config": {
             "vocab_size": vocab,
@@ -80,7 +80,7 @@ def qwen_omni(
 def llava_onevision(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
 ) -> dict:
-    """Return the config of a LLaVA-OneVision: transformers' default SigLIP, and a Qwen2."""
+    """Return the config of a LLaVA-OneVision, given the sizes of its LM, a Qwen2."""
     return {
         "text_config": {
             "model_type": "qwen2",

@@ -159,9 +159,15 @@ def subset_table(subsets: dict[str, dict[str, float]]) -> str:
 
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
-# (steps, tokens per step, width) of modalities that the model's vision encoder does not make:
-# BEATs for each tenth of a sound, and the places of 3D points, which may have features beside them
-SIDE_FEATURES = {"audio": (10, 48, 768), "points": (1, 64, 96)}
+
+def side_shape(name: str) -> tuple[int, int, int] | None:
+    """Return the shape of a modality's features, for --plan, which sees no data.
+
+    Returns:
+        steps, tokens per step and width: of BEATs on ten parts of a sound, and of the places of
+        3D points; None for pictures, which the model's vision encoder reads.
+    """
+    return {"audio": (10, 48, 768), "points": (1, 64, 96)}.get(name)
 
 
 def run_settings(settings: CremaSettings) -> CremaSettings:

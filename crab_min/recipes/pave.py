@@ -112,15 +112,20 @@ def types_of(result: dict) -> dict[str, dict]:
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
 
-# (steps, tokens per step, width) of side channels given as files, as the released patches read
-# them: ImageBind in every second of a minute, LanguageBind twice in every second of two minutes,
-# LLaVA-3D, and the frames of four cameras
-SIDE_FEATURES = {
+# (steps, tokens per step, width) of side channels, as the released patches read them: ImageBind in
+# every second of a minute, LanguageBind twice in every second of two minutes, LLaVA-3D, and the
+# frames of four cameras
+RELEASED_SHAPES = {
     "audio": (59, 1, 1024),
     "fast": (240, 4, 1024),
     "depth": (32, 576, 1024),
     "view": (128, 196, 1152),
 }
+
+
+def side_shape(name: str) -> tuple[int, int, int]:
+    """Return the shape of a side channel's features, for --plan, which sees no data."""
+    return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
 
 
 def run_settings(settings: PaveSettings) -> PaveSettings:

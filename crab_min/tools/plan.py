@@ -5,52 +5,52 @@ but on the meta device: every tensor has a shape and a precision, and none has m
 
     parameters    counted by part
     tokens        black media are encoded, and the model says how many tokens they become
-    activations   counted in forwards on tensors without values, see `activation_bytes`
-    evaluation    computed from the LM's sizes, see `evaluation_bytes`
+    memory        see measure.py: activations are counted in forwards, evaluation's are computed
+    operations    counted in forwards
 
 All is for one GPU. Left out are what frozen encoders need while they run, and what the CUDA
 libraries take for themselves (about a gigabyte, which "fits" adds).
-
-Shapes: B samples, L tokens of a prompt with its answer, D width of the LM.
 """
 
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from crab_min.answers import Answer
 from crab_min.config import Settings
 from crab_min.data import SAMPLE_RATE, Sample, pick_tasks
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError
-from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
 from crab_min.interface import PromptPart, audio_windows, build_prompt
-from crab_min.masks import MASK_TOKEN_COUNT
-from crab_min.model import AVLanguageModel, index_by_kind
+from crab_min.model import AVLanguageModel
 from crab_min.tasks import TASKS, Task
+from crab_min.tools.measure import (
+    ANSWER,
+    Prompt,
+    activation_bytes,
+    eval_rows,
+    evaluation_bytes,
+    fill,
+    lm_dtype,
+    lm_linears,
+    lm_operations,
+    token_operations,
+    without_values,
+)
 
 CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio window; else 10 s
 # in the place of a question, or of what else fills a slot of an instruction
 SLOT_TEXT = "Which of the things that are seen in the video is heard before the bell rings?"
-ANSWER = 80  # tokens of a reasoned answer, about
 
 GPUS = (16, 24, 48, 80)  # GB
+YES_NO = {True: "yes", False: "no"}
 # dense bfloat16 operations per second at most
 PEAK = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}
-# the share of it that training is taken to use: a guess
-SHARE = 0.3
+SHARE = 0.3  # of the peak that training is taken to use: a guess
 # bytes per weight in NF4 (QLoRA, 2305.14314): 4 bits, an 8-bit scale for 64 of them, and a float
 # for 256 scales
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
@@ -62,14 +62,6 @@ class Count:
 
     trained: int = 0
     frozen: int = 0
-
-
-@dataclass
-class Prompt:
-    """The prompt of a task: its tokens with an answer, and its media without values."""
-
-    tokens: int
-    media: list[MediaFeatures]
 
 
 @dataclass
@@ -139,17 +131,10 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
     """
     settings = recipe.run_settings(settings)
     training = settings.training
-
-    # the model as it trains
-    model = recipe.load_model(settings, empty=True)
-    sides = {name: side_features(model, recipe, settings, name) for name in settings.side_channels}
-    widths = {name: medium.features.shape[-1] for name, medium in sides.items()}
-    with torch.device("meta"):
-        recipe.add_trained_parts(model, settings, widths)
-    model.set_trainable(training.parts)
+    model, sides = build_model(recipe, settings)
     parts, qformers = count_parts(model), whole_qformers(model)
 
-    # its prompts; the longest one decides about memory
+    # the prompts of its tasks; the longest one decides about memory
     prompts = example_prompts(model, recipe, settings, sides)
     tokens = {task: prompt.tokens for task, prompt in prompts.items()}
     longest = max(prompts.values(), key=lambda prompt: prompt.tokens)
@@ -177,6 +162,23 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
         checkpointing=training.gradient_checkpointing,
         whole_qformers=qformers,
     )
+
+
+def build_model(
+    recipe: ModuleType, settings: Settings
+) -> tuple[AVLanguageModel, dict[str, MediaFeatures]]:
+    """Build the model of a run without weights, with all that learns.
+
+    Returns:
+        the model, and the features of each side channel.
+    """
+    model = recipe.load_model(settings, empty=True)
+    sides = {name: side_features(model, recipe, settings, name) for name in settings.side_channels}
+    widths = {name: medium.features.shape[-1] for name, medium in sides.items()}
+    with torch.device("meta"):
+        recipe.add_trained_parts(model, settings, widths)
+    model.set_trainable(settings.training.parts)
+    return model, sides
 
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -235,73 +237,6 @@ def whole_qformers(model: AVLanguageModel) -> int:
         elif name.startswith("multimodal.") and not re.search(r"\.[AB]\.", name):
             shared += parameter.numel()
     return own + shared * (1 + len(model.side_names))
-
-
-# --- the LM --------------------------------------------------------------------------------------
-
-
-def lm_of(model: AVLanguageModel) -> nn.Module:
-    """Return the LM without PEFT's wrapper; an adapter stays inside."""
-    return model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
-
-
-def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
-    """Return the LM's decoder, and its encoder if it has one, without the head."""
-    lm = lm_of(model)
-    return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
-
-
-def lm_linears(model: AVLanguageModel) -> list[nn.Linear]:
-    """Return the frozen linears of the LM's layers, which each token is multiplied with."""
-    linears = []
-    for stack in lm_stacks(model):
-        for name, module in stack.named_modules():
-            if isinstance(module, nn.Linear) and "lora_" not in name:
-                linears.append(module)
-    return linears
-
-
-def lm_layers(model: AVLanguageModel) -> list[nn.ModuleList]:
-    """Return the layers of each stack."""
-    return [stack.block if hasattr(stack, "block") else stack.layers for stack in lm_stacks(model)]
-
-
-def lm_width(model: AVLanguageModel) -> int:
-    """Return the width of the LM's embeddings."""
-    return model.llm.get_input_embeddings().weight.shape[1]
-
-
-def lm_dtype(model: AVLanguageModel) -> torch.dtype:
-    """Return the precision of the LM's weights."""
-    return model.llm.get_input_embeddings().weight.dtype
-
-
-def measure_layer(model: AVLanguageModel, measure: Callable[[], int]) -> tuple[int, int]:
-    """Measure the LM with one layer and with two.
-
-    Returns:
-        what it measures without layers, and for a layer.
-    """
-    values = []
-    for count in (1, 2):
-        with first_layers(model, count):
-            values.append(measure())
-    layer = values[1] - values[0]
-    return values[0] - layer, layer
-
-
-@contextmanager
-def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
-    """Take all but the first layers out of the LM."""
-    stacks = lm_layers(model)
-    whole = [list(layers) for layers in stacks]
-    for layers in stacks:
-        del layers[count:]
-    try:
-        yield
-    finally:
-        for layers, all_layers in zip(stacks, whole):
-            layers.extend(all_layers[count:])
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -385,12 +320,13 @@ def side_features(
     has_beats = getattr(model, "audio", None) is not None
     if name == "audio" and has_beats:
         return encode_black(model, PromptPart("audio"))
-    if name in recipe.SIDE_FEATURES:
-        return MediaFeatures(name, torch.empty(recipe.SIDE_FEATURES[name], device="meta"))
+    shape = recipe.side_shape(name)
+    if shape:
+        return MediaFeatures(name, torch.empty(shape, device="meta"))
     return encode_black(model, PromptPart("view", frames=settings.data.frames or Task.frames))
 
 
-# --- memory --------------------------------------------------------------------------------------
+# --- memory and operations ----------------------------------------------------------------------
 
 
 def memory_by_precision(
@@ -426,185 +362,6 @@ def memory_by_precision(
     return columns
 
 
-def activation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt) -> int:
-    """Count what a training step on the longest prompts keeps for its backward pass.
-
-    Nothing is derived from the architecture: the code that will train runs on tensors without
-    values, and hooks see each tensor that autograd keeps. The LM runs with one layer and with two;
-    the difference is a layer, and every layer keeps as much. With gradient checkpointing the LM
-    keeps the inputs of its layers, and the rest of one layer at a time.
-
-    Counted are the LM, what makes tokens of features (connectors, patches, modalities), and the
-    mask decoder. Frozen encoders keep nothing.
-    """
-    batch, bf16 = settings.training.batch_size, settings.training.bf16
-    model.train()
-    if settings.sequential:  # one modality learns in an update; the video has most tokens
-        for name in settings.side_channels:
-            model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
-    total = lm_activation_bytes(model, settings, longest.tokens)
-
-    # one row and two, since what is kept of weights is kept once
-    kept = []
-    for rows in (1, 2):
-        with saved_for_backward(model, bf16) as saved:
-            model.tokens(rows * longest.media, rows * index_by_kind(longest.media))
-        kept.append(saved.bytes)
-    total += kept[0] + (batch - 1) * (kept[1] - kept[0])
-
-    if model.predicts_masks:
-        states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, S M, D)
-        scales = next(medium.scales for medium in longest.media if medium.scales)
-        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
-        with saved_for_backward(model, bf16=False) as saved:
-            model.mask_branch(states, features)
-        total += saved.bytes
-    return total
-
-
-def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int) -> int:
-    """Count what the LM keeps, see `activation_bytes`; length: tokens of each prompt."""
-    training = settings.training
-
-    def kept() -> int:
-        with saved_for_backward(model, training.bf16) as saved:
-            lm_loss(model, training.batch_size, length)
-        return saved.bytes
-
-    rest, layer = measure_layer(model, kept)
-    depth = len(lm_layers(model)[0])
-    if not training.gradient_checkpointing:
-        return rest + depth * layer
-    inputs = training.batch_size * length * lm_width(model) * lm_dtype(model).itemsize
-    return rest + layer + depth * inputs
-
-
-def lm_loss(model: AVLanguageModel, batch: int, length: int) -> Tensor:
-    """Run the LM on embeddings without values, and the loss of ANSWER tokens of each row.
-
-    Its mask is given whole, (B, 1, L, L), as models of several kinds of media take it: they would
-    look at the values of a mask (B, L).
-    """
-    lm = lm_of(model)
-    x = torch.zeros(batch, length, lm_width(model), dtype=lm_dtype(model), requires_grad=True)
-    labels = torch.zeros(batch, ANSWER, dtype=torch.long)
-    if lm.config.is_encoder_decoder:
-        mask = torch.ones(batch, length, dtype=torch.long)
-        return lm(inputs_embeds=x, attention_mask=mask, labels=labels).loss
-    hidden = lm_hidden(model, x)  # (B, L, D)
-    logits = lm.get_output_embeddings()(hidden[:, -ANSWER - 1 :])  # (B, ANSWER + 1, V)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
-
-
-def lm_hidden(model: AVLanguageModel, x: Tensor) -> Tensor:
-    """Run the LM's decoder on embeddings x (B, L, D), without a cache; returns (B, L, D)."""
-    (decoder,) = lm_stacks(model)
-    is_eager = decoder.config._attn_implementation == "eager"  # it adds the mask to its logits
-    dtype = x.dtype if is_eager else torch.bool
-    mask = torch.zeros(len(x), 1, x.shape[1], x.shape[1], dtype=dtype)
-    return decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
-
-
-def eval_rows(settings: Settings) -> int:
-    """Return how many prompts evaluation answers together."""
-    return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
-
-
-def evaluation_bytes(model: AVLanguageModel, settings: Settings, longest: Prompt) -> int:
-    """Compute what the greatest batch of evaluation takes beside the weights.
-
-    Counted are, for `eval_rows` prompts of the longest task and answers of DEFAULT_LIMIT tokens:
-    the keys and values of all layers, and the widest moment while the prompts are read. That is a
-    layer's MLP (gate, up and their product, beside the hidden states before and after it) or the
-    logits, of whole prompts where the LM has no way to keep fewer (Qwen2.5-Omni). Where options
-    are ranked, there are logits of ANSWER tokens, as they are and in float32.
-    """
-    lm, itemsize = lm_of(model), lm_dtype(model).itemsize
-    config = lm.config.get_text_config()
-    prompt = longest.tokens - ANSWER
-    rows = eval_rows(settings)
-
-    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    head_width = getattr(config, "head_dim", None) or lm_width(model) // config.num_attention_heads
-    cached = 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * itemsize
-    cache = rows * (prompt + DEFAULT_LIMIT) * cached
-
-    mlp_width = max(linear.out_features for linear in lm_linears(model))
-    mlp = rows * prompt * (3 * mlp_width + 2 * lm_width(model)) * itemsize
-    if settings.run.eval_mode == "rank":
-        logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
-    elif config.is_encoder_decoder or "logits_to_keep" in inspect.signature(lm.forward).parameters:
-        logits = rows * config.vocab_size * itemsize
-    else:
-        logits = rows * prompt * config.vocab_size * itemsize
-    return cache + max(mlp, logits)
-
-
-# --- tensors without values ----------------------------------------------------------------------
-
-
-def fill(model: AVLanguageModel) -> None:
-    """Put CPU tensors in the place of meta tensors, inside of a FakeTensorMode.
-
-    They have no values either, but the code of a device runs on them: attention chooses its kernel
-    by device.
-    """
-    filled: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays tied
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in filled:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype)
-                filled[parameter] = nn.Parameter(value, parameter.requires_grad)
-            module._parameters[name] = filled[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def without_values(medium: MediaFeatures) -> MediaFeatures:
-    """Return features of the same shapes, inside of a FakeTensorMode."""
-    return replace(
-        medium,
-        features=torch.zeros(medium.features.shape),
-        mask=None,
-        scales=[torch.zeros(scale.shape) for scale in medium.scales],
-        sides={name: without_values(side) for name, side in medium.sides.items()},
-    )
-
-
-class Saved:
-    """The storages of tensors that autograd keeps, by their number."""
-
-    def __init__(self):
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
-@contextmanager
-def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
-    """Collect what a forward inside keeps for its backward pass; parameters are not counted."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved = Saved()
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            saved.storages[storage._cdata] = storage
-        return tensor
-
-    hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        yield saved
-
-
-# --- operations ----------------------------------------------------------------------------------
-
-
 def patch_costs(
     model: AVLanguageModel, longest: Prompt, parts: dict[str, Count]
 ) -> tuple[int, dict[str, PatchCost]]:
@@ -616,34 +373,12 @@ def patch_costs(
     names = [name for name in model.side_names if f"patch for {name}" in parts]
     if not names:
         return 0, {}
-    alone = token_operations(model, longest, [])
+    alone = token_operations(model, longest.media, [])
     costs = {}
     for name in names:
-        operations = token_operations(model, longest, [name]) - alone
+        operations = token_operations(model, longest.media, [name]) - alone
         costs[name] = PatchCost(parts[f"patch for {name}"].trained, operations)
-    rest, layer = measure_layer(
-        model, lambda: operations_of(lambda: lm_loss(model, 1, longest.tokens))
-    )
-    return alone + rest + layer * len(lm_layers(model)[0]), costs
-
-
-def token_operations(model: AVLanguageModel, longest: Prompt, names: list[str]) -> int:
-    """Count the operations that make tokens of media with some of their side channels."""
-    media = []
-    for medium in longest.media:
-        sides = {name: side for name, side in medium.sides.items() if name in names}
-        media.append(replace(medium, sides=sides))
-    return operations_of(lambda: model.tokens(media, index_by_kind(media)))
-
-
-def operations_of(forward: Callable) -> int:
-    """Count the operations of a forward, two for a product and its sum.
-
-    Attention runs as plain products, since not every kernel of it is counted.
-    """
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        forward()
-    return counter.get_total_flops()
+    return alone + lm_operations(model, longest.tokens), costs
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -651,8 +386,8 @@ def operations_of(forward: Callable) -> int:
 
 def report(result: Plan) -> str:
     """Format a plan as `--plan` prints it."""
-    sections = [part_lines(result), token_lines(result), cost_lines(result), memory_lines(result)]
-    return "\n".join(line for lines in sections for line in lines)
+    lines = [*part_lines(result), *token_lines(result), *cost_lines(result), *memory_lines(result)]
+    return "\n".join(lines)
 
 
 def part_lines(result: Plan) -> list[str]:
@@ -704,26 +439,30 @@ def cost_lines(result: Plan) -> list[str]:
 def memory_lines(result: Plan) -> list[str]:
     longest = max(result.tokens.values())
     checkpointing = "on" if result.checkpointing else "off"
-    rows = {
-        "frozen weights": [memory.frozen for memory in result.memory.values()],
-        "adapter and trained weights": [memory.trained for memory in result.memory.values()],
-        "gradients": [memory.gradients for memory in result.memory.values()],
-        "optimizer (AdamW)": [memory.optimizer for memory in result.memory.values()],
-        "activations": [memory.activations for memory in result.memory.values()],
-        "training, together": [memory.training for memory in result.memory.values()],
-        f"evaluation, {result.eval_rows} samples": [
-            memory.evaluation for memory in result.memory.values()
-        ],
-    }
     lines = [
         "",
         f"memory in GB, {result.batch_size} samples of {longest} tokens a step, gradient "
         f"checkpointing {checkpointing}:",
-        f"  {'':<30}" + "".join(f"{name:>12}" for name in result.memory),
+        table_row("", list(result.memory)),
     ]
-    for title, values in rows.items():
-        lines.append(f"  {title:<30}" + "".join(f"{value / 1e9:>12.2f}" for value in values))
+    titles = {
+        "frozen": "frozen weights",
+        "trained": "adapter and trained weights",
+        "gradients": "gradients",
+        "optimizer": "optimizer (AdamW)",
+        "activations": "activations",
+        "training": "training, together",
+        "evaluation": f"evaluation, {result.eval_rows} samples",
+    }
+    columns = result.memory.values()
+    for name, title in titles.items():
+        sizes = [getattr(memory, name) / 1e9 for memory in columns]
+        lines.append(table_row(title, [f"{size:.2f}" for size in sizes]))
     for gpu in GPUS:
-        answers = ["yes" if memory.fits(gpu) else "no" for memory in result.memory.values()]
-        lines.append(f"  {f'fits {gpu} GB':<30}" + "".join(f"{answer:>12}" for answer in answers))
+        fits = [memory.fits(gpu) for memory in columns]
+        lines.append(table_row(f"fits {gpu} GB", [YES_NO[answer] for answer in fits]))
     return lines
+
+
+def table_row(title: str, cells: list[str]) -> str:
+    return f"  {title:<30}" + "".join(f"{cell:>12}" for cell in cells)

@@ -1,0 +1,317 @@
+"""Memory and operations of a model, measured on tensors without values (for plan.py).
+
+A model without weights (backbones/empty.py) cannot run on the meta device, since attention chooses
+its kernel by device. Inside of a FakeTensorMode `fill` therefore gives it CPU tensors that have
+shapes and no values. The code that trains runs on them in a second, whatever the size.
+
+Shapes: B samples, L tokens of a prompt with its answer, D width of the LM, V words.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from crab_min.config import Settings
+from crab_min.encoders import MediaFeatures
+from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
+from crab_min.masks import MASK_TOKEN_COUNT
+from crab_min.model import AVLanguageModel, index_by_kind
+
+ANSWER = 80  # tokens of a reasoned answer, about
+
+
+@dataclass
+class Prompt:
+    """A prompt: its tokens with an answer, and its media."""
+
+    tokens: int
+    media: list[MediaFeatures]
+
+
+# --- tensors without values ----------------------------------------------------------------------
+
+
+def fill(model: AVLanguageModel) -> None:
+    """Replace the meta tensors of a model, inside of a FakeTensorMode; what is tied stays tied."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in filled:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                filled[parameter] = nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = filled[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def without_values(medium: MediaFeatures) -> MediaFeatures:
+    """Return features of the same shapes, inside of a FakeTensorMode."""
+    return replace(
+        medium,
+        features=torch.zeros(medium.features.shape),
+        mask=None,
+        scales=[torch.zeros(scale.shape) for scale in medium.scales],
+        sides={name: without_values(side) for name, side in medium.sides.items()},
+    )
+
+
+# --- the LM --------------------------------------------------------------------------------------
+
+
+def lm_of(model: AVLanguageModel) -> nn.Module:
+    """Return the LM without PEFT's wrapper; an adapter stays inside."""
+    return model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
+
+
+def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
+    """Return the LM's decoder, and before it its encoder if it has one; without the head."""
+    lm = lm_of(model)
+    return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
+
+
+def lm_layers(model: AVLanguageModel) -> list[nn.ModuleList]:
+    """Return the layers of each stack."""
+    layers = []
+    for stack in lm_stacks(model):
+        layers.append(stack.block if hasattr(stack, "block") else stack.layers)  # T5's are blocks
+    return layers
+
+
+def lm_linears(model: AVLanguageModel) -> list[nn.Linear]:
+    """Return the frozen linears of the LM's layers."""
+    linears = []
+    for stack in lm_stacks(model):
+        for name, module in stack.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                linears.append(module)
+    return linears
+
+
+def lm_width(model: AVLanguageModel) -> int:
+    """Return D."""
+    return model.llm.get_input_embeddings().weight.shape[1]
+
+
+def lm_dtype(model: AVLanguageModel) -> torch.dtype:
+    """Return the precision of the LM's weights."""
+    return model.llm.get_input_embeddings().weight.dtype
+
+
+def lm_loss(model: AVLanguageModel, rows: int, length: int) -> Tensor:
+    """Run the LM, and the loss on ANSWER tokens of each row, as token_losses does."""
+    lm = lm_of(model)
+    x = torch.zeros(rows, length, lm_width(model), dtype=lm_dtype(model), requires_grad=True)
+    labels = torch.zeros(rows, ANSWER, dtype=torch.long)
+    if lm.config.is_encoder_decoder:
+        mask = torch.ones(rows, length, dtype=torch.long)
+        return lm(inputs_embeds=x, attention_mask=mask, labels=labels).loss
+
+    # the whole mask (B, 1, L, L), since transformers looks at the values of one that is (B, L)
+    (decoder,) = lm_stacks(model)
+    adds_mask = decoder.config._attn_implementation == "eager"  # to its logits
+    mask = torch.zeros(rows, 1, length, length, dtype=x.dtype if adds_mask else torch.bool)
+    hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+    logits = lm.get_output_embeddings()(hidden[:, -ANSWER - 1 :])  # (B, ANSWER + 1, V)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+
+
+def measure_layer(model: AVLanguageModel, measure: Callable[[], int]) -> tuple[int, int]:
+    """Measure something of the LM with one layer and with two.
+
+    Returns:
+        what it would be without layers, and what each layer adds.
+    """
+    values = []
+    for count in (1, 2):
+        with first_layers(model, count):
+            values.append(measure())
+    layer = values[1] - values[0]
+    return values[0] - layer, layer
+
+
+@contextmanager
+def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
+    """Take all layers but the first ones out of the LM."""
+    stacks = lm_layers(model)
+    whole = [list(layers) for layers in stacks]
+    for layers in stacks:
+        del layers[count:]
+    try:
+        yield
+    finally:
+        for layers, all_layers in zip(stacks, whole):
+            layers.extend(all_layers[count:])
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Saved:
+    """The storages of tensors that autograd keeps, by their number."""
+
+    def __init__(self):
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+@contextmanager
+def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
+    """Collect what a forward inside keeps for its backward pass; parameters are not counted.
+
+    Args:
+        bf16: matrix products in bfloat16, as trainer.backward computes them on a GPU.
+    """
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    saved = Saved()
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved.storages[storage._cdata] = storage
+        return tensor
+
+    hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        yield saved
+
+
+def activation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
+    """Count what a training step on a batch of such prompts keeps for its backward pass.
+
+    Nothing is derived from the architecture: the code that trains runs, and hooks see each tensor
+    that autograd keeps. Counted are the LM, what makes tokens of features (connectors, patches,
+    modalities), and the mask decoder. Frozen encoders keep nothing.
+    """
+    batch, bf16 = settings.training.batch_size, settings.training.bf16
+    model.train()
+    if settings.sequential:  # one modality learns in an update; the video has most tokens
+        for name in settings.side_channels:
+            model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
+    total = lm_activation_bytes(model, settings, prompt.tokens)
+
+    # tokens of one row and of two: what is kept of weights is kept once
+    kept = []
+    for rows in (1, 2):
+        with saved_for_backward(model, bf16) as saved:
+            model.tokens(rows * prompt.media, rows * index_by_kind(prompt.media))
+        kept.append(saved.bytes)
+    total += kept[0] + (batch - 1) * (kept[1] - kept[0])
+
+    if model.predicts_masks:
+        states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, tokens, D)
+        scales = next(medium.scales for medium in prompt.media if medium.scales)
+        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
+        with saved_for_backward(model, bf16=False) as saved:
+            model.mask_branch(states, features)
+        total += saved.bytes
+    return total
+
+
+def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int) -> int:
+    """Count what the LM keeps of a batch.
+
+    It runs with one layer and with two; every layer keeps as much. With gradient checkpointing
+    there are the inputs of all layers, and the rest of one at a time.
+
+    Args:
+        length: tokens of each row.
+    """
+    training = settings.training
+
+    def kept() -> int:
+        with saved_for_backward(model, training.bf16) as saved:
+            lm_loss(model, training.batch_size, length)
+        return saved.bytes
+
+    rest, layer = measure_layer(model, kept)
+    depth = len(lm_layers(model)[0])
+    if not training.gradient_checkpointing:
+        return rest + depth * layer
+    inputs = training.batch_size * length * lm_width(model) * lm_dtype(model).itemsize
+    return rest + layer + depth * inputs
+
+
+def cache_bytes(model: AVLanguageModel) -> int:
+    """Compute the bytes of the keys and values of one token in all layers of the LM."""
+    config = lm_of(model).config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_width = getattr(config, "head_dim", None) or lm_width(model) // config.num_attention_heads
+    return 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * lm_dtype(model).itemsize
+
+
+def eval_rows(settings: Settings) -> int:
+    """Return how many prompts evaluation answers together."""
+    return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+
+
+def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
+    """Compute what evaluation takes beside the weights for a batch of such prompts.
+
+    Counted are the keys and values of all layers, of `eval_rows` prompts with answers of
+    DEFAULT_LIMIT tokens, and the widest moment while the prompts are read. That is an MLP (gate, up
+    and their product, beside the hidden states before and after the layer), or it is the logits: of
+    one token per row; of whole prompts, where the LM cannot keep fewer (Qwen2.5-Omni); or of ANSWER
+    tokens, also in float32, where options are ranked.
+    """
+    lm, itemsize = lm_of(model), lm_dtype(model).itemsize
+    config = lm.config.get_text_config()
+    rows, length = eval_rows(settings), prompt.tokens - ANSWER
+    cache = rows * (length + DEFAULT_LIMIT) * cache_bytes(model)
+
+    # what is there beside the cache, at most
+    mlp_width = max(linear.out_features for linear in lm_linears(model))
+    mlp = rows * length * (3 * mlp_width + 2 * lm_width(model)) * itemsize
+    keeps_last = "logits_to_keep" in inspect.signature(lm.forward).parameters
+    if settings.run.eval_mode == "rank":
+        logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
+    elif keeps_last or lm.config.is_encoder_decoder:
+        logits = rows * config.vocab_size * itemsize
+    else:
+        logits = rows * length * config.vocab_size * itemsize
+    return cache + max(mlp, logits)
+
+
+# --- operations ----------------------------------------------------------------------------------
+
+
+def operations_of(forward: Callable) -> int:
+    """Count the operations of a forward, two for a product and its sum.
+
+    Attention runs as plain products, since not every kernel of it is counted.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        forward()
+    return counter.get_total_flops()
+
+
+def lm_operations(model: AVLanguageModel, length: int) -> int:
+    """Count the operations of the LM on a row of `length` tokens."""
+
+    def operations() -> int:
+        return operations_of(lambda: lm_loss(model, 1, length))
+
+    rest, layer = measure_layer(model, operations)
+    return rest + len(lm_layers(model)[0]) * layer
+
+
+def token_operations(model: AVLanguageModel, media: list[MediaFeatures], sides: list[str]) -> int:
+    """Count the operations that make tokens of media, with these of their side channels."""
+    chosen = []
+    for medium in media:
+        kept = {name: side for name, side in medium.sides.items() if name in sides}
+        chosen.append(replace(medium, sides=kept))
+    return operations_of(lambda: model.tokens(chosen, index_by_kind(chosen)))
