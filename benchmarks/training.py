@@ -1,27 +1,34 @@
 """How fast training goes: what feeding costs, and what a step of a paper's LM costs.
 
-    python benchmarks/training.py                                   # feeding: small runs of train.py that take turns
-    python benchmarks/training.py --lm 7b [--layers N] [--tokens N]     # a step of Crab+'s LM with random weights: I-LoRA here, and as released
+    python benchmarks/training.py                                     # feeding
+    python benchmarks/training.py --lm 7b [--layers N] [--tokens N]   # a step
 
-Feeding: samples a second of the steps, from each run's log.csv, and of the whole run with what comes before and after. A step: forward, backward
-and AdamW on random embeddings, 80 learned tokens a sample; as released is a product a head and reentrant checkpointing. Ratios are what is
-worth comparing. MFU counts 4 operations a weight and token, as the bar of train.py does.
+Feeding: small runs of train.py that take turns. Samples per second of the steps are from each run's
+log.csv; those of the whole run count what comes before and after the steps too.
+
+A step: forward, backward and AdamW of Crab+'s LM with random weights and I-LoRA, on random
+embeddings, with 80 learned tokens per sample. It is measured as ours and as released: one product
+per head, reentrant checkpointing. MFU counts 4 operations per weight and token, as the bar of
+train.py does.
+
+Ratios are what is worth comparing.
 """
+
 import argparse
 import csv
 import itertools
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from ilora import Loop, peak_bytes, wait
+from common import NO_BARS, ROOT, peak_bytes, seconds_of, take_turns
+from ilora import HeadLoop
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -35,115 +42,214 @@ from crab_min.runs.log import PEAK, multiplied
 from crab_min.tools.plan import make_lm, sizes_of
 from crab_min.world.folders import WorldConfig, build_world
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-FEEDING = {                                                                   # name: flags; the disk is filled by the first run that names it
-    "decoded each time, 0 workers": ["--no-cache-features", "--workers", "0"],
-    "decoded each time, 2 workers": ["--no-cache-features", "--workers", "2"],
-    "on disk, first run": ["--no-cache-features", "--workers", "2", "--feature-cache", "features{}"],
-    "on disk, second run": ["--no-cache-features", "--workers", "2", "--feature-cache", "features{}"],
-    "in memory": ["--cache-features"],
-    "in memory, second run from disk": ["--cache-features", "--feature-cache", "features{}"],
-    "in memory, by length": ["--cache-features", "--group"],
+# --- feeding --------------------------------------------------------------------------------------
+# How features are kept: flags. {} is the number of the round; the first run fills its folder.
+FEEDING = {
+    "decoded each time, 0 workers": "--no-cache-features --workers 0",
+    "decoded each time, 2 workers": "--no-cache-features --workers 2",
+    "on disk, first run": "--no-cache-features --workers 2 --feature-cache features{}",
+    "on disk, second run": "--no-cache-features --workers 2 --feature-cache features{}",
+    "in memory": "--cache-features",
+    "in memory, second run from disk": "--cache-features --feature-cache features{}",
+    "in memory, by length": "--cache-features --group",
 }
 
 
+@dataclass
+class Speed:
+    """The speed of one run."""
+
+    steps: float  # samples per second of the steps
+    waiting: float  # share of the steps' time spent waiting for features
+    tokens: float  # padded tokens per sample
+    whole_run: float  # samples per second of the whole run
+
+
 def feeding(steps: int, repeats: int) -> str:
-    """The table of small runs, medians over `repeats` rounds of all of them."""
-    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in FEEDING}
-    with tempfile.TemporaryDirectory() as folder:
-        build_world(WorldConfig(world_clips=300, world_test=20), 0, Path(folder) / "data" / "world")
-        common = [sys.executable, str(TRAIN), "--world-clips", "300", "--world-test", "20", "--test-rows", "1", "--steps", str(steps), "--save-every", "1000"]
-        for i in tqdm(range(repeats), desc="rounds"):
+    """Return the table of small runs: medians over `repeats` rounds of all of them."""
+    speeds: dict[str, list[Speed]] = {name: [] for name in FEEDING}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build_world(WorldConfig(world_clips=300, world_test=20), 0, folder / "data" / "world")
+        for number in tqdm(range(repeats), desc="rounds"):
             for name, flags in tqdm(FEEDING.items(), desc="runs", leave=False):
-                out, began = Path(folder) / f"{len(found[name])}-{name.replace(' ', '-')}", time.time()
-                subprocess.run([*common, *(flag.format(i) for flag in flags), "--out", str(out)], cwd=folder, check=True, capture_output=True, env=os.environ | {"TQDM_DISABLE": "1"})
-                rows = list(csv.DictReader(open(out / "log.csv")))[5:]        # without the first, which meet new shapes
-                seconds, wanted, places = (sum(float(row[column]) for row in rows) for column in ("seconds", "rows", "places"))
-                found[name].append((wanted / seconds, places / wanted, sum(float(row["wait"]) for row in rows) / seconds, steps * wanted / len(rows) / (time.time() - began)))
-    lines = [f"{'features':<34}{'samples/s':>11}{'of the best':>13}{'waiting':>9}{'places a sample':>17}{'samples/s, whole run':>22}"]
-    medians = {name: [statistics.median(column) for column in zip(*each)] for name, each in found.items()}
-    best = max(each[0] for each in medians.values())
-    lines += [f"{name:<34}{speed:>11.1f}{speed / best:>13.2f}{waiting:>9.0%}{places:>17.0f}{whole:>22.1f}" for name, (speed, places, waiting, whole) in medians.items()]
+                out = folder / f"{number}-{name.replace(' ', '-')}"
+                speeds[name].append(run_speed(out, flags.format(number), steps))
+
+    # medians of each column
+    medians = {}
+    for name, runs in speeds.items():
+        columns = zip(*(astuple(run) for run in runs))
+        medians[name] = Speed(*(statistics.median(column) for column in columns))
+    best = max(speed.steps for speed in medians.values())
+
+    header = f"{'features':<34}{'samples/s':>11}{'of the best':>13}{'waiting':>9}"
+    lines = [header + f"{'places a sample':>17}{'samples/s, whole run':>22}"]
+    for name, speed in medians.items():
+        lines.append(
+            f"{name:<34}{speed.steps:>11.1f}{speed.steps / best:>13.2f}{speed.waiting:>9.0%}"
+            f"{speed.tokens:>17.0f}{speed.whole_run:>22.1f}"
+        )
     return "\n".join(lines)
 
 
-def prepared(name: str, layers: int, four_bit: bool, released: bool, checkpointing: bool, device: str) -> tuple[nn.Module, int]:
-    """Crab+'s LM of a size with random weights and I-LoRA, ready to train, and how many frozen weights a place is multiplied with."""
+def run_speed(out: Path, flags: str, steps: int) -> Speed:
+    """Train into the folder `out`, on the world in the folder around it."""
+    command = [sys.executable, str(ROOT / "train.py"), "--world-clips", "300", "--world-test", "20"]
+    command += ["--test-rows", "1", "--steps", str(steps), "--save-every", "1000"]
+    command += [*flags.split(), "--out", str(out)]
+    began = time.time()
+    subprocess.run(command, cwd=out.parent, check=True, capture_output=True, env=NO_BARS)
+    run_seconds = time.time() - began
+
+    # without the first steps, which meet new shapes
+    rows = list(csv.DictReader(open(out / "log.csv")))[5:]
+    total = {}
+    for column in ("seconds", "wait", "rows", "places"):
+        total[column] = sum(float(row[column]) for row in rows)
+    samples_per_step = total["rows"] / len(rows)
+    return Speed(
+        steps=total["rows"] / total["seconds"],
+        waiting=total["wait"] / total["seconds"],
+        tokens=total["places"] / total["rows"],
+        whole_run=steps * samples_per_step / run_seconds,
+    )
+
+
+# --- a step of an LM ------------------------------------------------------------------------------
+@dataclass
+class Way:
+    """One way of training an LM."""
+
+    four_bit: bool
+    checkpointing: bool
+    released: bool
+
+    def describe(self, dtype: torch.dtype) -> str:
+        checkpointing = "on" if self.checkpointing else "off"
+        weights = "4 bits" if self.four_bit else str(dtype).removeprefix("torch.")
+        ilora = "as released" if self.released else "ours"
+        return f"{checkpointing:<14}{weights:<10}{ilora:<13}"
+
+
+def ways() -> list[Way]:
+    """Return the ways to compare: ours in every combination, the release only in its recipe."""
+    four_bits = (False, True) if is_bitsandbytes_available() else (False,)
+    chosen = []
+    for values in itertools.product(four_bits, (True, False), (False, True)):
+        way = Way(*values)
+        # the released recipe is bfloat16 with checkpointing
+        if not way.released or (way.checkpointing and not way.four_bit):
+            chosen.append(way)
+    return chosen
+
+
+def prepare_lm(size: str, layers: int, way: Way, device: str) -> tuple[nn.Module, int]:
+    """Make Crab+'s LM of a size with random weights and I-LoRA, ready to train.
+
+    Returns:
+        The LM, and the number of frozen weights that each token is multiplied with.
+    """
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        llm = make_lm(sizes_of(f"crab_plus-{name}"), layers).to(torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_(False)
-    llm.model.visual = llm.model.audio_tower = None                           # encoders run without gradients, before
-    size = multiplied(llm)
-    if four_bit:
+        llm = make_lm(sizes_of(f"crab_plus-{size}"), layers).to(dtype).requires_grad_(False)
+    llm.model.visual = llm.model.audio_tower = None  # encoders run before, without gradients
+    weights = multiplied(llm)
+    if way.four_bit:
         quantize(llm)
-    peft = get_peft_model(llm.to(device), ILoraConfig(r=128, alpha=256, target_modules=LLM_LINEARS))
-    if released:
-        for module, layer in [(n, m) for n, m in peft.named_modules() if isinstance(m, ILoraLinear)]:
-            peft.set_submodule(module, Loop(layer))
-    if checkpointing:
-        llm.gradient_checkpointing_enable({"use_reentrant": released})
-    return peft.train(), size
+    config = ILoraConfig(r=128, alpha=256, target_modules=LLM_LINEARS)
+    peft_model = get_peft_model(llm.to(device), config)
+    if way.released:
+        for name, module in list(peft_model.named_modules()):
+            if isinstance(module, ILoraLinear):
+                peft_model.set_submodule(name, HeadLoop(module))
+    if way.checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": way.released})
+    return peft_model.train(), weights
 
 
-def step_of(lm: nn.Module, batch: int, tokens: int, device: str):
-    """A function that makes one optimizer step."""
-    base, trained = lm.get_base_model(), [p for p in lm.parameters() if p.requires_grad]
+def make_step(lm: nn.Module, batch: int, tokens: int, device: str) -> Callable[[], None]:
+    """Return a function that makes one optimizer step."""
+    base = lm.get_base_model()
+    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-4)
-    x = torch.randn(batch, tokens, base.config.text_config.hidden_size, device=device, dtype=lm.dtype, requires_grad=True)
-    labels = torch.randint(1000, (batch * min(80, tokens),), device=device)
+    width, answer = base.config.text_config.hidden_size, min(80, tokens)
+    x = torch.randn(batch, tokens, width, device=device, dtype=lm.dtype, requires_grad=True)
+    labels = torch.randint(1000, (batch * answer,), device=device)
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            hidden = base.model(inputs_embeds=x, attention_mask=torch.ones(batch, tokens, dtype=torch.long, device=device), use_cache=False).last_hidden_state
-            loss = F.cross_entropy(base.lm_head(hidden[:, -min(80, tokens):]).flatten(0, 1).float(), labels)
+            mask = torch.ones(batch, tokens, dtype=torch.long, device=device)
+            out = base.model(inputs_embeds=x, attention_mask=mask, use_cache=False)
+            logits = base.lm_head(out.last_hidden_state[:, -answer:])  # (B, answer, V)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
     return step
 
 
-def lm_steps(name: str, layers: int, tokens: int, batches: list[int], repeats: int, device: str) -> str:
-    """The table of one LM: a line for each batch size, checkpointing, 4 bits, and way."""
+def lm_steps(
+    size: str, layers: int, tokens: int, batches: list[int], repeats: int, device: str
+) -> str:
+    """Return the table of one LM: a line per way of training and batch size."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
-    peak = next((peak for key, peak in PEAK.items() if key in gpu), 0)
-    lines = [f"{gpu or 'CPU'}, crab_plus-{name} with {layers or 'all'} layers, {tokens} tokens a sample",
-             f"{'batch':>5}  {'checkpointing':<14}{'weights':<10}{'I-LoRA':<13}{'s a step':>10}{'samples/s':>11}{'MFU':>6}{'peak GB':>9}"]
-    for four_bit, checkpointing, released in itertools.product((False, True) if is_bitsandbytes_available() else (False,), (True, False), (False, True)):
-        if released and (four_bit or not checkpointing):                      # the released recipe: bfloat16, checkpointing
-            continue
-        lm, size = prepared(name, layers, four_bit, released, checkpointing, device)
+    operations = 0  # of the GPU per second at most
+    for name, value in PEAK.items():
+        if name in gpu:
+            operations = value
+            break
+    header = f"{'batch':>5}  {'checkpointing':<14}{'weights':<10}{'I-LoRA':<13}"
+    lines = [
+        f"{gpu or 'CPU'}, crab_plus-{size} with {layers or 'all'} layers, {tokens} tokens a sample",
+        header + f"{'s a step':>10}{'samples/s':>11}{'MFU':>6}{'peak GB':>9}",
+    ]
+    for way in ways():
+        lm, weights = prepare_lm(size, layers, way, device)
         for batch in batches:
-            head = f"{batch:>5}  {'on' if checkpointing else 'off':<14}{'4 bits' if four_bit else str(lm.dtype)[6:]:<10}{'as released' if released else 'ours':<13}"
+            start = f"{batch:>5}  {way.describe(lm.dtype)}"
             try:
-                step, times = step_of(lm, batch, tokens, device), []
-                step()
-                for _ in range(repeats):
-                    began = wait(device)
-                    step()
-                    times.append(wait(device) - began)
-                held = (torch.cuda.memory_allocated() if device == "cuda" else 0) + peak_bytes(step, device)
+                step = make_step(lm, batch, tokens, device)
+                seconds, peak = step_costs(step, repeats, device)
             except torch.OutOfMemoryError:
-                lines.append(head + "out of memory")
+                lines.append(start + "out of memory")
                 break
-            seconds = statistics.median(times)
-            lines.append(f"{head}{seconds:>10.3f}{batch / seconds:>11.2f}" + (f"{4 * size * batch * tokens / seconds / peak:>6.0%}" if peak else f"{'':>6}") + f"{held / 1e9:>9.2f}")
+            mfu = ""
+            if operations:
+                mfu = f"{4 * weights * batch * tokens / seconds / operations:.0%}"
+            costs = f"{seconds:>10.3f}{batch / seconds:>11.2f}{mfu:>6}{peak / 1e9:>9.2f}"
+            lines.append(start + costs)
             print(lines[-1], file=sys.stderr)
         del lm
         torch.cuda.empty_cache()
     return "\n".join(lines)
 
 
+def step_costs(step: Callable[[], None], repeats: int, device: str) -> tuple[float, int]:
+    """Return the median seconds of a step, and the most bytes that are allocated during one."""
+    times = take_turns({"step": lambda: seconds_of(step, device)}, repeats, warm_up=1)["step"]
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    return statistics.median(times), allocated + peak_bytes(step, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lm", default="", choices=["", "3b", "7b"], help="measure a step of this LM instead of feeding")
+    help_text = "measure a step of this LM instead of feeding"
+    parser.add_argument("--lm", default="", choices=["", "3b", "7b"], help=help_text)
     parser.add_argument("--layers", type=int, default=0, help="of the LM (0: all)")
-    parser.add_argument("--tokens", type=int, default=1024, help="a sample")
+    parser.add_argument("--tokens", type=int, default=1024, help="per sample")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(lm_steps(given.lm, given.layers, given.tokens, given.batches, given.repeats, device) if given.lm else feeding(given.steps, given.repeats))
+    args = parser.parse_args()
+    if args.lm:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sizes = (args.lm, args.layers, args.tokens, args.batches)
+        print(lm_steps(*sizes, args.repeats, device))
+    else:
+        print(feeding(args.steps, args.repeats))
 
 
 if __name__ == "__main__":

@@ -315,7 +315,8 @@ def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.R
 
     One of `forms` is used if any of them has clauses, otherwise all forms are.
     """
-    usable = [form for form in forms if any(group.get(form) for group in groups)]
+    stated = {form for group in groups for form, clauses in group.items() if clauses}
+    usable = [form for form in forms if form in stated]
     facts = []
     if usable:  # a lesson
         form = rng.choice(usable)
