@@ -2,7 +2,7 @@
 
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
-Each fourth kill comes while the run writes a state. When a run has reached its end, its weights,
+Each fourth kill comes while the run writes a checkpoint. When a run has reached its end, its weights,
 losses and scores are compared, bit for bit, with those of a run that was never interrupted, and the
 next run begins. All along, and after each kill, every file that carries its final name is read.
 The exit status is 1 if something differed or could not be read.
@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 FLAGS = """--world-clips 64 --world-test 8 --tasks ks,s4,avqa --test-rows 8 --steps 100
 --batch-size 4 --save-every 3 --eval-every 20 --eval-rows 4 --dropout 0.1 --r 4
---train adapter+connectors"""
+--trainable adapter,connectors"""
 COMMAND = [sys.executable, str(ROOT / "train.py"), *FLAGS.split()]
 # what is compared of a run
 WEIGHTS = (
     "adapter/adapter_model.safetensors",
-    "modules.safetensors",
-    "best/modules.safetensors",
+    "parts/visual_qformer.safetensors",
+    "best/parts/visual_qformer.safetensors",
 )
-COLUMNS = ("step", "loss", "tokens", "lr", "grad_norm", "metric")
+COLUMNS = ("step", "loss", "answer_tokens", "lr", "grad_norm", "metric")
 
 
 # --- the files of a run ---------------------------------------------------------------------------

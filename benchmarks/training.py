@@ -8,15 +8,13 @@ log.csv; those of the whole run count what comes before and after the steps too.
 
 A step: forward, backward and AdamW of Crab+'s LM with random weights and I-LoRA, on random
 embeddings, with 80 learned tokens per sample. It is measured as ours and as released: one product
-per head, reentrant checkpointing. MFU counts 4 operations per weight and token, as the bar of
-train.py does.
+per head, reentrant checkpointing. MFU counts 4 operations per weight and token.
 
 Ratios are what is worth comparing.
 """
 
 import argparse
 import csv
-import itertools
 import statistics
 import subprocess
 import sys
@@ -33,25 +31,21 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers.utils import is_bitsandbytes_available
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-from crab_min.backbones.load import quantize
+from crab_min.backbones.sizes import HUB_SIZES
 from crab_min.ilora import ILoraConfig, ILoraLinear
 from crab_min.model import LLM_LINEARS
-from crab_min.runs.log import PEAK, multiplied
-from crab_min.tools.plan import make_lm, sizes_of
+from crab_min.tools.plan import PEAK
 from crab_min.world.folders import WorldConfig, build_world
 
 # --- feeding --------------------------------------------------------------------------------------
-# How features are kept: flags. {} is the number of the round; the first run fills its folder.
+# How features are kept: flags.
 FEEDING = {
     "decoded each time, 0 workers": "--no-cache-features --workers 0",
     "decoded each time, 2 workers": "--no-cache-features --workers 2",
-    "on disk, first run": "--no-cache-features --workers 2 --feature-cache features{}",
-    "on disk, second run": "--no-cache-features --workers 2 --feature-cache features{}",
     "in memory": "--cache-features",
-    "in memory, second run from disk": "--cache-features --feature-cache features{}",
-    "in memory, by length": "--cache-features --group",
+    "in memory, by length": "--cache-features --group-by-length",
 }
 
 
@@ -74,7 +68,7 @@ def feeding(steps: int, repeats: int) -> str:
         for number in tqdm(range(repeats), desc="rounds"):
             for name, flags in tqdm(FEEDING.items(), desc="runs", leave=False):
                 out = folder / f"{number}-{name.replace(' ', '-')}"
-                speeds[name].append(run_speed(out, flags.format(number), steps))
+                speeds[name].append(run_speed(out, flags, steps))
 
     # medians of each column
     medians = {}
@@ -105,13 +99,13 @@ def run_speed(out: Path, flags: str, steps: int) -> Speed:
     # without the first steps, which meet new shapes
     rows = list(csv.DictReader(open(out / "log.csv")))[5:]
     total = {}
-    for column in ("seconds", "wait", "rows", "places"):
+    for column in ("seconds", "wait", "rows", "padded_tokens"):
         total[column] = sum(float(row[column]) for row in rows)
     samples_per_step = total["rows"] / len(rows)
     return Speed(
         steps=total["rows"] / total["seconds"],
         waiting=total["wait"] / total["seconds"],
-        tokens=total["places"] / total["rows"],
+        tokens=total["padded_tokens"] / total["rows"],
         whole_run=steps * samples_per_step / run_seconds,
     )
 
@@ -121,27 +115,34 @@ def run_speed(out: Path, flags: str, steps: int) -> Speed:
 class Way:
     """One way of training an LM."""
 
-    four_bit: bool
     checkpointing: bool
     released: bool
 
     def describe(self, dtype: torch.dtype) -> str:
         checkpointing = "on" if self.checkpointing else "off"
-        weights = "4 bits" if self.four_bit else str(dtype).removeprefix("torch.")
+        weights = str(dtype).removeprefix("torch.")
         ilora = "as released" if self.released else "ours"
         return f"{checkpointing:<14}{weights:<10}{ilora:<13}"
 
 
-def ways() -> list[Way]:
-    """Return the ways to compare: ours in every combination, the release only in its recipe."""
-    four_bits = (False, True) if is_bitsandbytes_available() else (False,)
-    chosen = []
-    for values in itertools.product(four_bits, (True, False), (False, True)):
-        way = Way(*values)
-        # the released recipe is bfloat16 with checkpointing
-        if not way.released or (way.checkpointing and not way.four_bit):
-            chosen.append(way)
-    return chosen
+# the released recipe has checkpointing
+WAYS = [Way(True, False), Way(True, True), Way(False, False)]
+
+
+def make_lm(size: str, layers: int) -> nn.Module:
+    """Make the thinker of Qwen2.5-Omni with random weights; its encoders have one layer each."""
+    config = Qwen2_5OmniThinkerConfig(**HUB_SIZES[f"Qwen/Qwen2.5-Omni-{size.upper()}"])
+    if layers:
+        config.text_config.num_hidden_layers = layers
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+    config.vision_config.depth, config.audio_config.encoder_layers = 1, 1
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+def weights_of_linears(llm: nn.Module) -> int:
+    """Count the weights that each token is multiplied with."""
+    linears = [module for module in llm.modules() if isinstance(module, nn.Linear)]
+    return sum(linear.weight.numel() for linear in linears)
 
 
 def prepare_lm(size: str, layers: int, way: Way, device: str) -> tuple[nn.Module, int]:
@@ -153,11 +154,9 @@ def prepare_lm(size: str, layers: int, way: Way, device: str) -> tuple[nn.Module
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
-        llm = make_lm(sizes_of(f"crab_plus-{size}"), layers).to(dtype).requires_grad_(False)
+        llm = make_lm(size, layers).to(dtype).requires_grad_(False)
     llm.model.visual = llm.model.audio_tower = None  # encoders run before, without gradients
-    weights = multiplied(llm)
-    if way.four_bit:
-        quantize(llm)
+    weights = weights_of_linears(llm)
     config = ILoraConfig(r=128, alpha=256, target_modules=LLM_LINEARS)
     peft_model = get_peft_model(llm.to(device), config)
     if way.released:
@@ -206,7 +205,7 @@ def lm_steps(
         f"{gpu or 'CPU'}, crab_plus-{size} with {layers or 'all'} layers, {tokens} tokens a sample",
         header + f"{'s a step':>10}{'samples/s':>11}{'MFU':>6}{'peak GB':>9}",
     ]
-    for way in ways():
+    for way in WAYS:
         lm, weights = prepare_lm(size, layers, way, device)
         for batch in batches:
             start = f"{batch:>5}  {way.describe(lm.dtype)}"

@@ -45,12 +45,12 @@ def test_every_token_counts_once_per_batch_and_its_mean_weights_are_the_routers(
         model(batch)
         model(batch)
     first = {key.kind: n for key, n in stats.token_counts.items() if key[1:] == (0, "mlp.up_proj")}
-    assert first["answer"] == 2 * (batch["labels"] != -100).sum()
-    assert sum(first.values()) == 2 * batch["attention"].sum()  # without padding
+    assert first["answer"] == 2 * (batch.labels != -100).sum()
+    assert sum(first.values()) == 2 * batch.attention.sum()  # without padding
     assert set(first) == {"text", "image", "audio", "answer"} and set(first) < set(KINDS)
 
     [w] = [w for name, w in weights.items() if name.endswith("layers.0.mlp.up_proj")]
-    answer_weights = w[batch["labels"] != -100].mean(0)
+    answer_weights = w[batch.labels != -100].mean(0)
     assert stats.share["answer", 0, "mlp.up_proj"] == pytest.approx(answer_weights.numpy())
     for key, share in stats.share.items():
         assert share.sum() == pytest.approx(1) and 0 <= stats.entropy[key] <= 1.001

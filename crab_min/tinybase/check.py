@@ -6,7 +6,7 @@ completions, or a mean intersection over union of boxes or of seconds.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crab_min.answers import mask_box
 from crab_min.backbones.composed import ComposedModel
@@ -180,7 +180,7 @@ def mean_score(
     prompts = [example.parts for example in examples]
     media = [example.media for example in examples]
     batch = model.collate(prompts, media, [completion.beginning for completion in completions])
-    batch = {**batch, "ids": batch["ids"][:, :-1], "attention": batch["attention"][:, :-1]}
+    batch = replace(batch, ids=batch.ids[:, :-1], attention=batch.attention[:, :-1])
 
     # the rest of each statement, up to the full stop
     total = 0.0

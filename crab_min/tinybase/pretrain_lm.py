@@ -154,10 +154,9 @@ class Curriculum:
         batch = self.model.collate(prompts, [example.media for example in examples], targets)
         # which thing comes next is chance, and names would be most of the loss of a lesson
         if practised.view and not practised.names:
-            batch["labels"][torch.isin(batch["labels"], self.name_ids)] = -100
+            batch.labels[torch.isin(batch.labels, self.name_ids)] = -100
 
-        loss_sum, tokens = self.model(batch)
-        loss = loss_sum / tokens
+        loss = self.model(batch) / batch.answer_tokens
         if practised is not lesson:
             return loss, {}
         name = "_".join((lesson.view or "statements", *lesson.forms[:1]))
