@@ -1,10 +1,10 @@
 """Record what the commands do at seed 0, to compare it before and after a change of shape.
 
-    python benchmarks/behaviour.py record OUT.json        # in a checkout; about ten minutes on 2 cores
-    python benchmarks/behaviour.py compare A.json B.json  # exit code 1 if something differs by more than 1e-6
+    python benchmarks/behaviour.py record OUT.json        # in a checkout; ten minutes on 2 cores
+    python benchmarks/behaviour.py compare A.json B.json  # exit code 1 if something measured differs
 
-Recorded are the losses and gradient norms of 20 steps, the trained weights, `--plan` of every preset, scores of
-five rows per task, and the flags.
+Recorded are losses and gradient norms of 20 steps of each recipe, the trained weights, `--plan` of
+the large presets, scores of five rows per task, and the flags.
 """
 
 import csv
@@ -102,7 +102,7 @@ def compare(before: dict, after: dict) -> bool:
         print(
             f"{name:<14} losses and norms differ by at most {step:.1e}; "
             f"{bits} of {len(old)} tensors equal in every bit, norms within {norm:.1e}; "
-            f"names gone {sorted(old.keys() - new.keys())[:4]}, new {sorted(new.keys() - old.keys())[:4]}"
+            f"gone {sorted(old.keys() - new.keys())[:4]}, new {sorted(new.keys() - old.keys())[:4]}"
         )
         worse |= step > 1e-6
     for part in ("evaluation", "plans", "train.py", "infer.py"):
