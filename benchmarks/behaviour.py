@@ -1,7 +1,7 @@
 """Record what the commands do at seed 0, to compare it before and after a change of shape.
 
     python benchmarks/behaviour.py record OUT.json        # in a checkout; ten minutes on 2 cores
-    python benchmarks/behaviour.py compare A.json B.json  # exit code 1 if something measured differs
+    python benchmarks/behaviour.py compare A.json B.json  # exit code 1 if a measurement differs
 
 Recorded are losses and gradient norms of 20 steps of each recipe, the trained weights, `--plan` of
 the large presets, scores of five rows per task, and the flags.

@@ -3,8 +3,9 @@
     python benchmarks/kill.py [--kills 20] [--seed 0]
 
 Each fourth kill comes while the run writes a checkpoint. When a run has reached its end, its
-weights, losses and scores are compared, bit for bit, with those of a run that was never interrupted, and the
-next run begins. All along, and after each kill, every file that carries its final name is read.
+weights, losses and scores are compared, bit for bit, with those of a run that was never
+interrupted, and the next run begins. All along, and after each kill, every file that carries its
+final name is read.
 The exit status is 1 if something differed or could not be read.
 """
 
