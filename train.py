@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
             if given.plan:
                 from crab_min.tools.plan import plan, report
 
-                print(report(plan(recipe, settings), given.preset))
+                print(report(plan(recipe, settings)))
             else:
                 recipe.train(settings, given.preset)
         finally:

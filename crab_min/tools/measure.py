@@ -211,10 +211,11 @@ def activation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
         kept.append(saved.bytes)
     total += kept[0] + (batch - 1) * (kept[1] - kept[0])
 
-    if model.predicts_masks:
+    # masks, one per row, where the prompt has an image
+    images = [medium for medium in prompt.media if medium.scales]
+    if images:
         states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, tokens, D)
-        scales = next(medium.scales for medium in prompt.media if medium.scales)
-        features = [scale.expand(batch, -1, -1) for scale in scales]  # (B, S, W) each
+        features = [scale.expand(batch, -1, -1) for scale in images[-1].scales]  # (B, S, W) each
         with saved_for_backward(model, bf16=False) as saved:
             model.mask_branch(states, features)
         total += saved.bytes
