@@ -258,7 +258,7 @@ def own_batches(
     exponent = config.task_sampling_exponent
     order = Mixer(samples, config.batch_size, config.seed, exponent, lengths)
     first = progress.batches + processes.rank()
-    left = (steps.stop - progress.step) * config.grad_accum * processes.count()
+    left = max(0, steps.stop - progress.step) * config.grad_accum * processes.count()
     return itertools.islice(order, first, first + left, processes.count())
 
 
