@@ -71,7 +71,14 @@ class Run:
 
 
 def open_run(recipe: str, name: str, settings: Settings) -> Run:
-    """Join the other processes, choose the run folder and seed the random generators."""
+    """Join the other processes, choose the run folder and seed the random generators.
+
+    Raises:
+        RunError: the folder is that of another run, or --init-from names no run.
+    """
+    start = settings.training.init_from
+    if start and not Path(start, "config.json").exists():
+        raise RunError(f"--init-from {start}: no run of train.py is there; name a finished one")
     device = processes.start()
     folder = processes.on_first(lambda: choose_folder(settings, name))
     torch.manual_seed(settings.training.seed)
