@@ -31,6 +31,9 @@ def evaluate_split(given: Namespace) -> None:
         for name in sorted({sample.task.name for sample in samples})
     }
     decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, given.batch_size)
+    make_masks = mask_maker(given, run.model)
+    features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
+    readable = features.prepare(samples, strict=not given.allow_missing)
 
     # what the answers depend on; unfinished answers of other settings are dropped
     suffix = f"_without_{given.ablate}" if given.ablate else ""
@@ -45,18 +48,15 @@ def evaluate_split(given: Namespace) -> None:
     atomic_write(out / "decoding.json", json.dumps(described, indent=1))
 
     # answers and scores
-    strict = not given.allow_missing
-    features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
-    readable = features.prepare(samples, strict)
     evaluation = run.recipe.evaluate_model(
         run.model,
         features,
         samples,
         decoding,
         run.settings,
-        make_masks=mask_maker(given, run.model),
+        make_masks=make_masks,
         partial=partial,
-        strict=strict,
+        strict=not given.allow_missing,
     )
 
     # files and tables
