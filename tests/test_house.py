@@ -34,6 +34,14 @@ MAY_USE = {"crema": ["errors", "qformer"]}  # the other methods: errors alone
 NOT_TO_READ = ["world", "tinybase", "tools", "recipes"]  # nothing before the trainer needs these
 # runs.processes knows torch.distributed alone, so the features may ask which process this is
 KNOWN = {("features", "runs.processes")}
+# scripts of the authors, whose scores evaluation/ computes too
+RELEASED = {
+    "ave_eval.py",
+    "avqa_eval.py",
+    "avvp_eval_metrics.py",
+    "calculate_acc.py",
+    "scanqa_evaluator.py",
+}
 
 
 def module_name(file: Path) -> str:
@@ -64,7 +72,7 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
-IMPORTS = [(name, used) for name, file in MODULES.items() for used in imports(file)]
+IMPORTS = [(name, used) for name, file in MODULES.items() for used in sorted(set(imports(file)))]
 
 
 def test_no_file_imports_one_of_a_later_room():
@@ -133,4 +141,4 @@ def test_files_that_docstrings_name_exist(file):
     for text in docstrings(file):
         for name in re.findall(r"[\w./-]+\.(?:py|md)\b", text):
             places = [ROOT / name, ROOT / "crab_min" / name, file.parent / name]
-            assert any(place.exists() for place in places), name
+            assert name in RELEASED or any(place.exists() for place in places), name

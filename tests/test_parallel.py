@@ -16,8 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import infer
+from crab_min import trainer
+from crab_min.config import TrainingConfig
+from crab_min.data import read_samples
 from crab_min.errors import RunError
 from crab_min.runs import processes
+from crab_min.runs.folder import Progress
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -133,6 +137,15 @@ def test_when_one_process_dies_the_other_ends(small_world, tmp_path):
     os.kill(ranks[1], 9)
     assert run.wait(timeout=60) != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_phase_that_is_over_has_no_batches_left_on_more_processes(small_world, monkeypatch):
+    """A mask run that continues in its second phase passes over the first."""
+    samples = read_samples(small_world, ["ks"], "train")
+    progress = Progress(step=8, batches=8)
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    order = trainer.batch_order(None, samples, TrainingConfig(), progress, range(2))
+    assert list(order) == []
 
 
 # --- parts that a process has no use for ----------------------------------------------------------

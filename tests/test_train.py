@@ -421,7 +421,7 @@ def test_eval_stops_at_a_missing_clip_or_counts_it_as_wrong(
     command += ["--run", str(finished), "--out", str(out)]
     assert infer.main(command) == 2
     assert "gone.mp4" in capsys.readouterr().err
-    assert not (out / "metrics.json").exists()
+    assert not out.exists()
     assert infer.main([*command, "--allow-missing"]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["missing"] == 1 and metrics["tasks"]["ave"]["n"] == 2
@@ -504,6 +504,7 @@ def bad_inputs(folder: Path, world: Path):
     yield train.main, field, ["field/ave/train.json", "row 0", "audio_path"]
     yield train.main, ["--data", nothing], ["nothing", "--data"]
     yield train.main, ["--things", nothing], ["nothing", "--things"]
+    yield train.main, ["--init-from", nothing], ["nothing", "--init-from"]
     yield train.main, few_rows(world, "--trainable", "adapter,qformers"), ["qformers", "embeddings"]
 
 
