@@ -144,7 +144,7 @@ def test_a_phase_that_is_over_has_no_batches_left_on_more_processes(small_world,
     samples = read_samples(small_world, ["ks"], "train")
     progress = Progress(step=8, batches=8)
     monkeypatch.setattr(processes, "count", lambda: 4)
-    order = trainer.batch_order(None, samples, TrainingConfig(), progress, range(2))
+    order = trainer.own_batches(None, samples, TrainingConfig(), progress, range(2))
     assert list(order) == []
 
 
