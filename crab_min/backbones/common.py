@@ -35,9 +35,8 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
         )
     encoded = []
     for waves in sounds:
-        features, mask = encoder(
-            [torch.as_tensor(wave) for wave in waves]
-        )  # (1, T, S, W), (1, T, S)
+        # (1, T, S, W), (1, T, S)
+        features, mask = encoder([torch.as_tensor(wave) for wave in waves])
         encoded.append(MediaFeatures("audio", features[0], mask[0]))
     return encoded
 
@@ -47,9 +46,9 @@ def named_weights(what: str, name: str) -> Iterator[None]:
     """Turn what transformers raises for missing weights into a ModelError."""
     try:
         yield
+    except ModelError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise missing_weights(what, name, error) from error
 
 

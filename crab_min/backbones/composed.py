@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from crab_min.backbones.common import by_kind, encode_sounds, four_bit_config, named_weights
 from crab_min.backbones.patched import PatchedModel
+from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
 from crab_min.interface import PromptLayout
@@ -59,6 +60,7 @@ class ComposedModel(PatchedModel):
     def __init__(
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, load_in_4bit: bool = False
     ):
+        # encoders, LM, and the token ids of its prompts
         vision = VisionEncoder(config.vision, config.vision_layer)
         audio = AudioEncoder(config.audio)
         llm = load_llm(config.llm, tokenizer, load_in_4bit)
@@ -108,6 +110,7 @@ class ComposedModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T * Q, D) of each medium."""
+        # all frames of all videos and images in one call, then all sounds
         tokens: list = [None] * len(media)
         for kinds, positions in by_kind(media, [VISUAL, AUDIO]):
             connector = self.audio_qformer if kinds == AUDIO else self.visual_qformer
@@ -266,8 +269,7 @@ def load_base(
         ModelError: a file that is missing, or weights that do not fit.
     """
     if str(folder) == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with same_random_weights():
             return empty_base(ASSETS / "base", model_class).requires_grad_(False).eval()
     folder = Path(folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
