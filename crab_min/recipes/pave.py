@@ -173,8 +173,8 @@ def built_in_data(settings: PaveSettings) -> Path:
     names = patch.questions.split(",") if patch.questions else patch.channels
     if not names or set(names) - set(CHANNELS):
         raise RunError(
-            f"--side {patch.side}: the built-in world has the side channels {', '.join(CHANNELS)}; "
-            "for others give --data"
+            f"--side {','.join(names)}: the built-in world has the side channels "
+            f"{', '.join(CHANNELS)}; for others give --data"
         )
     seed = settings.training.seed
     return build_side_world(world.things, world.world_clips, world.world_test, seed, names)
