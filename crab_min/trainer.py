@@ -83,7 +83,7 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
     return StepResult(loss, answer_tokens, rows, padded_tokens)
 
 
-def update(model: AVLanguageModel, optimizer: Optimizer, max_grad_norm: float) -> float:
+def update(optimizer: Optimizer, max_grad_norm: float) -> float:
     """Clip the gradient, make an optimizer step, clear the gradient.
 
     Returns:
@@ -92,7 +92,8 @@ def update(model: AVLanguageModel, optimizer: Optimizer, max_grad_norm: float) -
     Raises:
         RunError: the gradient is not finite; this call has changed no weight.
     """
-    norm = nn.utils.clip_grad_norm_(trained_parameters(model), max_grad_norm).item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not math.isfinite(norm):
         raise RunError(f"the norm of the gradient is {norm}")
     optimizer.step()
@@ -137,7 +138,7 @@ class JointStep(Step):
         config: TrainingConfig,
     ) -> StepResult:
         result = backward(model, batches, config.bf16)
-        result.grad_norm = update(model, optimizer, config.max_grad_norm)
+        result.grad_norm = update(optimizer, config.max_grad_norm)
         return result
 
 

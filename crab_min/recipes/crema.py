@@ -87,7 +87,7 @@ class SequentialStep(Step):
                 model.set_active_modalities([name])
                 result = backward(model, batches, config.bf16)
                 self.exits.note(name, model.gradient_norm(name))
-                result.grad_norm = update(model, optimizer, config.max_grad_norm)
+                result.grad_norm = update(optimizer, config.max_grad_norm)
         result.active = "+".join(self.exits.live)
         return result
 
