@@ -1,4 +1,4 @@
-"""The command line: flags from settings, in headed groups, and one line per error."""
+"""The command line: flags made from the settings classes, and one line per error."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ from crab_min.config import (
 from crab_min.errors import RunError
 from crab_min.recipes.presets import PRESETS, Preset, with_values
 
-# Flags that are gone, and what does their work now.
+# removed flag -> what replaces it
 REMOVED = {
     "about": "the built-in world asks about the channels of --side",
     "depth": "tutorials/07_crema.py registers a depth encoder",
@@ -33,7 +33,7 @@ REMOVED |= dict.fromkeys(SIZES, "presets have it (crab_min/recipes/presets.py)")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line with the command that helps."""
+    """An ArgumentParser that reports an error in one line and names the command that helps."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -43,11 +43,12 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def check_flags(self, arguments: list[str], flags: list[str], renamed: dict[str, str]) -> None:
-        """Stop at the first flag that is not among `flags`, and say what to give instead.
+        """Stop at the first argument that is no known flag, and say what to give instead.
 
         Args:
-            flags: names without dashes.
-            renamed: old name of a flag -> the new one, both without dashes.
+            arguments: of the command line.
+            flags: known flags, without dashes in front.
+            renamed: old name of a flag -> new name, both without dashes in front.
         """
         for name in given_flags(arguments):
             if name in flags:
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def given_flags(arguments: list[str]) -> list[str]:
-    """Return the names of the flags among command-line arguments, `--no-x=1` as x."""
+    """Return the names of the flags among command-line arguments; `--no-x` and `--x=1` give x."""
     flags = [argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")]
     return [flag.removeprefix("no-") for flag in flags]
 
@@ -78,11 +79,15 @@ def all_flag_fields(settings: type) -> list[Field]:
 
 
 def add_flag(parser, f: Field, default, shown: bool) -> None:
-    """Add the flag of a field; one that is not shown works, but stands in no help."""
+    """Add the flag of a settings field.
+
+    Args:
+        parser: a parser, or an argument group of one.
+        shown: list the flag in the help.
+    """
     text = f.metadata["help"]
     if "(default:" not in text:
-        value = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
-        text += f" (default: {'none' if value in ('', None) else value})"
+        text += f" (default: {default_text(default)})"
     options = {"default": default, "help": text if shown else argparse.SUPPRESS}
     if isinstance(f.default, bool):
         options["action"] = argparse.BooleanOptionalAction
@@ -93,7 +98,16 @@ def add_flag(parser, f: Field, default, shown: bool) -> None:
     parser.add_argument("--" + flag_name(f.name), **options)
 
 
-# --- train.py --------------------------------------------------------------
+def default_text(default) -> str:
+    """Return a default value as the help shows it."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if default in ("", None):
+        return "none"
+    return str(default)
+
+
+# --- train.py ------------------------------------------------------------------------------------
 
 COMMANDS = {
     "help": "show the basic flags of this preset",
@@ -108,9 +122,9 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     """Parse the arguments of train.py; the preset may stand anywhere among the flags.
 
     Returns:
-        The values of the flags and `preset`; and the settings of the run.
+        The parsed arguments, and the settings of the run, of its recipe's class.
     """
-    # a first pass that knows the flags of all presets finds the preset and Crab's stage
+    # the first pass knows the flags of all presets, and finds the preset and Crab's stage
     presets_of: dict[str, str] = {}
     first = command_parser()
     for name, preset in PRESETS.items():
@@ -132,9 +146,10 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         if name in presets_of and name not in own:
             first.error(f"{known.preset} has no --{name}; {presets_of[name]} has")
     parser = command_parser(f"{known.preset}: {preset.description}")
-    values = values_of(preset, getattr(known, "stage", ""))
+    values = values_of(preset, known.stage)
     add_groups(parser, settings, values, known.help_all)
 
+    # commands that only print
     if known.help or known.help_all:
         parser.print_help()
         sys.exit(0)
@@ -142,6 +157,8 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         for name, preset in PRESETS.items():
             print(f"{name:<16} {preset.description}")
         sys.exit(0)
+
+    # the run's settings
     given = parser.parse_args(arguments)
     try:
         return given, settings_from_flags(settings, vars(given), values)
@@ -153,8 +170,8 @@ def add_groups(parser: Parser, settings: type, values: dict[str, dict], everythi
     """Add the flags of settings, under one heading per group.
 
     Args:
-        values: group -> field -> default, instead of the field's own.
-        everything: show all flags in the help, not the basic ones alone.
+        values: group -> field -> default, for fields with another default than their own.
+        everything: show all flags in the help; else the basic ones alone.
     """
     for name, group in groups_of(settings).items():
         heading = parser.add_argument_group(name, group.__doc__)
@@ -164,7 +181,7 @@ def add_groups(parser: Parser, settings: type, values: dict[str, dict], everythi
 
 
 def command_parser(description: str = "") -> Parser:
-    """Return a parser of train.py that knows the preset and COMMANDS, and no setting yet."""
+    """Return a parser of train.py that knows the preset and COMMANDS, but no settings yet."""
     presets = "presets: " + ", ".join(PRESETS)
     parser = Parser(prog="train.py", description=description, epilog=presets, add_help=False)
     parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")
@@ -175,7 +192,7 @@ def command_parser(description: str = "") -> Parser:
 
 
 def values_of(preset: Preset, stage: str) -> dict[str, dict]:
-    """Return the values of a preset by group, with those of a stage."""
+    """Return the values of a preset by group; those of the stage take precedence."""
     return with_values(preset.values, **preset.stages.get(stage, {}))
 
 
@@ -201,7 +218,10 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
 def run_command(command: Callable[[], None], debug: bool) -> int:
     """Run a command and return its exit code.
 
-    An error that the user can mend becomes one line and exit code 2, or with `debug` a traceback.
+    An error that a user can cause is printed in one line, with exit code 2.
+
+    Args:
+        debug: raise such an error instead, for its traceback.
     """
     try:
         command()

@@ -1,8 +1,8 @@
-"""The settings of a run: one dataclass per concern, one class of them per recipe.
+"""The settings of a run: one dataclass per concern, and one class per recipe that groups them.
 
-A field made with `flag` is a flag of train.py: `batch_size` is `--batch-size`. Other fields are set
-by presets and converters alone. Nothing here imports torch, so that `--help` and a wrong flag are
-answered at once.
+A field made with `flag` is a flag of train.py or infer.py: `batch_size` is `--batch-size`. Other
+fields are set by presets and converters alone. Nothing here imports torch, so `--help` and a wrong
+flag are answered at once.
 """
 
 import os
@@ -15,14 +15,14 @@ def flag(default, text: str, choices: list[str] | None = None, basic: bool = Fal
     """Make a dataclass field that is also a command-line flag.
 
     Args:
-        text: its line in `--help`.
-        choices: the values that it takes; None for any.
-        basic: shown by `--help`; the others by `--help-all` alone.
+        text: explanation in the help.
+        choices: allowed values; None for any.
+        basic: the flag is shown by `--help`; other flags are shown by `--help-all` alone.
     """
     return field(default=default, metadata={"help": text, "choices": choices, "basic": basic})
 
 
-# --- what every recipe has --------------------------------------------------
+# --- what every recipe has -----------------------------------------------------------------------
 
 
 @dataclass
@@ -91,7 +91,7 @@ class BackboneConfig:
         "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes",
         basic=True,
     )
-    # Text between two videos or two sounds of a prompt; the released Crab+ runs them together.
+    # text between two videos or two sounds of a prompt; the released Crab+ has none there
     separate_media: bool = True
 
 
@@ -204,7 +204,7 @@ class Settings:
         return False
 
 
-# --- what one paper needs --------------------------------------------------
+# --- what one paper needs ------------------------------------------------------------------------
 
 
 @dataclass
@@ -225,13 +225,13 @@ class StageConfig:
 class MaskDecoderConfig:
     """Crab's mask decoder; the widths of what it reads come from the backbone."""
 
-    decoder: bool = False  # answers end in mask tokens, from which a decoder makes masks
+    decoder: bool = False  # answers end in mask tokens, from which a decoder predicts masks
     width: int = 256
     heads: int = 8
     queries: int = 300
-    chained: bool = (
-        True  # layers of the query generator read one another; released: the learned queries
-    )
+    # a layer of the query generator starts from the output of the layer before; in the released
+    # code each layer starts from the learned queries
+    chained: bool = True
     bce: float = 1.0  # weight of the cross-entropy of a mask's pixels
     dice: float = 0.5  # weight of the dice loss
 
@@ -249,9 +249,8 @@ class SideChannelConfig:
     compare_lora: bool = flag(
         False, "train LoRA alone first, and print both beside the frozen model", basic=True
     )
-    questions: str = (
-        ""  # the channels that questions of the built-in world are about; "": those of `side`
-    )
+    # the channels that questions of the built-in world are about; "": those of `side`
+    questions: str = ""
     width: int = 512
     layers: int = 2
     rope: bool = False  # rotary positions in time, row and column
@@ -309,7 +308,7 @@ class ModalityConfig:
 
 @dataclass
 class CrabSettings(Settings):
-    """What Crab's recipe has beside the common settings."""
+    """The settings of Crab's recipe."""
 
     stages: StageConfig = field(default_factory=StageConfig)
     masks: MaskDecoderConfig = field(default_factory=MaskDecoderConfig)
@@ -317,7 +316,7 @@ class CrabSettings(Settings):
 
 @dataclass
 class PaveSettings(Settings):
-    """What PAVE's recipe has beside the common settings."""
+    """The settings of PAVE's recipe."""
 
     patch: SideChannelConfig = field(default_factory=SideChannelConfig)
 
@@ -328,7 +327,7 @@ class PaveSettings(Settings):
 
 @dataclass
 class CremaSettings(Settings):
-    """What CREMA's recipe has beside the common settings."""
+    """The settings of CREMA's recipe."""
 
     crema: ModalityConfig = field(default_factory=ModalityConfig)
 
@@ -358,12 +357,12 @@ class BaseConfig:
 
 @dataclass
 class BaseSettings:
-    """What making the tiny base has."""
+    """The settings of the recipe that makes the tiny base."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
 
 
-# The settings class of each recipe; the recipe is the module of that name in crab_min.recipes.
+# name of a recipe, which is a module of crab_min.recipes -> its settings class
 RECIPES = {
     "crab": CrabSettings,
     "crab_plus": Settings,
@@ -436,14 +435,14 @@ class ScoreConfig:
 
 @dataclass
 class InferSettings:
-    """The flags of infer.py."""
+    """The flags of infer.py; their values stay in the Namespace of argparse."""
 
     ask: AskConfig = field(default_factory=AskConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
-# --- settings from values, and back --------------------------------------------------
+# --- settings from values ------------------------------------------------------------------------
 
 
 def groups_of(settings: type) -> dict[str, type]:
@@ -452,29 +451,39 @@ def groups_of(settings: type) -> dict[str, type]:
 
 
 def settings_from(settings: type, values: dict[str, dict]):
-    """Build settings from values by group; what is not named keeps its default.
+    """Build settings of a class from values by group; the other fields keep their defaults.
+
+    Args:
+        values: group -> field -> value.
 
     Raises:
         RunError: a group or a field that the recipe does not have.
     """
     groups = groups_of(settings)
     for name, group_values in values.items():
-        known = [f.name for f in fields(groups[name])] if name in groups else []
-        unknown = [key for key in group_values if key not in known]
-        if unknown or name not in groups:
-            raise RunError(
-                f"{settings.__name__} has no {name}.{(unknown or ['*'])[0]}; "
-                f"the settings come from another version of crab_min, or from another recipe"
-            )
+        if name not in groups:
+            raise unknown_setting(settings, f"{name}.*")
+        known = [f.name for f in fields(groups[name])]
+        for key in group_values:
+            if key not in known:
+                raise unknown_setting(settings, f"{name}.{key}")
     return settings(**{name: groups[name](**group) for name, group in values.items()})
 
 
+def unknown_setting(settings: type, name: str) -> RunError:
+    """Return the error for a setting that a settings class does not have."""
+    return RunError(
+        f"{settings.__name__} has no {name}; "
+        f"the settings come from another version of crab_min, or from another recipe"
+    )
+
+
 def settings_from_flags(settings: type, flags: dict, values: dict[str, dict]):
-    """Build settings from the values of flags, and from values by group for what is no flag.
+    """Build settings of a class from the values of flags, and from values by group.
 
     Args:
         flags: field name -> value; names that the settings do not have are left out.
-        values: group -> field -> value, as a preset has them.
+        values: group -> field -> value, as a preset has them; flags take precedence.
     """
     nested = {}
     for name, group in groups_of(settings).items():
@@ -488,7 +497,7 @@ def flag_fields(group: type) -> list[Field]:
     return [f for f in fields(group) if "help" in f.metadata]
 
 
-# Old name of a field and its flag -> the new one.
+# old name of a field and its flag -> new name
 RENAMED = {
     "accumulate": "grad_accum",
     "answers": "eval_mode",
@@ -506,6 +515,7 @@ RENAMED = {
     "train": "trainable",
     "arms": "compare_lora",
 }
+# new name of a field -> its old values -> the new values
 OLD_VALUES = {
     "backbone": {"native": "omni", "llava": "llava_onevision", "crema": "blip2"},
     "eval_mode": {"text": "generate", "options": "rank"},
@@ -519,20 +529,23 @@ OLD_VALUES = {
 
 
 def settings_from_old(values: dict) -> tuple[str, Settings]:
-    """Read the flat settings that config.json held before recipes.
+    """Convert the flat settings of a config.json of the first version.
+
+    Args:
+        values: old field name -> value.
 
     Returns:
-        The recipe's name, and its settings.
+        The name of the recipe, and its settings.
     """
-    # names and values as they are today
+    # names and values as they are today; "a+b" became "a,b"
     named = {RENAMED.get(name, name): value for name, value in values.items()}
     for name, renamed in OLD_VALUES.items():
-        parts = [str(renamed.get(part, part)) for part in str(named.get(name, "")).split("+")]
         if name in named:
+            parts = [str(renamed.get(part, part)) for part in str(named[name]).split("+")]
             named[name] = renamed.get(named[name], ",".join(parts))
     questions = named.get("about", "")
 
-    # which recipe it was; sizes of patches and masks had flags of their own
+    # the recipe; sizes of patches and mask decoders had flags of their own
     if named.get("modalities"):
         return "crema", settings_from_flags(CremaSettings, named, {})
     if named.get("side") or questions:

@@ -1,8 +1,8 @@
 """Check that the installed libraries work together, before a command imports them.
 
-torch, torchaudio and torchvision are built for one another: beside another release, or another
-build, of one of them, the next cannot be imported. transformers and peft change their interfaces
-from release to release. requirements.txt names the set that was tried.
+torch, torchaudio and torchvision are built for one another. If one of them is of another release or
+build, the others cannot be imported. transformers and peft change their interfaces from release to
+release. requirements.txt names the versions that were tested.
 """
 
 import importlib
@@ -16,7 +16,7 @@ SAME_VERSION = ["transformers", "peft"]
 
 
 def require_installation() -> None:
-    """Exit with code 2 and one line if the installed libraries cannot work."""
+    """Exit with code 2 and one line of explanation if the installed libraries cannot work."""
     fault = installation_fault()
     if fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -24,20 +24,21 @@ def require_installation() -> None:
 
 
 def installation_fault() -> str:
-    """Say in one line what is installed, what is wanted and what mends it.
+    """Find what is wrong with the installed libraries.
 
     Returns:
-        The line, or "" if the libraries work together.
+        One line that says what is installed, what is wanted, and the command that repairs it; ""
+        if the libraries work together.
     """
     wanted = wanted_versions()
 
-    # another version, or none at all
+    # libraries of another version, and missing ones
     wrong = [name for name in SAME_VERSION if installed_version(name) != wanted[name]]
     wrong += [name for name in BUILT_TOGETHER if installed_version(name) == "missing"]
     if wrong:
         return describe(wrong, wanted, "")
 
-    # versions may differ from the wanted ones as long as the libraries load together
+    # torch and its companions may have other versions, as long as they can be imported together
     for name in BUILT_TOGETHER:
         try:
             importlib.import_module(name)
@@ -58,7 +59,7 @@ def has_operators() -> bool:
 def wanted_versions() -> dict[str, str]:
     """Return the pinned version of each direct dependency, by its name on PyPI.
 
-    A checkout has them in requirements.txt, an installed package in its metadata.
+    A checkout has the pins in requirements.txt, an installed package has them in its metadata.
     """
     root = Path(__file__).parents[1]
     if (root / "pyproject.toml").exists():
@@ -77,11 +78,12 @@ def installed_version(name: str) -> str:
 
 
 def describe(names: list[str], wanted: dict[str, str], complaint: str) -> str:
-    """Put installed and wanted versions and the pip command into one line."""
+    """Format installed and wanted versions and the pip command as one line."""
     installed = ", ".join(f"{name} {installed_version(name)}" for name in names)
     expected = ", ".join(f"{name} {wanted[name]}" for name in names)
     pins = " ".join(f"{name}=={wanted[name]}" for name in names)
-    reinstall = "--force-reinstall " if installed == expected else ""  # same versions, other builds
+    # of the wanted versions another build is installed
+    reinstall = "--force-reinstall " if installed == expected else ""
     return (
         f"installed: {installed}{complaint}; wanted: {expected}; "
         f"run: python -m pip install {reinstall}{pins}"

@@ -1,7 +1,7 @@
 """Side channels of a video in its prompt: sound, flow, depth, a dense stream (PAVE, CREMA).
 
-In these two papers the prompt has no sound. What stands beside a video becomes a part of the prompt
-right behind it, with a name and without tokens of its own.
+In these two papers the prompt has no sound of its own. A side channel is a named prompt part right
+behind its video. PAVE adds it to the video's tokens, and CREMA fuses it with them.
 """
 
 import re
@@ -23,18 +23,19 @@ def add_side_channels(samples: list[Sample], names: list[str], needed: bool = Tr
     """Put the prompts of samples into the form of PAVE and CREMA.
 
     Args:
-        names: side channels, each right behind the video (or image) that it belongs to; none: the
-            sound is left out, and that is all.
+        names: side channels to put behind the video or image; without any, the sound is only
+            removed.
         needed: every sample must have at least one of them.
 
     Raises:
-        DataError: a sample with several videos or sounds, or without a side channel.
+        DataError: a sample has several videos or sounds, or none of the needed side channels.
     """
     return [add_to_prompt(sample, names, needed) for sample in samples]
 
 
 def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
-    """Do the work of `add_side_channels` for one sample."""
+    """Put the prompt of one sample into the form of PAVE and CREMA."""
+    # the side channels that the sample has
     sounds = [part for part in sample.media if part.kind == "audio"]
     pictures = [part for part in sample.media if part.kind in ("video", "image")]
     files = side_files(sample, pictures, sounds)
@@ -46,6 +47,7 @@ def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
             'least one of them (rows of a .jsonl name their files under "sides")'
         )
 
+    # each right behind the video, in the order of `names`
     parts = []
     for part in without_sound(sample.parts):
         parts.append(part)
@@ -59,15 +61,21 @@ def side_files(
 ) -> dict[str, str]:
     """Return the file of each side channel that a sample has, by name.
 
-    A row names files under "sides"; without that, "audio" is the sample's sound and "fast" its
-    video. "flow" and what an encoder is registered for are always made of the video.
+    A row names files under "sides". If it names none, "audio" is the sample's sound and "fast" its
+    video. "flow" and the channels of registered encoders are made of the video, unless "sides"
+    names a file for them.
     """
     files: dict[str, str] = {}
-    video = pictures[0].path if pictures and pictures[0].kind == "video" else ""
-    if video:
+    video = ""
+    if pictures and pictures[0].kind == "video":
+        video = pictures[0].path
         files |= dict.fromkeys(["flow", *ENCODERS], video)
+
+    # files that the row names
     if sample.row.get("sides"):
         return files | {name: str(path) for name, path in sample.row["sides"].items() if path}
+
+    # the sample's own media
     if sounds:
         files["audio"] = sounds[0].path
     if video:
@@ -76,7 +84,7 @@ def side_files(
 
 
 def without_sound(parts: list[PromptPart]) -> list[PromptPart]:
-    """Leave sounds, the markers before them and earlier side channels out of a prompt."""
+    """Return a prompt without its sounds, their markers, and side channels added earlier."""
     kept = []
     for index, part in enumerate(parts):
         following = parts[index + 1].kind if index + 1 < len(parts) else ""
@@ -90,38 +98,49 @@ def without_sound(parts: list[PromptPart]) -> list[PromptPart]:
 def side_part(
     name: str, path: str, pictures: list[PromptPart], sounds: list[PromptPart]
 ) -> PromptPart:
-    """Make the prompt part of a side channel, of the kind that its file is."""
-    ending = Path(path).suffix
+    """Make the prompt part of a side channel; its kind follows from its name and its file."""
+    suffix = Path(path).suffix
     frames = pictures[0].frames if pictures else Task.frames
+
+    # a stream of many frames, 3D points, and stored features
     if name == "fast":
         return PromptPart("fast", path=path, side=name)
-    if ending == ".npz" or POINTS[0] in path:
+    if suffix == ".npz" or POINTS[0] in path:
         return PromptPart("points", path=path, side=name)
-    if ending in (".npy", ".pt", ".safetensors"):
+    if suffix in (".npy", ".pt", ".safetensors"):
         return PromptPart("array", path=path, frames=frames, side=name)
+
+    # a sound keeps the window of the sample's own sound
     if name == "audio":
         sound = sounds[0] if sounds else PromptPart("audio")
         return replace(sound, path=path, side=name)
+
+    # optical flow of the video itself, or pictures of another file
     made_of_video = name == "flow" and pictures and path == pictures[0].path
     return PromptPart("flow" if made_of_video else "view", path=path, frames=frames, side=name)
 
 
 def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:
-    """Give every video, and what is seen beside it, this many frames; 0 changes nothing."""
+    """Give every video and visual side channel this many frames; 0 changes nothing."""
     if not frames:
         return samples
     limited = []
     for sample in samples:
-        parts = [replace(p, frames=frames) if p.kind in VISUAL else p for p in sample.parts]
+        parts = []
+        for part in sample.parts:
+            if part.kind in VISUAL:
+                part = replace(part, frames=frames)
+            parts.append(part)
         limited.append(replace(sample, parts=parts))
     return limited
 
 
 def count_missing(samples: list[Sample], names: list[str]) -> dict[str, int]:
-    """Count the samples that lack each side channel."""
+    """Count, by side channel, the samples that lack it."""
     missing = dict.fromkeys(names, 0)
     for sample in samples:
-        there = {part.side for part in sample.media}
+        present = {part.side for part in sample.media}
         for name in names:
-            missing[name] += name not in there
+            if name not in present:
+                missing[name] += 1
     return missing

@@ -1,10 +1,18 @@
-"""What the recipes share: opening a run, its rows, the frozen baseline, the end.
+"""The steps that all recipes share: open a run, load its rows, score the baseline, train, finish.
 
-A recipe calls, in this order: open_run (folder, device), its own load_model, load_rows (features,
-rows), its own add_trained_parts, begin (what learns, config.json, baseline), train_model, finish.
+A recipe calls, in this order:
 
-infer.py and `--plan` call of every recipe module: load_model, add_trained_parts, prepare_samples,
-built_in_data, evaluate_model.
+    open_run             joins the processes and chooses the run folder
+    load_model           the recipe's own, or the default below
+    load_rows            reads the samples and encodes their media
+    add_trained_parts    the recipe's own, or the default below
+    begin                sets what learns, writes config.json, scores the baseline
+    train_model
+    evaluate_test_rows
+    finish               writes predictions, pictures and metrics.json
+
+infer.py and `--plan` call these functions of a recipe's module: run_settings, load_model,
+add_trained_parts, prepare_samples, built_in_data, and side_shape if it has side channels.
 """
 
 import csv
@@ -14,17 +22,19 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+from crab_min.backbones import load
 from crab_min.config import Settings
 from crab_min.data import Sample, evaluation_data, pick_tasks, read_samples
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, options, token_limits
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
-from crab_min.evaluation.report import Evaluation, best_and_worst
+from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
 from crab_min.evaluation.scores import (
     chance,
     constants,
@@ -40,7 +50,10 @@ from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
 
-LEAST_STEPS, MOST_STEPS, MOST_STEPS_UNKNOWN = 300, 760, 1300  # of a run that names no number
+# bounds on the steps of a run that names neither steps nor epochs
+LEAST_STEPS = 300
+MOST_STEPS = 760
+MOST_STEPS_UNKNOWN = 1300  # where pictures and sounds are new to the tiny base
 
 
 @dataclass
@@ -54,7 +67,17 @@ class Rows:
 
 @dataclass
 class Run:
-    """A training run: its folder, model and rows, as the recipe makes them one after the other."""
+    """A training run; a recipe fills in its model, rows and steps one after the other.
+
+    Attributes:
+        recipe: name of the recipe's module.
+        name: the run folder is runs/NAME, if --out names no other.
+        began: time at which the run was opened, in seconds.
+        model: set by the recipe.
+        features, rows: set by load_rows.
+        decoding, steps: set by begin.
+        lock: the locked file in the run folder; set by begin, on the first process alone.
+    """
 
     recipe: str
     name: str
@@ -62,12 +85,12 @@ class Run:
     device: torch.device
     folder: Path
     began: float = field(default_factory=time.time)
-    model: AVLanguageModel = None
-    features: Features = None
-    rows: Rows = None
-    decoding: Decoding = None
-    steps: range = range(0)
-    lock: object = None
+    model: AVLanguageModel = field(init=False)
+    features: Features = field(init=False)
+    rows: Rows = field(init=False)
+    decoding: Decoding = field(init=False)
+    steps: range = field(init=False)
+    lock: TextIO = field(init=False)
 
 
 def open_run(recipe: str, name: str, settings: Settings) -> Run:
@@ -89,26 +112,32 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
 
 
 def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Callable) -> None:
-    """Read the rows of a run, decode and encode their media; sets run.features and run.rows.
+    """Read the rows of a run and encode their media; set run.features and run.rows.
 
-    An unreadable training file is skipped and counted; a missing test file is an error.
+    An unreadable training file is skipped and counted. A missing test file is an error.
 
     Args:
-        built_in_data: makes the data of a run without --data.
+        built_in_data: makes the data of a run without --data and returns its path.
         prepare: (samples, settings) -> samples in the form of the paper.
     """
-    settings, data = run.settings, run.settings.data
-    # wrong names are an error before the world is built
+    settings = run.settings
+    data = settings.data
+
+    # a wrong name is an error before the world is built
     tasks = pick_tasks(data.tasks)
     prompts = load_prompts(data.prompts) if data.prompts else None
     root = data.data or processes.on_first(lambda: str(built_in_data(settings)))
 
+    # rows; not every task, and not every folder, has a test split
     train = read_samples(root, tasks, "train", data.target, prompts)
-    tested = [name for name in tasks if "test" in TASKS[name].splits]
-    test_root, test = evaluation_data(root), []
-    if tested and test_root:
-        test = read_samples(test_root, tested, "test", data.target, prompts, data.test_rows)
+    tasks_with_test = [name for name in tasks if "test" in TASKS[name].splits]
+    test_root = evaluation_data(root)
+    test = []
+    if tasks_with_test and test_root:
+        limit = data.test_rows
+        test = read_samples(test_root, tasks_with_test, "test", data.target, prompts, limit)
 
+    # features of the frozen encoders
     run.features = Features(run.model, data.cache_features, data.max_bad, data.workers)
     test = run.features.prepare(prepare(test, settings))
     train = run.features.prepare(prepare(train, settings), strict=False)
@@ -116,7 +145,7 @@ def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Call
 
 
 def hold_out(rows: Rows, settings: Settings) -> Rows:
-    """Take training rows away for --eval-every."""
+    """Move random training rows to `held_out`, if the run has --eval-every."""
     if not settings.run.eval_every:
         return rows
     count = min(settings.run.eval_rows, len(rows.train) // 2)
@@ -129,8 +158,11 @@ def hold_out(rows: Rows, settings: Settings) -> Rows:
 def steps_of(settings: Settings, rows: int) -> int:
     """Return the optimizer steps of a run: as given, by epochs, or three passes over the rows.
 
-    Three passes are bounded by what a laptop does in ten minutes; by more where pictures and
-    sounds are new to the tiny base.
+    The three passes are bounded by what a laptop does in ten minutes. The bound is higher where
+    pictures and sounds are new to the tiny base.
+
+    Args:
+        rows: number of training rows.
     """
     training = settings.training
     samples_per_step = training.batch_size * training.grad_accum * processes.count()
@@ -144,17 +176,17 @@ def steps_of(settings: Settings, rows: int) -> int:
 
 
 def side_channel_widths(run: Run) -> dict[str, int]:
-    """Return the width of the features of each side channel of a run.
+    """Return the feature width of each side channel of a run.
 
     Raises:
-        RunError: no training row has one of them.
+        RunError: a side channel is in no training row.
     """
     names = run.settings.side_channels
     return {name: side_channel_width(run.features, run.rows.train, name) for name in names}
 
 
 def side_channel_width(features: Features, rows: list[Sample], name: str) -> int:
-    """Return the width of a side channel's tokens, as the first training row has it.
+    """Return the feature width of a side channel, read from the first row that has it.
 
     Raises:
         RunError: no row has this side channel.
@@ -176,10 +208,13 @@ def side_channel_width(features: Features, rows: list[Sample], name: str) -> int
 def begin(run: Run) -> None:
     """Set what learns, lock the run folder, write config.json, and score before training.
 
-    New parts add nothing yet (their last weights are zero), so this is the score of the frozen
-    model, or with --init-from of the run that training starts from.
+    New parts add nothing yet, because their last weights are zero. So the baseline is the score of
+    the frozen model, or with --init-from that of the run from which training starts.
     """
-    model, training = run.model, run.settings.training
+    model = run.model
+    training = run.settings.training
+
+    # what learns; counted before FSDP cuts the weights into shares
     if training.init_from:
         model.restore_trained(Path(training.init_from))
     model.set_trainable(training.parts)
@@ -189,12 +224,19 @@ def begin(run: Run) -> None:
     if training.fsdp:
         processes.shard(model.llm)
 
+    # the folder belongs to this process from here on
     run.steps = range(steps_of(run.settings, len(run.rows.train)))
     run.decoding = Decoding(token_limits(model, run.rows.train), run.settings.run.eval_mode)
     if processes.rank() == 0:
         run.lock = lock_run(run.folder)
-        saved = SavedRun(run.name, run.recipe, run.settings, len(run.steps))
-        saved = replace(saved, token_limits=run.decoding.limits, layout=model.layout)
+        saved = SavedRun(
+            run.name,
+            run.recipe,
+            run.settings,
+            len(run.steps),
+            run.decoding.limits,
+            model.layout,
+        )
         saved.save(run.folder)
         print(describe_run(run))
         print(learned)
@@ -202,33 +244,35 @@ def begin(run: Run) -> None:
 
 
 def describe_run(run: Run) -> str:
-    """Say how much is trained on, and for how long."""
+    """Describe in one line the rows of a run, its steps and the samples per step."""
     tasks = {sample.task.name for sample in run.rows.train}
     training = run.settings.training
-    sizes = [training.batch_size, training.grad_accum, processes.count()]
-    samples = " x ".join(str(size) for i, size in enumerate(sizes) if i == 0 or size > 1)
+    factors = [str(training.batch_size)]
+    factors += [str(size) for size in (training.grad_accum, processes.count()) if size > 1]
     return (
         f"{run.folder}: {len(run.rows.train)} training rows and {len(run.rows.test)} test rows of "
-        f"{len(tasks)} tasks, {len(run.steps)} steps of {samples}"
+        f"{len(tasks)} tasks, {len(run.steps)} steps of {' x '.join(factors)}"
     )
 
 
 def describe_trained(model: AVLanguageModel) -> str:
-    """Say how many parameters are trained, and in which parts."""
+    """Describe in one line how many parameters are trained, and in which parts."""
     trained = sum(parameter.numel() for parameter in trained_parameters(model))
     total = sum(parameter.numel() for parameter in model.parameters())
-    parts = [
-        name
-        for name, module in model.trainable_modules().items()
-        if any(parameter.requires_grad for parameter in module.parameters())
-    ]
-    if any("lora_" in name for name, p in model.named_parameters() if p.requires_grad):
-        parts.insert(0, "adapter")
+
+    # the adapter is inside the LM; the other parts are modules of their own
+    parts = []
+    trained_names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if any("lora_" in name for name in trained_names):
+        parts.append("adapter")
+    for name, module in model.trainable_modules().items():
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            parts.append(name)
     return f"trained: {trained:,} of {total:,} parameters, in {', '.join(parts)}"
 
 
 def evaluate_baseline(run: Run) -> None:
-    """Score the test rows before training, once per run; kept in base.json."""
+    """Score the test rows before training and write base.json, unless it exists already."""
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
     test = run.rows.test
@@ -238,7 +282,7 @@ def evaluate_baseline(run: Run) -> None:
 
 
 def held_out_metric(run: Run) -> Callable[[], float] | None:
-    """Return a function that computes the mean metric on held-out rows; None without such rows."""
+    """Return a function that computes the mean metric on held-out rows; None if there are none."""
     rows = run.rows.held_out
     if not rows:
         return None
@@ -251,19 +295,25 @@ def held_out_metric(run: Run) -> Callable[[], float] | None:
     return evaluate
 
 
-def train_model(run: Run, steps: range | None = None, **options) -> None:
-    """Train through `steps`, by default all of the run; options as of trainer.fit."""
-    steps = run.steps if steps is None else steps
-    options = {"settings": run.settings, "evaluate": held_out_metric(run), **options}
+def train_model(run: Run, steps: range | None = None, **fit_options) -> None:
+    """Train the model and save its trained parts.
+
+    Args:
+        steps: by default all steps of the run.
+        fit_options: further arguments of trainer.fit; `settings` replace those of the run.
+    """
+    if steps is None:
+        steps = run.steps
+    arguments = {"settings": run.settings, "evaluate": held_out_metric(run), **fit_options}
     with training_errors(run):
-        fit(run.model, run.features, run.rows.train, folder=run.folder, steps=steps, **options)
+        fit(run.model, run.features, run.rows.train, folder=run.folder, steps=steps, **arguments)
     if processes.rank() == 0:
         save_trained(run.folder, run.model)
 
 
 @contextmanager
 def training_errors(run: Run):
-    """Say what to do about errors in the loop, and draw the curves however it ends."""
+    """Add advice to errors of the training loop, and draw the curves however it ends."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -279,27 +329,34 @@ def training_errors(run: Run):
         ) from error
     finally:
         if processes.rank() == 0:
-            with suppress(OSError):  # a full disk, which is named already
+            with suppress(OSError):  # the disk is full, which the error above says already
                 draw_curves(run.folder / "curves.png", run.folder / "log.csv")
 
 
 # --- the end -------------------------------------------------------------------------------------
 
 
+def evaluate_test_rows(run: Run) -> Evaluation:
+    """Answer and score the test rows of a run."""
+    return evaluate(run.model, run.features, run.rows.test, run.decoding)
+
+
 def finish(run: Run, evaluation: Evaluation) -> dict:
-    """Write and print what a run ends with; return the numbers of metrics.json."""
-    if processes.rank():
+    """Write predictions, pictures and metrics.json, print the tables, and unlock the folder.
+
+    Returns:
+        The numbers of metrics.json; {} on all processes but the first.
+    """
+    if processes.rank() > 0:
         return {}
-    folder, rows = run.folder, run.rows
-    write_predictions(folder / "predictions", evaluation.samples, evaluation.texts)
+    folder, results = run.folder, evaluation.scores
+
+    # scores beside those of the frozen model, the best constant answer and guessing
     base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
-    constant = constants(rows.train, rows.test)
-    chances = chance(rows.test, lambda sample: len(options(sample)))
-    results = evaluation.scores
-    for task, result in results.items():
-        result |= {"base": base[task]["metric"], "constant": constant[task]}
-        if task in chances:
-            result["chance"] = chances[task]
+    add_references(results, base, run.rows)
+
+    # predictions, pictures and tables
+    write_predictions(folder / "predictions", evaluation.samples, evaluation.texts)
     if results:
         draw_scores(folder / "scores.png", results)
         cells = best_and_worst(evaluation, run.settings.training.seed)
@@ -308,6 +365,7 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     for table in evaluation.tables:
         print(table)
 
+    # metrics.json, which says that the run is finished: its checkpoints can go
     metrics = {
         "tasks": results,
         "base": base,
@@ -332,9 +390,43 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     return metrics
 
 
+def add_references(results: dict[str, dict], base: dict[str, dict], rows: Rows) -> None:
+    """Add to each task's result what the base model, a constant answer and guessing score."""
+    constant = constants(rows.train, rows.test)
+    chances = chance(rows.test, lambda sample: len(options(sample)))
+    for task, result in results.items():
+        result["base"] = base[task]["metric"]
+        result["constant"] = constant[task]
+        if task in chances:
+            result["chance"] = chances[task]
+
+
 def losses_of(log: Path) -> dict[str, float]:
-    """Return the mean loss of the first and of the last tenth of the steps."""
+    """Return the mean loss of the first tenth of the steps, and of the last."""
     with open(log, encoding="utf-8") as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     tenth = max(1, len(losses) // 10)
     return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
+
+
+# --- defaults of what infer.py and --plan call of a recipe ---------------------------------------
+
+
+def load_model(settings: Settings, empty: bool = False) -> AVLanguageModel:
+    """Load the frozen backbone.
+
+    Args:
+        empty: build it without weights, on the meta device.
+    """
+    return load.load_model(settings.backbone, empty=empty)
+
+
+def add_trained_parts(
+    model: AVLanguageModel, settings: Settings, widths: dict[str, int] | None = None
+) -> None:
+    """Add the adapter on the LM.
+
+    Args:
+        widths: feature width of each side channel; there is none here.
+    """
+    model.add_adapter(settings.adapter)

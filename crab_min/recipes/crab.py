@@ -5,7 +5,7 @@ python train.py crab-tiny --stage audio      align the audio Q-Former
 python train.py crab-tiny --stage unified    connectors and I-LoRA on all tasks
 python train.py crab-tiny --stage masks      mask tokens and mask decoder
 
-Each stage is a run that starts from the run of the stage before. (crab-7b: the same at full size.)
+Each stage is a run that starts from the run of the stage before. At full size: crab-7b.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,17 @@ from crab_min.config import CrabSettings
 from crab_min.data import Sample, gold_mask
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
-from crab_min.evaluation.report import Evaluation, evaluate
 from crab_min.model import ASSETS, AVLanguageModel, Batch
-from crab_min.recipes.common import Run, begin, finish, load_rows, open_run, train_model
+from crab_min.recipes.common import (
+    Run,
+    add_trained_parts,
+    begin,
+    evaluate_test_rows,
+    finish,
+    load_rows,
+    open_run,
+    train_model,
+)
 from crab_min.side_channels import add_side_channels, limit_frames
 from crab_min.sources.av_uie import mask_path
 from crab_min.tasks import TASKS
@@ -32,7 +40,12 @@ from crab_min.world.folders import build_world
 
 @dataclass
 class Alignment:
-    """An aligning stage: the kind of medium, its connector, and the caption of it alone."""
+    """A stage that aligns one connector on captions of one modality.
+
+    Attributes:
+        kind: kind of the medium.
+        caption: field of a row that captions this modality alone.
+    """
 
     kind: str
     connector: str
@@ -50,29 +63,36 @@ STAGE_BEFORE = {"audio": "visual", "unified": "audio", "masks": "unified"}
 
 
 def train(settings: CrabSettings, preset: str) -> dict:
-    """Train a stage, by default in runs/PRESET-STAGE; return the numbers of metrics.json."""
+    """Train a stage, by default in runs/PRESET-STAGE.
+
+    Returns:
+        The numbers of its metrics.json.
+    """
+    # a stage starts from the run of the stage before
     stage = settings.stages.stage
     settings = run_settings(settings)
     init_from = settings.training.init_from or default_start(settings, preset)
     settings = replace(settings, training=replace(settings.training, init_from=init_from))
     run = open_run("crab", f"{preset}-{stage}", settings)
+
+    # the frozen LM with its connectors; an aligning stage begins with a new one
     run.model = load_model(settings).to(run.device)
     if stage in ALIGN:
         run.model.reset_connector(ALIGN[stage].connector)
     load_rows(run, built_in_data, prepare_samples)
+
+    # what learns: a connector alone; connectors and I-LoRA; or mask tokens and mask decoder
     add_trained_parts(run.model, settings)
     begin(run)
-
     if stage == "masks":
         train_masks(run)
     else:
         train_model(run)
-    test = run.rows.test
-    return finish(run, evaluate_model(run.model, run.features, test, run.decoding, settings))
+    return finish(run, evaluate_test_rows(run))
 
 
 def run_settings(settings: CrabSettings) -> CrabSettings:
-    """Return the settings with what their stage decides.
+    """Return the settings with the values that their stage fixes.
 
     Raises:
         RunError: settings exclude each other.
@@ -83,6 +103,8 @@ def run_settings(settings: CrabSettings) -> CrabSettings:
             "--text-steps wants --stage masks, --trainable with mask_decoder and "
             "--cache-features: what the LM makes of the answers is kept then"
         )
+
+    # one connector learns from captions
     if stage in ALIGN:
         return replace(
             settings,
@@ -90,6 +112,8 @@ def run_settings(settings: CrabSettings) -> CrabSettings:
             adapter=replace(settings.adapter, adapter="none"),
             training=replace(settings.training, trainable=ALIGN[stage].connector),
         )
+
+    # the tasks that have masks, and a decoder
     if stage == "masks":
         tasks = settings.data.tasks
         if tasks == "all":
@@ -103,7 +127,7 @@ def run_settings(settings: CrabSettings) -> CrabSettings:
 
 
 def default_start(settings: CrabSettings, preset: str) -> str:
-    """Return the run that a stage starts from: that of the stage before.
+    """Return the folder of the run of the stage before; "" for the first stage.
 
     The mask stage on the shipped base starts from the shipped adapter.
 
@@ -130,8 +154,9 @@ def default_start(settings: CrabSettings, preset: str) -> str:
 
 def learns_decoder_alone(settings: CrabSettings) -> bool:
     """Tell whether the mask decoder learns from cached states of the LM."""
-    in_stage = settings.stages.stage == "masks" and settings.data.cache_features
-    return in_stage and "mask_decoder" in settings.training.parts and not learns_tokens(settings)
+    if settings.stages.stage != "masks" or learns_tokens(settings):
+        return False
+    return settings.data.cache_features and "mask_decoder" in settings.training.parts
 
 
 def learns_tokens(settings: CrabSettings) -> bool:
@@ -140,10 +165,13 @@ def learns_tokens(settings: CrabSettings) -> bool:
 
 
 def train_masks(run: Run) -> None:
-    """Learn the text of the answers first, then the masks.
+    """Train on the text of the answers first, then on the masks.
 
-    Where the token embeddings do not learn, the LM is frozen in the second phase: it reads each
-    answer once, and the decoder learns from what was kept.
+    Where the embeddings of the mask tokens do not learn, the LM is frozen in the second phase. Each
+    answer passes through it once, and the decoder learns from the cached states.
+
+    Raises:
+        RunError: --text-steps leaves no step for the masks.
     """
     settings = run.settings
     text_steps = settings.stages.text_steps
@@ -152,19 +180,23 @@ def train_masks(run: Run) -> None:
             f"--text-steps {text_steps}: of {len(run.steps)} steps none is left for the masks; "
             "give more --steps, or fewer --text-steps"
         )
+
+    # first phase: text alone
     if text_steps:
         train_model(run, range(text_steps))
+
+    # second phase: masks
     if learns_decoder_alone(settings):
         cache_answers(run)
     if not learns_tokens(settings):
-        # the decoder's many small products gain nothing from bfloat16
+        # the many small products of the decoder gain nothing from bfloat16
         settings = replace(settings, training=replace(settings.training, bf16=False))
     steps = range(text_steps, run.steps.stop)
     train_model(run, steps, settings=settings, collate=collate_with_masks)
 
 
 def cache_answers(run: Run) -> None:
-    """Let the frozen LM read the answers of all training rows once."""
+    """Cache the states that the frozen LM gives the answers of all training rows."""
     run.model.eval()
     rows = run.rows.train
     with tqdm(total=len(rows), desc="reading answers", unit="row") as bar:
@@ -176,14 +208,18 @@ def cache_answers(run: Run) -> None:
 
 
 def collate_with_masks(model: AVLanguageModel, samples: list[Sample], media: list) -> Batch:
-    """Make a batch with the gold masks of its samples."""
+    """Collate samples into a batch with their gold masks."""
     batch = collate_answers(model, samples, media)
     batch.masks = [mask_tensor(sample, model) for sample in samples]
     return batch
 
 
 def mask_tensor(sample: Sample, model: AVLanguageModel) -> torch.Tensor | None:
-    """Return the gold mask of a sample (1, H, W): 0 or 1, or classes; None where it has none."""
+    """Return the gold mask of a sample (1, H, W), or None.
+
+    Returns:
+        float32 of 0 and 1, or for AVSS the class of each pixel as int64.
+    """
     mask = gold_mask(sample, model.frame_size)
     if mask is None:
         return None
@@ -200,7 +236,7 @@ def prepare_samples(
     """Put samples into the form that a stage learns.
 
     Args:
-        side_channels: names for a patch that was loaded beside the run's adapter (infer.py).
+        side_channels: the side channels of patches that infer.py --patch has loaded.
     """
     if settings.stages.stage in ALIGN:
         samples = keep_modality(samples, ALIGN[settings.stages.stage])
@@ -212,78 +248,66 @@ def prepare_samples(
 
 
 def keep_modality(samples: list[Sample], alignment: Alignment) -> list[Sample]:
-    """Return captions of one modality: the other medium and its marker leave the prompt.
+    """Return samples of a caption task without the other medium and its marker.
 
-    The target is the row's caption of that modality alone where it has one, else the whole one.
+    The target is the row's caption of this modality alone. Rows without one keep their target.
     """
+    kept = ("text", alignment.kind)
     changed = []
     for sample in samples:
+        # a text right before the other medium is its marker
         parts = []
         for i, part in enumerate(sample.parts):
             following = sample.parts[i + 1].kind if i + 1 < len(sample.parts) else "text"
-            kept = ("text", alignment.kind)
             if part.kind in kept and following in kept:
                 parts.append(part)
         parts[0] = replace(parts[0], text=parts[0].text.lstrip("\n"))
+
         target = sample.row.get(alignment.caption, sample.target)
         changed.append(replace(sample, parts=parts, target=target))
     return changed
 
 
 def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sample]:
-    """Return samples whose answers end in mask tokens where they name a box, with their mask files.
+    """Give samples their mask files, and put mask tokens behind answers that name a box.
 
-    One set of tokens stands for all that is meant, as one mask of MS3 does. Samples of other tasks
-    stay as they are.
+    One set of tokens stands for all objects that are meant, as one mask of MS3 does. Samples of
+    tasks without masks stay as they are.
 
     Args:
         in_target: False leaves the target text as it is.
     """
     changed = []
     for sample in samples:
-        if sample.task.mask_head:
-            answer = sample.task.parse(sample.target) if sample.target else sample.gold
-            image = next(part.path for part in sample.media if part.kind == "image")
-            file = mask_path(Path(image), sample.task.name, sample.row)
-            mask = str(file) if answer.boxes and file.exists() else ""
-            target = sample.target
-            if answer.boxes and target and in_target:
-                target += "".join(MASK_TOKENS)
-            sample = replace(sample, mask=mask, target=target)
-        changed.append(sample)
+        if not sample.task.mask_head:
+            changed.append(sample)
+            continue
+        answer = sample.task.parse(sample.target) if sample.target else sample.gold
+
+        # an object that is denied has no mask
+        image = next(part.path for part in sample.media if part.kind == "image")
+        file = mask_path(Path(image), sample.task.name, sample.row)
+        mask = str(file) if answer.boxes and file.exists() else ""
+        target = sample.target
+        if answer.boxes and target and in_target:
+            target += "".join(MASK_TOKENS)
+        changed.append(replace(sample, mask=mask, target=target))
     return changed
 
 
-# --- what infer.py and --plan call ---------------------------------------------------------------
+# --- what infer.py and --plan call, beside add_trained_parts of common.py ------------------------
 
 
 def load_model(settings: CrabSettings, empty: bool = False) -> AVLanguageModel:
-    """Load the frozen backbone, or build it without weights.
+    """Load the frozen backbone, with a mask decoder if the settings have one.
 
-    It has a mask decoder where the settings have one.
+    Args:
+        empty: build it without weights, on the meta device.
     """
     return load.load_model(settings.backbone, settings.masks, empty)
 
 
-def add_trained_parts(
-    model: AVLanguageModel, settings: CrabSettings, widths: dict[str, int] | None = None
-) -> None:
-    """Add what learns beside the backbone's connectors and mask decoder.
-
-    Args:
-        widths: of the features of each side channel; here there is none.
-    """
-    model.add_adapter(settings.adapter)
-
-
 def built_in_data(settings: CrabSettings) -> Path:
-    """Build the built-in world and return its folder; for masks, with more pictures."""
+    """Build the built-in world and return its folder; for masks it has more pictures."""
     still = settings.stages.stage == "masks"
     return build_world(settings.world, settings.training.seed, still=still)
-
-
-def evaluate_model(
-    model, features, samples, decoding, settings: CrabSettings, **options
-) -> Evaluation:
-    """Answer and score samples, and their masks; arguments as of report.evaluate."""
-    return evaluate(model, features, samples, decoding, **options)

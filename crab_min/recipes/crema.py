@@ -1,6 +1,8 @@
 """CREMA (2402.05889): any modality through one Q-Former, self-gated fusion, sequential training.
 
-python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal (crema-xl)
+python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
+
+At full size: crema-xl.
 """
 
 import json
@@ -14,12 +16,13 @@ from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import generate_answers
 from crab_min.evaluation.pictures import draw_subsets
-from crab_min.evaluation.report import Evaluation, evaluate
+from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes.common import (
     Run,
     begin,
+    evaluate_test_rows,
     finish,
     load_rows,
     open_run,
@@ -38,11 +41,11 @@ def train(settings: CremaSettings, preset: str) -> dict:
     settings = run_settings(settings)
     run = open_run("crema", preset, settings)
 
-    # the frozen video LM; its prompts lose their sound and get the modalities of the video
+    # the frozen video LM; prompts without sound, with the modalities of the video
     run.model = load_model(settings).to(run.device)
     load_rows(run, built_in_data, prepare_samples)
 
-    # what learns: per modality an adapter in the Q-Former, queries and a projection; the fusion
+    # what learns: an adapter in the Q-Former, queries and a projection per modality; the fusion
     add_trained_parts(run.model, settings, side_channel_widths(run))
     begin(run)
     if settings.sequential:
@@ -56,14 +59,14 @@ def train(settings: CremaSettings, preset: str) -> dict:
 
 
 def steps_per_epoch(run: Run) -> int:
-    """Return the steps of a nominal epoch: as many samples as there are training rows."""
+    """Return the steps after which as many samples were taken as there are training rows."""
     training = run.settings.training
     samples_per_step = training.batch_size * training.grad_accum * processes.count()
     return math.ceil(len(run.rows.train) / samples_per_step)
 
 
 class SequentialStep(Step):
-    """Modality-sequential training: per batch one update per modality.
+    """A step of modality-sequential training: one update per modality on the same batches.
 
     An update trains the modality's own parameters and the fusion. A modality exits when its
     gradient has grown (modality-adaptive early exit); the others go on.
@@ -75,15 +78,15 @@ class SequentialStep(Step):
 
     @property
     def finished(self) -> bool:
+        """Whether all modalities have exited."""
         return not self.exits.live
 
     def __call__(
         self, model: AVLanguageModel, batches: list[Batch], optimizer, config: TrainingConfig
     ) -> StepResult:
-        result = None
         with model.frozen_tokens():
             for name in self.exits.live:
-                # backward, note the norm of its gradient, update, next modality
+                # backward, note the norm of the modality's gradient, update
                 model.set_active_modalities([name])
                 result = backward(model, batches, config.bf16)
                 self.exits.note(name, model.gradient_norm(name))
@@ -106,12 +109,15 @@ class SequentialStep(Step):
 
 
 def evaluate_and_finish(run: Run) -> dict:
-    """Evaluate the run with all modalities and with fewer, and write metrics.json."""
-    settings, test = run.settings, run.rows.test
-    evaluation = evaluate_model(run.model, run.features, test, run.decoding, settings)
-    if test:
+    """Evaluate the run with all modalities and with fewer, and finish it.
+
+    Returns:
+        The numbers of its metrics.json.
+    """
+    evaluation = evaluate_test_rows(run)
+    if run.rows.test:
         subsets = score_subsets(run, evaluation)
-        missing = count_missing(test, settings.crema.names[1:])
+        missing = count_missing(run.rows.test, run.settings.side_channels)
         evaluation.numbers |= {"subsets": subsets, "missing": missing}
         evaluation.tables.append(subset_table(subsets))
         if processes.rank() == 0:
@@ -122,8 +128,11 @@ def evaluate_and_finish(run: Run) -> dict:
 def score_subsets(run: Run, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """Score the test rows with the video alone, with each modality beside it, and with all.
 
+    Args:
+        evaluation: of the test rows with all modalities.
+
     Returns:
-        "rgb", "rgb+audio", ... -> type of question -> metric.
+        "rgb", "rgb+audio", ... -> type of question, or task without types -> metric.
     """
     names = run.settings.crema.names
     subsets = [["rgb"], *(["rgb", name] for name in names[1:]), names]
@@ -132,11 +141,15 @@ def score_subsets(run: Run, evaluation: Evaluation) -> dict[str, dict[str, float
         title = "+".join(subset)
         if title in scores:  # of one or two modalities, "all of them" is there already
             continue
+
+        # the scores with all modalities are known
         results = evaluation.scores
         if subset != names:
             rows = add_side_channels(run.rows.test, subset[1:], needed=False)
             texts = generate_answers(run.model, run.features, rows, run.decoding, title)
             results = score_all(rows, texts)
+
+        # one number per type of question
         scores[title] = {}
         for task, result in results.items():
             types = result.get("types") or {task: result}
@@ -148,12 +161,12 @@ def subset_table(subsets: dict[str, dict[str, float]]) -> str:
     """Format what score_subsets returns: one row per subset, one column per type of question."""
     types = sorted({name for scores in subsets.values() for name in scores})
     widths = {name: max(9, len(name) + 2) for name in types}
-    first = max(map(len, subsets)) + 2
+    title_width = max(len(title) for title in subsets) + 2
     header = "".join(f"{name:>{widths[name]}}" for name in types)
-    lines = [f"{'modalities':<{first}}{header}"]
+    lines = [f"{'modalities':<{title_width}}{header}"]
     for title, scores in subsets.items():
         cells = "".join(f"{scores[name]:>{widths[name]}.3f}" for name in types)
-        lines.append(f"{title:<{first}}{cells}")
+        lines.append(f"{title:<{title_width}}{cells}")
     return "\n".join(lines)
 
 
@@ -161,17 +174,17 @@ def subset_table(subsets: dict[str, dict[str, float]]) -> str:
 
 
 def side_shape(name: str) -> tuple[int, int, int] | None:
-    """Return the shape of a modality's features, for --plan, which sees no data.
+    """Return the shape of a modality's features for --plan, which reads no data.
 
     Returns:
-        steps, tokens per step and width: of BEATs on ten parts of a sound, and of the places of
-        3D points; None for pictures, which the model's vision encoder reads.
+        (steps, tokens per step, width), for audio of BEATs on ten windows of a sound; None for
+        pictures, which the model's vision encoder encodes.
     """
     return {"audio": (10, 48, 768), "points": (1, 64, 96)}.get(name)
 
 
 def run_settings(settings: CremaSettings) -> CremaSettings:
-    """Return the settings with which a run trains.
+    """Return the settings with which a run trains: those that were given.
 
     Raises:
         RunError: settings exclude each other.
@@ -186,10 +199,13 @@ def run_settings(settings: CremaSettings) -> CremaSettings:
 
 
 def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
-    """Load the frozen backbone, or build it without weights.
+    """Load the frozen backbone.
+
+    Args:
+        empty: build it without weights, on the meta device.
 
     Raises:
-        RunError: it is not one with a Q-Former for several modalities.
+        RunError: the backbone has no Q-Former for several modalities.
     """
     if settings.backbone.backbone != "blip2":
         raise RunError(
@@ -202,10 +218,10 @@ def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
 def add_trained_parts(
     model: AVLanguageModel, settings: CremaSettings, widths: dict[str, int]
 ) -> None:
-    """Add what learns: an adapter on the LM, if any, the modalities and their fusion.
+    """Add what learns: the parts of each modality, their fusion, and an adapter on the LM if any.
 
     Args:
-        widths: of the features of each side modality.
+        widths: feature width of each side modality.
     """
     model.add_adapter(settings.adapter)
     model.configure(settings.crema)
@@ -216,12 +232,12 @@ def add_trained_parts(
 def prepare_samples(
     samples: list[Sample], settings: CremaSettings, side_channels: list[str] | None = None
 ) -> list[Sample]:
-    """Put samples into CREMA's form: no sound in the prompt, modalities beside the video.
+    """Put samples into CREMA's form: no sound in the prompt, modalities behind the video.
 
     Args:
         side_channels: names that replace those of the run.
     """
-    names = settings.crema.names[1:] if side_channels is None else side_channels
+    names = settings.side_channels if side_channels is None else side_channels
     return limit_frames(add_side_channels(samples, names, needed=False), settings.data.frames)
 
 
@@ -231,19 +247,15 @@ def built_in_data(settings: CremaSettings) -> Path:
     Raises:
         RunError: the built-in world has no such modality.
     """
-    # rgb alone still needs questions: those about sound
-    world, names = settings.world, settings.crema.names[1:] or ["audio"]
+    world = settings.world
+    names = settings.side_channels
+    if not names:
+        names = ["audio"]  # rgb alone needs questions too
     if set(names) - set(CHANNELS):
         raise RunError(
             f"--modalities {settings.crema.modalities}: the built-in world has "
             f"{', '.join(CHANNELS)}; for others give --data"
         )
-    size, seed = (world.world_clips, world.world_test), settings.training.seed
-    return build_side_world(world.things, *size, seed, names, together=True)
-
-
-def evaluate_model(
-    model, features, samples, decoding, settings: CremaSettings, **options
-) -> Evaluation:
-    """Answer and score samples; arguments as of report.evaluate."""
-    return evaluate(model, features, samples, decoding, **options)
+    seed = settings.training.seed
+    clips, test = world.world_clips, world.world_test
+    return build_side_world(world.things, clips, test, seed, names, together=True)

@@ -1,23 +1,24 @@
 """PAVE (2503.19794): a patch adds a side channel to the video tokens of a frozen video LLM.
 
-python train.py pave-tiny --side audio (fast, depth, view; pave-0.5b, pave-7b)
+python train.py pave-tiny --side audio
 
-With --compare-lora LoRA alone is trained first, on the same questions without the side channel.
+Other side channels are fast, depth and view. At full size: pave-0.5b and pave-7b. With
+--compare-lora LoRA alone is trained first, on the same questions without the side channel.
 """
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
-from crab_min.backbones import load
 from crab_min.config import PaveSettings
 from crab_min.data import Sample
 from crab_min.errors import RunError
-from crab_min.evaluation.report import Evaluation, evaluate
 from crab_min.model import AVLanguageModel
 from crab_min.recipes.common import (
     begin,
+    evaluate_test_rows,
     finish,
+    load_model,
     load_rows,
     open_run,
     side_channel_widths,
@@ -30,17 +31,21 @@ from crab_min.world.side_channels import CHANNELS, build_side_world
 
 
 def train(settings: PaveSettings, preset: str) -> dict:
-    """Train a patch and LoRA, by default in runs/PRESET-SIDE; return metrics.json."""
+    """Train a patch and LoRA, by default in runs/PRESET-SIDE.
+
+    Returns:
+        The numbers of its metrics.json.
+    """
     if settings.patch.compare_lora:
         return compare(settings, preset)
     return train_patch(settings, f"{preset}-{settings.patch.side}")
 
 
 def train_patch(settings: PaveSettings, name: str) -> dict:
-    """Train one run in runs/NAME."""
+    """Train one run, by default in runs/NAME, and return the numbers of its metrics.json."""
     run = open_run("pave", name, settings)
 
-    # the frozen video LLM; its prompts lose their sound and get the side channels of the video
+    # the frozen video LLM; prompts without sound, with the side channels of the video
     run.model = load_model(settings).to(run.device)
     load_rows(run, built_in_data, prepare_samples)
 
@@ -48,8 +53,7 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
     add_trained_parts(run.model, settings, side_channel_widths(run))
     begin(run)
     train_model(run)
-    test = run.rows.test
-    return finish(run, evaluate_model(run.model, run.features, test, run.decoding, settings))
+    return finish(run, evaluate_test_rows(run))
 
 
 # --- LoRA alone beside the patch -----------------------------------------------------------------
@@ -59,15 +63,22 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     """Train LoRA alone, then LoRA with the patch, and print both beside the frozen model.
 
     Both runs answer the same questions, which only the side channel settles.
+
+    Returns:
+        The numbers of metrics.json of the run with the patch.
     """
     side, out = settings.patch.side, settings.run.out
     name = f"{preset}-{side}"
+
+    # the settings of both runs
     with_patch = replace(settings, patch=replace(settings.patch, compare_lora=False))
     without = replace(
         with_patch,
         patch=replace(with_patch.patch, side="none", questions=side),
         run=replace(settings.run, out=f"{out}-without" if out else ""),
     )
+
+    # LoRA alone is not trained again if a command before this one was interrupted
     lora = train_once(without, f"{name}-without")
     patch = train_once(with_patch, name)
     if processes.rank() == 0:
@@ -85,10 +96,13 @@ def train_once(settings: PaveSettings, name: str) -> dict:
 
 
 def comparison_table(lora: dict, patch: dict) -> str:
-    """Format the scores by type of question: guessing, frozen model, LoRA alone, with the patch.
+    """Format the scores of guessing, frozen model, LoRA alone and patch, by type of question.
 
     Guessing is one over the number of options, or the best constant answer where there are none.
     The frozen model is the same in both runs.
+
+    Args:
+        lora, patch: the numbers of metrics.json of both runs.
     """
     lines = ["questions about      chance    base     LoRA alone  with the patch     n"]
     for task, result in patch["tasks"].items():
@@ -109,42 +123,35 @@ def types_of(result: dict) -> dict[str, dict]:
     return result.get("types") or {"": result}
 
 
-# --- what infer.py and --plan call ---------------------------------------------------------------
+# --- what infer.py and --plan call, beside load_model of common.py -------------------------------
 
 
-# (steps, tokens per step, width) of side channels, as the released patches read them: ImageBind in
-# every second of a minute, LanguageBind twice in every second of two minutes, LLaVA-3D, and the
-# frames of four cameras
+# (steps, tokens per step, width) of the features that the released patches read
 RELEASED_SHAPES = {
-    "audio": (59, 1, 1024),
-    "fast": (240, 4, 1024),
-    "depth": (32, 576, 1024),
-    "view": (128, 196, 1152),
+    "audio": (59, 1, 1024),  # ImageBind, one step per second of a minute
+    "fast": (240, 4, 1024),  # LanguageBind, two steps per second of two minutes
+    "depth": (32, 576, 1024),  # LLaVA-3D
+    "view": (128, 196, 1152),  # the frames of four cameras
 }
 
 
 def side_shape(name: str) -> tuple[int, int, int]:
-    """Return the shape of a side channel's features, for --plan, which sees no data."""
+    """Return the shape of a side channel's features for --plan, which reads no data."""
     return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
 
 
 def run_settings(settings: PaveSettings) -> PaveSettings:
-    """Return the settings with which a run trains."""
+    """Return the settings with which a run trains: those that were given."""
     return settings
-
-
-def load_model(settings: PaveSettings, empty: bool = False) -> AVLanguageModel:
-    """Load the frozen backbone, or build it without weights."""
-    return load.load_model(settings.backbone, empty=empty)
 
 
 def add_trained_parts(
     model: AVLanguageModel, settings: PaveSettings, widths: dict[str, int]
 ) -> None:
-    """Add what learns: an adapter on the LM, and a patch per side channel.
+    """Add what learns: an adapter on the LM, and one patch per side channel.
 
     Args:
-        widths: of the features of each side channel.
+        widths: feature width of each side channel.
     """
     model.add_adapter(settings.adapter)
     for name in settings.side_channels:
@@ -154,7 +161,7 @@ def add_trained_parts(
 def prepare_samples(
     samples: list[Sample], settings: PaveSettings, side_channels: list[str] | None = None
 ) -> list[Sample]:
-    """Put samples into PAVE's form: no sound in the prompt, side channels beside the video.
+    """Put samples into PAVE's form: no sound in the prompt, side channels behind the video.
 
     Args:
         side_channels: names that replace those of the run.
@@ -164,7 +171,7 @@ def prepare_samples(
 
 
 def built_in_data(settings: PaveSettings) -> Path:
-    """Build the world whose questions only the side channels answer; return its train.jsonl.
+    """Build the world whose questions only the side channels settle; return its train.jsonl.
 
     Raises:
         RunError: the built-in world has no such side channel.
@@ -178,10 +185,3 @@ def built_in_data(settings: PaveSettings) -> Path:
         )
     seed = settings.training.seed
     return build_side_world(world.things, world.world_clips, world.world_test, seed, names)
-
-
-def evaluate_model(
-    model, features, samples, decoding, settings: PaveSettings, **options
-) -> Evaluation:
-    """Answer and score samples; arguments as of report.evaluate."""
-    return evaluate(model, features, samples, decoding, **options)

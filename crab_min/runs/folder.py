@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -165,7 +166,7 @@ def choose_folder(settings: Settings, name: str) -> Path:
             )
 
 
-def lock_run(folder: Path):
+def lock_run(folder: Path) -> TextIO:
     """Make the folder and lock it until the process ends; return the open lock file.
 
     Raises:

@@ -9,7 +9,7 @@ from crab_min.data import Sample, pick_tasks, read_samples
 from crab_min.evaluation.ablation import ablate_modality
 from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding
 from crab_min.evaluation.pictures import draw_sheet
-from crab_min.evaluation.report import some_of_each_task
+from crab_min.evaluation.report import evaluate, some_of_each_task
 from crab_min.evaluation.scores import evaluation_table, write_predictions
 from crab_min.features import Features
 from crab_min.interface import load_prompts
@@ -48,12 +48,11 @@ def evaluate_split(given: Namespace) -> None:
     atomic_write(out / "decoding.json", json.dumps(described, indent=1))
 
     # answers and scores
-    evaluation = run.recipe.evaluate_model(
+    evaluation = evaluate(
         run.model,
         features,
         samples,
         decoding,
-        run.settings,
         make_masks=make_masks,
         partial=partial,
         strict=not given.allow_missing,
