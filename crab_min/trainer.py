@@ -163,6 +163,7 @@ def fit(
     step: Step | None = None,
     collate: Callable = collate_answers,
     evaluate: Callable[[], float] | None = None,
+    resumed: Callable[[], None] | None = None,
 ) -> None:
     """Train from the newest checkpoint in the run folder to the end of `steps`.
 
@@ -172,10 +173,13 @@ def fit(
         step: learns from the batches of a step; a JointStep by default.
         collate: (model, samples, features of their media) -> Batch.
         evaluate: returns the metric on held-out rows, every `eval_every` steps.
+        resumed: called before the first step, when the checkpoint has been restored.
     """
     training, run = settings.training, settings.run
     step, optimizer = step or JointStep(), make_optimizer(model, training)
     progress = resume(folder, model, optimizer, step, training.seed)
+    if resumed:
+        resumed()
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     model.train()
     with RunLog(folder, progress.step, steps.stop) as log, stop_requested() as stop:
@@ -197,10 +201,7 @@ def fit(
             # evaluate
             metric = None
             if evaluate and progress.step % run.eval_every == 0:
-                metric = evaluate()
-                if progress.best is None or metric > progress.best:
-                    progress.best = metric
-                    save_best(folder, model, progress)
+                metric = keep_best(evaluate, folder, model, progress)
 
             # log, save; a run that is stopped with Ctrl-C saves first
             lr = optimizer.param_groups[0]["lr"]
@@ -232,6 +233,17 @@ def advanced(progress: Progress, step: Step, config: TrainingConfig) -> Progress
     """Return the progress after one more step."""
     batches = progress.batches + config.grad_accum * processes.count()
     return Progress(progress.step + 1, batches, progress.best, step.state())
+
+
+def keep_best(
+    evaluate: Callable[[], float], folder: Path, model: AVLanguageModel, progress: Progress
+) -> float:
+    """Evaluate the held-out rows, and save the model if it is the best so far."""
+    metric = evaluate()
+    if progress.best is None or metric > progress.best:
+        progress.best = metric
+        save_best(folder, model, progress)
+    return metric
 
 
 @contextmanager

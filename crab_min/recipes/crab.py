@@ -186,13 +186,14 @@ def train_masks(run: Run) -> None:
         train_model(run, range(text_steps))
 
     # second phase: masks
+    options = {"collate": collate_with_masks}
     if learns_decoder_alone(settings):
-        cache_answers(run)
+        options["resumed"] = lambda: cache_answers(run)
     if not learns_tokens(settings):
         # the many small products of the decoder gain nothing from bfloat16
         settings = replace(settings, training=replace(settings.training, bf16=False))
     steps = range(text_steps, run.steps.stop)
-    train_model(run, steps, settings=settings, collate=collate_with_masks)
+    train_model(run, steps, settings=settings, **options)
 
 
 def cache_answers(run: Run) -> None:
