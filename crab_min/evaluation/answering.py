@@ -1,7 +1,7 @@
-"""A model's answers for many samples.
+"""Answers of a model to many samples.
 
-Decoding is greedy, unless beams are asked for, with a limit of tokens per task. Or, for questions
-with options, the likeliest option is taken and nothing is generated.
+Text is generated greedily, or by beam search, with a token limit per task. Questions with options
+can instead be answered by the likeliest option, without generating text.
 """
 
 import json
@@ -19,19 +19,20 @@ from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 
-BATCH_SIZE = 50  # samples that are answered together
-RANKED_TOGETHER = 64  # options whose likelihood is computed together
+BATCH_SIZE = 50  # samples per batch
+RANKED_TOGETHER = 64  # options per batch when they are ranked
 DEFAULT_LIMIT = 160  # answer tokens of a task that the run was not trained on
 MARGIN = 8  # answer tokens beyond the longest training target
 
 
 @dataclass
 class Decoding:
-    """How answers are found.
+    """The settings of decoding.
 
     Attributes:
-        limits: answer tokens at most, by task.
+        limits: maximum number of answer tokens, by task.
         mode: "generate" text, or "rank" the options of a question by their likelihood.
+        beams: beams of the search; 1 is greedy decoding.
     """
 
     limits: dict[str, int]
@@ -45,7 +46,7 @@ class Decoding:
 
 
 def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
-    """Return how many tokens an answer may have, by task: its longest target and a margin."""
+    """Return the token limit of each task: the length of its longest target, and a margin."""
     limits: dict[str, int] = {}
     for sample in samples:
         tokens = len(model.encode_text(sample.target)) + MARGIN
@@ -54,7 +55,7 @@ def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int
 
 
 def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[list[Sample]]:
-    """Group samples of one task and of about one length, the longest first."""
+    """Make batches of samples of one task and of similar length, the longest first."""
 
     def longest_first(sample: Sample) -> tuple:
         return sample.task.name, -sum(len(part.text) for part in sample.parts), sample.id
@@ -62,9 +63,9 @@ def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[li
     batches = []
     ordered = sorted(samples, key=longest_first)
     for _, group in groupby(ordered, key=lambda sample: sample.task.name):
-        group = list(group)
-        for start in range(0, len(group), batch_size):
-            batches.append(group[start : start + batch_size])
+        of_task = list(group)
+        for start in range(0, len(of_task), batch_size):
+            batches.append(of_task[start : start + batch_size])
     return batches
 
 
@@ -80,24 +81,27 @@ def generate_answers(
     """Answer every sample; several processes share the work.
 
     Args:
-        partial: a file that keeps the answers so far. An evaluation that was killed continues
-            behind them, if its batches are the same.
-        strict: an unreadable sample is an error; else its answer is "".
+        desc: label of the progress bar.
+        partial: file to which the answers of each batch are written. An evaluation that was killed
+            continues from it, if its batches are the same.
+        strict: make an unreadable sample an error; else its answer is "".
 
     Returns:
         The texts, in the order of the samples.
     """
+    # the batches that this process still has to answer
     plan = plan_batches(samples, decoding.batch_size)
     texts = read_partial(partial, plan) if partial else {}
-    left = [batch for batch in plan if batch[0].id not in texts]
-    if not processes.is_sharded(model):  # a sharded LM is run equally often by all processes
-        left = left[processes.rank() :: processes.count()]
+    unanswered = [batch for batch in plan if batch[0].id not in texts]
+    if not processes.is_sharded(model):  # all processes must run a sharded LM equally often
+        unanswered = unanswered[processes.rank() :: processes.count()]
 
+    # answers; an unreadable sample keeps ""
     was_training = model.training
     model.eval()
-    with tqdm(total=sum(map(len, left)), desc=desc, unit="sample") as bar:
-        for batch, (readable, media) in zip(left, features.batches(left, strict)):
-            answers = dict.fromkeys((sample.id for sample in batch), "")
+    with tqdm(total=sum(map(len, unanswered)), desc=desc, unit="sample") as bar:
+        for batch, (readable, media) in zip(unanswered, features.batches(unanswered, strict)):
+            answers = {sample.id: "" for sample in batch}
             answers |= answer_batch(model, readable, media, decoding)
             texts |= answers
             if partial:
@@ -106,15 +110,16 @@ def generate_answers(
             bar.update(len(batch))
     model.train(was_training)
 
-    for others in processes.gather(texts):
-        texts |= others
+    # the answers of all processes
+    for gathered in processes.gather(texts):
+        texts |= gathered
     return [texts[sample.id] for sample in samples]
 
 
 def answer_batch(
     model: AVLanguageModel, samples: list[Sample], media: list, decoding: Decoding
 ) -> dict[str, str]:
-    """Answer the samples of a batch, which are of one task; returns texts by id."""
+    """Answer a batch of samples of one task; return the texts by sample id."""
     if not samples:
         return {}
     if decoding.mode == "rank" and all(options(sample) for sample in samples):
@@ -126,7 +131,7 @@ def answer_batch(
 
 
 def options(sample: Sample) -> list[str]:
-    """Return the answers to choose from as a model would write them; none for an open question."""
+    """Return the options of a question as a model writes them; none for an open question."""
     choices = sample.row.get("options") or sample.row.get("multi_choice") or []
     return [sample.task.format(Answer(choice=str(choice))) for choice in choices]
 
@@ -134,14 +139,18 @@ def options(sample: Sample) -> list[str]:
 @torch.no_grad()
 def rank_options(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
     """Return the likeliest option of each sample: the greatest sum of token log-probabilities."""
+    # the loss of each option, summed over its tokens
     pairs = [(i, text) for i, sample in enumerate(samples) for text in options(sample)]
     losses: list[float] = []
     for start in range(0, len(pairs), RANKED_TOGETHER):
-        part = pairs[start : start + RANKED_TOGETHER]
-        prompts = [samples[i].parts for i, _ in part]
-        batch = model.collate(prompts, [media[i] for i, _ in part], [text for _, text in part])
-        losses += model.token_losses(batch).sum(1).tolist()
+        ranked = pairs[start : start + RANKED_TOGETHER]
+        prompts = [samples[i].parts for i, _ in ranked]
+        prompt_media = [media[i] for i, _ in ranked]
+        texts = [text for _, text in ranked]
+        batch = model.collate(prompts, prompt_media, texts)
+        losses += model.token_losses(batch).sum(1).tolist()  # (options, tokens) -> (options,)
 
+    # the smallest loss of each sample
     best: dict[int, tuple[float, str]] = {}
     for (i, text), loss in zip(pairs, losses):
         best[i] = min(best.get(i, (loss, text)), (loss, text))
@@ -151,7 +160,10 @@ def rank_options(model: AVLanguageModel, samples: list[Sample], media: list) -> 
 def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
     """Read the answers that an interrupted evaluation has written, one batch per line.
 
-    Batches that are not in the plan, and a last line that was cut, are dropped from the file.
+    Batches that are not in the plan, and an incomplete last line, are removed from the file.
+
+    Returns:
+        Texts by sample id.
     """
     planned = {tuple(sample.id for sample in batch) for batch in plan}
     kept: list[str] = []
@@ -165,6 +177,8 @@ def read_partial(path: Path, plan: list[list[Sample]]) -> dict[str, str]:
         if tuple(answers) in planned:
             kept.append(line + "\n")
             texts |= answers
+
+    # new answers are appended to these
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "".join(kept))
     return texts

@@ -1,4 +1,4 @@
-"""Masks that stand for answers: predicted by the model's decoder, or made of boxes and points."""
+"""Masks of answers and their scores; masks come from a mask decoder, SAM2 or the box itself."""
 
 from collections.abc import Callable
 
@@ -28,19 +28,21 @@ def predict_masks(
 ) -> Masks:
     """Predict the masks of answers with the model's mask decoder.
 
-    The states of the mask tokens depend on media, prompt and text alone, so the texts go through
-    the LM once more and no mask has to be kept with them.
+    The texts go through the LM once more, because the states of the mask tokens depend on media,
+    prompt and text alone.
 
     Returns:
-        Per sample (size, size): scores in [0, 1], of AVSS classes; None for a text without all
+        Per sample (size, size) scores in [0, 1], or for AVSS classes; None for a text without all
         mask tokens, and for tasks without masks.
     """
+    # by id: batches have another order
     text_of = {sample.id: text for sample, text in zip(samples, texts)}
     with_masks = [sample for sample in samples if sample.task.mask_head]
     masks: dict[str, np.ndarray | None] = {}
     was_training = model.training
     model.eval()
-    # an unreadable image has no answer, and no mask either
+
+    # an unreadable image has no mask
     for batch, media in features.batches(plan_batches(with_masks, BATCH_SIZE), strict=False):
         if not batch:
             continue
@@ -49,6 +51,7 @@ def predict_masks(
         semantic = [sample.task.mask_head == "classes" for sample in batch]
         for sample, mask in zip(batch, model.predict_masks(collated, semantic)):
             if mask is not None:
+                # (classes, size, size) or (1, size, size) -> (size, size)
                 mask = mask.argmax(0) if len(mask) > 1 else mask[0].half()
                 masks[sample.id] = mask.cpu().numpy()
     model.train(was_training)
@@ -56,18 +59,19 @@ def predict_masks(
 
 
 def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None) -> Masks:
-    """Make masks of the boxes and points of answers (Crab+'s second stage).
+    """Make masks from the boxes and points of answers (Crab+'s second stage).
 
     Args:
-        sam2: segments the image at its own size; None: the boxes themselves, filled, on the grid.
+        sam2: segments the image at its own size. None fills the boxes themselves, on the grid.
 
     Returns:
         Per sample (H, W), empty where the answer denies the object; None for a text that does not
         parse, and for tasks without masks.
     """
     masks: Masks = []
-    desc, quiet = "SAM2" if sam2 else "boxes", len(samples) < 32
-    for sample, text in zip(tqdm(samples, desc=desc, unit="image", disable=quiet), texts):
+    desc = "SAM2" if sam2 else "boxes"
+    bar = tqdm(samples, desc=desc, unit="image", disable=len(samples) < 32)
+    for sample, text in zip(bar, texts):
         answer = sample.task.parse(text)
         if not sample.task.mask_head or answer.error:
             masks.append(None)
@@ -80,59 +84,69 @@ def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None)
 
 
 def score_masks(samples: list[Sample], masks: Masks) -> dict[str, dict]:
-    """Score masks by task, on 224 x 224 pixels; no mask counts as an empty one.
+    """Score masks by task, on 224 x 224 pixels. A missing mask counts as an empty one.
 
     Returns:
-        task -> over the samples that have something to find: "miou" and "f" (Crab's, on scores),
-        "hard_miou" and "hard_f" (Crab+'s, on binary masks), or of AVSS the numbers by class;
-        "coverage", the share of them with a mask, and "n". Over the others (Ref-AVS's null split):
-        "null_s", "null_s_background" and "null_n".
+        task -> numbers. Over samples whose gold mask is not empty: "miou" and "f" (Crab's, on
+        scores), "hard_miou" and "hard_f" (Crab+'s, on binary masks), or for AVSS the numbers by
+        class; "coverage", the share of these samples with a predicted mask; and "n". Over samples
+        with an empty gold mask (Ref-AVS's null split): "null_s", "null_s_background" and "null_n".
     """
     results = {}
     for task, rows in by_task(samples, masks).items():
         if not task.mask_head:
             continue
-        gold = np.stack([gold_or_empty(sample) for sample, _ in rows])
-        predicted = np.stack([on_grid(mask) for _, mask in rows])
-        there = gold.any((1, 2))
+        gold = np.stack([gold_or_empty(sample) for sample, _ in rows])  # (N, 224, 224)
+        predicted = np.stack([on_grid(mask) for _, mask in rows])  # (N, 224, 224)
+        has_object = gold.any((1, 2))  # (N,)
         has_mask = np.array([mask is not None for _, mask in rows])
-        result = {"coverage": float(has_mask[there].mean()) if there.any() else 0.0}
-        result["n"] = int(there.sum())
+
+        # samples with an object
+        coverage = float(has_mask[has_object].mean()) if has_object.any() else 0.0
+        result = {"coverage": coverage, "n": int(has_object.sum())}
+        predicted_object, gold_object = predicted[has_object], gold[has_object]
         if task.mask_head == "classes":
-            result |= by_class(predicted[there].astype(int), gold[there].astype(int), CLASSES)
-        elif there.any():
-            result |= soft(predicted[there], gold[there])
-            binary = hard(predicted[there] > 0.5, gold[there])
+            result |= by_class(predicted_object.astype(int), gold_object.astype(int), CLASSES)
+        elif has_object.any():
+            result |= soft(predicted_object, gold_object)
+            binary = hard(predicted_object > 0.5, gold_object)
             result |= {f"hard_{name}": value for name, value in binary.items()}
-        if not there.all():
-            nothing = predicted[~there] > 0.5
-            result["null_s"] = null_s(nothing)
-            result["null_s_background"] = null_s(nothing, of_background=True)
-            result["null_n"] = len(nothing)
+
+        # samples without one
+        if not has_object.all():
+            predicted_null = predicted[~has_object] > 0.5
+            result["null_s"] = null_s(predicted_null)
+            result["null_s_background"] = null_s(predicted_null, of_background=True)
+            result["null_n"] = len(predicted_null)
         results[task.name] = result
     return results
 
 
 def gold_or_empty(sample: Sample) -> np.ndarray:
-    """Return the gold mask of a sample on the grid, empty where it has none."""
+    """Return the gold mask of a sample on the grid; an empty one if it has none."""
     mask = gold_mask(sample, GRID)
     return np.zeros((GRID, GRID), bool) if mask is None else mask
 
 
 def on_grid(mask: np.ndarray | None) -> np.ndarray:
-    """Return a predicted mask on the grid, empty for None."""
+    """Return a predicted mask on the grid; an empty one for None."""
     return np.zeros((GRID, GRID)) if mask is None else resized(mask, GRID, GRID)
 
 
 def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize scores (h, w) bilinearly; classes, and true or false, by the nearest pixel."""
+    """Resize a mask (h, w): scores bilinearly, classes and booleans by the nearest pixel."""
     mode = "nearest" if mask.dtype.kind in "ib" else "bilinear"
     tensor = torch.from_numpy(mask)[None, None].float()
     return F.interpolate(tensor, (height, width), mode=mode)[0, 0].numpy()
 
 
 def mask_table(scores: dict[str, dict], picked: dict[str, dict]) -> str:
-    """Format the scores of masks, and how often the sounding one of two things was picked."""
+    """Format the scores of masks.
+
+    Args:
+        scores: as score_masks returns them.
+        picked: as swaps.evaluate_picked returns them.
+    """
     lines = [
         "masks of    mIoU      F  hard mIoU  hard F  coverage     n"
         "   null: S of all, of the background, n"

@@ -1,9 +1,11 @@
-"""One evaluation, for the end of training and for `infer.py --eval`: answers, scores, pictures."""
+"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, pictures."""
 
 import random
 from dataclasses import dataclass, field, replace
 from functools import partial as partial_function
 from pathlib import Path
+
+import numpy as np
 
 from crab_min.answers import GRID
 from crab_min.data import Sample, gold_mask, load_media
@@ -18,9 +20,11 @@ from crab_min.model import AVLanguageModel
 
 @dataclass
 class Evaluation:
-    """What a model answered on a split, and what that scored.
+    """The answers of a model on a split, and their scores.
 
     Attributes:
+        texts: one answer per sample.
+        masks: one mask or None per sample.
         scores: task -> numbers, as scores.score_all gives them.
         numbers: further numbers for metrics.json, by name.
         tables: further tables to print.
@@ -44,18 +48,20 @@ def evaluate(
     partial: Path | None = None,
     strict: bool = True,
 ) -> Evaluation:
-    """Answer the samples and score the answers, and masks if there is a way to make them.
+    """Answer samples, and score the answers and their masks, if masks can be made.
 
     Args:
         make_masks: makes masks of answers; by default the model's mask decoder, if it has one.
-            The others are as of answering.generate_answers.
+        desc, partial, strict: as in answering.generate_answers.
     """
+    # text alone
     texts = generate_answers(model, features, samples, decoding, desc, partial, strict)
     if make_masks is None and model.predicts_masks:
         make_masks = partial_function(predict_masks, model)
     if make_masks is None:
         return Evaluation(samples, texts, [None] * len(samples), score_all(samples, texts))
 
+    # masks as well
     masks = make_masks(features, samples, texts)
     mask_scores = score_masks(samples, masks)
     picked = evaluate_picked(model, features, samples, masks, decoding, make_masks)
@@ -68,13 +74,17 @@ def evaluate(
 
 
 def load_for_figure(sample: Sample) -> list[tuple]:
-    """Decode the media of a sample for pictures.draw_answer: (name, kind, arrays, seconds) each."""
+    """Decode the media of a sample for pictures.draw_answer.
+
+    Returns:
+        (name, kind, arrays, seconds) per medium that can be drawn.
+    """
     media = []
     for part in sample.media:
         if part.kind in ("fast", "points"):
             continue
         arrays, seconds = load_media(part, GRID)
-        if part.kind == "array" and arrays.dtype != "uint8":
+        if part.kind == "array" and arrays.dtype != "uint8":  # stored features, not pictures
             continue
         kind = "video" if part.kind in ("view", "flow", "array") else part.kind
         name = f"{part.side or part.kind}: {Path(part.path).name}"
@@ -82,8 +92,8 @@ def load_for_figure(sample: Sample) -> list[tuple]:
     return media
 
 
-def sheet_cell(sample: Sample, text: str, mask) -> tuple:
-    """Make the cell of a sample for pictures.draw_sheet."""
+def sheet_cell(sample: Sample, text: str, mask: np.ndarray | None) -> tuple:
+    """Make the cell of one sample for pictures.draw_sheet."""
     answer = replace(sample.task.parse(text), mask=mask)
     gold = replace(sample.gold, mask=gold_mask(sample))
     return (
@@ -105,29 +115,38 @@ def sample_score(sample: Sample, text: str) -> float:
 
 def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     """Make sheet cells of the best and the worst of eight answers, for every second task."""
+
+    def rank(row: tuple) -> tuple:
+        sample, (text, _) = row
+        return sample_score(sample, text), sample.id
+
     rng = random.Random(seed)
     cells = []
     answers = list(zip(evaluation.texts, evaluation.masks))
     for rows in list(by_task(evaluation.samples, answers).values())[::2]:
-        drawn = rng.sample(rows, min(8, len(rows)))
-
-        def rank(row: tuple) -> tuple:
-            sample, (text, _) = row
-            return sample_score(sample, text), sample.id
-
-        drawn.sort(key=rank, reverse=True)
-        chosen = [drawn[0], drawn[-1]] if len(drawn) > 1 else drawn
+        candidates = rng.sample(rows, min(8, len(rows)))
+        candidates.sort(key=rank, reverse=True)
+        chosen = candidates[:1]
+        if len(candidates) > 1:
+            chosen.append(candidates[-1])
         cells += [sheet_cell(sample, text, mask) for sample, (text, mask) in chosen]
     return cells
 
 
 def some_of_each_task(evaluation: Evaluation, count: int = 9) -> dict[str, list[tuple]]:
-    """Make sheet cells of a few random answers per task; those without a text are left out."""
+    """Make sheet cells of random answers to each task; empty answers are left out.
+
+    Args:
+        count: answers per task at most.
+
+    Returns:
+        task -> cells.
+    """
     answers = list(zip(evaluation.texts, evaluation.masks))
     sheets = {}
     for task, rows in by_task(evaluation.samples, answers).items():
         answered = [(sample, text, mask) for sample, (text, mask) in rows if text]
-        drawn = random.Random(0).sample(answered, min(count, len(answered)))
-        if drawn:
-            sheets[task.name] = [sheet_cell(*row) for row in drawn]
+        chosen = random.Random(0).sample(answered, min(count, len(answered)))
+        if chosen:
+            sheets[task.name] = [sheet_cell(*row) for row in chosen]
     return sheets

@@ -1,10 +1,11 @@
-"""Scores of answers, by task: numbers, tables and predictions/TASK.jsonl.
+"""Scores of answers by task: numbers, tables and predictions/TASK.jsonl.
 
-Nothing is skipped: an answer that does not parse counts as wrong and lowers the column `parsed`.
+No answer is skipped. An answer that does not parse counts as wrong and lowers the column `parsed`.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from crab_min.answers import Answer
@@ -13,22 +14,26 @@ from crab_min.evaluation.metrics import best_constant, score
 from crab_min.runs.folder import atomic_write
 from crab_min.tasks import Task
 
-Pairs = list[tuple[Answer, Answer]]  # what the model answered, and the gold answer
+Pairs = list[tuple[Answer, Answer]]  # (predicted answer, gold answer)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
     """Score answers by task.
 
     Returns:
-        task -> "name" of the metric, "metric", "parsed" (share), "n", "all" (further numbers),
-        "exact" (share of answers equal to the target text, where there is one) and "types" (by
-        type of question, where the task has some).
+        task -> "name" of the metric, "metric", "parsed" (share), "n", and "all" (further numbers).
+        Where samples have a target text also "exact", the share of answers equal to it. Where the
+        task has types of questions also "types", the scores by type.
     """
     results = {}
     for task, rows in by_task(samples, texts).items():
-        pairs = [(task.parse(text), sample.gold) for sample, text in rows]
-        result = score(task, *map(list, zip(*pairs)))
+        # the metric of the task
+        answers = [task.parse(text) for _, text in rows]
+        golds = [sample.gold for sample, _ in rows]
+        result = score(task, answers, golds)
         result["name"] = task.metric
+
+        # answers that repeat the target text, and types of questions
         with_target = [(sample.target, text) for sample, text in rows if sample.target]
         if with_target:
             same = [target.strip() == text.strip() for target, text in with_target]
@@ -41,12 +46,18 @@ def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
 
 
 def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
-    """Score the answers of a task by type of question; {} if its rows name no types."""
+    """Score the answers of a task by type of question.
+
+    Returns:
+        type -> "metric", "n", and "constant", the metric of the best constant answer; {} if the
+        rows name no types.
+    """
     groups: dict[str, Pairs] = {}
     for sample, text in rows:
         groups.setdefault(question_type(sample), []).append((task.parse(text), sample.gold))
     if set(groups) == {""}:
         return {}
+
     types = {}
     for name, pairs in sorted(groups.items()):
         answers, golds = map(list, zip(*pairs))
@@ -57,24 +68,28 @@ def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
 
 
 def question_type(sample: Sample) -> str:
-    """Return the type of a sample's question, "" if its row names none."""
+    """Return the type of a sample's question; "" if its row names none."""
     names = [str(sample.row.get(field, "")) for field in sample.task.types]
     return " ".join(re.sub(r'[][",]', "", name) for name in names)
 
 
-def by_task(samples: list[Sample], texts: list) -> dict[Task, list[tuple]]:
-    """Group samples and what goes with them by task, in the order in which tasks appear."""
+def by_task(samples: list[Sample], values: list) -> dict[Task, list[tuple]]:
+    """Group (sample, value) pairs by task, in the order in which the tasks appear.
+
+    Args:
+        values: one value per sample, such as its text.
+    """
     groups: dict[Task, list[tuple]] = {}
-    for sample, text in zip(samples, texts):
-        groups.setdefault(sample.task, []).append((sample, text))
+    for sample, value in zip(samples, values):
+        groups.setdefault(sample.task, []).append((sample, value))
     return groups
 
 
 def constants(train: list[Sample], test: list[Sample]) -> dict[str, float]:
-    """Return what the best single answer, given to every test sample, scores in each task.
+    """Return the score of the best constant answer, by task.
 
-    Candidates are the golds of the training rows, and for multiple choice "always the first
-    option" and its like.
+    One answer is given to all test samples. The candidates are the gold answers of the training
+    rows, and for multiple choice the option at each position.
     """
     scores = {}
     for task, rows in by_task(test, test).items():
@@ -85,11 +100,11 @@ def constants(train: list[Sample], test: list[Sample]) -> dict[str, float]:
     return scores
 
 
-def chance(samples: list[Sample], count_options) -> dict[str, float]:
-    """Return what guessing scores, for the tasks all of whose samples have options.
+def chance(samples: list[Sample], count_options: Callable[[Sample], int]) -> dict[str, float]:
+    """Return the score of guessing, for the tasks whose samples all have options.
 
     Args:
-        count_options: a function from a sample to its number of options.
+        count_options: returns the number of options of a sample.
     """
     chances = {}
     for task, rows in by_task(samples, samples).items():
@@ -100,7 +115,7 @@ def chance(samples: list[Sample], count_options) -> dict[str, float]:
 
 
 def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> None:
-    """Write TASK.jsonl: per sample the text, the target, and whether and why not it parses."""
+    """Write TASK.jsonl: per sample the text, the target, and whether the text parses."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, rows in by_task(samples, texts).items():
         lines = []
@@ -120,7 +135,11 @@ def write_predictions(folder: Path, samples: list[Sample], texts: list[str]) -> 
 
 
 def training_table(results: dict[str, dict]) -> str:
-    """Format the table that training ends with; `results` as in metrics.json under "tasks"."""
+    """Format the table at the end of training.
+
+    Args:
+        results: as in metrics.json under "tasks".
+    """
     lines = ["task      metric              base  trained  constant  parsed     n"]
     for task, r in results.items():
         lines.append(
@@ -136,15 +155,17 @@ def evaluation_table(results: dict[str, dict]) -> str:
     """Format the table of `infer.py --eval`, with further numbers and types of questions."""
     lines = ["task      metric             score  exact  parsed     n"]
     for task, r in results.items():
+        # one line per task
         exact = f"{r['exact']:.2f}" if "exact" in r else "-"
         lines.append(
             f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {exact:>6} {r['parsed']:>7.2f} "
             f"{r['n']:>5}"
         )
+
+        # indented: further numbers, then one line per type of question
         if r["all"]:
-            lines.append(
-                "  " + "  ".join(f"{name} {value:.3f}" for name, value in r["all"].items())
-            )
+            numbers = [f"{name} {value:.3f}" for name, value in r["all"].items()]
+            lines.append("  " + "  ".join(numbers))
         for name, t in r.get("types", {}).items():
             constant = f"(best constant answer {t['constant']:.3f})"
             lines.append(f"  {name:<25} {t['metric']:>6.3f}  {constant} {t['n']:>5}")

@@ -1,7 +1,7 @@
-"""Whether a mask follows the sound, measured on pictures of two things of which one sounds.
+"""A test of whether masks follow the sound, on pictures of one sounding and one silent thing.
 
-Rows of the built-in world's s4 name the box of the silent thing ("silent") and a sound of it
-("swapped"). With the one sound the one thing is meant, with the other sound the other.
+Rows of the built-in world's s4 name the box of the silent thing ("silent"), and a sound that it
+makes ("swapped"). With the swapped sound the mask has to move to the other thing.
 """
 
 from dataclasses import replace
@@ -25,10 +25,13 @@ def evaluate_picked(
     decoding: Decoding,
     make_masks: MakeMasks,
 ) -> dict[str, dict]:
-    """Measure how often the sounding one of two things is picked, with either sound.
+    """Measure how often a mask is on the sounding thing, with each of the two sounds.
 
     Args:
-        masks: those of the samples, as `make_masks` made them.
+        masks: masks of the samples, as `make_masks` made them.
+
+    Returns:
+        description -> "picked" (share) and "n"; {} for samples without a silent thing.
     """
     results = {"picked the sounding one of two": picked(samples, masks)}
     swapped = swap_audio(samples)
@@ -40,18 +43,24 @@ def evaluate_picked(
 
 
 def picked(samples: list[Sample], masks: Masks) -> dict[str, float]:
-    """Return the share of samples whose mask covers more of the thing that is meant.
+    """Return the share of samples whose mask covers more of the sounding thing.
 
-    Samples that do not have exactly one silent thing are left out; {} if none is left.
+    Samples that do not have exactly one silent thing are left out.
+
+    Returns:
+        "picked", the share, and "n"; {} without such samples.
     """
-    right = []
+    correct = []
     for sample, mask in zip(samples, masks):
-        silent = list((sample.row.get("silent") or {}).values())
-        if len(silent) != 1:
+        silent_boxes = list((sample.row.get("silent") or {}).values())
+        if len(silent_boxes) != 1:
             continue
-        meant, other = covered(mask, sample.gold.boxes[0]), covered(mask, silent[0])
-        right.append(meant > other)
-    return {"picked": float(np.mean(right)), "n": len(right)} if right else {}
+        on_sounding = covered(mask, sample.gold.boxes[0])
+        on_silent = covered(mask, silent_boxes[0])
+        correct.append(on_sounding > on_silent)
+    if not correct:
+        return {}
+    return {"picked": float(np.mean(correct)), "n": len(correct)}
 
 
 def covered(mask: np.ndarray | None, box: tuple) -> int:
@@ -63,16 +72,21 @@ def covered(mask: np.ndarray | None, box: tuple) -> int:
 
 
 def swap_audio(samples: list[Sample]) -> list[Sample]:
-    """Return the samples that have another sound, with that sound: now the other thing is meant."""
+    """Return the samples that have a swapped sound, with this sound and its thing as the gold."""
     changed = []
     for sample in samples:
         sound = sample.row.get("swapped")
         if not sound:
             continue
+
+        # the sounding and the silent thing change places
         boxes = {**sample.row["silent"], sample.row["a_obj"]: sample.gold.boxes[0]}
-        meant = sound["event"]
-        silent = {label: box for label, box in boxes.items() if label != meant}
-        row = {**sample.row, "a_obj": meant, "silent": silent}
+        sounding = sound["event"]
+        silent = {label: box for label, box in boxes.items() if label != sounding}
+        row = {**sample.row, "a_obj": sounding, "silent": silent}
+        gold = replace(sample.gold, boxes=[tuple(boxes[sounding])])
+
+        # the swapped sound lies beside the first one
         file = Path(sound["audio_path"]).name
         parts = []
         for part in sample.parts:
@@ -80,6 +94,5 @@ def swap_audio(samples: list[Sample]) -> list[Sample]:
                 path = str(Path(part.path).with_name(file))
                 part = replace(part, path=path, index=sound["frame_idx"])
             parts.append(part)
-        gold = replace(sample.gold, boxes=[tuple(boxes[meant])])
         changed.append(replace(sample, parts=parts, row=row, gold=gold))
     return changed

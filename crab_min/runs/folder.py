@@ -1,8 +1,8 @@
 """The run folder: choosing and locking it, and the checkpoints from which a killed run continues.
 
 checkpoints/step_N/ holds all that the next step depends on: trained weights, optimizer moments, the
-random state of every process, and how many batches were taken. A checkpoint, and what a run leaves
-at its end, appears whole or not at all: it is written beside and renamed.
+random state of every process, and how many batches were taken. Files and folders appear whole or
+not at all: they are written under a temporary name and renamed.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ from crab_min.errors import RunError
 from crab_min.interface import PromptLayout
 from crab_min.runs import processes
 
-# Settings that change nothing that is learned: a run continues with other values of these.
+# settings that do not change the result: a run may continue with other values of these
 FREE = {"data": ["max_bad", "workers"], "run": ["out", "save_every", "keep_checkpoints"]}
 
 
@@ -33,7 +33,7 @@ FREE = {"data": ["max_bad", "workers"], "run": ["out", "save_every", "keep_check
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it."""
+    """Write a text file under a temporary name, flush it to the disk and rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -43,11 +43,12 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `final`, flush it to the disk and put it in its place.
+    """Let `write` fill a temporary folder, flush it to the disk and rename it to `final`.
 
     Raises:
         RunError: the disk is full or cannot be written; `final` stays as it was.
     """
+    # a temporary folder may be left from a run that was killed
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -63,6 +64,8 @@ def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
             f"{final}: cannot be written ({error}); free some space, then the same command "
             "continues from the last checkpoint"
         ) from error
+
+    # a folder can only be renamed to a name that is free
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
 
@@ -72,12 +75,13 @@ def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
 
 @dataclass
 class SavedRun:
-    """What config.json says of a run.
+    """The contents of config.json.
 
     Attributes:
         recipe: module of crab_min.recipes that made the run.
+        steps: optimizer steps of the whole run.
+        token_limits: maximum number of answer tokens, by task.
         layout: how its prompts are laid out; None in runs of older versions.
-        token_limits: answer tokens at most, by task.
     """
 
     preset: str
@@ -93,18 +97,21 @@ class SavedRun:
 
 
 def load_saved_run(folder: Path) -> SavedRun:
-    """Read config.json of a run, also of one that was made before settings were grouped.
+    """Read config.json of a run; the flat form of the first version is read too.
 
     Raises:
-        RunError: it is missing or is not that of a run.
+        RunError: the file is missing, or is not that of a run.
     """
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+        # the first version: flat settings under "train"
         if "train" in saved:
             recipe, settings = settings_from_old(saved["train"])
             return SavedRun(
                 saved.get("preset", ""), recipe, settings, saved.get("steps", 0), saved["limits"]
             )
+
         settings = settings_from(RECIPES[saved["recipe"]], saved["settings"])
         layout = PromptLayout(**saved["layout"]) if saved["layout"] else None
         return SavedRun(**{**saved, "settings": settings, "layout": layout})
@@ -116,13 +123,13 @@ def load_saved_run(folder: Path) -> SavedRun:
 
 
 def difference(old: Settings, new: Settings) -> str:
-    """Name the first setting in which two runs differ, with both values; "" if there is none."""
+    """Name the first setting in which two runs differ, with both values; "" if none differs."""
     old_groups, new_groups = asdict(old), asdict(new)
     for group, values in new_groups.items():
         for name, value in values.items():
-            before = old_groups.get(group, {}).get(name)
-            if before != value and name not in FREE.get(group, []):
-                return f"--{name.replace('_', '-')} ({before!r}, now {value!r})"
+            old_value = old_groups.get(group, {}).get(name)
+            if old_value != value and name not in FREE.get(group, []):
+                return f"--{name.replace('_', '-')} ({old_value!r}, now {value!r})"
     return ""
 
 
@@ -132,28 +139,32 @@ def difference(old: Settings, new: Settings) -> str:
 def choose_folder(settings: Settings, name: str) -> Path:
     """Find the folder of a run: a new one, or that of the same command if it was interrupted.
 
-    Nothing is written. Without --out it is runs/NAME, or the next free runs/NAME-2, ...
+    Nothing is written. Without --out the folder is runs/NAME, or the next free runs/NAME-2, ...
 
     Raises:
-        RunError: --out names a finished run, a run with other settings, or something else.
+        RunError: --out names a finished run, a run with other settings, or a folder without a run.
     """
     out = settings.run.out
     for number in itertools.count(1):
+        # a free folder
         suffix = f"-{number}" if number > 1 else ""
         folder = Path(out or f"runs/{name}{suffix}")
         if not folder.exists() or not any(folder.iterdir()):
             return folder
+
+        # the same run, interrupted
         try:
             saved = load_saved_run(folder)
         except RunError:
             raise RunError(
                 f"{folder}: exists and is not a run of train.py; choose another --out or remove it"
             ) from None
-
         finished = (folder / "metrics.json").exists()
         differs = difference(saved.settings, settings)
         if not finished and not differs:
             return folder
+
+        # another run: an error if --out names it, else the next number
         if out and finished:
             raise RunError(
                 f"{folder}: this run is finished and will not be overwritten; choose another "
@@ -167,10 +178,10 @@ def choose_folder(settings: Settings, name: str) -> Path:
 
 
 def lock_run(folder: Path) -> TextIO:
-    """Make the folder and lock it until the process ends; return the open lock file.
+    """Make the folder and lock it; return the lock file, which unlocks the folder when it closes.
 
     Raises:
-        RunError: another process has locked it, or it cannot be written.
+        RunError: another process has locked the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,14 +200,15 @@ def lock_run(folder: Path) -> TextIO:
     return file
 
 
-# --- what a run keeps ----------------------------------------------------------------------------
+# --- trained parts and checkpoints ---------------------------------------------------------------
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
+        step: optimizer steps done.
         batches: batches taken so far, by all processes.
         best: the best metric on held-out rows so far.
         step_state: state of the step object (CREMA's early exit).
@@ -209,7 +221,7 @@ class Progress:
 
 
 def save_trained(folder: Path, model: nn.Module) -> None:
-    """Put the trained parts of a model into its run folder, each whole."""
+    """Write the trained parts of a model into its run folder; each appears whole."""
     atomic_replace(folder / "trained", model.save_trained)
     for new in (folder / "trained").iterdir():
         old = folder / new.name
@@ -220,7 +232,7 @@ def save_trained(folder: Path, model: nn.Module) -> None:
 
 
 def save_best(folder: Path, model: nn.Module, progress: Progress) -> None:
-    """Write RUN/best, a run folder of its own with the best weights so far."""
+    """Write RUN/best, a run folder of its own that holds the best weights so far."""
 
     def write(temporary: Path) -> None:
         model.save_trained(temporary)
@@ -233,24 +245,29 @@ def save_best(folder: Path, model: nn.Module, progress: Progress) -> None:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest last."""
-    found = (folder / "checkpoints").glob("step_*")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    checkpoints = (folder / "checkpoints").glob("step_*")
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def save_checkpoint(
     folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
 ) -> None:
-    """Write checkpoints/step_N/; the newest `keep` stay.
+    """Write checkpoints/step_N/ and remove the oldest ones.
 
-    Every process calls it, for its random state; the first one writes.
+    Every process calls it, because each has a random state. The first one writes.
+
+    Args:
+        keep: how many of the newest checkpoints stay.
     """
+    # the random states of all processes
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
     random_states = processes.gather(random_state)
-    if processes.rank():
+    if processes.rank() > 0:
         return
 
+    # optimizer.safetensors is flat: "PARAMETER.moment", "rng.RANK.device"
     tensors = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -264,6 +281,7 @@ def save_checkpoint(
         save_file(tensors, temporary / "optimizer.safetensors")
         atomic_write(temporary / "progress.json", json.dumps(asdict(progress)))
 
+    # the new checkpoint is whole before an old one goes
     atomic_replace(folder / "checkpoints" / f"step_{progress.step}", write)
     for old in checkpoints_of(folder)[:-keep]:
         shutil.rmtree(old)
@@ -272,17 +290,19 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore the newest checkpoint into model, optimizer and random generators.
 
-    With more processes than it was written by, the new ones keep the random state they have.
+    If more processes load a checkpoint than wrote it, the additional ones keep their random state.
 
     Returns:
-        How far the run was; Progress() if there is no checkpoint.
+        The progress of the run; Progress() if there is no checkpoint.
     """
+    # trained weights
     checkpoints = checkpoints_of(folder)
     if not checkpoints:
         return Progress()
     newest = checkpoints[-1]
     model.restore_trained(newest)
 
+    # optimizer moments, and the random state of this process
     moments: dict[int, dict] = {}
     for name, value in load_file(newest / "optimizer.safetensors").items():
         index, key = name.split(".", 1)

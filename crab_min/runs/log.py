@@ -1,13 +1,15 @@
-"""log.csv, the text of the progress bar, and stopping with Ctrl-C."""
+"""The log of a run: log.csv and the progress bar; and stopping with Ctrl-C."""
 
 import csv
 import resource
 import signal
 import threading
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -18,13 +20,13 @@ from crab_min.runs.folder import atomic_write
 
 @dataclass
 class LogRow:
-    """A line of log.csv: one optimizer step, over all processes."""
+    """A line of log.csv: the numbers of one optimizer step, over all processes."""
 
     step: int
     lr: float
-    seconds: float
-    wait: float  # of the seconds, those spent waiting for data
-    metric: float | None  # on held-out rows, where the step was evaluated
+    seconds: float  # of the whole step
+    wait: float  # seconds of the step that were spent waiting for data
+    metric: float | None  # on held-out rows; None for steps without an evaluation
     loss: float  # mean cross-entropy per answer token
     answer_tokens: int
     rows: int
@@ -34,24 +36,31 @@ class LogRow:
 
 
 class RunLog:
-    """log.csv and the progress bar of a run that has done some of its steps.
+    """The open log.csv and the progress bar of a run.
 
-    The file is complete to its last line; lines after the last checkpoint are dropped.
+    Every line is written as soon as its step ends. A run that continues drops the lines after its
+    last checkpoint.
+
+    Args:
+        done: steps before this start of the run.
+        steps: all steps of the run.
     """
 
     def __init__(self, folder: Path, done: int, steps: int):
-        self.path, self.done, self.steps = folder / "log.csv", done, steps
+        self.path = folder / "log.csv"
+        self.done = done
+        self.steps = steps
+        self.file: TextIO | None = None  # of the first process alone
         self.recent: deque[LogRow] = deque(maxlen=50)
 
     def __enter__(self) -> "RunLog":
-        self.file = None
         if processes.rank() == 0:
-            kept: list[list[str]] = []
+            # the header, and the lines up to the last checkpoint
+            rows = [[f.name for f in fields(LogRow)]]
             if self.path.exists() and self.done:
                 lines = self.path.read_text(encoding="utf-8").splitlines()
-                kept = list(csv.reader(lines))[1 : self.done + 1]
-            header = [f.name for f in fields(LogRow)]
-            text = "\n".join(",".join(row) for row in [header, *kept])
+                rows += list(csv.reader(lines))[1 : self.done + 1]
+            text = "\n".join(",".join(row) for row in rows)
             atomic_write(self.path, text + "\n")
             self.file = open(self.path, "a", buffering=1, encoding="utf-8")
         self.bar = tqdm(desc="training", unit="step", initial=self.done, total=self.steps)
@@ -63,7 +72,7 @@ class RunLog:
             self.file.close()
 
     def add(self, row: LogRow) -> None:
-        """Write a line and move the bar."""
+        """Write a line and advance the bar."""
         self.recent.append(row)
         if self.file:
             self.file.write(",".join(map(cell, asdict(row).values())) + "\n")
@@ -71,7 +80,7 @@ class RunLog:
         self.bar.update()
 
     def summary(self) -> str:
-        """Describe the last 50 steps: loss, speed, memory, share of the time spent waiting."""
+        """Describe the last loss, and speed and share of waiting over the last 50 steps."""
         seconds = sum(row.seconds for row in self.recent)
         waiting = sum(row.wait for row in self.recent) / seconds
         samples = sum(row.rows for row in self.recent) / seconds
@@ -83,21 +92,21 @@ class RunLog:
 
 
 def cell(value) -> str:
-    """Write a value of a LogRow; numbers with seven digits, None as nothing."""
+    """Format a value of a LogRow: floats with seven digits, None as ""."""
     if value is None:
         return ""
     return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
 def memory() -> int:
-    """Return the peak memory so far in bytes: of the GPU, or without one of this process."""
+    """Return the peak memory so far, in bytes: of the GPU, or of this process if it has none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager
-def stop_requested():
+def stop_requested() -> Iterator[list[bool]]:
     """Yield a list that is empty until Ctrl-C is pressed; pressed again, it interrupts at once."""
     requested: list[bool] = []
 
@@ -106,11 +115,12 @@ def stop_requested():
             raise KeyboardInterrupt
         requested.append(True)
 
+    # Python sets signal handlers in the main thread alone
     if threading.current_thread() is not threading.main_thread():
         yield requested
         return
-    before = signal.signal(signal.SIGINT, handler)
+    previous_handler = signal.signal(signal.SIGINT, handler)
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)

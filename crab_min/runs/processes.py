@@ -1,11 +1,13 @@
 """Several processes on one training run, one per GPU: `torchrun --nproc-per-node N train.py ...`.
 
-Every process has the whole model and takes its share of the batches of a step. What is trained is
-small (adapters, connectors), so nothing is wrapped: after the last backward pass of a step the
-gradients of all processes are added in one message, and each process makes the same update. A part
-that no sample of a process went through (an audio Q-Former, in a batch without sound) adds zeros;
-torch's DistributedDataParallel would wait for its gradient without end. In a single process every
-function here does the obvious.
+Every process has the whole model and takes its share of the batches of a step. The trained parts
+are small (adapters, connectors), so the model is not wrapped. After the last backward pass of a
+step the gradients of all processes are summed in one message, and each process makes the same
+update.
+
+A part may be used by no sample of a process, such as an audio Q-Former in a batch without sound. It
+adds zeros to the sum; torch's DistributedDataParallel would wait for its gradient forever. A single
+process sends no messages.
 """
 
 import os
@@ -28,12 +30,14 @@ def start(patience: timedelta = timedelta(hours=1)) -> torch.device:
             the world. If one dies, torchrun ends them all.
 
     Raises:
-        RunError: more processes than GPUs, or they cannot talk to each other.
+        RunError: there are more processes than GPUs, or they cannot talk to each other.
     """
+    # torchrun sets WORLD_SIZE
     gpus = torch.cuda.device_count()
     if "WORLD_SIZE" not in os.environ:
         return torch.device("cuda" if gpus else "cpu")
 
+    # one GPU per process
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if gpus and local_rank >= gpus:
         raise RunError(
@@ -47,6 +51,8 @@ def start(patience: timedelta = timedelta(hours=1)) -> torch.device:
         )
     if gpus:
         torch.cuda.set_device(local_rank)
+
+    # the group of all processes
     if not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if gpus else "gloo", timeout=patience)
@@ -65,7 +71,7 @@ def end() -> None:
 
 
 def rank() -> int:
-    """Return the number of this process, from 0."""
+    """Return the index of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -83,7 +89,7 @@ def gather(value) -> list:
 
 
 def on_first(make: Callable):
-    """Let the first process make something while the others wait; return it to all."""
+    """Let the first process make a value while the others wait; return the value on all."""
     values = [make() if rank() == 0 else None]
     if count() > 1:
         dist.broadcast_object_list(values)
@@ -99,17 +105,20 @@ def sum_all(*numbers: float) -> list[float]:
 def add_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over the processes, in one message.
 
-    A parameter that has no gradient on any process keeps none, so that the optimizer passes it
-    over as it would in a single process.
+    A parameter without a gradient on all processes keeps none, so that the optimizer skips it as it
+    would in a single process.
     """
     if count() == 1:
         return
+
+    # one flag per parameter, then all gradients
     has_gradient = [float(p.grad is not None) for p in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flags = torch.tensor(has_gradient, device=parameters[0].device)
     message = torch.cat([flags, *(gradient.flatten().float() for gradient in gradients)])
     dist.all_reduce(message)
 
+    # the sums, in the same order
     flags, *sums = message.split([len(parameters), *(p.numel() for p in parameters)])
     for parameter, total, anywhere in zip(parameters, sums, flags.tolist()):
         parameter.grad = total.view_as(parameter).to(parameter.dtype) if anywhere else None
@@ -124,12 +133,13 @@ def broadcast_parameters(tensors: list[Tensor]) -> None:
 
 
 def shard(llm: nn.Module) -> None:
-    """Spread the frozen weights of each decoder layer over the processes (FSDP2).
+    """Distribute the frozen weights of each decoder layer over the processes (FSDP2).
 
-    A process keeps its share and has the others' while the layer works. What is trained stays
-    whole on each, so that saving, clipping and `add_gradients` need not know. All processes have
-    to go through the LM equally often.
+    A process keeps its share, and gathers the other shares while the layer runs. Trained weights
+    stay whole on each process, so saving, clipping and `add_gradients` stay the same. All processes
+    must run the LM equally often.
     """
+    # the layers are the largest list of modules in the LM
     lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
     layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
     for layer in layers:
