@@ -1,9 +1,12 @@
-"""Ask about a clip: `python infer.py clip.mp4 --ask "..."`, or one of the tasks: `--task ave`; or
-score a whole split: `--eval`.
+"""Ask about a clip, or score a whole split.
 
-Without arguments it takes a test clip of the built-in world. The model is the newest finished run
-under runs/, or --run, or the shipped adapter. The answer appears as it is generated, then what it
-parses to, then the path of a picture.
+    python infer.py clip.mp4 --ask "..."    a question
+    python infer.py clip.mp4 --task ave     one of the tasks
+    python infer.py --eval                  a split
+
+Without a clip it takes one of the built-in world. The model is that of --run, else the newest
+finished run under runs/, else the shipped adapter. The answer appears while it is generated. Then
+its parsed form and the path of a picture are printed.
 """
 
 import os
@@ -14,6 +17,7 @@ from crab_min.installation import require_installation
 
 
 def main(arguments: list[str]) -> int:
+    """Answer or evaluate as the arguments say, and return the exit code."""
     given = parse_infer(arguments)
 
     def command() -> None:

@@ -1,8 +1,9 @@
 """Train: `python train.py [PRESET] [--flag value ...]`.
 
-Without arguments it builds the audio-visual world, trains I-LoRA on the shipped tiny base for all
-tasks of Crab+ (arXiv 2603.04128), and prints one line per task: frozen base, trained, best constant
-answer. `python train.py --list` shows the presets.
+Without arguments it builds the audio-visual world and trains I-LoRA on the shipped tiny base, for
+all tasks of Crab+ (arXiv 2603.04128). At the end it prints the scores of the frozen base, the
+trained model and the best constant answer, one line per task. `python train.py --list` shows the
+presets.
 """
 
 import importlib
@@ -15,15 +16,18 @@ from crab_min.recipes.presets import PRESETS
 
 
 def main(arguments: list[str]) -> int:
+    """Train or plan as the arguments say, and return the exit code."""
     given, settings = parse_train(arguments)
     name = PRESETS[given.preset].recipe
 
     def command() -> None:
+        # environment variables are read when the libraries are imported
         require_installation()
-        # torch is imported from here on
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers are used, then forked
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # safe to fork after tokenizing
         if os.environ.get("RANK", "0") != "0":
-            os.environ["TQDM_DISABLE"] = "1"  # of several processes one shows a progress bar
+            os.environ["TQDM_DISABLE"] = "1"  # only the first process shows progress bars
+
+        # torch is imported from here on
         from crab_min.runs import processes
 
         recipe = importlib.import_module(f"crab_min.recipes.{name}")

@@ -81,7 +81,7 @@ def train(settings: CrabSettings, preset: str) -> dict:
         run.model.reset_connector(ALIGN[stage].connector)
     load_rows(run, built_in_data, prepare_samples)
 
-    # what learns: a connector alone; connectors and I-LoRA; or mask tokens and mask decoder
+    # what learns: the connector of an aligning stage, else I-LoRA and what --trainable names
     add_trained_parts(run.model, settings)
     begin(run)
     if stage == "masks":

@@ -1,4 +1,4 @@
-"""The presets of train.py: a recipe each, and the values that differ from its defaults."""
+"""The presets of train.py: each names a recipe, and values that differ from its defaults."""
 
 from dataclasses import dataclass, field
 
@@ -8,8 +8,8 @@ class Preset:
     """A recipe with values for its settings.
 
     Attributes:
-        values: by group of the settings, then by field.
-        stages: values that a stage of Crab adds, by its name.
+        values: group of the settings -> field -> value.
+        stages: name of a stage of Crab -> the values that it adds.
     """
 
     recipe: str
@@ -18,13 +18,19 @@ class Preset:
     stages: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
-def with_values(values: dict[str, dict], **more: dict) -> dict[str, dict]:
-    """Return values by group, with more values for some of the groups."""
-    groups = {**values, **{name: {} for name in more if name not in values}}
-    return {name: {**group, **more.get(name, {})} for name, group in groups.items()}
+def with_values(values: dict[str, dict], **changes: dict) -> dict[str, dict]:
+    """Return a copy of values by group, with changed and added values.
+
+    Args:
+        changes: group -> field -> value.
+    """
+    merged = {name: dict(group) for name, group in values.items()}
+    for name, group in changes.items():
+        merged[name] = {**merged.get(name, {}), **group}
+    return merged
 
 
-# Values of the papers at full size.
+# the papers' values at full size
 LARGE = dict(task_sampling_exponent=1.0, gradient_checkpointing=True)
 CRAB_PLUS = dict(
     data=dict(cache_features=False),
@@ -68,7 +74,7 @@ CREMA = dict(
     run=dict(eval_mode="rank"),
 )
 
-# The tiny presets, on the shipped base.
+# tiny presets, on the shipped base
 PAVE_TINY = dict(
     world=dict(world_clips=600, world_test=200),
     adapter=dict(adapter="lora", r=16, alpha=32, dropout=0),

@@ -5,7 +5,6 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +33,12 @@ from crab_min.tasks import TASKS, Task
 
 @dataclass
 class LoadedRun:
-    """A run that answers: its folder, what config.json says, its recipe and its model."""
+    """A run that is loaded to answer.
+
+    Attributes:
+        saved: the contents of its config.json.
+        recipe: the module of its recipe.
+    """
 
     folder: Path
     saved: SavedRun
@@ -50,14 +54,18 @@ def load_run(folder: str) -> LoadedRun:
     """Load a run with its trained parts, ready to answer.
 
     Args:
-        folder: "" for the newest finished run under runs/, or the shipped adapter without any.
+        folder: "" for the newest finished run under runs/, else the shipped adapter.
 
     Raises:
-        RunError, ModelError: it is not a run, or its weights cannot be had.
+        RunError: the folder is not that of a run.
+        ModelError: its weights cannot be loaded.
     """
+    # the folder
     if not folder:
         finished = sorted(Path("runs").glob("*/metrics.json"), key=lambda p: p.stat().st_mtime)
         folder = finished[-1].parent if finished else ASSETS / "crab_plus-tiny"
+
+    # the model, as its recipe loads it, with the trained parts and prompts of the run
     saved = load_saved_run(Path(folder))
     recipe = importlib.import_module(f"crab_min.recipes.{saved.recipe}")
     model = recipe.load_model(saved.settings)
@@ -69,10 +77,11 @@ def load_run(folder: str) -> LoadedRun:
 
 
 def apply_model_flags(run: LoadedRun, given: Namespace) -> None:
-    """Load the patches of --patch, and note the modalities of --skip.
+    """Load the patches of --patch, and switch off the modalities of --skip.
 
     Raises:
-        RunError, ModelError: the model has no such thing.
+        RunError: the model has no such modality.
+        ModelError: a patch does not fit the model.
     """
     for file in given.patch:
         run.model.load_patch(Path(file))
@@ -98,7 +107,10 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
     """
     if not given.side:
         return run.recipe.prepare_samples(samples, run.settings)
-    names, files = [], {}
+
+    # NAME, NAME=FILE or none
+    names: list[str] = []
+    files: dict[str, str] = {}
     for side in given.side:
         name, _, file = side.partition("=")
         if name != "none":
@@ -111,24 +123,29 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
                 f"--side {name}: the model has no such patch or modality, but "
                 f"{', '.join(run.model.side_names) or 'none'}; a patch is loaded with --patch FILE"
             )
+
+    # rows name the files of their side channels
     if files:
         samples = [with_side_files(sample, names, files) for sample in samples]
     return run.recipe.prepare_samples(samples, run.settings, names)
 
 
 def with_side_files(sample: Sample, names: list[str], files: dict[str, str]) -> Sample:
-    """Name the files of side channels in a sample's row; without a file, its sound or video."""
+    """Name the files of side channels in a sample's row; by default its own sound or video."""
     sides = {}
     for name in names:
         kind = "audio" if name == "audio" else "video"
-        own = [part.path for part in sample.media if part.kind == kind]
-        sides[name] = files.get(name, own[0] if own else None)
+        default = next((part.path for part in sample.media if part.kind == kind), None)
+        sides[name] = files.get(name, default)
     return replace(sample, row={**sample.row, "sides": sides})
 
 
 def row_of(given: Namespace, clip: str | None) -> dict:
-    """Make an annotation row of the command line; the prompt builder says what is missing."""
-    sounds = given.audio or ([clip] if clip else [])
+    """Make an annotation row from the command line; build_prompt reports what is missing."""
+    # by default the sound is that of the clip
+    sounds = given.audio
+    if not sounds and clip:
+        sounds = [clip]
     paths = {
         "video_path": clip,
         "video1_path": clip,
@@ -139,6 +156,8 @@ def row_of(given: Namespace, clip: str | None) -> dict:
         "audio2_path": sounds[1] if len(sounds) > 1 else None,
     }
     row = {name: os.path.abspath(path) for name, path in paths.items() if path}
+
+    # every field in which a task looks for its question
     if given.ask:
         row |= dict.fromkeys(["question", "question_text", "description"], given.ask)
     if given.options:
@@ -147,7 +166,8 @@ def row_of(given: Namespace, clip: str | None) -> dict:
 
 
 def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
-    """Return a sample per clip of the command line, or a test sample of the built-in world."""
+    """Return one sample per clip of the command line, or a test sample of the built-in world."""
+    # clips, or one image
     if given.clip or given.image:
         task = chosen_task(given)
         prompts = load_prompts(given.prompts) if given.prompts else None
@@ -157,6 +177,7 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
             samples.append(Sample("", task, parts, "", Answer(), {}))
         return samples
 
+    # a sample of the built-in world
     settings = run.settings
     world = replace(settings.world, things=given.things or settings.world.things)
     training = replace(settings.training, seed=given.seed)
@@ -174,15 +195,20 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
 def chosen_task(given: Namespace, default: str = "avqa") -> Task:
     """Return the task of --task.
 
+    Args:
+        default: task of a question without --task.
+
     Raises:
-        DataError: several tasks, or a clip with neither a question nor a task.
+        DataError: --task names several tasks, or a clip has neither a question nor a task.
     """
     if given.task:
         names = pick_tasks(given.task)
         if len(names) != 1:
             raise DataError(f"--task takes one task, got {given.task!r}; with --eval use --tasks")
         return TASKS[names[0]]
-    media = [*given.clip, *([given.image] if given.image else [])]
+    media = list(given.clip)
+    if given.image:
+        media.append(given.image)
     if media and not given.ask:
         raise DataError(
             f'what about {media[0]}? give --ask "..." or --task, one of: {", ".join(TASKS)}'
@@ -194,10 +220,14 @@ def chosen_task(given: Namespace, default: str = "avqa") -> Task:
 
 
 def mask_maker(given: Namespace, model: AVLanguageModel) -> MakeMasks | None:
-    """Return how answers become masks: by --masks, or by the model's decoder; None for neither.
+    """Return the function that makes masks of answers, by --masks or by the model's decoder.
+
+    Returns:
+        None without --masks if the model has no decoder.
 
     Raises:
-        RunError, ModelError: the model has no decoder, or SAM2 cannot be had.
+        RunError: the model has no decoder.
+        ModelError: SAM2 cannot be loaded.
     """
     if given.masks == "decoder" and not model.predicts_masks:
         raise RunError(
@@ -222,7 +252,7 @@ class Reply:
     seconds: float
     picture: Path
     mask_file: Path | None = None
-    no_mask: str = ""  # why there is none
+    no_mask: str = ""  # the reason why there is no mask
 
     @property
     def question(self) -> str:
@@ -230,17 +260,26 @@ class Reply:
 
 
 def ask(given: Namespace) -> None:
-    """Answer about each clip and print the answers."""
+    """Answer the question about each clip, and print the answers.
+
+    Args:
+        given: the flags of infer.py.
+    """
+    # the run, the samples in its form, and their features
     run = load_run(given.run)
     apply_model_flags(run, given)
     samples = prepare(samples_of(given, run), given, run)
     features = Features(run.model, keep=True)
     features.prepare(samples)
-    try:
-        make_masks, no_mask = mask_maker(given, run.model), ""
-    except ModelError as error:  # no SAM2 here: the box still says where
-        make_masks, no_mask = None, str(error)
 
+    # without SAM2 the box still says where
+    make_masks, no_mask = None, ""
+    try:
+        make_masks = mask_maker(given, run.model)
+    except ModelError as error:
+        no_mask = str(error)
+
+    # an answer is printed while it is generated
     for sample in samples:
         if not given.json:
             print(
@@ -249,7 +288,8 @@ def ask(given: Namespace) -> None:
                 flush=True,
             )
         reply = reply_to(sample, given, run, features, make_masks)
-        reply.no_mask = reply.no_mask or no_mask
+        if not reply.no_mask:
+            reply.no_mask = no_mask
         print(json_line(reply) if given.json else describe_reply(reply))
 
 
@@ -258,14 +298,17 @@ def reply_to(
     given: Namespace,
     run: LoadedRun,
     features: Features,
-    make_masks: Callable | None,
+    make_masks: MakeMasks | None,
 ) -> Reply:
     """Answer one sample, and draw the answer, its mask and its routing."""
+    # a single beam can be printed token by token
     began = time.time()
     model, task = run.model, sample.task
     streamer = None
     if not given.json and given.beams == 1:
         streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    # the answer and its mask
     limit = given.max_new_tokens or run.saved.token_limits.get(task.name, DEFAULT_LIMIT)
     batch = model.collate([sample.parts], features([sample]))
     text = model.generate(batch, limit, streamer, given.beams)[0]
@@ -275,6 +318,7 @@ def reply_to(
     answer = replace(task.parse(text), mask=mask)
     seconds = round(time.time() - began, 2)
 
+    # pictures of the routing, the answer and the mask
     if given.routes:
         with record_routing_stats(model) as routing, torch.no_grad():
             model(model.collate([sample.parts], features([sample]), [text]))
@@ -303,15 +347,15 @@ def save_mask(mask: np.ndarray, file: Path) -> None:
 
 def describe_prompt(sample: Sample) -> str:
     """Return a prompt on one line, with <video clip.mp4> for a medium."""
-    words = []
+    texts = []
     for part in sample.parts:
         medium = f"<{part.side or part.kind} {Path(part.path).name}>"
-        words.append(part.text if part.kind == "text" else medium)
-    return " ".join("".join(words).split())
+        texts.append(part.text if part.kind == "text" else medium)
+    return " ".join("".join(texts).split())
 
 
 def fields_of(answer: Answer) -> dict:
-    """Return the fields of an answer that say something."""
+    """Return the fields of an answer that are not empty."""
     values = {
         "choice": answer.choice,
         "exists": answer.exists,
@@ -345,7 +389,7 @@ def json_line(reply: Reply) -> str:
 
 
 def describe_reply(reply: Reply) -> str:
-    """Return the lines that follow a generated answer."""
+    """Format the lines that are printed after a generated answer."""
     sample, answer = reply.sample, reply.answer
     parsed = f"no: {answer.error}" if answer.error else json.dumps(fields_of(answer))
     lines = [f"parsed: {parsed}"]

@@ -19,31 +19,39 @@ from crab_min.tools.ask import LoadedRun, apply_model_flags, load_run, mask_make
 
 
 def evaluate_split(given: Namespace) -> None:
-    """Answer and score a split of --data, by default of the world that the run was trained on.
+    """Answer and score a split of --data, by default of the built-in world of the run.
 
-    An evaluation that was killed continues behind the answers it has.
+    An evaluation that was killed continues from the answers it has.
+
+    Args:
+        given: the flags of infer.py.
     """
+    # the run, and the samples in its form
     run = load_run(given.run)
     apply_model_flags(run, given)
     root, samples = read_split(given, run)
+
+    # how they are decoded
     limits = {
         name: given.max_new_tokens or run.saved.token_limits.get(name, DEFAULT_LIMIT)
         for name in sorted({sample.task.name for sample in samples})
     }
     decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, given.batch_size)
     make_masks = mask_maker(given, run.model)
+
+    # without --allow-missing an unreadable file is an error here, before anything is written
     features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
     readable = features.prepare(samples, strict=not given.allow_missing)
 
-    # what the answers depend on; unfinished answers of other settings are dropped
+    # answers of an interrupted evaluation are kept if nothing that they depend on has changed
     suffix = f"_without_{given.ablate}" if given.ablate else ""
     out = Path(given.out or run.folder / f"eval_{given.split}{suffix}")
     out.mkdir(parents=True, exist_ok=True)
     described = describe(given, run, root, samples, decoding)
     partial = out / "answers.partial.jsonl"
     if (out / "decoding.json").exists():
-        before = json.loads((out / "decoding.json").read_text(encoding="utf-8"))
-        if before != described:
+        described_before = json.loads((out / "decoding.json").read_text(encoding="utf-8"))
+        if described_before != described:
             partial.unlink(missing_ok=True)
     atomic_write(out / "decoding.json", json.dumps(described, indent=1))
 
@@ -78,7 +86,8 @@ def evaluate_split(given: Namespace) -> None:
 
 
 def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
-    """Return the data's path, and its samples in the form of the run."""
+    """Return the path of the data, and its samples in the form of the run."""
+    # --data, or the built-in world
     settings = run.settings
     if given.data:
         root = Path(given.data)
@@ -87,12 +96,14 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
         root = run.recipe.built_in_data(replace(settings, world=world))
         if root.suffix == ".jsonl":
             root = root.with_name(f"{given.split}.jsonl")
+
+    # samples
     tasks = pick_tasks(given.task or given.tasks)
     prompts = load_prompts(given.prompts) if given.prompts else None
     target = settings.data.target
     samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
     samples = prepare(samples, given, run)
-    if given.ablate:  # also of a sound that is a side channel
+    if given.ablate:  # after `prepare`: a sound may be a side channel
         samples = ablate_modality(samples, given.ablate)
     return root, samples
 
@@ -100,10 +111,12 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
 def describe(
     given: Namespace, run: LoadedRun, root: Path, samples: list[Sample], decoding: Decoding
 ) -> dict:
-    """Return all that answers depend on, for decoding.json."""
-    how = {"rank": "likeliest option"}.get(decoding.mode, "greedy")
-    if given.beams > 1 and decoding.mode != "rank":
-        how = f"{given.beams} beams"
+    """Return everything that the answers depend on, for decoding.json."""
+    method = "greedy"
+    if decoding.mode == "rank":
+        method = "likeliest option"
+    elif given.beams > 1:
+        method = f"{given.beams} beams"
     return {
         "run": str(run.folder),
         "data": str(root),
@@ -114,6 +127,6 @@ def describe(
         "batch_size": given.batch_size,
         "masks": given.masks,
         "sides": sorted({part.side for sample in samples for part in sample.media if part.side}),
-        "decoding": how,
+        "decoding": method,
         "skip": sorted(given.skip),
     }
