@@ -268,7 +268,7 @@ def test_samples_with_masks(small_world, split):
 
 
 def test_swapped_sound_means_the_other_thing(tmp_path):
-    world = WorldConfig(world_clips=8, world_test=20)
+    world = WorldConfig(world_clips=8, world_test=12)
     root = build_world(world, 0, tmp_path, still=True)
     samples = {s.id: s for s in read_samples(root, ["s4"], "test")}
     changed = swap_audio(list(samples.values()))
@@ -416,7 +416,7 @@ def test_box_as_a_mask():
 
 # --- the stage ------------------------------------------------------------------------------------
 def train_command(world: Path, out: str) -> list[str]:
-    data = f"--data {world} --tasks s4,ref_avs --test-rows 4"
+    data = f"--data {world} --tasks s4,ref_avs --test-rows 2"
     return f"crab-tiny --stage masks {data} --steps 4 --text-steps 2 --out {out}".split()
 
 
@@ -480,7 +480,7 @@ def test_a_run_killed_while_the_decoder_learns_continues_with_the_same_losses(
 
 
 def test_the_masks_of_a_run_are_made_again_by_infer(mask_run, small_world, tmp_path):
-    data = f"--data {small_world} --tasks s4,ref_avs --test-rows 4"
+    data = f"--data {small_world} --tasks s4,ref_avs --test-rows 2"
     evaluate = f"--eval --run {mask_run} {data} --out"
     assert infer.main([*evaluate.split(), str(tmp_path / "decoder")]) == 0
     assert infer.main([*evaluate.split(), str(tmp_path / "boxes"), "--masks", "box"]) == 0
