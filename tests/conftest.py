@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 def small_world(pytestconfig):
     """The AVUIE_2 folder of a world of 34 training and 18 test clips.
 
-    It is kept in .pytest_cache until the code that makes it changes; tests only read it.
+    It is kept in .pytest_cache until the code that makes it changes (`pytest --cache-clear`
+    removes it); tests only read it.
     """
     code = hashlib.sha256()
     for folder in ("world", "media", "sources"):

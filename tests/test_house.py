@@ -31,7 +31,7 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 METHODS = ["ilora", "pave", "qformer", "crema", "masks"]  # the papers' equations
 MAY_USE = {"crema": ["errors", "qformer"]}  # the other methods: errors alone
-NOT_TO_READ = ["world", "tinybase", "tools", "recipes"]  # nothing before the trainer needs these
+NOT_TO_READ = ["world", "tinybase", "tools", "recipes"]  # nothing up to the trainer needs these
 # runs.processes knows torch.distributed alone, so the features may ask which process this is
 KNOWN = {("features", "runs.processes")}
 # scripts of the authors, whose scores evaluation/ computes too
@@ -73,6 +73,10 @@ def room(module: str) -> str:
 
 
 IMPORTS = [(name, used) for name, file in MODULES.items() for used in sorted(set(imports(file)))]
+
+
+def test_every_file_is_in_a_room():
+    assert {room(name) for name in MODULES} == LEVEL.keys() | {"world", "tinybase"}
 
 
 def test_no_file_imports_one_of_a_later_room():
