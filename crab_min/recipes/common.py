@@ -3,16 +3,17 @@
 A recipe calls, in this order:
 
     open_run             joins the processes and chooses the run folder
-    load_model           the recipe's own, or the default below
+    load_model           a function of the recipe
     load_rows            reads the samples and encodes their media
-    add_trained_parts    the recipe's own, or the default below
+    add_trained_parts    a function of the recipe
     begin                sets what learns, writes config.json, scores the baseline
     train_model
     evaluate_test_rows
     finish               writes predictions, pictures and metrics.json
 
 infer.py and `--plan` call these functions of a recipe's module: run_settings, load_model,
-add_trained_parts, prepare_samples, built_in_data, and side_shape if it has side channels.
+add_trained_parts, prepare_samples, built_in_data, and side_shape if it has side channels. Defaults
+of the first four stand at the end of this file; a recipe names those that it takes.
 """
 
 import csv
@@ -47,6 +48,7 @@ from crab_min.interface import load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, save_trained
+from crab_min.side_channels import add_side_channels, limit_frames
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
 
@@ -165,14 +167,18 @@ def steps_of(settings: Settings, rows: int) -> int:
         rows: number of training rows.
     """
     training = settings.training
-    samples_per_step = training.batch_size * training.grad_accum * processes.count()
     if training.steps:
         return training.steps
     if training.epochs:
-        return max(1, round(training.epochs * rows / samples_per_step))
+        return max(1, round(training.epochs * rows / samples_per_step(settings)))
     unknown = settings.world.things or settings.data.data
     most = MOST_STEPS_UNKNOWN if unknown else MOST_STEPS
-    return max(LEAST_STEPS, min(most, round(3 * rows / samples_per_step)))
+    return max(LEAST_STEPS, min(most, round(3 * rows / samples_per_step(settings))))
+
+
+def samples_per_step(settings: Settings) -> int:
+    """Return the number of samples of an optimizer step, over all processes."""
+    return settings.training.batch_size * settings.training.grad_accum * processes.count()
 
 
 def side_channel_widths(run: Run) -> dict[str, int]:
@@ -229,14 +235,8 @@ def begin(run: Run) -> None:
     run.decoding = Decoding(token_limits(model, run.rows.train), run.settings.run.eval_mode)
     if processes.rank() == 0:
         run.lock = lock_run(run.folder)
-        saved = SavedRun(
-            run.name,
-            run.recipe,
-            run.settings,
-            len(run.steps),
-            run.decoding.limits,
-            model.layout,
-        )
+        steps, limits = len(run.steps), run.decoding.limits
+        saved = SavedRun(run.name, run.recipe, run.settings, steps, limits, model.layout)
         saved.save(run.folder)
         print(describe_run(run))
         print(learned)
@@ -412,6 +412,11 @@ def losses_of(log: Path) -> dict[str, float]:
 # --- defaults of what infer.py and --plan call of a recipe ---------------------------------------
 
 
+def run_settings(settings: Settings) -> Settings:
+    """Return the settings with which a run trains: those that were given."""
+    return settings
+
+
 def load_model(settings: Settings, empty: bool = False) -> AVLanguageModel:
     """Load the frozen backbone.
 
@@ -430,3 +435,16 @@ def add_trained_parts(
         widths: feature width of each side channel; there is none here.
     """
     model.add_adapter(settings.adapter)
+
+
+def prepare_samples(
+    samples: list[Sample], settings: Settings, side_channels: list[str] | None = None
+) -> list[Sample]:
+    """Give the media of samples the frames that the settings name.
+
+    Args:
+        side_channels: the side channels of patches that infer.py --patch has loaded.
+    """
+    if side_channels:
+        samples = add_side_channels(samples, side_channels)
+    return limit_frames(samples, settings.data.frames)

@@ -21,17 +21,7 @@ from crab_min.data import Sample, gold_mask
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.model import ASSETS, AVLanguageModel, Batch
-from crab_min.recipes.common import (
-    Run,
-    add_trained_parts,
-    begin,
-    evaluate_test_rows,
-    finish,
-    load_rows,
-    open_run,
-    train_model,
-)
-from crab_min.side_channels import add_side_channels, limit_frames
+from crab_min.recipes import common
 from crab_min.sources.av_uie import mask_path
 from crab_min.tasks import TASKS
 from crab_min.trainer import collate_answers
@@ -73,22 +63,22 @@ def train(settings: CrabSettings, preset: str) -> dict:
     settings = run_settings(settings)
     init_from = settings.training.init_from or default_start(settings, preset)
     settings = replace(settings, training=replace(settings.training, init_from=init_from))
-    run = open_run("crab", f"{preset}-{stage}", settings)
+    run = common.open_run("crab", f"{preset}-{stage}", settings)
 
     # the frozen LM with its connectors; an aligning stage begins with a new one
     run.model = load_model(settings).to(run.device)
     if stage in ALIGN:
         run.model.reset_connector(ALIGN[stage].connector)
-    load_rows(run, built_in_data, prepare_samples)
+    common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: the connector of an aligning stage, else I-LoRA and what --trainable names
     add_trained_parts(run.model, settings)
-    begin(run)
+    common.begin(run)
     if stage == "masks":
         train_masks(run)
     else:
-        train_model(run)
-    return finish(run, evaluate_test_rows(run))
+        common.train_model(run)
+    return common.finish(run, common.evaluate_test_rows(run))
 
 
 def run_settings(settings: CrabSettings) -> CrabSettings:
@@ -164,7 +154,7 @@ def learns_tokens(settings: CrabSettings) -> bool:
     return "mask_tokens" in settings.training.parts
 
 
-def train_masks(run: Run) -> None:
+def train_masks(run: common.Run) -> None:
     """Train on the text of the answers first, then on the masks.
 
     Where the embeddings of the mask tokens do not learn, the LM is frozen in the second phase. Each
@@ -183,7 +173,7 @@ def train_masks(run: Run) -> None:
 
     # first phase: text alone
     if text_steps:
-        train_model(run, range(text_steps))
+        common.train_model(run, range(text_steps))
 
     # second phase: masks
     options = {"collate": collate_with_masks}
@@ -193,10 +183,10 @@ def train_masks(run: Run) -> None:
         # the many small products of the decoder gain nothing from bfloat16
         settings = replace(settings, training=replace(settings.training, bf16=False))
     steps = range(text_steps, run.steps.stop)
-    train_model(run, steps, settings=settings, **options)
+    common.train_model(run, steps, settings=settings, **options)
 
 
-def cache_answers(run: Run) -> None:
+def cache_answers(run: common.Run) -> None:
     """Cache the states that the frozen LM gives the answers of all training rows."""
     run.model.eval()
     rows = run.rows.train
@@ -243,9 +233,7 @@ def prepare_samples(
         samples = keep_modality(samples, ALIGN[settings.stages.stage])
     if settings.masks.decoder:
         samples = add_mask_tokens(samples)
-    if side_channels:
-        samples = add_side_channels(samples, side_channels)
-    return limit_frames(samples, settings.data.frames)
+    return common.prepare_samples(samples, settings, side_channels)
 
 
 def keep_modality(samples: list[Sample], alignment: Alignment) -> list[Sample]:
@@ -296,7 +284,9 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
     return changed
 
 
-# --- what infer.py and --plan call, beside add_trained_parts of common.py ------------------------
+# --- what infer.py and --plan call, beside run_settings and prepare_samples ----------------------
+
+add_trained_parts = common.add_trained_parts
 
 
 def load_model(settings: CrabSettings, empty: bool = False) -> AVLanguageModel:

@@ -8,55 +8,31 @@ At full size: crab_plus-3b and crab_plus-7b.
 from pathlib import Path
 
 from crab_min.config import Settings
-from crab_min.data import Sample
-from crab_min.recipes.common import (
-    add_trained_parts,
-    begin,
-    evaluate_test_rows,
-    finish,
-    load_model,
-    load_rows,
-    open_run,
-    train_model,
-)
-from crab_min.side_channels import add_side_channels, limit_frames
+from crab_min.recipes import common
 from crab_min.world.folders import build_world
 
 
 def train(settings: Settings, preset: str) -> dict:
     """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
-    run = open_run("crab_plus", preset, settings)
+    run = common.open_run("crab_plus", preset, settings)
 
     # the frozen audio-visual LM, and the rows of all tasks, with answers as text
     run.model = load_model(settings).to(run.device)
-    load_rows(run, built_in_data, prepare_samples)
+    common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: the adapter, and the connectors and embeddings that --trainable names
     add_trained_parts(run.model, settings)
-    begin(run)
-    train_model(run)
-    return finish(run, evaluate_test_rows(run))
+    common.begin(run)
+    common.train_model(run)
+    return common.finish(run, common.evaluate_test_rows(run))
 
 
-# --- what infer.py and --plan call, beside load_model and add_trained_parts of common.py ---------
+# --- what infer.py and --plan call ---------------------------------------------------------------
 
-
-def run_settings(settings: Settings) -> Settings:
-    """Return the settings with which a run trains: those that were given."""
-    return settings
-
-
-def prepare_samples(
-    samples: list[Sample], settings: Settings, side_channels: list[str] | None = None
-) -> list[Sample]:
-    """Put samples into the form that a run learns.
-
-    Args:
-        side_channels: the side channels of patches that infer.py --patch has loaded.
-    """
-    if side_channels:
-        samples = add_side_channels(samples, side_channels)
-    return limit_frames(samples, settings.data.frames)
+run_settings = common.run_settings
+load_model = common.load_model
+add_trained_parts = common.add_trained_parts
+prepare_samples = common.prepare_samples
 
 
 def built_in_data(settings: Settings) -> Path:

@@ -9,7 +9,6 @@ import json
 import math
 from pathlib import Path
 
-from crab_min.backbones import load
 from crab_min.config import CremaSettings, ModalityConfig, TrainingConfig
 from crab_min.crema import EarlyExit
 from crab_min.data import Sample
@@ -19,16 +18,7 @@ from crab_min.evaluation.pictures import draw_subsets
 from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
-from crab_min.recipes.common import (
-    Run,
-    begin,
-    evaluate_test_rows,
-    finish,
-    load_rows,
-    open_run,
-    side_channel_widths,
-    train_model,
-)
+from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import add_side_channels, count_missing, limit_frames
@@ -39,30 +29,28 @@ from crab_min.world.side_channels import CHANNELS, build_side_world
 def train(settings: CremaSettings, preset: str) -> dict:
     """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
     settings = run_settings(settings)
-    run = open_run("crema", preset, settings)
+    run = common.open_run("crema", preset, settings)
 
     # the frozen video LM; prompts without sound, with the modalities of the video
     run.model = load_model(settings).to(run.device)
-    load_rows(run, built_in_data, prepare_samples)
+    common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: an adapter in the Q-Former, queries and a projection per modality; the fusion
-    add_trained_parts(run.model, settings, side_channel_widths(run))
-    begin(run)
+    add_trained_parts(run.model, settings, common.side_channel_widths(run))
+    common.begin(run)
     if settings.sequential:
         step = SequentialStep(settings.crema, steps_per_epoch(run))
-        train_model(run, step=step)
+        common.train_model(run, step=step)
         if processes.rank() == 0:
             atomic_write(run.folder / "exits.json", json.dumps(step.state(), indent=1))
     else:
-        train_model(run)
+        common.train_model(run)
     return evaluate_and_finish(run)
 
 
-def steps_per_epoch(run: Run) -> int:
+def steps_per_epoch(run: common.Run) -> int:
     """Return the steps after which as many samples were taken as there are training rows."""
-    training = run.settings.training
-    samples_per_step = training.batch_size * training.grad_accum * processes.count()
-    return math.ceil(len(run.rows.train) / samples_per_step)
+    return math.ceil(len(run.rows.train) / common.samples_per_step(run.settings))
 
 
 class SequentialStep(Step):
@@ -108,13 +96,13 @@ class SequentialStep(Step):
 # --- what each modality is worth -----------------------------------------------------------------
 
 
-def evaluate_and_finish(run: Run) -> dict:
+def evaluate_and_finish(run: common.Run) -> dict:
     """Evaluate the run with all modalities and with fewer, and finish it.
 
     Returns:
         The numbers of its metrics.json.
     """
-    evaluation = evaluate_test_rows(run)
+    evaluation = common.evaluate_test_rows(run)
     if run.rows.test:
         subsets = score_subsets(run, evaluation)
         missing = count_missing(run.rows.test, run.settings.side_channels)
@@ -122,10 +110,10 @@ def evaluate_and_finish(run: Run) -> dict:
         evaluation.tables.append(subset_table(subsets))
         if processes.rank() == 0:
             draw_subsets(run.folder / "modalities.png", subsets)
-    return finish(run, evaluation)
+    return common.finish(run, evaluation)
 
 
-def score_subsets(run: Run, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+def score_subsets(run: common.Run, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """Score the test rows with the video alone, with each modality beside it, and with all.
 
     Args:
@@ -212,7 +200,7 @@ def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return load.load_model(settings.backbone, empty=empty)
+    return common.load_model(settings, empty)
 
 
 def add_trained_parts(

@@ -14,16 +14,7 @@ from crab_min.config import PaveSettings
 from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
-from crab_min.recipes.common import (
-    begin,
-    evaluate_test_rows,
-    finish,
-    load_model,
-    load_rows,
-    open_run,
-    side_channel_widths,
-    train_model,
-)
+from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import difference, load_saved_run
 from crab_min.side_channels import add_side_channels, limit_frames
@@ -43,17 +34,17 @@ def train(settings: PaveSettings, preset: str) -> dict:
 
 def train_patch(settings: PaveSettings, name: str) -> dict:
     """Train one run, by default in runs/NAME, and return the numbers of its metrics.json."""
-    run = open_run("pave", name, settings)
+    run = common.open_run("pave", name, settings)
 
     # the frozen video LLM; prompts without sound, with the side channels of the video
     run.model = load_model(settings).to(run.device)
-    load_rows(run, built_in_data, prepare_samples)
+    common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: LoRA on the LM, and a patch per side channel
-    add_trained_parts(run.model, settings, side_channel_widths(run))
-    begin(run)
-    train_model(run)
-    return finish(run, evaluate_test_rows(run))
+    add_trained_parts(run.model, settings, common.side_channel_widths(run))
+    common.begin(run)
+    common.train_model(run)
+    return common.finish(run, common.evaluate_test_rows(run))
 
 
 # --- LoRA alone beside the patch -----------------------------------------------------------------
@@ -123,8 +114,10 @@ def types_of(result: dict) -> dict[str, dict]:
     return result.get("types") or {"": result}
 
 
-# --- what infer.py and --plan call, beside load_model of common.py -------------------------------
+# --- what infer.py and --plan call ---------------------------------------------------------------
 
+run_settings = common.run_settings
+load_model = common.load_model
 
 # (steps, tokens per step, width) of the features that the released patches read
 RELEASED_SHAPES = {
@@ -138,11 +131,6 @@ RELEASED_SHAPES = {
 def side_shape(name: str) -> tuple[int, int, int]:
     """Return the shape of a side channel's features for --plan, which reads no data."""
     return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
-
-
-def run_settings(settings: PaveSettings) -> PaveSettings:
-    """Return the settings with which a run trains: those that were given."""
-    return settings
 
 
 def add_trained_parts(
