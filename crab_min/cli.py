@@ -174,10 +174,11 @@ def add_groups(parser: Parser, settings: type, values: dict[str, dict], everythi
         everything: show all flags in the help; else the basic ones alone.
     """
     for name, group in groups_of(settings).items():
-        heading = parser.add_argument_group(name, group.__doc__)
-        for f in flag_fields(group):
-            default = values.get(name, {}).get(f.name, f.default)
-            add_flag(heading, f, default, everything or f.metadata["basic"])
+        flags = flag_fields(group)
+        shown = [f for f in flags if everything or f.metadata["basic"]]
+        heading = parser.add_argument_group(name, group.__doc__) if shown else parser
+        for f in flags:
+            add_flag(heading, f, values.get(name, {}).get(f.name, f.default), f in shown)
 
 
 def command_parser(description: str = "") -> Parser:
