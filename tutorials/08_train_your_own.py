@@ -1,78 +1,124 @@
-"""Tutorial 8: a folder of clips and a table of labels become a model that knows them.
+# %% [markdown]
+# # 8. Train on clips of your own
+#
+# From a folder of clips and a table of labels to a trained and evaluated model, with the commands
+# that work on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU.
+#
+# For clips of your own change the three paths below. LABELS is a CSV file with the columns file and
+# label. Where it does not exist, the built-in world lends 60 clips, as if they were yours.
 
-    python tutorials/08_train_your_own.py                                     (three minutes on a CPU; clips of the built-in world, as if they were yours)
-    python tutorials/08_train_your_own.py --clips FOLDER --labels TABLE.csv   (your own: a line "file,label" for each clip)
-
-What is yours is written as annotation rows of AV-UIE, looked at, planned, trained on, and examined on clips that were held out.
-"""
-import argparse
+# %%
 import csv
 import json
 import os
 import random
-import shutil
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import infer
 import train
+from crab_min.media.write import write_video
 from crab_min.tools import check
-from crab_min.world.folders import WorldConfig, build_world
+from crab_min.world.rendering import Renderer
+from crab_min.world.scenes import FPS
+from crab_min.world.things import RATE, SECONDS
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--clips", type=Path, default=Path("data/mine/clips"), help="folder of clips")
-parser.add_argument("--labels", type=Path, default=Path("data/mine/labels.csv"), help="CSV file with the columns file and label")
-parser.add_argument("--preset", default="crab_plus-tiny", help="what to train; crab_plus-7b for real clips and a GPU")
-given = parser.parse_args()
+CLIPS, LABELS, RUN = Path("data/mine/clips"), Path("data/mine/labels.csv"), Path("runs/mine")
+PRESET, STEPS = "crab_plus-tiny", "20"  # for real clips and a GPU: crab_plus-7b, and more steps
 
-# 1. What you have: clips in a folder, and a table that says what happens in each. Here the built-in world lends both.
-if not given.labels.exists():
-    world = build_world(WorldConfig(world_clips=240, world_test=40), seed=1) / "ks"
-    given.clips.mkdir(parents=True, exist_ok=True)
-    lines = ["file,label"]
-    for split in ("train", "test"):
-        for row in json.loads((world / f"{split}.json").read_text()):
-            clip = Path(os.path.normpath(world / "video" / row["video_path"]))
-            shutil.copy(clip, given.clips / clip.name)
-            lines.append(f"{clip.name},{row['action']}")
-    given.labels.write_text("\n".join(lines) + "\n")
-by_label = defaultdict(list)
-for line in csv.DictReader(open(given.labels)):
-    by_label[line["label"]].append(line["file"])
-print(f"{given.labels}: {sum(map(len, by_label.values()))} clips, " + ", ".join(f"{label} {len(files)}" for label, files in sorted(by_label.items())))
 
-# 2. Rows: which task of AV-UIE asks what you ask? For a label of what is done it is ks: a clip, its sound, its action. A fifth of each label is for testing.
-# Clips stay where they are: paths are relative to ks/video/ and ks/audio/. A clip with sound serves as both.
-root, rows = given.labels.with_name("AVUIE_2"), defaultdict(list)
-for label, files in by_label.items():
-    random.Random(0).shuffle(files)
-    for i, file in enumerate(files):
-        path = os.path.relpath(given.clips / file, root / "ks" / "video")
-        rows["test" if i % 5 == 0 else "train"].append({"video_path": path, "audio_path": path, "action": label})
-for split, some in rows.items():
-    (root / "ks").mkdir(parents=True, exist_ok=True)
-    (root / "ks" / f"{split}.json").write_text(json.dumps(some, indent=1))
-print("a row:", json.dumps(rows["train"][0]))
-print("With a field \"label\" (\"The dog opens its mouth, barking is heard. So <answer>barking</answer>.\") it would learn to give reasons; without, the label alone.")
+def lend_clips():
+    renderer, counts = Renderer(), dict.fromkeys(["dog", "drum", "car", "bird"], 15)
+    times = [second / FPS for second in range(SECONDS * FPS)]
+    CLIPS.mkdir(parents=True, exist_ok=True)
+    lines, index = ["file,label"], 0
+    while any(counts.values()):
+        scene = renderer.scene("train", "action", index, seed=1)
+        thing = renderer.things[scene.objects[0].thing]
+        index += 1
+        if counts.get(thing.label):
+            counts[thing.label] -= 1
+            frames, wave = renderer.frames(scene, times), renderer.wave(scene)
+            write_video(CLIPS / f"{scene.name}.mp4", frames, wave, FPS, RATE)
+            lines.append(f"{scene.name}.mp4,{thing.action}")
+    LABELS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# 3. Look before you train: is each file there, does it decode, how long is it?
+
+if not LABELS.exists():
+    lend_clips()
+files = {}  # label -> its clips
+with open(LABELS, encoding="utf-8") as table:
+    for line in csv.DictReader(table):
+        files.setdefault(line["label"], []).append(line["file"])
+for label, names in files.items():
+    print(f"{len(names):>4} clips: {label}")
+
+# %% [markdown]
+# ## From the table to annotation rows
+#
+# Which task asks what you ask? For one label per clip it is `ks`: a video, its sound, an action. A
+# clip stays where it is and serves as both video and sound; paths are relative to `ks/video` and
+# `ks/audio`. A fifth of each label is kept for testing.
+#
+# A row may also have a field "label" with reasons: "The dog is seen and the dog is heard from 2 to
+# 8. So <answer> making a dog bark</answer>." The model then learns to give reasons too.
+
+# %%
+root = LABELS.with_name("AVUIE_2")
+(root / "ks").mkdir(parents=True, exist_ok=True)
+rows = {"train": [], "test": []}
+for label, names in files.items():
+    random.Random(0).shuffle(names)
+    for i, name in enumerate(names):
+        path = os.path.relpath(CLIPS / name, root / "ks" / "video")
+        row = {"video_path": path, "audio_path": path, "action": label}
+        rows["test" if i % 5 == 0 else "train"].append(row)
+for split, split_rows in rows.items():
+    (root / "ks" / f"{split}.json").write_text(json.dumps(split_rows, indent=1), encoding="utf-8")
+print("a row:", rows["train"][0])
+
+# %% [markdown]
+# ## Check, then train
+#
+# The check decodes every file and counts labels. A run that was stopped continues when the same
+# command is given again. A finished one is kept: choose another RUN to train anew.
+
+# %%
 own = ["--data", str(root), "--tasks", "ks"]
 assert check.main([*own, "--out", str(root / "check.json")]) == 0
+if not (RUN / "metrics.json").exists():
+    size = ["--steps", STEPS, "--batch-size", "8"]
+    assert train.main([PRESET, *own, *size, "--out", str(RUN)]) == 0
 
-# 4. Will it fit? Nothing is downloaded for the answer.
-assert train.main(["crab_plus-7b", *own, "--plan"]) == 0
+# %% [markdown]
+# ## Evaluate: what do the answers rest on?
+#
+# The test clips again, then with the sounds of other clips, then with black pictures. A score that
+# falls to that of guessing shows that the answers rest on what was taken away. Here it is the sound:
+# in the lent clips the thing that moves is always heard.
 
-# 5. Train. Killed, or stopped with Ctrl-C, it goes on with the same command; curves.png in the run folder shows how it went.
-assert train.main([given.preset, *own, "--steps", "200", "--eval-every", "50", "--eval-rows", "12", "--out", "runs/mine"]) == 0
+# %%
+for flags in ([], ["--ablate", "audio"], ["--ablate", "video"]):
+    out = RUN / "_".join(["eval", *flags[1:]])
+    assert infer.main(["--eval", *own, "--run", str(RUN), "--out", str(out), *flags]) == 0
+    scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+    print(f"accuracy {' '.join(flags) or 'as it is'}: {scores['ks']['metric']:.2f}\n")
 
-# 6. Examine it on the clips that were held out, and again with other clips' sounds and with black pictures: what did the answers rest on? Of the built-in
-# world on sound alone (accuracy 1.00, 0.00 and 1.00 when we ran it): an action is always heard there.
-for flags in ([], ["--without", "sound"], ["--without", "frames"]):
-    print("\nexamined " + " ".join(flags))
-    assert infer.main(["--eval", *own, "--run", "runs/mine", "--out", "runs/mine/" + "-".join(["eval", *flags[1:]]), *flags]) == 0
-first = rows["test"][0]
-assert infer.main([str(given.clips / Path(first["video_path"]).name), "--task", "ks", "--run", "runs/mine"]) == 0
-print(f"right is: {first['action']}")
+# %% [markdown]
+# ## Ask about one clip
+
+# %%
+clip = CLIPS / Path(rows["test"][0]["video_path"]).name
+assert infer.main([str(clip), "--task", "ks", "--run", str(RUN)]) == 0
+print("annotated:", rows["test"][0]["action"])
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Add a line to LABELS for a clip that does not exist, with a label of its own. Choose another
+#    RUN. Expect one missing file in the table of the check, and that training stops with its name:
+#    a missing test clip is always an error.
+# 2. Call `train.main(["crab_plus-7b", *own, "--plan"])`, which downloads nothing. Expect 682 million
+#    trained parameters, and that a GPU of 48 GB is large enough, or of 24 GB with the LM in 4 bits.
