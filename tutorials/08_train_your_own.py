@@ -2,10 +2,9 @@
 # # 8. Train on clips of your own
 #
 # From a folder of clips and a table of labels to a trained and evaluated model, with the commands
-# that work on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU.
-#
-# For clips of your own change the three paths below. LABELS is a CSV file with the columns file and
-# label. Where it does not exist, the built-in world lends 60 clips, as if they were yours.
+# that work on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU. For clips of
+# your own change the paths below. LABELS is a CSV file with the columns file and label. Where it
+# does not exist, the built-in world lends 60 clips, as if they were yours.
 
 # %%
 import csv
@@ -30,14 +29,13 @@ PRESET, STEPS = "crab_plus-tiny", "20"  # for real clips and a GPU: crab_plus-7b
 
 
 def lend_clips():
-    renderer, counts = Renderer(), dict.fromkeys(["dog", "drum", "car", "bird"], 15)
-    times = [second / FPS for second in range(SECONDS * FPS)]
     CLIPS.mkdir(parents=True, exist_ok=True)
-    lines, index = ["file,label"], 0
-    while any(counts.values()):
+    renderer, lines = Renderer(), ["file,label"]
+    counts = dict.fromkeys(["dog", "drum", "car", "bird"], 15)
+    times = [frame / FPS for frame in range(SECONDS * FPS)]
+    for index in range(400):  # until each label has its clips
         scene = renderer.scene("train", "action", index, seed=1)
         thing = renderer.things[scene.objects[0].thing]
-        index += 1
         if counts.get(thing.label):
             counts[thing.label] -= 1
             frames, wave = renderer.frames(scene, times), renderer.wave(scene)
@@ -53,7 +51,7 @@ with open(LABELS, encoding="utf-8") as table:
     for line in csv.DictReader(table):
         files.setdefault(line["label"], []).append(line["file"])
 for label, names in files.items():
-    print(f"{len(names):>4} clips: {label}")
+    print(f"{len(names)} clips: {label}")
 
 # %% [markdown]
 # ## From the table to annotation rows
@@ -67,12 +65,12 @@ for label, names in files.items():
 
 # %%
 root = LABELS.with_name("AVUIE_2")
-(root / "ks").mkdir(parents=True, exist_ok=True)
-rows = {"train": [], "test": []}
+videos, rows = root / "ks" / "video", {"train": [], "test": []}
+videos.mkdir(parents=True, exist_ok=True)
 for label, names in files.items():
     random.Random(0).shuffle(names)
     for i, name in enumerate(names):
-        path = os.path.relpath(CLIPS / name, root / "ks" / "video")
+        path = os.path.relpath(CLIPS / name, videos)
         row = {"video_path": path, "audio_path": path, "action": label}
         rows["test" if i % 5 == 0 else "train"].append(row)
 for split, split_rows in rows.items():
@@ -82,8 +80,8 @@ print("a row:", rows["train"][0])
 # %% [markdown]
 # ## Check, then train
 #
-# The check decodes every file and counts labels. A run that was stopped continues when the same
-# command is given again. A finished one is kept: choose another RUN to train anew.
+# The check decodes every file. A run that was stopped continues when the command is given again.
+# A finished one is kept: choose another RUN to train anew.
 
 # %%
 own = ["--data", str(root), "--tasks", "ks"]
@@ -95,9 +93,8 @@ if not (RUN / "metrics.json").exists():
 # %% [markdown]
 # ## Evaluate: what do the answers rest on?
 #
-# The test clips again, then with the sounds of other clips, then with black pictures. A score that
-# falls to that of guessing shows that the answers rest on what was taken away. Here it is the sound:
-# in the lent clips the thing that moves is always heard.
+# The test clips again, then with the sounds of other clips, then with black pictures. If the score
+# falls, the answers rest on what was taken away. For the lent clips it is the sound.
 
 # %%
 for flags in ([], ["--ablate", "audio"], ["--ablate", "video"]):
@@ -110,15 +107,14 @@ for flags in ([], ["--ablate", "audio"], ["--ablate", "video"]):
 # ## Ask about one clip
 
 # %%
-clip = CLIPS / Path(rows["test"][0]["video_path"]).name
-assert infer.main([str(clip), "--task", "ks", "--run", str(RUN)]) == 0
+clip = os.path.normpath(videos / rows["test"][0]["video_path"])
+assert infer.main([clip, "--task", "ks", "--run", str(RUN)]) == 0
 print("annotated:", rows["test"][0]["action"])
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Add a line to LABELS for a clip that does not exist, with a label of its own. Choose another
-#    RUN. Expect one missing file in the table of the check, and that training stops with its name:
-#    a missing test clip is always an error.
-# 2. Call `train.main(["crab_plus-7b", *own, "--plan"])`, which downloads nothing. Expect 682 million
+# 1. Add a line to LABELS for a clip that does not exist, with a label of its own, and change RUN.
+#    Expect one missing file in the check, and that training stops: test clips must be there.
+# 2. Call `train.main(["crab_plus-7b", *own, "--plan"])`; nothing is downloaded. Expect 682 million
 #    trained parameters, and that a GPU of 48 GB is large enough, or of 24 GB with the LM in 4 bits.
