@@ -48,12 +48,7 @@ def evaluate_split(given: Namespace) -> None:
     out = Path(given.out or run.folder / f"eval_{given.split}{suffix}")
     out.mkdir(parents=True, exist_ok=True)
     described = describe(given, run, root, samples, decoding)
-    partial = out / "answers.partial.jsonl"
-    if (out / "decoding.json").exists():
-        described_before = json.loads((out / "decoding.json").read_text(encoding="utf-8"))
-        if described_before != described:
-            partial.unlink(missing_ok=True)
-    atomic_write(out / "decoding.json", json.dumps(described, indent=1))
+    partial = continued_answers(out, described)
 
     # answers and scores
     evaluation = evaluate(
@@ -83,6 +78,19 @@ def evaluate_split(given: Namespace) -> None:
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     print("\n".join([evaluation_table(evaluation.scores), *evaluation.tables]))
     print(f"{missing} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
+
+
+def continued_answers(out: Path, described: dict) -> Path:
+    """Return the file of the answers so far, emptied if it belongs to other settings.
+
+    Args:
+        described: all that the answers depend on, which is kept in decoding.json.
+    """
+    partial, decoding = out / "answers.partial.jsonl", out / "decoding.json"
+    if decoding.exists() and json.loads(decoding.read_text(encoding="utf-8")) != described:
+        partial.unlink(missing_ok=True)
+    atomic_write(decoding, json.dumps(described, indent=1))
+    return partial
 
 
 def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
