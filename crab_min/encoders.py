@@ -29,8 +29,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoModelForDepthEstimation,
     Blip2VisionModel,
     CLIPVisionModel,
     PreTrainedModel,
@@ -342,44 +340,3 @@ def encode_side(kind: str, arrays: np.ndarray | Tensor) -> MediaFeatures:
         x = x.unflatten(2, (2, -1)).unflatten(1, (2, -1))  # (U, 2, 8, 2, 8, 3)
         x = x.transpose(2, 3).flatten(1, 2).flatten(2)  # (U, 4, 192)
     return MediaFeatures(kind, x)
-
-
-class DepthEncoder(nn.Module):
-    """A depth model of transformers in front of a vision encoder.
-
-    Frames (B, T, H, W, 3) -> features (B, T, S, D) of their depth as grey pictures; near is bright.
-
-    Args:
-        name: a path or hub id, such as depth-anything/Depth-Anything-V2-Small-hf.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-
-    def __init__(self, name: str, vision: VisionEncoder):
-        super().__init__()
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(name)
-            self.depth = AutoModelForDepthEstimation.from_pretrained(name)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(
-                f"depth model {name}: cannot be loaded ({str(error).splitlines()[0]}); give a "
-                f"folder or hub id of a depth-estimation model of transformers, such as "
-                f'depth-anything/Depth-Anything-V2-Small-hf, or depth as files under "sides"'
-            ) from error
-        self.vision = vision
-        self.width = vision.width
-
-    def pictures(self, frames: Tensor) -> Tensor:
-        """Draw the depth of frames in grey (n, h, w, 3), the farthest 0, the nearest 255."""
-        inputs = self.processor(images=list(frames.cpu().numpy()), return_tensors="pt")
-        depth = self.depth(
-            **inputs.to(self.depth.device)
-        ).predicted_depth  # (n, h, w), near is more
-        low, high = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
-        grey = 255 * (depth - low) / (high - low).clamp(min=1e-6)
-        return grey.to(torch.uint8)[..., None].expand(-1, -1, -1, 3)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        pictures = self.pictures(frames.flatten(0, 1))  # (B T, h, w, 3)
-        return self.vision(pictures.unflatten(0, frames.shape[:2]))

@@ -9,14 +9,13 @@ import torch
 from released import write_released
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 
 import infer
 import train
 from crab_min.backbones.blip2 import load_blip2
 from crab_min.config import AdapterConfig, ModalityConfig
 from crab_min.data import load_media, read_samples
-from crab_min.encoders import ENCODERS, DepthEncoder, VisionEncoder, register
+from crab_min.encoders import ENCODERS, VisionEncoder, register
 from crab_min.errors import ModelError
 from crab_min.evaluation.answering import options, rank_options
 from crab_min.features import Features
@@ -307,35 +306,6 @@ def test_an_encoder_that_cannot_be_used_is_named(sonar, shows):
     wrong = "encoder of 'sonar': gave .1, 5, 2, 12. for .*; its width is 13"
     with pytest.raises(ModelError, match=wrong):
         Features(load_blip2("")).prepare(samples)
-
-
-def test_a_depth_model_of_transformers_makes_the_modality_depth(tmp_path):
-    config = DPTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=32,
-        patch_size=8,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        is_hybrid=False,
-    )
-    DPTForDepthEstimation(config).save_pretrained(tmp_path)
-    DPTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    vision = load_blip2("").vision
-    encoder = DepthEncoder(str(tmp_path), vision)
-    # as transformers initialises it, nothing comes through its last ReLU
-    for parameter in encoder.depth.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    frames = torch.randint(0, 255, (1, 3, 40, 40, 3), dtype=torch.uint8)
-    pictures = encoder.pictures(frames[0])
-    assert pictures.shape[::3] == (3, 3)
-    assert (pictures.amin(), pictures.amax()) == (0, 255)
-    assert encoder(frames).shape == (1, 3, vision.tokens, vision.width)
-    with pytest.raises(ModelError, match="depth model nowhere: cannot be loaded .*depth-anything"):
-        DepthEncoder("nowhere", vision)
 
 
 def test_blip2s_vision_model_gives_its_class_token_and_no_last_norm():
