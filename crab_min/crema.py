@@ -30,11 +30,11 @@ Paper: CREMA (2402.05889). Three parts, in the paper's order:
 Shapes: B samples, T frames, U steps of a modality, S encoder tokens per step, Q queries, W width
 that the Q-Former reads, D width of the LM, R rank.
 
-What differs from the released code: wrapped linears in place of a fork of BERT, and no dropout
-(released: 0.1 before A and in BERT); g_e is the mean over the epoch (released: the last step's
-norm); steps of sound can be aligned with the frames (released: their mean stands at each frame);
-every modality's LayerNorm is used (released: 3D points skip theirs, so released weights of `pc`
-read otherwise here).
+What differs from the released code: wrapped linears in place of a fork of BERT; no dropout before A
+(released: 0.1), while BERT's own 0.1 stays where BLIP-2's Q-Former is loaded; g_e is the mean over
+the epoch (released: the last step's norm); steps of sound can be aligned with the frames (released:
+their mean stands at each frame); every modality's LayerNorm is used (released: 3D points skip
+theirs, so released weights of `pc` read otherwise here).
 """
 
 import math

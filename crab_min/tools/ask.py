@@ -25,7 +25,7 @@ from crab_min.evaluation.report import load_for_figure
 from crab_min.evaluation.routing import record_routing_stats
 from crab_min.evaluation.sam2 import Sam2
 from crab_min.features import Features
-from crab_min.interface import build_prompt, load_prompts
+from crab_min.interface import build_prompt, load_prompts, prompt_text
 from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.runs.folder import SavedRun, load_saved_run
 from crab_min.tasks import TASKS, Task
@@ -347,11 +347,7 @@ def save_mask(mask: np.ndarray, file: Path) -> None:
 
 def describe_prompt(sample: Sample) -> str:
     """Return a prompt on one line, with <video clip.mp4> for a medium."""
-    texts = []
-    for part in sample.parts:
-        medium = f"<{part.side or part.kind} {Path(part.path).name}>"
-        texts.append(part.text if part.kind == "text" else medium)
-    return " ".join("".join(texts).split())
+    return " ".join(prompt_text(sample.parts).split())
 
 
 def fields_of(answer: Answer) -> dict:
