@@ -31,8 +31,8 @@ released a2v rows say "one" in training and 1 in the test.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -72,18 +72,10 @@ class Answer:
     choices: tuple[str, ...] = field(default=(), compare=False)
 
     def objects(self) -> list[tuple[Box, list[Point]]]:
-        """Pair each box with its points.
-
-        Without `owners`, as in gold answers, the points are dealt out evenly and in order.
-        """
-        # Point i of n belongs to box i * (number of boxes) // n.
-        owners = self.owners
-        if not owners:
-            n_points = len(self.points)
-            owners = [index * len(self.boxes) // n_points for index in range(n_points)]
+        """Pair each box with its points."""
         objects = []
         for index, box in enumerate(self.boxes):
-            points = [point for point, owner in zip(self.points, owners) if owner == index]
+            points = [point for point, owner in zip(self.points, self.owners) if owner == index]
             objects.append((box, points))
         return objects
 
@@ -189,30 +181,24 @@ def normalize_label(label: str | int, choices: tuple = ()) -> str:
     options = [normalize_label(choice) for choice in choices]
     if text in options:
         return text
-    index = option_index(text.strip("()"))
-    if 0 <= index < len(options):
-        return options[index]
+    # "one" and "b" name the option with the index 1.
+    name = text.strip("()")
+    for index, option in enumerate(options):
+        if name == chr(ord("a") + index) or name in NUMBER_WORDS[index : index + 1]:
+            return option
     return text
 
 
-def option_index(text: str) -> int:
-    """Return the index that a number word or a letter names ("one" and "b": 1), else -1."""
-    if text in NUMBER_WORDS:
-        return NUMBER_WORDS.index(text)
-    if len(text) == 1:
-        return ord(text) - ord("a")
-    return -1
-
-
-def check_option(label: str, options: tuple[str, ...]) -> None:
-    """Raise ParseError unless a label in canonical form is one of the options."""
-    if label not in options:
-        raise ParseError(f"answer {label!r}, expected {' or '.join(options)}")
+def find_option(label: str, options: tuple[str, ...]) -> str:
+    """Return a label in canonical form; raise ParseError unless it is one of the options."""
+    canonical = normalize_label(label)
+    if canonical not in options:
+        raise ParseError(f"answer {canonical!r}, expected {' or '.join(options)}")
+    return canonical
 
 
 # --- parsing --------------------------------------------------------------------------------------
-# The functions of the output forms: a text -> an Answer, or a ParseError. All take `options`, the
-# only labels that a task has, so that all can be called alike; parse_choice alone looks at them.
+# The functions of the output forms: a text -> an Answer, or a ParseError.
 
 # An opening tag and what follows it, up to the next tag or the end of the text.
 TAG = re.compile(r"<\s*(\w+)\s*>([^<]*)")
@@ -224,8 +210,8 @@ SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
 BRACKETS = re.compile(r"\[\s*(-?\d{1,4}(?:[\s,]+-?\d{1,4})*)\s*\]")
 
 
-def parse_choice(text: str, options: tuple[str, ...] = ()) -> Answer:
-    """Parse the one label in <answer>; with `options`, the label must be one of them."""
+def parse_choice(text: str) -> Answer:
+    """Parse the one label in <answer>; it stays as it was written."""
     # Collect the different labels by canonical form. Of a repeated one the first spelling counts.
     spellings: dict[str, str] = {}
     for tag, content in TAG.findall(text):
@@ -236,13 +222,8 @@ def parse_choice(text: str, options: tuple[str, ...] = ()) -> Answer:
         raise ParseError("no <answer>")
     if len(spellings) > 1:
         raise ParseError(f"{len(spellings)} different answers")
-
-    # Without options the label stays as it was written.
-    canonical, spelling = spellings.popitem()
-    if not options:
-        return Answer(choice=spelling)
-    check_option(canonical, options)
-    return Answer(choice=canonical)
+    (label,) = spellings.values()
+    return Answer(choice=label)
 
 
 def parse_spans(text: str) -> list[Span]:
@@ -303,7 +284,7 @@ def tagged_events(text: str, kind: str) -> list[Event] | None:
     return merge_events(events) if has_tag else None
 
 
-def parse_events(text: str, options: tuple[str, ...] = ()) -> Answer:
+def parse_events(text: str) -> Answer:
     """Parse any number of events, none in an empty <event></event>."""
     events = tagged_events(text, "event")
     if events is None:
@@ -311,7 +292,7 @@ def parse_events(text: str, options: tuple[str, ...] = ()) -> Answer:
     return Answer(events=events)
 
 
-def parse_event(text: str, options: tuple[str, ...] = ()) -> Answer:
+def parse_event(text: str) -> Answer:
     """Parse exactly one event."""
     answer = parse_events(text)
     if not answer.events:
@@ -321,7 +302,7 @@ def parse_event(text: str, options: tuple[str, ...] = ()) -> Answer:
     return answer
 
 
-def parse_av_events(text: str, options: tuple[str, ...] = ()) -> Answer:
+def parse_av_events(text: str) -> Answer:
     """Parse audible and visible events; one of the two kinds may be missing."""
     audio = tagged_events(text, "audio_event")
     visual = tagged_events(text, "visual_event")
@@ -339,8 +320,8 @@ def check_box(box: Iterable[float]) -> Box:
     return x1, y1, x2, y2
 
 
-def parse_boxes(text: str, options: tuple[str, ...] = (), with_points: bool = True) -> Answer:
-    """Parse one or more boxes, each with the points that follow it."""
+def parse_boxes(text: str, with_points: bool = True) -> Answer:
+    """Parse one or more boxes, each with the points that follow it unless these are ignored."""
     answer = Answer()
     last_box = 0  # index of the box that was named last
     for brackets in BRACKETS.findall(text):
@@ -361,21 +342,14 @@ def parse_boxes(text: str, options: tuple[str, ...] = (), with_points: bool = Tr
     return answer
 
 
-def parse_box(text: str, options: tuple[str, ...] = ()) -> Answer:
-    """Parse boxes and ignore points."""
-    return parse_boxes(text, with_points=False)
-
-
-def parse_exists(text: str, options: tuple[str, ...] = ()) -> Answer:
+def parse_exists(text: str) -> Answer:
     """Parse whether the object is in the image, and if so its box and points."""
-    if parse_choice(text, ("true", "false")).choice == "false":
+    if find_option(parse_choice(text).choice, ("true", "false")) == "false":
         return Answer(exists=False)
-    answer = parse_boxes(text)
-    answer.exists = True
-    return answer
+    return replace(parse_boxes(text), exists=True)
 
 
-def parse_text(text: str, options: tuple[str, ...] = ()) -> Answer:
+def parse_text(text: str) -> Answer:
     """Take the whole text as the answer."""
     if not text.strip():
         raise ParseError("no text")
@@ -387,11 +361,11 @@ def parse_text(text: str, options: tuple[str, ...] = ()) -> Answer:
 class OutputForm:
     """One way to write a label after the reasoning: a function for each direction.
 
-    `parse(text, options)` raises ParseError; form.parse(form.format(answer)) == answer.
+    `parse` raises ParseError; form.parse(form.format(answer)) == answer.
     """
 
     name: str
-    parse: Callable[[str, tuple[str, ...]], Answer]
+    parse: Callable[[str], Answer]
     format: Callable[[Answer], str]
 
 
@@ -400,7 +374,7 @@ CHOICE    = OutputForm("choice",    parse_choice,    format_choice)
 EVENT     = OutputForm("event",     parse_event,     format_events)
 EVENTS    = OutputForm("events",    parse_events,    format_events)
 AV_EVENTS = OutputForm("av_events", parse_av_events, format_av_events)
-BOX       = OutputForm("box",       parse_box,       format_boxes)
+BOX       = OutputForm("box",       partial(parse_boxes, with_points=False), format_boxes)
 BOXES     = OutputForm("boxes",     parse_boxes,     format_boxes)
 EXISTS    = OutputForm("exists",    parse_exists,    format_exists)
 TEXT      = OutputForm("text",      parse_text,      format_text)
@@ -448,9 +422,7 @@ def read_corners(top_left: list, bottom_right: list) -> Answer:
 
 
 def read_exists(boxes: list) -> Answer:
-    answer = read_boxes(boxes)
-    answer.exists = bool(boxes)
-    return answer
+    return replace(read_boxes(boxes), exists=bool(boxes))
 
 
 def read_texts(answers: list) -> Answer:
@@ -479,12 +451,3 @@ EXPECTED = {
     read_texts: 'a list of texts, or of objects with a text under "answer"',
     parse_text: "a text",
 }
-
-
-class GoldLabel:
-    """Where rows keep their gold label: the fields, and the function that reads them."""
-
-    def __init__(self, read: Callable[..., Answer], *fields: str):
-        self.read = read  # takes the value of each field
-        self.fields = fields
-        self.expected = EXPECTED.get(read, TAGGED_TEXT)

@@ -10,13 +10,13 @@ Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from crab_min.answers import CHOICE, TEXT, Answer, GoldLabel, mask_box
+from crab_min.answers import TEXT, Answer, mask_box
 from crab_min.errors import DataError, MediaError
 from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
 from crab_min.media.arrays import point_code, read_array, read_points
@@ -192,19 +192,9 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
 # --- a .jsonl file of one's own ------------------------------------------------------------------
 
 # A row's "options" make it multiple choice, its "sides" {name: file} name side channels.
-CUSTOM = Task(
-    name="own", family="own", instruction="", target="", gold=GoldLabel(TEXT.parse, "target")
-)
-CUSTOM_TASKS = {
-    "text": replace(CUSTOM, form=TEXT, metric="rouge_l", set_metrics=("cider",)),
-    "choice": replace(
-        CUSTOM,
-        form=CHOICE,
-        gold=GoldLabel(CHOICE.parse, "target"),
-        set_metrics=("by_class",),
-        types=("type",),
-    ),
-}
+OWN = {"name": "own", "family": "own", "instruction": "", "target": "target"}
+OWN_TEXTS = Task(**OWN, form=TEXT, metric="rouge_l", set_metrics=("cider",))
+OWN_LABELS = Task(**OWN, set_metrics=("by_class",), types=("type",))
 MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
 ROW_FORM = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], '
@@ -224,13 +214,13 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
         DataError: the file or one of its lines cannot be used; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: {error}; --data takes a .jsonl file or the folder that holds ave/, avqa/, "
             "... (AVUIE_2)"
         ) from None
-    lines = [line for line in lines if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{path}: no lines; a line is {ROW_FORM}")
 
@@ -244,8 +234,8 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
             raise DataError(f"{path}, line {number}: not {ROW_FORM} ({reason})") from None
 
     # one answer without a tag makes all of them free text
-    untagged = [answer for *_, answer in rows if CUSTOM_TASKS["choice"].parse(answer).error]
-    task = CUSTOM_TASKS["text" if untagged else "choice"]
+    untagged = [answer for *_, answer in rows if OWN_LABELS.parse(answer).error]
+    task = OWN_TEXTS if untagged else OWN_LABELS
     samples = []
     for index, (row, parts, answer) in enumerate(rows):
         target = answer if split == "train" else ""

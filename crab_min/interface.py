@@ -60,10 +60,10 @@ def build_prompt(
         task: the row of TASKS.
         row: an annotation row of either split, or one made from command-line arguments.
         root: the folder of the task folders.
-        prompts: instructions that replace ours, by task name.
+        prompts: instructions that replace ours, by task name, as load_prompts reads them.
 
     Raises:
-        DataError: a field is missing, or an instruction lacks a placeholder.
+        DataError: a field is missing.
 
     >>> row = {"video_path": "7.mp4", "audio_path": "7.wav", "question": "How many drums?"}
     >>> parts = build_prompt(TASKS["avqa"], row, root="data")
@@ -86,9 +86,7 @@ def build_prompt(
         parts.append(text_part(f"{line_break}{medium.marker}: "))
         parts.append(media_part(task, medium, row, root))
     # The instruction: that of the task, or the user's.
-    if prompts is None:
-        prompts = {}
-    instruction = check_prompts(prompts).get(task.name, task.instruction)
+    instruction = (prompts or {}).get(task.name, task.instruction)
     return [*parts, text_part("\n" + fill_slots(task, instruction, row))]
 
 
@@ -113,10 +111,10 @@ def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
 def fill_slots(task: Task, instruction: str, row: dict) -> str:
     """Put the row's texts in the place of the instruction's placeholders, options as a list."""
     slot_values = {}
-    for slot in task.slots:
-        value = task.read_field(row, slot.fields, f"the {slot.name}")
+    for name, fields in task.slots.items():
+        value = task.read_field(row, fields, f"the {name}")
         texts = value if isinstance(value, (list, tuple)) else [value]
-        slot_values[slot.name] = "; ".join(str(text).strip() for text in texts)
+        slot_values[name] = "; ".join(str(text).strip() for text in texts)
     # Replace all at once, so that {braces} in a question stay as they are.
     return re.sub(r"\{(\w+)\}", lambda match: slot_values[match[1]], instruction)
 
@@ -147,12 +145,11 @@ def check_prompts(prompts: dict[str, str]) -> dict[str, str]:
         if name not in TASKS:
             raise DataError(f"prompts: unknown task {name!r}; choose from {', '.join(TASKS)}")
         # Exactly the placeholders of the task: one too few would hide the question.
-        needed = {slot.name for slot in TASKS[name].slots}
-        placeholders = set(re.findall(r"\{(\w+)\}", text))
+        needed = sorted(TASKS[name].slots)
+        placeholders = sorted(set(re.findall(r"\{(\w+)\}", text)))
         if needed != placeholders:
             raise DataError(
-                f"prompts: {name} needs placeholders {sorted(needed)}, "
-                f"has {sorted(placeholders)}: {text!r}"
+                f"prompts: {name} needs placeholders {needed}, has {placeholders}: {text!r}"
             )
     return prompts
 
@@ -166,8 +163,8 @@ def load_prompts(path: str) -> dict[str, str]:
 
 
 # --- audio windows --------------------------------------------------------------------------------
-ALL_PARTS = {"tenths": 10, "fifths": 5}  # the whole sound in so many equal parts
-ONE_PART = {"tenth": 10, "fifth": 5}  # the one part that goes with the frame in the prompt
+PARTS = {"tenths": 10, "tenth": 10, "fifths": 5, "fifth": 5, "spread": 10}  # equal parts of a sound
+ONE_PART = {"tenth", "fifth"}  # only the part that goes with the frame in the prompt
 
 
 def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float, float]]:
@@ -196,18 +193,11 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
         raise DataError(f"a sound of {seconds} s has no windows; expected a positive length")
     if name == "first4":
         return [(float(second), second + 1.0) for second in range(4)]
-    if name == "spread":
-        if seconds >= 20:
-            return [(i * seconds / 10 - 0.5, i * seconds / 10 + 1.5) for i in range(10)]
-        name = "tenths"
-    if name in ONE_PART:
-        return [part_window(seconds, ONE_PART[name], index)]
-    return [part_window(seconds, ALL_PARTS[name], i) for i in range(ALL_PARTS[name])]
-
-
-def part_window(seconds: float, n_parts: int, index: int) -> tuple[float, float]:
-    """Return (start, end) of one of the equal parts of a sound."""
-    return index * seconds / n_parts, (index + 1) * seconds / n_parts
+    if name == "spread" and seconds >= 20:
+        return [(i * seconds / 10 - 0.5, i * seconds / 10 + 1.5) for i in range(10)]
+    n_parts = PARTS[name]
+    windows = [(i * seconds / n_parts, (i + 1) * seconds / n_parts) for i in range(n_parts)]
+    return [windows[index]] if name in ONE_PART else windows
 
 
 def frame_index(task: Task, row: dict, window: str) -> int:
@@ -220,15 +210,12 @@ def frame_index(task: Task, row: dict, window: str) -> int:
     """
     if window not in ONE_PART:
         return 0
-    # The last of these that is there counts: file name, idx, frame_idx.
     image = task.read_field(row, task.media[0].fields, "the path of the image file")
-    number = Path(str(image)).stem
-    for name in ("idx", "frame_idx"):
-        if row.get(name) is not None:
-            number = row[name]
-    if not str(number).isdecimal() or int(number) >= ONE_PART[window]:
+    numbers = (row.get("frame_idx"), row.get("idx"), Path(str(image)).stem)
+    number = next(number for number in numbers if number is not None)
+    if not str(number).isdecimal() or int(number) >= PARTS[window]:
         raise DataError(
             f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "
-            f"number 0 to {ONE_PART[window] - 1}, got {number!r}"
+            f"number 0 to {PARTS[window] - 1}, got {number!r}"
         )
     return int(number)

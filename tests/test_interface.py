@@ -79,10 +79,11 @@ def random_answer(task, rng):
         return Answer(exists=False)
     count = rng.randint(1, 3) if task.name == "ms3" else 1
     boxes = random_boxes(rng, count)
-    points = []
+    points, owners = [], []
     if task.form is not BOX:
         points = [(rng.randint(0, 224), rng.randint(0, 224)) for _ in range(3 * count)]
-    return Answer(exists=exists, boxes=boxes, points=points)
+        owners = [index // 3 for index in range(3 * count)]
+    return Answer(exists=exists, boxes=boxes, points=points, owners=owners)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))

@@ -42,7 +42,7 @@ for field, value in row.items():
 print("and the row of TASKS that reads it:")
 for field in ("family", "instruction", "frames", "audio", "target", "metric"):
     print(f"  {field:<14} {getattr(task, field)}")
-print(f"  {'form':<14} {task.form.name}\n  {'gold':<14} {', '.join(task.gold.fields)}\n")
+print(f"  {'form':<14} {task.form.name}\n  {'gold':<14} {', '.join(task.gold[1:])}\n")
 
 # %% [markdown]
 # ## Input: from a row to a prompt

@@ -296,7 +296,7 @@ def example_sample(task: Task, side_channels: list[str]) -> Sample:
     # vid and fid: what Ref-AVS names its masks by
     row = {"frame_idx": 0, "vid": "0", "fid": "0"}
     row |= {medium.fields[0]: "media/0/frames/0.jpg" for medium in task.media}
-    row |= {slot.fields[0]: SLOT_TEXT for slot in task.slots}
+    row |= {fields[0]: SLOT_TEXT for fields in task.slots.values()}
     row["sides"] = {name: f"{name}.npy" for name in side_channels}
     return Sample(task.name, task, build_prompt(task, row), target="", gold=Answer(), row=row)
 
