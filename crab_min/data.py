@@ -23,7 +23,7 @@ from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import exit_with_parent
 from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
-from crab_min.sources.rows import annotation_file, read_rows
+from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
 
 SAMPLE_RATE = 16000  # Hz
@@ -111,7 +111,7 @@ def read_samples(
     # a task without an annotation file is left out
     samples = []
     for name in tasks:
-        path = annotation_file(root, name, split)
+        path, _ = find_layout(root, name, split)
         if not path:
             continue
         for index, row in enumerate(read_rows(root, name, split, limit)):

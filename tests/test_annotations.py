@@ -18,12 +18,13 @@ from crab_min.errors import DataError
 from crab_min.evaluation.answering import options
 from crab_min.media.write import write_audio, write_video
 from crab_min.sources.av_uie import mask_objects, read_mask
-from crab_min.sources.rows import NO_FILE, RELEASED_LAYOUTS, read_rows
+from crab_min.sources.rows import RELEASED_LAYOUTS, read_rows
 from crab_min.tasks import TASKS
 from crab_min.tools.check import check
 
 BOX = (56, 28, 112, 84)  # of the first object of each mask
 COLOURS = ((128, 0, 0), (0, 64, 0))  # of the objects in a mask
+LAYOUTS = {layout.task: layout for layout in RELEASED_LAYOUTS}  # the last one of each task
 AVS_ROW = {"uid": "x_1", "vid": "x", "s_min": 0, "s_sec": 0, "a_obj": "dog", "label": ""}
 DIALOGUE = [
     {"question": "who is there?", "answer": "a man with a cup"},
@@ -213,7 +214,7 @@ def write_frame_sources(root: Path, audio: Path) -> None:
 def write_pave_crema_sources(root: Path, video: Path) -> None:
     """AVSD, ScanQA, SQA3D and NExT-QA, with some side channels."""
     dialogue = {"image_id": "ABC", "caption": "c", "summary": "s", "dialog": DIALOGUE}
-    avsd = RELEASED_LAYOUTS["avsd"][0]
+    avsd = LAYOUTS["avsd"]
     for name in (avsd.train, avsd.test):
         write_json(root / "avsd" / name, {"type": "", "version": "0.1", "dialogs": [dialogue]})
     (root / "avsd/videos").mkdir()
@@ -240,21 +241,21 @@ def write_pave_crema_sources(root: Path, video: Path) -> None:
 
 
 def test_every_source_is_read_with_what_it_leaves_out(v1):
-    train_counts = {task: len(read_rows(v1, task, "train")) for task in RELEASED_LAYOUTS}
+    train_counts = {task: len(read_rows(v1, task, "train")) for task in LAYOUTS}
     # of MS3 every frame with an object, of AVSD every turn
-    assert train_counts == dict.fromkeys(RELEASED_LAYOUTS, 1) | {"ms3": 4, "avsd": 3}
+    assert train_counts == dict.fromkeys(LAYOUTS, 1) | {"ms3": 4, "avsd": 3}
 
-    tested = [task for task in RELEASED_LAYOUTS if "test" in TASKS[task].splits and task != "lvis"]
+    tested = [task for task in LAYOUTS if "test" in TASKS[task].splits and task != "lvis"]
     test_counts = {task: len(read_rows(v1, task, "test")) for task in tested}
     frames = {"s4": 5, "ms3": 5, "avss": 10, "ref_avs": 20}
     assert test_counts == dict.fromkeys(tested, 1) | frames
-    assert set(RELEASED_LAYOUTS) - set(tested) == {"avcap", "lvis"}
-    assert RELEASED_LAYOUTS["avcap"][0].test == NO_FILE
+    assert set(LAYOUTS) - set(tested) == {"avcap", "lvis"}
+    assert LAYOUTS["avcap"].test == ""
 
 
 def test_rows_become_samples_whose_media_load_and_whose_targets_parse_to_their_gold(v1):
     samples = read_samples(v1, pick_tasks("all"), "train")
-    assert {s.task.name for s in samples} == set(RELEASED_LAYOUTS)
+    assert {s.task.name for s in samples} == set(LAYOUTS)
     for sample in samples:
         if sample.task.name == "ref_avs":
             assert sample.gold.error is None
@@ -332,8 +333,7 @@ def test_a_question_about_a_scene_has_its_situation_its_type_and_all_its_answers
     ],
 )
 def test_the_type_of_a_question_is_its_first_word(v1, question, expected):
-    convert = RELEASED_LAYOUTS["sqa3d"][0].convert
-    (row,) = convert(v1 / "sqa3d", {**SQA3D_ROW, "question": question}, False)
+    (row,) = LAYOUTS["sqa3d"].convert(v1 / "sqa3d", {**SQA3D_ROW, "question": question}, False)
     assert row["type"] == expected
 
 
@@ -351,7 +351,7 @@ def test_a_multiple_choice_has_its_options_its_answer_as_a_text_and_its_type(v1,
 def test_rows_name_the_side_channels_that_are_there(v1):
     samples = read_samples(v1, ["scanqa", "sqa3d", "nextqa"], "test")
     scanqa, sqa3d, nextqa = (sample.row for sample in samples)
-    assert "sides" not in scanqa
+    assert scanqa["sides"] == {}
     points = "voxelized_features_sam_nonzero_preprocess/scene0000_00.pt"
     assert sqa3d["sides"] == {
         "normals": str(v1 / "sqa3d/videos_norm/scene0000_00"),
@@ -388,7 +388,7 @@ def test_a_run_on_all_sources(v1, tmp_path):
     size = ["--steps", "2", "--batch-size", "8", "--test-rows", "1", "--r", "4", "--alpha", "8"]
     assert train.main(["--data", str(v1), "--out", str(run), *size]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics["tasks"]) == set(RELEASED_LAYOUTS) - {"avcap", "lvis"}
+    assert set(metrics["tasks"]) == set(LAYOUTS) - {"avcap", "lvis"}
 
 
 # --- rows that are not as released ----------------------------------------------------------------
@@ -431,7 +431,7 @@ OBJECTS = [{"text": "yes"}]
     ],
 )
 def test_a_row_that_is_not_as_released_is_named(tmp_path, task, rows, message):
-    layout = RELEASED_LAYOUTS[task][-1]
+    layout = LAYOUTS[task]
     write_json(tmp_path / layout.folder / layout.train, rows)
     with pytest.raises(DataError, match=message):
         read_samples(tmp_path, [task], "train")

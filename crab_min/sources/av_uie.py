@@ -14,14 +14,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crab_min.answers import GRID, mask_box
+from crab_min.answers import GRID, Box, Point, mask_box
 from crab_min.errors import DataError
 
 CLASSES = 71  # of AVSS, with the background
-
-Box = tuple[int, int, int, int]  # (x1, y1, x2, y2) on the 224 x 224 grid
-Point = tuple[int, int]  # (x, y) on the same grid
-BoxAndPoints = tuple[Box, list[Point]]
 
 
 # --- annotation files -----------------------------------------------------------------------------
@@ -64,11 +60,10 @@ def join_lvis(content: dict) -> list[dict]:
     """Return the annotations of an LVIS file, each with its image and the name of its category."""
     images = {image["id"]: image for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
-    rows = []
-    for row in content["annotations"]:
-        image, name = images[row["image_id"]], names[row["category_id"]]
-        rows.append({**row, "image": image, "name": name})
-    return rows
+    return [
+        {**row, "image": images[row["image_id"]], "name": names[row["category_id"]]}
+        for row in content["annotations"]
+    ]
 
 
 # --- masks ----------------------------------------------------------------------------------------
@@ -110,22 +105,21 @@ def mask_objects(mask: np.ndarray, task: str) -> list[np.ndarray]:
     An object is a colour (avss), a group of connected columns (ms3), or all of the mask.
     """
     occupied = mask.max(-1) > 0  # (H, W)
+    if not occupied.any():
+        return []
     if task == "avss":
         colours = np.unique(mask[occupied], axis=0)
         return [(mask == colour).all(-1) for colour in colours]
+    if task != "ms3":
+        return [occupied]
 
     columns = np.flatnonzero(occupied.any(0))
-    if not len(columns):
-        return []
-    groups = [columns]
-    if task == "ms3":
-        gaps = np.flatnonzero(np.diff(columns) > 1)
-        groups = np.split(columns, gaps + 1)
+    gaps = np.flatnonzero(np.diff(columns) > 1)
     width = mask.shape[1]
-    return [occupied & np.isin(np.arange(width), group) for group in groups]
+    return [occupied & np.isin(np.arange(width), group) for group in np.split(columns, gaps + 1)]
 
 
-def box_and_points(mask: np.ndarray) -> BoxAndPoints:
+def box_and_points(mask: np.ndarray) -> tuple[Box, list[Point]]:
     """Return the box and three points of a mask (H, W) that is not empty, on the 224 x 224 grid.
 
     The points lie in the columns where the mask reaches a quarter, a half and three quarters of its

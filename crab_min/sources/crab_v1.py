@@ -17,13 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from crab_min.answers import GRID, answer_tag, box_text, points_text
-from crab_min.sources.av_uie import (
-    BoxAndPoints,
-    box_and_points,
-    mask_objects,
-    mask_path,
-    read_mask,
-)
+from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
 
 LVIS_AREA = 1000  # smallest area of an object that is asked for, in pixels, as in the release
 SILENT = 1000  # first coordinate of a box where nothing sounds (ARIG)
@@ -123,13 +117,10 @@ def avsbench_rows(
     task: str, folder: Path, frames: Iterable[int], row: dict, train: bool
 ) -> Iterator[dict]:
     """Yield one row per frame; for training only of those with an object."""
-    clip = folder / row["uid"]
     for number in frames:
-        image = clip / "frames" / f"{number}.jpg"
-        frame_row, objects = read_frame(task, image, clip / "audio.wav", row)
-        if objects or not train:
-            frame_row["gold_boxes"] = [box for box, _ in objects]
-            text = f"The sounding object is {row['a_obj']}. {objects_text(objects)}"
+        frame_row, boxes = read_frame(task, folder / row["uid"], number, row)
+        if boxes or not train:
+            text = f"The sounding object is {row['a_obj']}. {boxes}"
             yield {**frame_row, "label_content": text.strip()}
 
 
@@ -139,33 +130,25 @@ def ref_avs(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     Frames without the object are kept: their answer is "false".
     """
     vid, thing, _ = row["uid"].rsplit("_", 2)
-    clip = folder / "media" / vid
     frames = range(10)
     if train:
         frames = [draw_frame(f"{row['uid']} {row['fid']} {row['exp']}")]
-    expression = row["exp"].lower()
-    names = {"vid": vid, "description": expression, "object": expression, "window": "tenths"}
+    row = {**row, "vid": vid, "description": row["exp"].lower(), "window": "tenths"}
     for number in frames:
-        image = clip / "frames" / f"{number}.jpg"
-        frame_row, objects = read_frame("ref_avs", image, clip / "audio.wav", {**row, **names})
-        frame_row["gold_boxes"] = [box for box, _ in objects]
-        exists = answer_tag(str(bool(objects)).lower())
-        yield {**frame_row, "output": f"It is {thing}. {exists} {objects_text(objects)}".strip()}
+        frame_row, boxes = read_frame("ref_avs", folder / "media" / vid, number, row)
+        exists = answer_tag(str(bool(boxes)).lower())
+        yield {**frame_row, "output": f"It is {thing}. {exists} {boxes}".strip()}
 
 
 def arig(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """Convert a frame of ARIG. Frames in which nothing sounds are left out."""
     if row["top_left"][0] == SILENT:
         return
-    image = find_below(folder, row["frame_path"])
-    audio = find_below(folder, row["audio_path"])
     box = box_text((*row["top_left"], *row["bottom_right"]))
     yield {
         **row,
-        "image_path": image,
-        "visual_path": image,
-        "audio_path": audio,
-        "frame_idx": int(Path(image).stem),
+        "visual_path": find_below(folder, row["frame_path"]),
+        "audio_path": find_below(folder, row["audio_path"]),
         "label_content": f"The sounding object is {row['a_obj']}. {box}",
     }
 
@@ -185,27 +168,23 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     yield {
         "image_path": str((folder / name).absolute()),
         "name": row["name"].replace("_", " "),
-        "gold_boxes": [box],
         "label_content": box_text(box),
     }
 
 
-def read_frame(task: str, image: Path, audio: Path, row: dict) -> tuple[dict, list[BoxAndPoints]]:
-    """Return the row of one frame, and the box and points of each object in its mask."""
-    path = str(image.absolute())
+def read_frame(task: str, clip: Path, number: int, row: dict) -> tuple[dict, str]:
+    """Return the row of one frame of a clip, and the text of the boxes and points of its mask."""
+    image = (clip / "frames" / f"{number}.jpg").absolute()
     row = {
         **row,
-        "image_path": path,
-        "visual_path": path,
-        "audio_path": str(audio.absolute()),
-        "frame_idx": int(image.stem),
+        "visual_path": str(image),
+        "audio_path": str((clip / "audio.wav").absolute()),
+        "frame_idx": number,
     }
-    mask = read_mask(mask_path(image.absolute(), task, row))
-    return row, [box_and_points(object_mask) for object_mask in mask_objects(mask, task)]
-
-
-def objects_text(objects: list[BoxAndPoints]) -> str:
-    return "; ".join(f"{box_text(box)} {points_text(points)}" for box, points in objects)
+    mask = read_mask(mask_path(image, task, row))
+    objects = [box_and_points(object_mask) for object_mask in mask_objects(mask, task)]
+    row["gold_boxes"] = [box for box, _ in objects]
+    return row, "; ".join(f"{box_text(box)} {points_text(points)}" for box, points in objects)
 
 
 def draw_frame(name: str) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crab_min.answers import answer_tag
-from crab_min.tasks import TASKS
 
 # A question's type is the word it begins with, as SQA3D's results are tabled.
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
@@ -51,25 +50,14 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
         }
 
 
-def scanqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert a question of ScanQA about a 3D scene."""
-    yield scene_row("scanqa", folder, row)
-
-
-def sqa3d(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert a question of SQA3D, asked from a position in a 3D scene."""
-    yield scene_row("sqa3d", folder, row)
-
-
-def scene_row(task: str, folder: Path, row: dict) -> dict:
-    """Return the row of a question about a scene; the first of its answers is trained on."""
+def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
+    """Convert a question of ScanQA or SQA3D about a 3D scene; its first answer is trained on."""
     question = row["question"].lower().lstrip()
     matching = [word for word in QUESTION_TYPES if question.startswith(word)]
-    return {
+    yield {
         **row,
         "video_path": video_path(folder, row["scene_id"]),
-        "answer": TASKS[task].gold_answer(row).text,
-        **side_channels(folder, row["scene_id"]),
+        "sides": side_channels(folder, row["scene_id"]),
         "type": matching[0] if matching else "other",
     }
 
@@ -99,14 +87,13 @@ def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
     Its type is what its qid begins with: CW, TN, DL, ...
     """
-    row = {
+    yield {
         **row,
         "video_path": video_path(folder, row["video"]),
         "multi_choice": [row[f"a{i}"] for i in range(row["num_option"])],
+        "sides": side_channels(folder, row["video"]),
         "type": row["qid"].split("_")[0],
     }
-    choice = TASKS["nextqa"].gold_answer(row).choice
-    yield {**row, "label": answer_tag(choice), **side_channels(folder, row["video"])}
 
 
 def video_path(folder: Path, name: str) -> str:
@@ -114,11 +101,11 @@ def video_path(folder: Path, name: str) -> str:
     return str((folder / "videos" / f"{name}.mp4").absolute())
 
 
-def side_channels(folder: Path, name: str) -> dict[str, dict[str, str]]:
-    """Return {"sides": {channel: path}} of the side channels that are there; {} without any."""
+def side_channels(folder: Path, name: str) -> dict[str, str]:
+    """Return the paths of the side channels that are there, by name."""
     sides = {}
     for channel, pattern in SIDE_CHANNELS.items():
         path = folder / pattern.format(name=name)
         if path.exists():
             sides[channel] = str(path.absolute())
-    return {"sides": sides} if sides else {}
+    return sides

@@ -20,7 +20,7 @@ from crab_min.data import Sample, decode_ahead, make_sample, pick_tasks
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
-from crab_min.sources.rows import annotation_file, read_rows
+from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
 
 GROUP = 16  # files that a worker process is given at once
@@ -111,7 +111,8 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
     # annotations
     for task in (TASKS[name] for name in tasks):
         for split in task.splits:
-            if not annotation_file(Path(root), task.name, split):
+            path, _ = find_layout(Path(root), task.name, split)
+            if not path:
                 continue
             samples, reasons = read_split(Path(root), task, split)
             name = f"{task.name}/{split}"
