@@ -134,10 +134,8 @@ def format_av_events(answer: Answer) -> str:
 
 
 def format_boxes(answer: Answer) -> str:
-    objects = []
-    for box, points in answer.objects():
-        objects.append(f"{box_text(box)} {points_text(points)}".strip())
-    return " ".join(objects)
+    texts = [f"{box_text(box)} {points_text(points)}" for box, points in answer.objects()]
+    return " ".join(text.strip() for text in texts)
 
 
 def format_exists(answer: Answer) -> str:
@@ -228,11 +226,8 @@ def parse_choice(text: str) -> Answer:
 
 def parse_spans(text: str) -> list[Span]:
     """Return all pairs of numbers of a text as spans."""
-    spans = []
-    for first, second in re.findall(PAIR, text):
-        start, end = sorted((int(first), int(second)))  # models also write (5 2)
-        spans.append((start, end))
-    return spans
+    # Sorted, since models also write (5 2).
+    return [tuple(sorted(map(int, pair))) for pair in re.findall(PAIR, text)]
 
 
 def split_events(text: str) -> list[Event]:

@@ -130,13 +130,7 @@ def read_samples(
 
 
 def make_sample(
-    task: Task,
-    row: dict,
-    root: Path,
-    split: str,
-    index: int,
-    target: str,
-    prompts: dict | None,
+    task: Task, row: dict, root: Path, split: str, index: int, target: str, prompts: dict | None
 ) -> Sample:
     """Make the sample of one annotation row; arguments as in `read_samples`.
 

@@ -211,8 +211,8 @@ def frame_index(task: Task, row: dict, window: str) -> int:
     if window not in ONE_PART:
         return 0
     image = task.read_field(row, task.media[0].fields, "the path of the image file")
-    numbers = (row.get("frame_idx"), row.get("idx"), Path(str(image)).stem)
-    number = next(number for number in numbers if number is not None)
+    candidates = (row.get("frame_idx"), row.get("idx"), Path(str(image)).stem)
+    number = next(candidate for candidate in candidates if candidate is not None)
     if not str(number).isdecimal() or int(number) >= PARTS[window]:
         raise DataError(
             f"{task.name}: field 'frame_idx' (or 'idx', or the image's file name) must be a frame "

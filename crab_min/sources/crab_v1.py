@@ -13,6 +13,7 @@ Differs from the released loader:
 """
 
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -45,11 +46,7 @@ def avvp(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
     The label is null where Crab threw the generated text away. Such training rows are left out.
     """
-    label = row.get("label")
-    if label:
-        for tag in ("audio", "visual"):
-            label = label.replace(f"<{tag}>", f"<{tag}_event>")
-            label = label.replace(f"</{tag}>", f"</{tag}_event>")
+    label = re.sub("<(/?)(audio|visual)>", r"<\1\2_event>", row.get("label") or "")
     if label or not train:
         yield {**row, **clip_paths(folder, row["vid"], "llp_videos"), "label_content": label}
 
@@ -71,14 +68,10 @@ def find_below(folder: Path, path: str) -> str:
 
     The released rows hold absolute paths of the authors' machines.
     """
-    relative = Path(path.lstrip("/"))
-    candidates = [Path(path)]
-    for start in range(len(relative.parts)):
-        candidates.append(folder.joinpath(*relative.parts[start:]))
-    for candidate in candidates:
-        if candidate.exists():
-            return str(candidate.absolute())
-    return str((folder / relative).absolute())
+    parts = Path(path.lstrip("/")).parts
+    below = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    existing = (file for file in (Path(path), *below) if file.exists())
+    return str(next(existing, below[0]).absolute())
 
 
 def clip_paths(folder: Path, name: str, videos: str) -> dict[str, str]:
@@ -161,14 +154,13 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     image = row["image"]
     across, down = GRID / image["width"], GRID / image["height"]
     x, y, width, height = row["bbox"]
-    right, bottom = round((x + width) * across), round((y + height) * down)
-    box = round(x * across), round(y * down), right, bottom
+    box = (x * across, y * down, (x + width) * across, (y + height) * down)
     # http://images.cocodataset.org/train2017/1.jpg lies at train2017/1.jpg
     name = "/".join(image["coco_url"].split("/")[-2:])
     yield {
         "image_path": str((folder / name).absolute()),
         "name": row["name"].replace("_", " "),
-        "label_content": box_text(box),
+        "label_content": box_text(map(round, box)),
     }
 
 
