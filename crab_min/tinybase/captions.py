@@ -76,7 +76,12 @@ def visual_facts(
     }
     if scene.movement:
         # the only object of this kind of scene moves about, so its side and box say nothing
-        facts["movement"] = movement_clauses(renderer, scene) if frame_at is None else []
+        thing = renderer.things[scene.objects[0].thing]
+        facts["movement"] = [
+            f"the movement is {scene.movement}",
+            f"the {thing.label} {MOVES[scene.movement]}",
+            f"the action is {thing.action}",
+        ]
         return facts
     facts["side"] = [clause_where(obj) for obj in visible]
     facts["there"] = [f"{at_position(obj.position)} is the {obj.label}" for obj in visible]
@@ -84,10 +89,13 @@ def visual_facts(
     # the whole clip tells when an object is seen, one frame exactly where
     if frame_at is None:
         facts["seen"] = [f"the {obj.label} is seen {during(obj.seen)}" for obj in visible]
-    else:
-        boxes = [box_clause(renderer, scene, obj, frame_at) for obj in visible]
-        facts["height"] = [height_clause(obj) for obj in visible]
-        facts["box"] = [clause for clause in boxes if clause]
+        return facts
+    facts["height"], facts["box"] = [], []
+    for obj in visible:
+        height = "high" if obj.y < SIZE / 2 else "low"
+        x1, y1, x2, y2 = mask_box(renderer.mask(scene, obj, frame_at))
+        facts["height"].append(f"the {obj.label} is {height}")
+        facts["box"].append(f"the {obj.label} is at {x1} {y1} {x2} {y2}")
     return facts
 
 
@@ -167,28 +175,6 @@ def counted(count: int, noun: str) -> str:
     if count == 1:
         return f"{NUMBERS[1]} {noun} is"
     return f"{NUMBERS[count]} {noun}s are"
-
-
-def movement_clauses(renderer: Renderer, scene: Scene) -> list[str]:
-    thing = renderer.things[scene.objects[0].thing]
-    return [
-        f"the movement is {scene.movement}",
-        f"the {thing.label} {MOVES[scene.movement]}",
-        f"the action is {thing.action}",
-    ]
-
-
-def height_clause(obj: Object) -> str:
-    height = "high" if obj.y < SIZE / 2 else "low"
-    return f"the {obj.label} is {height}"
-
-
-def box_clause(renderer: Renderer, scene: Scene, obj: Object, second: float) -> str:
-    """Return the clause of an object's box, or "" where its mask is empty."""
-    box = mask_box(renderer.mask(scene, obj, second))
-    if box is None:
-        return ""
-    return "the {} is at {} {} {} {}".format(obj.label, *box)
 
 
 def shown_clause(obj: Object, visible: bool) -> str:
