@@ -194,33 +194,30 @@ def comparisons(objects: list[Object]) -> list[str]:
     return clauses
 
 
-# --- statements -----------------------------------------------------------------------------------
-def scene_statements(
+def scene_facts(
     renderer: Renderer,
     scene: Scene,
     rng: random.Random,
     video: bool = True,
     frame_at: float | None = None,
     audio: range | None = None,
-    forms: tuple[str, ...] = (),
-) -> list[str]:
-    """Sample true statements about what is shown of one scene.
+) -> list[Facts]:
+    """Collect what is true of what is shown of one scene, sense by sense.
 
     Args:
         video: frames are shown.
         frame_at: the second of the only frame; None: frames of the whole clip.
         audio: the seconds of the sound that is heard; None: no sound.
-        forms: state all that is true in one of these forms, as far as there is any; (): a mixture.
     """
     if scene.kind == "face":
-        return face_statements(scene, rng, video, audio is not None)
+        return [face_facts(scene, video, audio is not None)]
     visible, audible = [], []
     if video:
         visible = [obj for obj in scene.seen if frame_at is None or obj.seen_at(frame_at)]
     if audio:
         audible = [obj for obj in scene.heard if heard_during(obj, audio)]
 
-    # one group of clauses per sense, in this order: it decides what a seed samples
+    # the order of the groups decides what a seed samples
     groups: list[Facts] = []
     if video:
         groups.append({"place": [f"the place is {scene.place}"]})
@@ -229,28 +226,39 @@ def scene_statements(
         groups.append(audio_facts(audible, visible or audible, len(audio) == SECONDS, rng))
     if video and audio:
         groups.append(av_facts(visible, audible, audio, fixed=not scene.movement))
-    return sample_statements(groups, forms, rng)
+    return groups
 
 
 def heard_during(obj: Object, seconds: range) -> bool:
     return any(start < seconds.stop and end > seconds.start for start, end in obj.heard)
 
 
-def face_statements(scene: Scene, rng: random.Random, video: bool, audio: bool) -> list[str]:
-    """Sample one to three true statements about a face, its voice, or both."""
-    facts = []
-    if video:
-        facts.append(f"the place is {scene.place}")
-    if video and not scene.masked:
-        facts.append(f"the face is {scene.emotion}")
-    if audio:
-        facts.append(f"the voice is {scene.emotion}")
-    if video:
-        facts.append(f"the person is {'masked' if scene.masked else 'not masked'}")
-    if audio:
-        facts.append(f"the person feels {scene.emotion}")
-    count = rng.randint(1, min(3, len(facts)))
-    return [sentence(fact) for fact in rng.sample(facts, count)]
+def face_facts(scene: Scene, video: bool, audio: bool) -> Facts:
+    """Collect what a face, its voice, or both tell."""
+    told = {
+        f"the place is {scene.place}": video,
+        f"the face is {scene.emotion}": video and not scene.masked,
+        f"the voice is {scene.emotion}": audio,
+        f"the person is {'masked' if scene.masked else 'not masked'}": video,
+        f"the person feels {scene.emotion}": audio,
+    }
+    return {"": [clause for clause, is_told in told.items() if is_told]}
+
+
+# --- statements -----------------------------------------------------------------------------------
+def scene_statements(
+    renderer: Renderer, scene: Scene, rng: random.Random, forms: tuple[str, ...] = (), **shown
+) -> list[str]:
+    """Sample true statements about what is shown of one scene.
+
+    Args:
+        forms: state all that is true in one of these forms, as far as there is any; (): a mixture.
+        shown: see `scene_facts`.
+    """
+    groups = scene_facts(renderer, scene, rng, **shown)
+    if scene.kind == "face":
+        return sample_statements(groups, forms, rng, fewest=1, most=3)
+    return sample_statements(groups, forms, rng)
 
 
 def pair_statements(
@@ -296,8 +304,14 @@ def pair_statements(
     return sample_statements([{"": mixed, "which": which}], forms, rng)
 
 
-def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Sample at most four clauses of one form, or three to eight of any form, as sentences.
+def sample_statements(
+    groups: list[Facts],
+    forms: tuple[str, ...],
+    rng: random.Random,
+    fewest: int = 3,
+    most: int = 8,
+) -> list[str]:
+    """Sample at most four clauses of one form, or `fewest` to `most` of any form, as sentences.
 
     One of `forms` is used if any of them has clauses, otherwise all forms are.
     """
@@ -314,7 +328,7 @@ def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.R
         for group in groups:
             for form, clauses in group.items():
                 facts += 2 * clauses if form else clauses
-        count = rng.randint(min(3, len(facts)), min(8, len(facts)))
+        count = rng.randint(min(fewest, len(facts)), min(most, len(facts)))
         sampled = list(dict.fromkeys(rng.sample(facts, count)))  # each one once
     return [sentence(fact) for fact in sampled]
 
