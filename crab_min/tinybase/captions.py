@@ -215,7 +215,7 @@ def scene_facts(
     if video:
         visible = [obj for obj in scene.seen if frame_at is None or obj.seen_at(frame_at)]
     if audio:
-        audible = [obj for obj in scene.heard if heard_during(obj, audio)]
+        audible = [obj for obj in scene.heard if any(map(obj.heard_at, audio))]
 
     # the order of the groups decides what a seed samples
     groups: list[Facts] = []
@@ -227,10 +227,6 @@ def scene_facts(
     if video and audio:
         groups.append(av_facts(visible, audible, audio, fixed=not scene.movement))
     return groups
-
-
-def heard_during(obj: Object, seconds: range) -> bool:
-    return any(start < seconds.stop and end > seconds.start for start, end in obj.heard)
 
 
 def face_facts(scene: Scene, video: bool, audio: bool) -> Facts:

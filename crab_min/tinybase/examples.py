@@ -42,29 +42,26 @@ class Recorder:
         self.parts: list[PromptPart] = []
         self.media: list[tuple[str, np.ndarray]] = []
 
-    def frames(self, kind: str, scene: Scene, times: Sequence[float], name: str = "") -> None:
-        """Record the frames at some seconds as a video or an image."""
-        frames = self.renderer.frames(scene, times)
-        self.add(kind, augment(frames, self.noise), name)
-
-    def sound(self, scene: Scene, seconds: range, step: int = 1, name: str = "") -> None:
-        """Record some seconds of a sound track, in pieces of `step` seconds."""
-        wave = augment(self.renderer.wave(scene), self.noise)
-        wave = wave[seconds.start * RATE : seconds.stop * RATE]
-        self.add("audio", wave.reshape(-1, step * RATE), name)
-
-    def add(self, kind: str, medium: np.ndarray, name: str) -> None:
-        """Append a medium to the prompt, on a line of its own.
+    def add(self, kind: str, scene: Scene, seconds: Sequence[float], name: str = "") -> None:
+        """Record a medium and append it to the prompt, on a line of its own.
 
         Args:
+            seconds: those of the frames; of a sound a range, whose step is the length of a piece.
             name: stands before the medium; without one, half of the time its kind does.
         """
+        if kind == "audio":
+            wave = augment(self.renderer.wave(scene), self.noise)
+            wave = wave[seconds.start * RATE : seconds.stop * RATE]
+            medium = wave.reshape(-1, seconds.step * RATE)  # (T, N)
+        else:
+            medium = augment(self.renderer.frames(scene, seconds), self.noise)  # (T, 96, 96, 3)
+        self.media.append((kind, medium))
+
         if not name and self.rng.random() < 0.5:
             name = kind
         marker = f"{name}: " if name else ""
         line_end = "\n" if self.parts else ""
         self.parts += [PromptPart("text", text=line_end + marker), PromptPart(kind)]
-        self.media.append((kind, medium))
 
 
 def make_example(
@@ -106,19 +103,19 @@ def make_example(
     shown = {"video": view != "audio", "frame_at": None, "audio": None}
     length = 4 if scene.kind == "face" else SECONDS  # frames of a video, seconds of its sound
     if view == "clip":
-        recorder.frames("video", scene, middles(length))
+        recorder.add("video", scene, middles(length))
     elif view != "audio":
-        recorder.frames("image", scene, [frame_at])
+        recorder.add("image", scene, [frame_at])
         shown["frame_at"] = frame_at
 
     # sound
     if view == "moment":
         start = int(frame_at) // piece_seconds * piece_seconds
         shown["audio"] = range(start, start + piece_seconds)
-        recorder.sound(scene, shown["audio"], piece_seconds)
+        recorder.add("audio", scene, range(start, start + piece_seconds, piece_seconds))
     elif view != "image":
         shown["audio"] = range(length)
-        recorder.sound(scene, shown["audio"])
+        recorder.add("audio", scene, shown["audio"])
     sample_statements = partial(scene_statements, renderer, scene, rng, **shown)
     return Example(recorder.parts, recorder.media, sample_statements)
 
@@ -138,18 +135,15 @@ def middles(count: int) -> list[float]:
 def make_pair_example(recorder: Recorder, scenes: Sequence[Scene], one_frame: bool) -> Example:
     """Show the views "pair", or with `one_frame` "frames", of three scenes."""
     first, second, third = scenes
-    kind, times, whole = recorder.rng.choice(["video", "audio"]), middles(SECONDS), range(SECONDS)
+    whole = {"video": middles(SECONDS), "audio": range(SECONDS)}
+    kind = recorder.rng.choice(["video", "audio"])
     if one_frame:
-        kind, times = "video", middles(1)
-    elif kind == "video":
-        recorder.sound(third, whole)
+        kind, whole["video"] = "video", middles(1)
     else:
-        recorder.frames("video", third, times)
-    for name, scene in ((f"{kind} one", first), (f"{kind} two", second)):
-        if kind == "video":
-            recorder.frames(kind, scene, times, name)
-        else:
-            recorder.sound(scene, whole, name=name)
+        other = "audio" if kind == "video" else "video"
+        recorder.add(other, third, whole[other])
+    recorder.add(kind, first, whole[kind], f"{kind} one")
+    recorder.add(kind, second, whole[kind], f"{kind} two")
     sample_statements = partial(pair_statements, [first, second], third, kind, recorder.rng)
     return Example(recorder.parts, recorder.media, sample_statements)
 

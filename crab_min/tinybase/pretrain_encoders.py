@@ -13,8 +13,6 @@ W width of an encoder, T pieces of sound, N samples of a piece.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -68,9 +66,13 @@ def train_stage(
         groups.append({"params": list(parameters), "lr": lr})
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    factor = partial(rate_factor, steps=steps, constant_share=constant_share)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
+    def rate_factor(step: int) -> float:
+        # 100 steps of warm-up, a constant rate, a cosine down to 1 %
+        decay = max(0, step / max(1, steps) - constant_share) / max(1e-9, 1 - constant_share)
+        return min((step + 1) / 100, 0.51 + 0.5 * np.cos(np.pi * decay))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
     recent_losses: deque[float] = deque(maxlen=50)
     with tqdm(total=steps, desc=name, unit="step") as bar:
         for step, (loss, figures) in enumerate(losses, 1):
@@ -89,12 +91,6 @@ def train_stage(
                 numbers = {key: round(float(value), 4) for key, value in (means | figures).items()}
                 bar.set_postfix(numbers)
                 log({"stage": name, "step": step, **numbers})
-
-
-def rate_factor(step: int, steps: int, constant_share: float) -> float:
-    """Return the factor on the peak learning rate: 100 steps of warm-up, a cosine down to 1 %."""
-    decay = max(0, step / max(1, steps) - constant_share) / max(1e-9, 1 - constant_share)
-    return min((step + 1) / 100, 0.51 + 0.5 * np.cos(np.pi * decay))
 
 
 def probe(width: int, outputs: int) -> nn.Module:
@@ -163,34 +159,25 @@ def train_see(model: ComposedModel, renderer: Renderer, config: BaseConfig, log:
 
         features = model.vision(torch.from_numpy(augment(frames, rng)))  # (B, 1, S, W)
         tokens = model.visual_qformer(features)[:, 0]  # (B, Q, D)
-        return probes(features[:, 0], tokens, targets)
+        return probes(features[:, 0], tokens, *targets)
 
     trained = [model.vision, model.visual_qformer, probes]
     losses = map(loss_of, range(config.see_steps))
     train_stage("see", [(trained, config.base_lr)], losses, config.see_steps, log)
 
 
-@dataclass
-class VisualTargets:
-    """Labels of B frames. Things are indices; where a cell or patch shows none, the index is C."""
+def visual_targets(
+    renderer: Renderer, scenes: list[Scene], times: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the cells and then the patches of B frames show, and the frames as a whole.
 
-    cell_thing: Tensor  # (B, Q)
-    cell_box: Tensor  # (B, Q, 4), 0 to 1
-    patch_thing: Tensor  # (B * S,)
-    patch_box: Tensor  # (B * S, 4), the whole box of the thing that the patch shows a part of
-    place: Tensor  # (B,)
-    emotion: Tensor  # (B,), of a face that can be seen
-
-
-def visual_targets(renderer: Renderer, scenes: list[Scene], times: np.ndarray) -> VisualTargets:
-    # every cell and patch is empty at first
+    Returns:
+        The index of the thing (B, Q + S), C where there is none, and its whole box (B, Q + S, 4)
+        from 0 to 1; the place (B,), and the emotion (B,) of a face that can be seen.
+    """
     no_thing, count = len(renderer.things), len(scenes)
-    cell_thing = torch.full((count, CELLS), no_thing)
-    cell_box = torch.zeros(count, CELLS, 4)
-    patch_thing = torch.full((count, PATCHES, PATCHES), no_thing)
-    patch_box = torch.zeros(count, PATCHES, PATCHES, 4)
-
-    # things, each in the cell of its centre and in the patches that it covers
+    things = torch.full((count, CELLS + PATCHES**2), no_thing)
+    boxes = torch.zeros(count, CELLS + PATCHES**2, 4)
     for i, (scene, t) in enumerate(zip(scenes, times)):
         if scene.kind == "face":
             continue  # a face is no thing
@@ -199,18 +186,17 @@ def visual_targets(renderer: Renderer, scenes: list[Scene], times: np.ndarray) -
             box = mask_box(mask)
             if box is None:
                 continue
+            # the cell that holds its centre, and the patches of which it covers about a third;
+            # pixels of the mask are 0 or 255
             x1, y1, x2, y2 = box
             cell = 3 * int(y1 + y2 >= GRID) + min(3 * (x1 + x2) // (2 * GRID), 2)
-            cell_thing[i, cell], cell_box[i, cell] = obj.thing, torch.tensor(box) / GRID
-            # covered: about a third of the patch's pixels, 0 or 255 in the mask, are of the thing
             covered = mask.reshape(PATCHES, 8, PATCHES, 8).mean((1, 3)) > 80
-            patch_thing[i, covered], patch_box[i, covered] = obj.thing, cell_box[i, cell]
+            shows = np.append(np.arange(CELLS) == cell, covered)  # (Q + S,)
+            things[i, shows], boxes[i, shows] = obj.thing, torch.tensor(box) / GRID
 
-    place_names = list(renderer.places)
-    places = torch.tensor([place_names.index(scene.place) for scene in scenes])
-    emotions = emotion_labels(scenes, visible=True)
-    patch_thing, patch_box = patch_thing.flatten(), patch_box.flatten(0, 2)
-    return VisualTargets(cell_thing, cell_box, patch_thing, patch_box, places, emotions)
+    names = list(renderer.places)
+    places = torch.tensor([names.index(scene.place) for scene in scenes])
+    return things, boxes, places, emotion_labels(scenes, visible=True)
 
 
 class VisualProbes(nn.Module):
@@ -231,16 +217,21 @@ class VisualProbes(nn.Module):
         self.patch = nn.Linear(model.vision.width, things + 1 + 4 + queries)
 
     def forward(
-        self, features: Tensor, tokens: Tensor, targets: VisualTargets
+        self, features: Tensor, tokens: Tensor, targets: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Figures]:
         """Return the loss and the figures of a batch of frames.
 
         Args:
             features: the vision encoder's (B, S, W).
             tokens: the Q-Former's (B, Q, D).
+            targets: see `visual_targets`.
         """
+        things, boxes, places, emotions = targets
+        things, patch_things = things.split([CELLS, PATCHES**2], 1)  # (B, Q), (B, S)
+        boxes, patch_boxes = boxes.split([CELLS, PATCHES**2], 1)  # (B, Q, 4), (B, S, 4)
+        occupied = things < self.things  # (B, Q)
+
         # what the tokens tell: each of its cell, all together of the frame
-        occupied = targets.cell_thing < self.things  # (B, Q)
         thing, box = self.cell(tokens).split([self.things + 1, 4], -1)  # (B, Q, C + 1), (B, Q, 4)
         frame = self.scene(tokens.flatten(1))  # (B, places + 7)
         place, face = frame.split([self.places, len(EMOTIONS) + 1], 1)
@@ -248,32 +239,30 @@ class VisualProbes(nn.Module):
 
         # losses of the cells: the thing, its box, and the tens of the box in pixels
         weight = torch.tensor([2.0] * self.things + [1.0])
-        box_error = (box - targets.cell_box).abs().mean(-1)[occupied].mean()
-        tens_gold = ((targets.cell_box[occupied] * GRID).round() / 10).long()  # (objects, 4)
-        loss = 2 * F.cross_entropy(thing.flatten(0, 1), targets.cell_thing.flatten(), weight)
+        box_error = (box - boxes).abs().mean(-1)[occupied].mean()
+        tens_gold = ((boxes[occupied] * GRID).round() / 10).long()  # (objects, 4)
+        loss = 2 * F.cross_entropy(thing.flatten(0, 1), things.flatten(), weight)
         loss = loss + 10 * box_error
         loss = loss + 0.5 * F.cross_entropy(tens.flatten(0, 1), tens_gold.flatten())
 
-        # losses of the frame and of the patches
-        loss = loss + 0.3 * F.cross_entropy(place, targets.place)
-        loss = loss + F.cross_entropy(face, targets.emotion)
-        loss = self.add_patch_losses(loss, features, targets)
+        # losses of the frame
+        loss = loss + 0.3 * F.cross_entropy(place, places)
+        loss = loss + F.cross_entropy(face, emotions)
+
+        # losses of the patches: what each shows, the box of this thing, and the patch's own cell
+        sizes = [self.things + 1, 4, CELLS]
+        patch_thing, patch_box, patch_cell = self.patch(features).split(sizes, -1)  # (B, S, ...)
+        weight = torch.tensor([10.0] * self.things + [1.0])  # nine patches in ten show no thing
+        loss = loss + F.cross_entropy(patch_thing.flatten(0, 1), patch_things.flatten(), weight)
+        patch_errors = (patch_box - patch_boxes).abs().mean(-1)  # (B, S)
+        loss = loss + 10 * patch_errors[patch_things < self.things].mean()
+        cell_gold = CELL_OF_PATCH.repeat(len(features))  # (B * S,)
+        loss = loss + 0.3 * F.cross_entropy(patch_cell.flatten(0, 1), cell_gold)
 
         # shares of cells and faces that are right, and how far off the edges of boxes are
-        found = (thing.argmax(-1) == targets.cell_thing)[occupied].float().mean()
-        face_right = (face.argmax(1) == targets.emotion).float().mean()
+        found = (thing.argmax(-1) == things)[occupied].float().mean()
+        face_right = (face.argmax(1) == emotions).float().mean()
         return loss, {"found": found, "box_off": GRID * box_error, "face": face_right}
-
-    def add_patch_losses(self, loss: Tensor, features: Tensor, targets: VisualTargets) -> Tensor:
-        """Add the losses of what a patch shows, the box of this thing, and the patch's own cell."""
-        sizes = [self.things + 1, 4, CELLS]
-        thing, box, cell = self.patch(features).flatten(0, 1).split(sizes, 1)  # (B * S, ...) each
-        weight = torch.tensor([10.0] * self.things + [1.0])  # nine patches in ten show no thing
-        loss = loss + F.cross_entropy(thing, targets.patch_thing, weight)
-        shows_thing = targets.patch_thing < self.things  # (B * S,)
-        loss = loss + 10 * (box - targets.patch_box).abs().mean(-1)[shows_thing].mean()
-        cell_gold = CELL_OF_PATCH.repeat(len(features))  # (B * S,)
-        return loss + 0.3 * F.cross_entropy(cell, cell_gold)
 
 
 # --- stage hear -----------------------------------------------------------------------------------
