@@ -22,6 +22,7 @@ the name of another, so a lesson of pretrain_lm.py can practise one kind of look
 
 import itertools
 import random
+from collections import defaultdict
 
 from crab_min.answers import mask_box
 from crab_min.model import ASSETS
@@ -172,9 +173,7 @@ def av_facts(visible: list[Object], audible: list[Object], seconds: range, fixed
 
 def counted(count: int, noun: str) -> str:
     """Return "one thing is" or "two things are"."""
-    if count == 1:
-        return f"{NUMBERS[1]} {noun} is"
-    return f"{NUMBERS[count]} {noun}s are"
+    return f"{NUMBERS[count]} {noun}{' is' if count == 1 else 's are'}"
 
 
 def shown_clause(obj: Object, visible: bool) -> str:
@@ -311,22 +310,21 @@ def sample_statements(
 
     One of `forms` is used if any of them has clauses, otherwise all forms are.
     """
-    stated = {form for group in groups for form, clauses in group.items() if clauses}
-    usable = [form for form in forms if form in stated]
-    facts = []
+    by_form, mixture = defaultdict(list), []
+    for group in groups:
+        for form, clauses in group.items():
+            by_form[form] += clauses
+            # those that look something up stand there twice, so they are sampled twice as often
+            mixture += 2 * clauses if form else clauses
+
+    usable = [form for form in forms if by_form[form]]
     if usable:  # a lesson
-        form = rng.choice(usable)
-        for group in groups:
-            facts += group.get(form, [])
-        sampled = rng.sample(facts, min(4, len(facts)))
+        clauses = by_form[rng.choice(usable)]
+        sampled = rng.sample(clauses, min(4, len(clauses)))
     else:
-        # clauses that look something up stand in the list twice, so they are sampled twice as often
-        for group in groups:
-            for form, clauses in group.items():
-                facts += 2 * clauses if form else clauses
-        count = rng.randint(min(fewest, len(facts)), min(most, len(facts)))
-        sampled = list(dict.fromkeys(rng.sample(facts, count)))  # each one once
-    return [sentence(fact) for fact in sampled]
+        count = rng.randint(min(fewest, len(mixture)), min(most, len(mixture)))
+        sampled = dict.fromkeys(rng.sample(mixture, count))  # each one once
+    return [sentence(clause) for clause in sampled]
 
 
 def content_words(statement: str) -> list[str]:

@@ -62,8 +62,8 @@ def train_stage(
     # what learns
     groups = []
     for modules, lr in trained:
-        parameters = nn.ModuleList(modules).requires_grad_(True).parameters()
-        groups.append({"params": list(parameters), "lr": lr})
+        learning = nn.ModuleList(modules).requires_grad_(True)
+        groups.append({"params": list(learning.parameters()), "lr": lr})
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
 
