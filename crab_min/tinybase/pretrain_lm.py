@@ -94,26 +94,13 @@ def train_read(model: ComposedModel, renderer: Renderer, config: BaseConfig, log
 
     # the lessons
     limit = 1 + sum(round(lesson.steps * config.practice) for lesson in LESSONS)
-    losses = lesson_losses(curriculum, config.practice)
+    losses = curriculum.lesson_losses(config.practice)
     train_stage("read: lessons", trained, losses, limit, log, constant_share=1)
 
     # statements of all forms; beginning at step `limit`, so that no lesson had the same scenes
     steps = config.read_steps
     losses = (curriculum.loss(limit + step, STATEMENTS, LESSONS) for step in range(steps))
     train_stage("read: statements", trained, losses, steps, log, constant_share=0.3)
-
-
-def lesson_losses(curriculum: "Curriculum", practice: float) -> Iterator[tuple[Tensor, Figures]]:
-    """Yield the losses of each lesson, until its steps are made or its loss is reached."""
-    steps = itertools.count()
-    for number, lesson in enumerate(LESSONS):
-        recent_losses: deque[float] = deque(maxlen=20)
-        for _ in range(round(lesson.steps * practice)):
-            loss, figures = curriculum.loss(next(steps), lesson, LESSONS[:number])
-            yield loss, figures
-            recent_losses.extend(figures.values())
-            if len(recent_losses) == 20 and sum(recent_losses) / 20 < lesson.until:
-                break
 
 
 class Curriculum:
@@ -127,6 +114,18 @@ class Curriculum:
         for thing in renderer.things:
             name_ids += model.encode_text(f" {thing.label}")
         self.name_ids = torch.tensor(name_ids)
+
+    def lesson_losses(self, practice: float) -> Iterator[tuple[Tensor, Figures]]:
+        """Yield the losses of each lesson, until its steps are made or its loss is reached."""
+        steps = itertools.count()
+        for number, lesson in enumerate(LESSONS):
+            recent_losses: deque[float] = deque(maxlen=20)
+            for _ in range(round(lesson.steps * practice)):
+                loss, figures = self.loss(next(steps), lesson, LESSONS[:number])
+                yield loss, figures
+                recent_losses.extend(figures.values())
+                if len(recent_losses) == 20 and sum(recent_losses) / 20 < lesson.until:
+                    break
 
     @bf16_autocast()
     def loss(
