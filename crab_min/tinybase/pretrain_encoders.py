@@ -159,7 +159,7 @@ def train_see(model: ComposedModel, renderer: Renderer, config: BaseConfig, log:
 
         features = model.vision(torch.from_numpy(augment(frames, rng)))  # (B, 1, S, W)
         tokens = model.visual_qformer(features)[:, 0]  # (B, Q, D)
-        return probes(features[:, 0], tokens, *targets)
+        return probes(features[:, 0], tokens, targets)
 
     trained = [model.vision, model.visual_qformer, probes]
     losses = map(loss_of, range(config.see_steps))
