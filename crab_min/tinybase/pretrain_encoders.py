@@ -262,7 +262,7 @@ class VisualProbes(nn.Module):
         # shares of cells and faces that are right, and how far off the edges of boxes are
         found = (thing.argmax(-1) == things)[occupied].float().mean()
         face_right = (face.argmax(1) == emotions).float().mean()
-        return loss, {"found": found, "box_off": GRID * box_error, "face": face_right}
+        return loss, {"found": found, "box_off": GRID * box_error.detach(), "face": face_right}
 
 
 # --- stage hear -----------------------------------------------------------------------------------
