@@ -34,7 +34,7 @@ from crab_min.features import Features, Mixer
 from crab_min.model import AVLanguageModel, Batch, bf16_autocast
 from crab_min.runs import processes
 from crab_min.runs.folder import Progress, load_checkpoint, save_best, save_checkpoint
-from crab_min.runs.log import LogRow, RunLog, stop_requested
+from crab_min.runs.log import LogRow, open_log, stop_requested
 
 FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
 
@@ -182,7 +182,7 @@ def fit(
         resumed()
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     model.train()
-    with RunLog(folder, progress.step, steps.stop) as log, stop_requested() as stop:
+    with open_log(folder, progress.step, steps.stop) as log, stop_requested() as stop:
         while progress.step < steps.stop and not step.finished:
             # read: the samples of this step as padded batches, without unreadable ones
             began = time.time()
@@ -205,7 +205,7 @@ def fit(
 
             # log, save; a run that is stopped with Ctrl-C saves first
             lr = optimizer.param_groups[0]["lr"]
-            log.add(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
+            log(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
             stopped = any(processes.gather(bool(stop)))
             last = progress.step == steps.stop or step.finished
             if last or stopped or progress.step % run.save_every == 0:

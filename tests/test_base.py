@@ -15,6 +15,7 @@ import torch
 import train
 from crab_min.answers import GRID, mask_box
 from crab_min.backbones.composed import load_base
+from crab_min.config import BaseConfig
 from crab_min.tasks import TASKS
 from crab_min.tinybase import check, make, pretrain_encoders, pretrain_lm
 from crab_min.tinybase.captions import (
@@ -70,7 +71,7 @@ def test_an_interrupted_base_goes_on_after_its_last_stage(
     with monkeypatch.context() as patch:
         patch.setattr(make, "train_read", interrupted)
         assert train.main(command) == 2
-    assert json.loads((folder / "stage.json").read_text())["stages"] == ["see", "hear"]
+    assert json.loads((folder / "base.json").read_text())["stages"] == ["see", "hear"]
 
     # other settings do not continue it, the same command does
     assert train.main([*command, "--see-steps", "2"]) == 2
@@ -78,8 +79,7 @@ def test_an_interrupted_base_goes_on_after_its_last_stage(
     assert train.main(command) == 0
     made = json.loads((folder / "base.json").read_text())
     assert [line["stage"] for line in made["log"]] == ["see", "hear", "read: statements"]
-    assert 0 <= made["box_iou"] <= 1
-    assert not (folder / "stage.json").exists()
+    assert 0 <= made["figures"]["box_iou"] <= 1
 
     # a finished base is kept
     assert train.main(command) == 2
@@ -97,16 +97,17 @@ def test_a_lesson_ends_when_it_is_learned(renderer, monkeypatch):
         return loss(self, step, lesson, ())  # without practice of earlier lessons
 
     monkeypatch.setattr(pretrain_lm.Curriculum, "loss", counted_loss)
-    pretrain_lm.train_read(load_base(), renderer, 1, 0, 1e-4, 0, log=print)
+    config = BaseConfig(practice=1, read_steps=0, read_lr=1e-4)
+    pretrain_lm.train_read(load_base(), renderer, config, log=print)
     assert steps == {learned_at_once: 20, never_learned: 25}
 
 
 def test_checks_score_completions_from_0_to_1():
-    assert check.span_iou("from 2 to 7", (2, 7)) == 1
-    assert check.span_iou("from 2 to 5", (3, 7)) == 2 / 5
-    assert check.span_iou("silent", (3, 7)) == 0
-    assert check.box_iou("10 20 60 80", (10, 20, 60, 80)) == 1
-    assert check.box_iou("10 20 60", (10, 20, 60, 80)) == 0
+    assert check.span_iou("from 2 to 7", "from 2 to 7") == 1
+    assert check.span_iou("from 2 to 5", "from 3 to 7") == 2 / 5
+    assert check.span_iou("silent", "from 3 to 7") == 0
+    assert check.box_iou("10 20 60 80", "10 20 60 80") == 1
+    assert check.box_iou("10 20 60", "10 20 60 80") == 0
     assert check.first_word("heard from 2 to 7", "heard")
     assert check.before_comma("dog, silent", "dog")
 

@@ -186,16 +186,15 @@ def lock_run(folder: Path) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")
+        # lockf, not flock: worker processes that outlive a kill would keep a flock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(
+            f"{folder}: in use by another process; wait for it, or choose another --out"
+        ) from None
     except OSError as error:
         raise RunError(
             f"{folder}: cannot be written ({error.strerror}); choose another --out"
-        ) from None
-    try:
-        # lockf, not flock: worker processes that outlive a kill would keep a flock
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise RunError(
-            f"{folder}: in use by another process; wait for it, or choose another --out"
         ) from None
     return file
 

@@ -1,15 +1,14 @@
 """The log of a run: log.csv and the progress bar; and stopping with Ctrl-C."""
 
-import csv
+import os
 import resource
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -35,8 +34,9 @@ class LogRow:
     active: str  # CREMA: the modalities that were trained
 
 
-class RunLog:
-    """The open log.csv and the progress bar of a run.
+@contextmanager
+def open_log(folder: Path, done: int, steps: int) -> Iterator[Callable[[LogRow], None]]:
+    """Open log.csv and the progress bar of a run; yield a function that adds a row to both.
 
     Every line is written as soon as its step ends. A run that continues drops the lines after its
     last checkpoint.
@@ -45,50 +45,40 @@ class RunLog:
         done: steps before this start of the run.
         steps: all steps of the run.
     """
+    # the first process alone keeps the log: the header, and the lines up to the last checkpoint
+    path = Path(os.devnull)
+    if processes.rank() == 0:
+        path = folder / "log.csv"
+        lines = [",".join(f.name for f in fields(LogRow))]
+        if path.exists():
+            lines += path.read_text(encoding="utf-8").splitlines()[1 : done + 1]
+        atomic_write(path, "\n".join(lines) + "\n")
 
-    def __init__(self, folder: Path, done: int, steps: int):
-        self.path = folder / "log.csv"
-        self.done = done
-        self.steps = steps
-        self.file: TextIO | None = None  # of the first process alone
-        self.recent: deque[LogRow] = deque(maxlen=50)
+    recent: deque[LogRow] = deque(maxlen=50)
+    with (
+        open(path, "a", buffering=1, encoding="utf-8") as file,
+        tqdm(desc="training", unit="step", initial=done, total=steps) as bar,
+    ):
 
-    def __enter__(self) -> "RunLog":
-        if processes.rank() == 0:
-            # the header, and the lines up to the last checkpoint
-            rows = [[f.name for f in fields(LogRow)]]
-            if self.path.exists() and self.done:
-                lines = self.path.read_text(encoding="utf-8").splitlines()
-                rows += list(csv.reader(lines))[1 : self.done + 1]
-            text = "\n".join(",".join(row) for row in rows)
-            atomic_write(self.path, text + "\n")
-            self.file = open(self.path, "a", buffering=1, encoding="utf-8")
-        self.bar = tqdm(desc="training", unit="step", initial=self.done, total=self.steps)
-        return self
+        def add(row: LogRow) -> None:
+            recent.append(row)
+            file.write(",".join(map(cell, asdict(row).values())) + "\n")
+            bar.set_postfix_str(summary(recent), refresh=False)
+            bar.update()
 
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-        if self.file:
-            self.file.close()
+        yield add
 
-    def add(self, row: LogRow) -> None:
-        """Write a line and advance the bar."""
-        self.recent.append(row)
-        if self.file:
-            self.file.write(",".join(map(cell, asdict(row).values())) + "\n")
-        self.bar.set_postfix_str(self.summary(), refresh=False)
-        self.bar.update()
 
-    def summary(self) -> str:
-        """Describe the last loss, and speed and share of waiting over the last 50 steps."""
-        seconds = sum(row.seconds for row in self.recent)
-        waiting = sum(row.wait for row in self.recent) / seconds
-        samples = sum(row.rows for row in self.recent) / seconds
-        tokens = sum(row.padded_tokens for row in self.recent) / seconds
-        return (
-            f"loss {self.recent[-1].loss:.3f}, {samples:.1f} samples/s, {tokens:,.0f} tokens/s, "
-            f"{memory() / 1e9:.1f} GB, waiting {waiting:.0%}"
-        )
+def summary(recent: Sequence[LogRow]) -> str:
+    """Describe the last loss, and speed and share of waiting over the recent steps."""
+    seconds = sum(row.seconds for row in recent)
+    waiting = sum(row.wait for row in recent) / seconds
+    samples = sum(row.rows for row in recent) / seconds
+    tokens = sum(row.padded_tokens for row in recent) / seconds
+    return (
+        f"loss {recent[-1].loss:.3f}, {samples:.1f} samples/s, {tokens:,.0f} tokens/s, "
+        f"{memory() / 1e9:.1f} GB, waiting {waiting:.0%}"
+    )
 
 
 def cell(value) -> str:

@@ -22,12 +22,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from crab_min.errors import RunError
 
 
-def start(patience: timedelta = timedelta(hours=1)) -> torch.device:
+def start() -> torch.device:
     """Join the processes that torchrun started, and choose the device of this one.
-
-    Args:
-        patience: how long one process waits for the others, for example while the first builds
-            the world. If one dies, torchrun ends them all.
 
     Raises:
         RunError: there are more processes than GPUs, or they cannot talk to each other.
@@ -55,7 +51,8 @@ def start(patience: timedelta = timedelta(hours=1)) -> torch.device:
     # the group of all processes
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if gpus else "gloo", timeout=patience)
+            # they wait an hour for each other, for example while the first one builds the world
+            dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=1))
         except (ValueError, RuntimeError) as error:
             raise RunError(
                 f"the processes did not find each other ({str(error).splitlines()[0]}); "

@@ -22,6 +22,7 @@ the name of another, so a lesson of pretrain_lm.py can practise one kind of look
 
 import itertools
 import random
+from collections import defaultdict
 
 from crab_min.answers import mask_box
 from crab_min.model import ASSETS
@@ -76,7 +77,12 @@ def visual_facts(
     }
     if scene.movement:
         # the only object of this kind of scene moves about, so its side and box say nothing
-        facts["movement"] = movement_clauses(renderer, scene) if frame_at is None else []
+        thing = renderer.things[scene.objects[0].thing]
+        facts["movement"] = [
+            f"the movement is {scene.movement}",
+            f"the {thing.label} {MOVES[scene.movement]}",
+            f"the action is {thing.action}",
+        ]
         return facts
     facts["side"] = [clause_where(obj) for obj in visible]
     facts["there"] = [f"{at_position(obj.position)} is the {obj.label}" for obj in visible]
@@ -84,10 +90,13 @@ def visual_facts(
     # the whole clip tells when an object is seen, one frame exactly where
     if frame_at is None:
         facts["seen"] = [f"the {obj.label} is seen {during(obj.seen)}" for obj in visible]
-    else:
-        boxes = [box_clause(renderer, scene, obj, frame_at) for obj in visible]
-        facts["height"] = [height_clause(obj) for obj in visible]
-        facts["box"] = [clause for clause in boxes if clause]
+        return facts
+    facts["height"], facts["box"] = [], []
+    for obj in visible:
+        height = "high" if obj.y < SIZE / 2 else "low"
+        x1, y1, x2, y2 = mask_box(renderer.mask(scene, obj, frame_at))
+        facts["height"].append(f"the {obj.label} is {height}")
+        facts["box"].append(f"the {obj.label} is at {x1} {y1} {x2} {y2}")
     return facts
 
 
@@ -164,31 +173,7 @@ def av_facts(visible: list[Object], audible: list[Object], seconds: range, fixed
 
 def counted(count: int, noun: str) -> str:
     """Return "one thing is" or "two things are"."""
-    if count == 1:
-        return f"{NUMBERS[1]} {noun} is"
-    return f"{NUMBERS[count]} {noun}s are"
-
-
-def movement_clauses(renderer: Renderer, scene: Scene) -> list[str]:
-    thing = renderer.things[scene.objects[0].thing]
-    return [
-        f"the movement is {scene.movement}",
-        f"the {thing.label} {MOVES[scene.movement]}",
-        f"the action is {thing.action}",
-    ]
-
-
-def height_clause(obj: Object) -> str:
-    height = "high" if obj.y < SIZE / 2 else "low"
-    return f"the {obj.label} is {height}"
-
-
-def box_clause(renderer: Renderer, scene: Scene, obj: Object, second: float) -> str:
-    """Return the clause of an object's box, or "" where its mask is empty."""
-    box = mask_box(renderer.mask(scene, obj, second))
-    if box is None:
-        return ""
-    return "the {} is at {} {} {} {}".format(obj.label, *box)
+    return f"{NUMBERS[count]} {noun}{' is' if count == 1 else 's are'}"
 
 
 def shown_clause(obj: Object, visible: bool) -> str:
@@ -208,33 +193,30 @@ def comparisons(objects: list[Object]) -> list[str]:
     return clauses
 
 
-# --- statements -----------------------------------------------------------------------------------
-def scene_statements(
+def scene_facts(
     renderer: Renderer,
     scene: Scene,
     rng: random.Random,
     video: bool = True,
     frame_at: float | None = None,
     audio: range | None = None,
-    forms: tuple[str, ...] = (),
-) -> list[str]:
-    """Sample true statements about what is shown of one scene.
+) -> list[Facts]:
+    """Collect what is true of what is shown of one scene, sense by sense.
 
     Args:
         video: frames are shown.
         frame_at: the second of the only frame; None: frames of the whole clip.
         audio: the seconds of the sound that is heard; None: no sound.
-        forms: state all that is true in one of these forms, as far as there is any; (): a mixture.
     """
     if scene.kind == "face":
-        return face_statements(scene, rng, video, audio is not None)
+        return [face_facts(scene, video, audio is not None)]
     visible, audible = [], []
     if video:
         visible = [obj for obj in scene.seen if frame_at is None or obj.seen_at(frame_at)]
     if audio:
-        audible = [obj for obj in scene.heard if heard_during(obj, audio)]
+        audible = [obj for obj in scene.heard if any(map(obj.heard_at, audio))]
 
-    # one group of clauses per sense, in this order: it decides what a seed samples
+    # the order of the groups decides what a seed samples
     groups: list[Facts] = []
     if video:
         groups.append({"place": [f"the place is {scene.place}"]})
@@ -243,28 +225,35 @@ def scene_statements(
         groups.append(audio_facts(audible, visible or audible, len(audio) == SECONDS, rng))
     if video and audio:
         groups.append(av_facts(visible, audible, audio, fixed=not scene.movement))
+    return groups
+
+
+def face_facts(scene: Scene, video: bool, audio: bool) -> Facts:
+    """Collect what a face, its voice, or both tell."""
+    told = {
+        f"the place is {scene.place}": video,
+        f"the face is {scene.emotion}": video and not scene.masked,
+        f"the voice is {scene.emotion}": audio,
+        f"the person is {'masked' if scene.masked else 'not masked'}": video,
+        f"the person feels {scene.emotion}": audio,
+    }
+    return {"": [clause for clause, is_told in told.items() if is_told]}
+
+
+# --- statements -----------------------------------------------------------------------------------
+def scene_statements(
+    renderer: Renderer, scene: Scene, rng: random.Random, forms: tuple[str, ...] = (), **shown
+) -> list[str]:
+    """Sample true statements about what is shown of one scene.
+
+    Args:
+        forms: state all that is true in one of these forms, as far as there is any; (): a mixture.
+        shown: see `scene_facts`.
+    """
+    groups = scene_facts(renderer, scene, rng, **shown)
+    if scene.kind == "face":
+        return sample_statements(groups, forms, rng, fewest=1, most=3)
     return sample_statements(groups, forms, rng)
-
-
-def heard_during(obj: Object, seconds: range) -> bool:
-    return any(start < seconds.stop and end > seconds.start for start, end in obj.heard)
-
-
-def face_statements(scene: Scene, rng: random.Random, video: bool, audio: bool) -> list[str]:
-    """Sample one to three true statements about a face, its voice, or both."""
-    facts = []
-    if video:
-        facts.append(f"the place is {scene.place}")
-    if video and not scene.masked:
-        facts.append(f"the face is {scene.emotion}")
-    if audio:
-        facts.append(f"the voice is {scene.emotion}")
-    if video:
-        facts.append(f"the person is {'masked' if scene.masked else 'not masked'}")
-    if audio:
-        facts.append(f"the person feels {scene.emotion}")
-    count = rng.randint(1, min(3, len(facts)))
-    return [sentence(fact) for fact in rng.sample(facts, count)]
 
 
 def pair_statements(
@@ -310,27 +299,32 @@ def pair_statements(
     return sample_statements([{"": mixed, "which": which}], forms, rng)
 
 
-def sample_statements(groups: list[Facts], forms: tuple[str, ...], rng: random.Random) -> list[str]:
-    """Sample at most four clauses of one form, or three to eight of any form, as sentences.
+def sample_statements(
+    groups: list[Facts],
+    forms: tuple[str, ...],
+    rng: random.Random,
+    fewest: int = 3,
+    most: int = 8,
+) -> list[str]:
+    """Sample at most four clauses of one form, or `fewest` to `most` of any form, as sentences.
 
     One of `forms` is used if any of them has clauses, otherwise all forms are.
     """
-    stated = {form for group in groups for form, clauses in group.items() if clauses}
-    usable = [form for form in forms if form in stated]
-    facts = []
+    by_form, mixture = defaultdict(list), []
+    for group in groups:
+        for form, clauses in group.items():
+            by_form[form] += clauses
+            # those that look something up stand there twice, so they are sampled twice as often
+            mixture += 2 * clauses if form else clauses
+
+    usable = [form for form in forms if by_form[form]]
     if usable:  # a lesson
-        form = rng.choice(usable)
-        for group in groups:
-            facts += group.get(form, [])
-        sampled = rng.sample(facts, min(4, len(facts)))
+        clauses = by_form[rng.choice(usable)]
+        sampled = rng.sample(clauses, min(4, len(clauses)))
     else:
-        # clauses that look something up stand in the list twice, so they are sampled twice as often
-        for group in groups:
-            for form, clauses in group.items():
-                facts += 2 * clauses if form else clauses
-        count = rng.randint(min(3, len(facts)), min(8, len(facts)))
-        sampled = list(dict.fromkeys(rng.sample(facts, count)))  # each one once
-    return [sentence(fact) for fact in sampled]
+        count = rng.randint(min(fewest, len(mixture)), min(most, len(mixture)))
+        sampled = dict.fromkeys(rng.sample(mixture, count))  # each one once
+    return [sentence(clause) for clause in sampled]
 
 
 def content_words(statement: str) -> list[str]:

@@ -1,87 +1,72 @@
 """Examples for the tiny base's LM: scenes shown as prompts with media, in different views.
 
-Shapes: T frames or pieces of sound, N samples of a wave, F frames of a filter bank, S encoder
-tokens per piece, W encoder width.
+Shapes: T frames or pieces of sound, N samples of a piece.
 """
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
 
 from crab_min.backbones.composed import SPECIALS, ComposedModel
-from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptPart
 from crab_min.tinybase.captions import pair_statements, scene_statements
-from crab_min.tinybase.pretrain_encoders import augment, fbank_pieces
+from crab_min.tinybase.pretrain_encoders import augment
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import Scene
-from crab_min.world.things import SECONDS
-
-
-@dataclass
-class RawMedium:
-    """A medium before it is encoded."""
-
-    kind: str  # "image", "video" or "audio"
-    array: np.ndarray  # frames (T, 96, 96, 3) uint8, or a wave (N,) float32
-    pieces: range = range(0)  # of the wave: those that are given
-    piece_seconds: int = 0  # length of one piece
-
-
-@dataclass
-class Recorder:
-    """Records a scene as a medium, with a little noise."""
-
-    renderer: Renderer
-    noise: np.random.Generator
-
-    def image(self, scene: Scene, second: float) -> RawMedium:
-        return RawMedium("image", augment(self.renderer.frames(scene, [second]), self.noise))
-
-    def video(self, scene: Scene, frames: int) -> RawMedium:
-        """Record `frames` frames, each in the middle of its share of the clip."""
-        times = [(i + 0.5) * SECONDS / frames for i in range(frames)]
-        return RawMedium("video", augment(self.renderer.frames(scene, times), self.noise))
-
-    def audio(self, scene: Scene, pieces: range, piece_seconds: int = 1) -> RawMedium:
-        wave = augment(self.renderer.wave(scene), self.noise)
-        return RawMedium("audio", wave, pieces, piece_seconds)
+from crab_min.world.things import RATE, SECONDS
 
 
 @dataclass
 class Example:
     """A prompt with its media, and a function that samples true statements about them.
 
-    The media are RawMedium until `encode_examples` puts features in their place.
+    A medium is (kind, frames (T, 96, 96, 3) or pieces of sound (T, N)) until `encode_examples` puts
+    its features there.
     """
 
-    parts: list[PromptPart] = field(default_factory=list)
-    media: list[RawMedium | MediaFeatures] = field(default_factory=list)
-    sample_statements: Callable[..., list[str]] | None = None
+    parts: list[PromptPart]
+    media: list
+    sample_statements: Callable[..., list[str]]
 
-    def add(self, medium: RawMedium, rng: random.Random, name: str = "") -> None:
-        """Append a medium to the prompt, on a line of its own.
+
+class Recorder:
+    """Records scenes with a little noise, as the parts and the media of a prompt."""
+
+    def __init__(self, renderer: Renderer, rng: random.Random):
+        self.renderer, self.rng = renderer, rng
+        self.noise = np.random.default_rng(rng.randrange(10**9))
+        self.parts: list[PromptPart] = []
+        self.media: list[tuple[str, np.ndarray]] = []
+
+    def add(self, kind: str, scene: Scene, seconds: Sequence[float], name: str = "") -> None:
+        """Record a medium and append it to the prompt, on a line of its own.
 
         Args:
+            seconds: those of the frames; of a sound a range, whose step is the length of a piece.
             name: stands before the medium; without one, half of the time its kind does.
         """
-        if not name and rng.random() < 0.5:
-            name = medium.kind
+        if kind == "audio":
+            wave = augment(self.renderer.wave(scene), self.noise)
+            wave = wave[seconds.start * RATE : seconds.stop * RATE]
+            medium = wave.reshape(-1, seconds.step * RATE)  # (T, N)
+        else:
+            medium = augment(self.renderer.frames(scene, seconds), self.noise)  # (T, 96, 96, 3)
+        self.media.append((kind, medium))
+
+        if not name and self.rng.random() < 0.5:
+            name = kind
         marker = f"{name}: " if name else ""
         line_end = "\n" if self.parts else ""
-        self.parts.append(PromptPart("text", text=line_end + marker))
-        self.parts.append(PromptPart(medium.kind))
-        self.media.append(medium)
+        self.parts += [PromptPart("text", text=line_end + marker), PromptPart(kind)]
 
 
 def make_example(
     renderer: Renderer,
-    scenes: list[Scene],
+    scenes: Sequence[Scene],
     rng: random.Random,
     view: str = "",
     frame_at: float | None = None,
@@ -107,35 +92,32 @@ def make_example(
     """
     # sampled for every view, used or not
     scene = scenes[0]
-    recorder = Recorder(renderer, np.random.default_rng(rng.randrange(10**9)))
+    recorder = Recorder(renderer, rng)
     frame_at = frame_at or rng.randrange(SECONDS) + 0.5
     view = view or rng.choice(single_views(scene))
     piece_seconds = rng.choice([1, 1, 2])
     if view in ("pair", "frames"):
-        return make_pair_example(recorder, scenes, rng, one_frame=view == "frames")
+        return make_pair_example(recorder, scenes, one_frame=view == "frames")
 
     # frames
-    example = Example()
-    has_image = view in ("image", "moment", "still")
+    shown = {"video": view != "audio", "frame_at": None, "audio": None}
     length = 4 if scene.kind == "face" else SECONDS  # frames of a video, seconds of its sound
-    if has_image:
-        example.add(recorder.image(scene, frame_at), rng)
     if view == "clip":
-        example.add(recorder.video(scene, length), rng)
+        recorder.add("video", scene, middles(length))
+    elif view != "audio":
+        recorder.add("image", scene, [frame_at])
+        shown["frame_at"] = frame_at
 
     # sound
-    heard = None
-    if view in ("audio", "clip", "still"):
-        heard = range(length)
-        example.add(recorder.audio(scene, heard), rng)
     if view == "moment":
-        piece = int(frame_at) // piece_seconds
-        heard = range(piece * piece_seconds, (piece + 1) * piece_seconds)
-        example.add(recorder.audio(scene, range(piece, piece + 1), piece_seconds), rng)
-
-    shown = {"video": view != "audio", "frame_at": frame_at if has_image else None, "audio": heard}
-    example.sample_statements = partial(scene_statements, renderer, scene, rng, **shown)
-    return example
+        start = int(frame_at) // piece_seconds * piece_seconds
+        shown["audio"] = range(start, start + piece_seconds)
+        recorder.add("audio", scene, range(start, start + piece_seconds, piece_seconds))
+    elif view != "image":
+        shown["audio"] = range(length)
+        recorder.add("audio", scene, shown["audio"])
+    sample_statements = partial(scene_statements, renderer, scene, rng, **shown)
+    return Example(recorder.parts, recorder.media, sample_statements)
 
 
 def single_views(scene: Scene) -> list[str]:
@@ -145,27 +127,25 @@ def single_views(scene: Scene) -> list[str]:
     return ["image", "image", "audio", "clip", "clip", "clip", "moment", "moment", "still"]
 
 
-def make_pair_example(
-    recorder: Recorder, scenes: list[Scene], rng: random.Random, one_frame: bool
-) -> Example:
+def middles(count: int) -> list[float]:
+    """Return the middle second of each of `count` shares of a clip."""
+    return [(i + 0.5) * SECONDS / count for i in range(count)]
+
+
+def make_pair_example(recorder: Recorder, scenes: Sequence[Scene], one_frame: bool) -> Example:
     """Show the views "pair", or with `one_frame` "frames", of three scenes."""
-    example = Example()
     first, second, third = scenes
-    kind, frames = rng.choice(["video", "audio"]), SECONDS
+    whole = {"video": middles(SECONDS), "audio": range(SECONDS)}
+    kind = recorder.rng.choice(["video", "audio"])
     if one_frame:
-        kind, frames = "video", 1
-    elif kind == "video":
-        example.add(recorder.audio(third, range(SECONDS)), rng)
+        kind, whole["video"] = "video", middles(1)
     else:
-        example.add(recorder.video(third, frames), rng)
-    for number, scene in (("one", first), ("two", second)):
-        if kind == "video":
-            medium = recorder.video(scene, frames)
-        else:
-            medium = recorder.audio(scene, range(SECONDS))
-        example.add(medium, rng, name=f"{kind} {number}")
-    example.sample_statements = partial(pair_statements, [first, second], third, kind, rng)
-    return example
+        other = "audio" if kind == "video" else "video"
+        recorder.add(other, third, whole[other])
+    recorder.add(kind, first, whole[kind], f"{kind} one")
+    recorder.add(kind, second, whole[kind], f"{kind} two")
+    sample_statements = partial(pair_statements, [first, second], third, kind, recorder.rng)
+    return Example(recorder.parts, recorder.media, sample_statements)
 
 
 def make_copy_example(tokenizer, rng: random.Random) -> Example:
@@ -179,33 +159,13 @@ def make_copy_example(tokenizer, rng: random.Random) -> Example:
     return Example([PromptPart("text", text=text)], [], lambda forms: [text])
 
 
-@torch.no_grad()
 def encode_examples(model: ComposedModel, examples: list[Example]) -> None:
-    """Replace the media of some examples by their features, in one pass per kind and length."""
-    groups = defaultdict(list)  # (kind, length) -> where the media are: (example, index)
+    """Replace the media of some examples by their features, those of one shape in one pass."""
+    groups = defaultdict(list)  # (kind, shape) -> where the media are: (example, index)
     for example in examples:
-        for i, medium in enumerate(example.media):
-            length = medium.piece_seconds if medium.kind == "audio" else len(medium.array)
-            groups[medium.kind, length].append((example, i))
-    for (kind, length), places in groups.items():
-        media = [example.media[i] for example, i in places]
-        if kind == "audio":
-            features = encode_audio(model, media, length)
-        else:
-            features = model.encode(kind, [medium.array for medium in media])
-        for (example, i), encoded in zip(places, features):
-            example.media[i] = encoded
-
-
-def encode_audio(
-    model: ComposedModel, media: list[RawMedium], piece_seconds: int
-) -> list[MediaFeatures]:
-    """Encode the pieces of several waves, all pieces of the same length."""
-    banks = fbank_pieces(np.stack([medium.array for medium in media]), piece_seconds)
-    given = [bank[list(medium.pieces)] for bank, medium in zip(banks, media)]  # (T, F, 128) each
-    encoded, _ = model.audio.beats(torch.cat(given))  # (sum of T, S, W)
-    features = []
-    for pieces in encoded.split([len(bank) for bank in given]):  # (T, S, W)
-        mask = torch.ones(pieces.shape[:2], dtype=torch.bool)  # (T, S)
-        features.append(MediaFeatures("audio", pieces, mask))
-    return features
+        for i, (kind, array) in enumerate(example.media):
+            groups[kind, array.shape].append((example, i))
+    for (kind, _), places in groups.items():
+        arrays = [example.media[i][1] for example, i in places]
+        for (example, i), features in zip(places, model.encode(kind, arrays)):
+            example.media[i] = features

@@ -9,9 +9,7 @@ it is answered is left to the adapter.
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,21 +26,28 @@ from crab_min.backbones.composed import (
 from crab_min.backbones.sizes import TINY_MODEL
 from crab_min.config import BaseConfig
 from crab_min.errors import ModelError
+from crab_min.runs.folder import atomic_write
 from crab_min.tinybase.captions import corpus
 from crab_min.tinybase.check import check_base
 from crab_min.tinybase.pretrain_encoders import train_hear, train_see
 from crab_min.tinybase.pretrain_lm import train_read
 from crab_min.world.rendering import Renderer
 
+MERGES = 1000  # of the tokenizer; its other tokens are 256 bytes and the special tokens
+
 
 @dataclass
 class Progress:
-    """What is done of a base: stage.json, by which an interrupted run continues."""
+    """What is done of a base: base.json, by which an interrupted run continues."""
 
-    stages: list[str]
-    seconds: float
-    log: list[dict]
     config: dict
+    stages: list[str] = field(default_factory=list)
+    minutes: float = 0
+    log: list[dict] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)  # of the finished base
+
+    def save(self, folder: Path) -> None:
+        atomic_write(folder / "base.json", json.dumps(asdict(self), indent=1) + "\n")
 
 
 def train_base(config: BaseConfig) -> None:
@@ -55,42 +60,38 @@ def train_base(config: BaseConfig) -> None:
     """
     folder, renderer = Path(config.out), Renderer()
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.time()
     model, progress = start_or_continue(folder, renderer, config)
 
     # the stages that are not done yet
-    for name, train in stages_of(config).items():
+    for name, train in (("see", train_see), ("hear", train_hear), ("read", train_read)):
         if name in progress.stages:
             continue
+        began = time.time()
         torch.manual_seed(config.seed)
-        train(model, renderer, seed=config.seed, log=progress.log.append)
+        train(model, renderer, config, progress.log.append)
         model.save_base(folder)
         progress.stages.append(name)
-        progress.seconds += time.time() - began
-        began = time.time()
-        (folder / "stage.json").write_text(json.dumps(asdict(progress)))
+        progress.minutes += (time.time() - began) / 60
+        progress.save(folder)
 
     # what the base reaches
-    figures = check_base(model, renderer, config.seed, config.check_scenes)
-    figures |= {"minutes": round(progress.seconds / 60, 1), "config": asdict(config)}
-    text = json.dumps({**figures, "log": progress.log}, indent=1)
-    (folder / "base.json").write_text(text + "\n")
-    (folder / "stage.json").unlink()
-    print(f"{folder}: {json.dumps(figures)}")
+    progress.figures = check_base(model, renderer, config.seed, config.check_scenes)
+    progress.save(folder)
+    print(f"{folder}: made in {progress.minutes:.1f} minutes, {json.dumps(progress.figures)}")
 
 
 def start_or_continue(
     folder: Path, renderer: Renderer, config: BaseConfig
 ) -> tuple[ComposedModel, Progress]:
     """Return a new base and its progress, or those of an interrupted run."""
-    if (folder / "base.json").exists():
-        raise ModelError(
-            f"{folder}: holds a finished base, which will not be overwritten; choose another --out"
-        )
-
     # an interrupted run: the model as it was after its last finished stage
-    if (folder / "stage.json").exists():
-        progress = Progress(**json.loads((folder / "stage.json").read_text()))
+    if (folder / "base.json").exists():
+        progress = Progress(**json.loads((folder / "base.json").read_text()))
+        if progress.figures:
+            raise ModelError(
+                f"{folder}: holds a finished base, which will not be overwritten; "
+                "choose another --out"
+            )
         if progress.config != asdict(config):
             raise ModelError(
                 f"{folder}: an interrupted base with other settings ({progress.config}); "
@@ -104,24 +105,11 @@ def start_or_continue(
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     model = ComposedModel(ModelConfig(**TINY_MODEL), tokenizer)
     init_weights(model)
-    return model, Progress([], 0, [], asdict(config))
+    return model, Progress(asdict(config))
 
 
-def stages_of(config: BaseConfig) -> dict[str, Callable]:
-    """Return the function of each stage, by name, in order."""
-    read = partial(train_read, practice=config.practice, steps=config.read_steps)
-    return {
-        "see": partial(train_see, steps=config.see_steps, lr=config.base_lr),
-        "hear": partial(train_hear, steps=config.hear_steps, lr=config.base_lr),
-        "read": partial(read, lr=config.read_lr),
-    }
-
-
-def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with single digits.
-
-    Its vocabulary: 256 bytes, the special tokens, and `merges` merges learned from the corpus.
-    """
+def train_tokenizer(corpus: list[str]) -> Tokenizer:
+    """Train a byte-level BPE tokenizer with single digits."""
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
@@ -129,7 +117,7 @@ def train_tokenizer(corpus: list[str], merges: int = 1000) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + len(SPECIALS) + merges,
+        vocab_size=len(alphabet) + len(SPECIALS) + MERGES,
         show_progress=False,
         special_tokens=list(SPECIALS),
         initial_alphabet=alphabet,

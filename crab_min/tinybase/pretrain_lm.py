@@ -11,20 +11,22 @@ where the dog is. Without statements of all forms before the lessons it did not 
 (assets/README.md).
 """
 
+import itertools
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from crab_min.backbones.composed import ComposedModel
+from crab_min.config import BaseConfig
 from crab_min.interface import PromptPart
+from crab_min.model import NO_LABEL, bf16_autocast
 from crab_min.tinybase.captions import with_keywords_or_recap
 from crab_min.tinybase.examples import Example, encode_examples, make_copy_example, make_example
-from crab_min.tinybase.pretrain_encoders import Figures, Stage, sample_scenes
+from crab_min.tinybase.pretrain_encoders import Figures, sample_scenes, train_stage
 from crab_min.world.rendering import Renderer
 
 
@@ -78,45 +80,27 @@ LESSONS = (
 
 
 # --- the stage ------------------------------------------------------------------------------------
-def train_read(
-    model: ComposedModel,
-    renderer: Renderer,
-    practice: float,
-    steps: int,
-    lr: float,
-    seed: int,
-    log: Callable,
-) -> None:
+def train_read(model: ComposedModel, renderer: Renderer, config: BaseConfig, log: Callable) -> None:
     """Train the LM on the lessons and then on statements of all forms.
 
     The connectors learn too, at a fifth of the learning rate.
-
-    Args:
-        practice: factor on the steps of the lessons.
-        steps: number of steps after the lessons.
     """
     model.requires_grad_(False)
     trained = [
-        ([model.llm, model.time, model.number], lr),
-        ([model.visual_qformer, model.audio_qformer], lr / 5),
+        ([model.llm, model.time, model.number], config.read_lr),
+        ([model.visual_qformer, model.audio_qformer], config.read_lr / 5),
     ]
-    curriculum = Curriculum(model, renderer, seed)
+    curriculum = Curriculum(model, renderer, config.seed)
 
-    # each lesson, until its steps are made or its loss is reached
-    limit = 1 + sum(round(lesson.steps * practice) for lesson in LESSONS)
-    stage = Stage("read: lessons", trained, limit, log, constant_share=1)
-    for number, lesson in enumerate(LESSONS):
-        loss_of = partial(curriculum.loss, lesson=lesson, earlier=LESSONS[:number])
-        recent_losses: deque[float] = deque(maxlen=20)
-        for _ in range(round(lesson.steps * practice)):
-            recent_losses.extend(stage.update(loss_of).values())
-            if len(recent_losses) == 20 and sum(recent_losses) / 20 < lesson.until:
-                break
-    stage.bar.close()
+    # the lessons
+    limit = 1 + sum(round(lesson.steps * config.practice) for lesson in LESSONS)
+    losses = curriculum.lesson_losses(config.practice)
+    train_stage("read: lessons", trained, losses, limit, log, constant_share=1)
 
     # statements of all forms; beginning at step `limit`, so that no lesson had the same scenes
-    stage = Stage("read: statements", trained, steps, log, constant_share=0.3)
-    stage.run(lambda step: curriculum.loss(limit + step, STATEMENTS, LESSONS))
+    steps = config.read_steps
+    losses = (curriculum.loss(limit + step, STATEMENTS, LESSONS) for step in range(steps))
+    train_stage("read: statements", trained, losses, steps, log, constant_share=0.3)
 
 
 class Curriculum:
@@ -131,6 +115,19 @@ class Curriculum:
             name_ids += model.encode_text(f" {thing.label}")
         self.name_ids = torch.tensor(name_ids)
 
+    def lesson_losses(self, practice: float) -> Iterator[tuple[Tensor, Figures]]:
+        """Yield the losses of each lesson, until its steps are made or its loss is reached."""
+        steps = itertools.count()
+        for number, lesson in enumerate(LESSONS):
+            recent_losses: deque[float] = deque(maxlen=20)
+            for _ in range(round(lesson.steps * practice)):
+                loss, figures = self.loss(next(steps), lesson, LESSONS[:number])
+                yield loss, figures
+                recent_losses.extend(figures.values())
+                if len(recent_losses) == 20 and sum(recent_losses) / 20 < lesson.until:
+                    break
+
+    @bf16_autocast()
     def loss(
         self, step: int, lesson: Lesson, earlier: tuple[Lesson, ...]
     ) -> tuple[Tensor, Figures]:
@@ -138,6 +135,7 @@ class Curriculum:
 
         The figures are the loss under the name of the lesson; there are none for an earlier one.
         """
+        # the lesson itself or an earlier one, and the examples that it practises on
         practised, count = lesson, lesson.scenes
         if earlier and self.rng.random() < 0.25:
             practised, count = self.rng.choice(earlier), STATEMENTS.scenes
@@ -146,28 +144,25 @@ class Curriculum:
             (view, kinds), count = self.rng.choice(MIXTURE), STATEMENTS.scenes
         examples = self.batch(step, view, kinds, count)
 
+        # statements about them
         prompts, targets = [], []
         for example in examples:
-            prompt_end, target = self.sample_target(example, practised)
-            prompts.append(example.parts + prompt_end)
+            statements = example.sample_statements(forms=practised.forms)
+            prompt_end, target = "", " ".join(statements)
+            if not practised.view:
+                prompt_end, target = with_keywords_or_recap(statements, self.rng)
+            prompts.append([*example.parts, PromptPart("text", text=prompt_end)])
             targets.append(target)
         batch = self.model.collate(prompts, [example.media for example in examples], targets)
+
         # which thing comes next is chance, and names would be most of the loss of a lesson
         if practised.view and not practised.names:
-            batch.labels[torch.isin(batch.labels, self.name_ids)] = -100
-
+            batch.labels[torch.isin(batch.labels, self.name_ids)] = NO_LABEL
         loss = self.model(batch) / batch.answer_tokens
         if practised is not lesson:
             return loss, {}
         name = "_".join((lesson.view or "statements", *lesson.forms[:1]))
         return loss, {name: round(loss.item(), 3)}
-
-    def sample_target(self, example: Example, lesson: Lesson) -> tuple[list[PromptPart], str]:
-        """Sample statements about an example: (what they add to the prompt, the target)."""
-        if lesson.view:
-            return [], " ".join(example.sample_statements(forms=lesson.forms))
-        keywords, target = with_keywords_or_recap(example.sample_statements(), self.rng)
-        return [PromptPart("text", text=keywords)] if keywords else [], target
 
     def batch(self, step: int, view: str, kinds: tuple[str, ...], count: int) -> list[Example]:
         """Return a batch of encoded examples.
@@ -179,18 +174,14 @@ class Curriculum:
             return [make_copy_example(self.model.tokenizer, self.rng) for _ in range(count)]
         pool = self.pools[view, kinds, count]
         if step % 3 == 0 or not pool:
-            pool.append(self.new_batch(step, view, kinds, count))
+            # scenes that the encoders were not trained on, three per example in some views
+            per_example = 3 if view in ("pair", "frames") else 1
+            columns = []
+            for first in range(step + 10**6, step + 10**6 + per_example):
+                columns.append(sample_scenes(self.renderer, kinds, first, count, self.seed))
+            rows = zip(*columns)
+            examples = [make_example(self.renderer, scenes, self.rng, view) for scenes in rows]
+            encode_examples(self.model, examples)
+            pool.append(examples)
             del pool[:-8]
         return self.rng.choice(pool)
-
-    def new_batch(self, step: int, view: str, kinds: tuple[str, ...], count: int) -> list[Example]:
-        # scenes that the encoders were not trained on, three per example where a view takes three
-        per_example = 3 if view in ("pair", "frames") else 1
-        columns = []
-        for i in range(per_example):
-            columns.append(sample_scenes(self.renderer, kinds, step + 10**6 + i, count, self.seed))
-        examples = []
-        for scenes in zip(*columns):
-            examples.append(make_example(self.renderer, list(scenes), self.rng, view))
-        encode_examples(self.model, examples)
-        return examples
