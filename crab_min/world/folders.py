@@ -32,6 +32,8 @@ from crab_min.world.things import RATE, SECONDS
 
 ROWS_VERSION = 3  # a change of rows alone needs a new number here, and no new tiny base
 TRAIN_ONLY = ("mer24", "unav", "avcap")  # folders without a test split
+# Kind of scene: its share of the training clips.
+SHARES = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
 
 
 def build_world(
@@ -73,27 +75,8 @@ def things_suffix(things: str, renderer: Renderer) -> str:
         return ""
     digest = hashlib.sha256()
     for thing in renderer.things:
-        digest.update(thing.sprite.tobytes() + thing.wave.tobytes() + thing.label.encode())
+        digest.update(thing.sprite.tobytes() + thing.wave.tobytes() + thing.action.encode())
     return f"-{Path(things).resolve().name}-{digest.hexdigest()[:8]}"
-
-
-# --- annotations ----------------------------------------------------------------------------------
-# Kind of scene: its share of the training clips.
-SHARES = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
-# Folder: the field of a training row's target text. "label" in the others.
-TARGET_FIELD = {
-    "ucf": "new_label",
-    "ref_avs": "output",
-    **dict.fromkeys(("ave", "unav", "avvp", "avcap", "s4", "ms3", "arig"), "label_content"),
-}
-# Folder: fields that its rows of one split do not have.
-TRAIN_HIDES = {"arig": ["top_left", "bottom_right", "frame_idx"], "ref_avs": ["split"]}
-TEST_HIDES = {
-    "a2v": ["audio_event", "video1_event", "video2_event"],
-    "v2a": ["audio1_event", "video_event", "audio2_event"],
-}
-# Field of a row that shows one frame: its name in test rows.
-TEST_NAMES = {"image_path": "visual_path", "idx": "frame_idx", "description": "object"}
 
 
 def make_scenes(
@@ -108,6 +91,23 @@ def make_scenes(
             count = math.ceil(config.world_test * (1.5 if kind == "many" else 1))
         scenes[kind] = [renderer.scene(split, kind, index, seed) for index in range(count)]
     return scenes
+
+
+# --- annotations ----------------------------------------------------------------------------------
+# Folder: the field of a training row's target text. "label" in the others.
+TARGET_FIELD = {
+    "ucf": "new_label",
+    "ref_avs": "output",
+    **dict.fromkeys(("ave", "unav", "avvp", "avcap", "s4", "ms3", "arig"), "label_content"),
+}
+# Folder: fields that its rows of one split do not have.
+TRAIN_HIDES = {"arig": ["top_left", "bottom_right", "frame_idx"], "ref_avs": ["split"]}
+TEST_HIDES = {
+    "a2v": ["audio_event", "video1_event", "video2_event"],
+    "v2a": ["audio1_event", "video_event", "audio2_event"],
+}
+# Field of a row that shows one frame: its name in test rows.
+TEST_NAMES = {"image_path": "visual_path", "idx": "frame_idx", "description": "object"}
 
 
 def write_rows(
@@ -155,8 +155,8 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def write_in_processes(write: Callable[[tuple], None], clips: list[tuple]) -> None:
-    """Write clips in a worker process per core, with a progress bar."""
+def write_in_processes(write: Callable, clips: list) -> None:
+    """Call `write` with each clip, in a worker process per core and with a progress bar."""
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         written = pool.map(write, clips, chunksize=8)

@@ -33,6 +33,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
 from crab_min.answers import answer_tag
+from crab_min.errors import DataError
 from crab_min.media.flow import FLOW_GAP, flow_pictures
 from crab_min.media.write import write_video
 from crab_min.world.folders import new_folder, things_suffix, worker_renderer, write_in_processes
@@ -83,9 +84,12 @@ def build_side_world(
         together: each row names the files of all channels (CREMA), not of its own alone (PAVE).
 
     Raises:
-        DataError: the things cannot be used.
+        DataError: the things cannot be used, or are fewer than five.
     """
     renderer = Renderer(things or None)  # a new one: files of the things may have changed
+    if len(renderer.things) <= INTERVALS:
+        count = f"{len(renderer.things)} things, at least {INTERVALS + 1} are needed"
+        raise DataError(f"{things}: {count} for side channels; add some, or leave out --things")
     suffix = things_suffix(things, renderer)
     final = Path(cache) / f"sides-v{VERSION}-seed{seed}-{clips}-{test}{suffix}"
     shows = {}
