@@ -17,11 +17,12 @@ from crab_min.media.read import read_video
 from crab_min.media.write import write_audio
 from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
 from crab_min.tasks import TASKS
-from crab_min.world import folders
+from crab_min.world import folders, side_channels
 from crab_min.world.clip_rows import clip_rows, match_rows, overlap
 from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import FPS
+from crab_min.world.side_channels import build_side_world
 from crab_min.world.things import SECONDS
 
 SMALL = WorldConfig(world_clips=24, world_test=4)  # the size of `small_world`, which has seed 0
@@ -112,6 +113,22 @@ def test_a_mask_with_two_objects_has_two_boxes_for_ms3(tmp_path):
     assert [mask_box(part) for part in mask_objects(stored, "s4")] == [(0, 0, 224, 224)]
 
 
+def test_a_world_of_one_test_clip_per_kind_has_none_to_match_it_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "write_in_processes", lambda write, clips: None)  # no clips
+    root = build_world(WorldConfig(world_clips=8, world_test=1), 0, tmp_path)
+    assert len(json.loads((root / "ave/test.json").read_text())) == 1
+    assert not (root / "a2v/test.json").exists()
+
+
+def write_thing(folder: Path, i: int, side: int = 40) -> None:
+    """Write the picture and the sound of a thing."""
+    picture = np.zeros((40, 60, 4), np.uint8)
+    picture[8:32, 10 : 10 + side] = (40 * i, 200, 30, 255)
+    Image.fromarray(picture).save(folder / f"thing_{i}.png")
+    wave = np.sin(np.arange(16000) * (0.05 + 0.03 * i)).astype(np.float32) * 0.3
+    write_audio(str(folder / f"thing_{i}.wav"), wave)
+
+
 def test_things_from_a_folder(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         Renderer(str(tmp_path / "nowhere"))
@@ -119,17 +136,36 @@ def test_things_from_a_folder(tmp_path):
         if i == 3:
             with pytest.raises(DataError, match="at least 4"):
                 Renderer(str(tmp_path))
-        picture = np.zeros((40, 60, 4), np.uint8)
-        picture[8:32, 10:50] = (40 * i, 200, 30, 255)
-        Image.fromarray(picture).save(tmp_path / f"thing_{i}.png")
-        wave = np.sin(np.arange(16000) * (0.05 + 0.03 * i)).astype(np.float32) * 0.3
-        write_audio(str(tmp_path / f"thing_{i}.wav"), wave)
+        write_thing(tmp_path, i)
     renderer = Renderer(str(tmp_path))
     assert [thing.label for thing in renderer.things] == [f"thing {i}" for i in range(4)]
     assert all(len(thing.wave) == 160000 for thing in renderer.things)
     assert all(thing.sprite.size == (40, 24) for thing in renderer.things)
     frames = renderer.frames(renderer.scene("train", "one", 0), [1.0])
     assert frames.shape == (1, 96, 96, 3)
+
+
+def test_the_name_of_a_world_tells_what_is_in_the_folder_of_things(tmp_path, monkeypatch):
+    for module in (folders, side_channels):
+        monkeypatch.setattr(module, "write_in_processes", lambda write, clips: None)
+    things, cache = tmp_path / "things", tmp_path / "cache"
+    things.mkdir()
+
+    def name_of_side_world():
+        rows = build_side_world(str(things), 2, 1, 0, ["audio"], cache)
+        return rows.parents[1].name
+
+    for i in range(5):
+        if i == 4:
+            with pytest.raises(DataError, match="4 things, at least 5"):
+                name_of_side_world()
+        write_thing(things, i)
+    small = WorldConfig(things=str(things), world_clips=8, world_test=1)
+    names = [build_world(small, 0, cache).parent.name, name_of_side_world()]
+    write_thing(things, 0, side=30)
+    changed = [build_world(small, 0, cache).parent.name, name_of_side_world()]
+    for name, other in zip(names, changed):
+        assert "-things-" in name and name[:-8] == other[:-8] and name != other
 
 
 # --- rows -----------------------------------------------------------------------------------------

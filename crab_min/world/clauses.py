@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from crab_min.world.scenes import Object, Span
 
 NUMBERS = ("zero", "one", "two", "three", "four")
-POSITIONS = ("left", "middle", "right")
 NOT_IN_PICTURE = "not in the picture"
 # movement: what a thing does that moves so
 MOVES = {

@@ -7,7 +7,6 @@ where, when), then the label in its tag. folders.py moves the text to the field 
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 
 from crab_min.answers import answer_tag, event_tag
 from crab_min.world.clauses import (
@@ -18,7 +17,7 @@ from crab_min.world.clauses import (
     list_of_names,
     sentence,
 )
-from crab_min.world.questions import Candidate, balanced, choices, questions
+from crab_min.world.questions import Question, balanced, choices, questions
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import Object, Scene, Scenes, Span
 
@@ -27,6 +26,9 @@ Rows = dict[str, list[dict]]  # folder -> rows
 EMOTION_FIELD = dict(
     meld="Emotion", cremad="emotion", mafw="emotion", dfew="emotion", mer24="discrete"
 )
+ENDINGS = {"video": "mp4", "audio": "mp3"}
+# folder: the medium that is given, and the medium of which one of two is to be chosen
+MATCHES = {"a2v": ("audio", "video"), "v2a": ("video", "audio")}
 
 
 def clip_rows(renderer: Renderer, scenes: Scenes, rng: random.Random, count: int) -> Rows:
@@ -34,50 +36,42 @@ def clip_rows(renderer: Renderer, scenes: Scenes, rng: random.Random, count: int
 
     count: rows of avqa_thu, and half the rows of avqa, as far as there are enough.
     """
-    # Events.
-    rows: Rows = defaultdict(list)
-    for scene in scenes["one"]:
-        rows["ave"].append(ave_row(scene))
-        rows["avcap"].append(avcap_row(scene))
-    for scene in scenes["many"]:
-        if seen_while_heard(scene):
-            rows["unav"].append(unav_row(scene))
-        rows["avvp"].append(avvp_row(scene))
-        rows["avcap"].append(avcap_row(scene))
+    with_things = scenes["one"] + scenes["many"]
+    rows: Rows = {
+        "ave": [ave_row(scene) for scene in scenes["one"]],
+        "avcap": [avcap_row(scene) for scene in with_things],
+        "unav": [unav_row(scene) for scene in scenes["many"] if seen_while_heard(scene)],
+        "avvp": [avvp_row(scene) for scene in scenes["many"]],
+    }
 
     # Collect all questions, then choose. The order of the random calls decides what a seed gives.
-    asked = [row for scene in scenes["one"] + scenes["many"] for row in avqa_candidates(scene)]
-    chosen = []
-    for scene in scenes["one"] + scenes["many"]:
-        chosen += avqa_thu_candidates(scene, rng)
-    for number, row in enumerate(balanced(asked, 2 * count, rng)):
-        rows["avqa"].append({**row, "question_id": number})
-    for number, row in enumerate(balanced(chosen, count, rng)):
-        rows["avqa_thu"].append({**row, "id": number})
+    asked, offered = [], []
+    for scene in with_things:
+        asked += [(scene, question) for question in questions(scene)]
+        offered += [(scene, question) for question in choices(scene, rng)]
+    asked, offered = balanced(asked, 2 * count, rng), balanced(offered, count, rng)
+    rows["avqa"] = [avqa_row(*pair, number) for number, pair in enumerate(asked)]
+    rows["avqa_thu"] = [avqa_thu_row(*pair, number) for number, pair in enumerate(offered)]
 
     # Actions and emotions. Five folders have the emotion task: in training each has its own clips.
-    for scene in scenes["action"]:
-        rows["ks"].append(ks_row(scene, renderer))
-        rows["ucf"].append(ucf_row(scene))
-    for scene in scenes["face"]:
-        for position, (folder, field) in enumerate(EMOTION_FIELD.items()):
+    rows["ks"] = [ks_row(scene, renderer) for scene in scenes["action"]]
+    rows["ucf"] = [ucf_row(scene) for scene in scenes["action"]]
+    for position, (folder, field) in enumerate(EMOTION_FIELD.items()):
+        rows[folder] = []
+        for scene in scenes["face"]:
             if scene.split != "train" or scene.index % len(EMOTION_FIELD) == position:
                 rows[folder].append(emotion_row(scene, field))
     return rows
 
 
 # --- parts of rows --------------------------------------------------------------------------------
-def video_path(scene: Scene) -> str:
+def media_path(scene: Scene, medium: str) -> str:
     """Return the path of a clip from the folder of a task: all share ave's clips."""
-    return f"../../ave/video/{scene.name}.mp4"
-
-
-def audio_path(scene: Scene) -> str:
-    return f"../../ave/audio/{scene.name}.mp3"
+    return f"../../ave/{medium}/{scene.name}.{ENDINGS[medium]}"
 
 
 def clip_paths(scene: Scene) -> dict[str, str]:
-    return {"video_path": video_path(scene), "audio_path": audio_path(scene)}
+    return {f"{medium}_path": media_path(scene, medium) for medium in ENDINGS}
 
 
 def reasoned(evidence: str, answer: str) -> str:
@@ -172,42 +166,33 @@ def avcap_row(scene: Scene) -> dict:
 
 
 # --- questions ------------------------------------------------------------------------------------
-def what_one_sense_counts(scene: Scene) -> tuple:
-    """Return what eyes or ears alone can count. Answers are balanced within each such stratum."""
-    return scene.kind, len(scene.seen), len(scene.heard)
+def avqa_row(scene: Scene, question: Question, number: int) -> dict:
+    """MUSIC-AVQA: an open question."""
+    return {
+        **clip_paths(scene),
+        "video_id": scene.name,
+        "type": json.dumps([question.modality, question.kind]),
+        "question": question.text,
+        "answer": question.answer,
+        "question_id": number,
+        "text": reasoned(question.evidence, answer_tag(question.answer)),
+    }
 
 
-def avqa_candidates(scene: Scene) -> Iterator[Candidate]:
-    """MUSIC-AVQA: all open questions about a scene."""
-    for modality, kind, text, answer, evidence in questions(scene):
-        stratum = what_one_sense_counts(scene) if modality == "Audio-Visual" else ()
-        row = {
-            **clip_paths(scene),
-            "video_id": scene.name,
-            "type": json.dumps([modality, kind]),
-            "question": text,
-            "answer": answer,
-            "text": reasoned(evidence, answer_tag(answer)),
-        }
-        yield Candidate((modality, kind), stratum, answer, row)
-
-
-def avqa_thu_candidates(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
-    """AVQA (Tsinghua): all multiple-choice questions about a scene."""
-    for text, options, right, evidence in choices(scene, rng):
-        answer = options[right]
-        row = {
-            **clip_paths(scene),
-            "video_name": scene.name,
-            "video_id": scene.name,
-            "question_relation": "Both",
-            "question_type": "Where",
-            "multi_choice": options,
-            "question_text": text,
-            "answer": right,
-            "text": reasoned(evidence, answer_tag(answer)),
-        }
-        yield Candidate(text, what_one_sense_counts(scene), answer, row)
+def avqa_thu_row(scene: Scene, question: Question, number: int) -> dict:
+    """AVQA (Tsinghua): a multiple-choice question."""
+    return {
+        **clip_paths(scene),
+        "video_name": scene.name,
+        "video_id": scene.name,
+        "question_relation": "Both",
+        "question_type": "Where",
+        "multi_choice": question.options,
+        "question_text": question.text,
+        "answer": question.options.index(question.answer),
+        "id": number,
+        "text": reasoned(question.evidence, answer_tag(question.answer)),
+    }
 
 
 # --- actions and emotions -------------------------------------------------------------------------
@@ -246,6 +231,8 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> Rows:
         count: rows per folder, if so many pairs are found in 20 tries per row.
     """
     rows: Rows = defaultdict(list)
+    if len(scenes) < 2:
+        return rows
     for _ in range(20 * count):
         asked, other = rng.sample(scenes, 2)
         if confusable(asked, other) or confusable(other, asked):
@@ -254,10 +241,8 @@ def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> Rows:
         # The scene asked about comes first or second, and the two folders take turns.
         right = rng.randrange(2)
         pair = (asked, other) if right == 0 else (other, asked)
-        if len(rows["a2v"]) > len(rows["v2a"]):
-            rows["v2a"].append(v2a_row(asked, pair, right))
-        else:
-            rows["a2v"].append(a2v_row(asked, pair, right))
+        folder = "v2a" if len(rows["a2v"]) > len(rows["v2a"]) else "a2v"
+        rows[folder].append(match_row(folder, asked, pair, right))
         if len(rows["v2a"]) == count:
             break
     return rows
@@ -268,45 +253,25 @@ def confusable(sound: Scene, video: Scene) -> bool:
     return bool({obj.label for obj in sound.heard} & {obj.label for obj in video.seen})
 
 
-def event_of(scene: Scene) -> Object:
-    """Return the one thing that is seen and heard."""
-    (event,) = [obj for obj in scene.objects if obj.seen and obj.heard]
-    return event
+def match_row(folder: str, asked: Scene, pair: tuple[Scene, Scene], right: int) -> dict:
+    """A2V or V2A: a sound or video, and which of two media of the other kind belongs to it.
 
-
-def a2v_row(asked: Scene, videos: tuple[Scene, Scene], right: int) -> dict:
-    """A2V: a sound, and which of two videos it belongs to."""
-    return {
-        "video1_path": video_path(videos[0]),
-        "video2_path": video_path(videos[1]),
-        "audio_path": audio_path(asked),
-        "correct_video": right + 1,
-        "audio_event": event_of(asked).label,
-        "video1_event": event_of(videos[0]).label,
-        "video2_event": event_of(videos[1]).label,
-        "text": match_text(asked, asked.heard, "video", right),
+    The evidence tells in which of the two each object is: only the event of the scene is in one.
+    """
+    given, other = MATCHES[folder]
+    (event,) = seen_while_heard(asked)
+    row = {
+        f"{given}_path": media_path(asked, given),
+        f"{given}_event": event.label,
+        f"correct_{other}": right + 1,
     }
+    for number, scene in enumerate(pair, 1):
+        row[f"{other}{number}_path"] = media_path(scene, other)
+        row[f"{other}{number}_event"] = seen_while_heard(scene)[0].label
 
-
-def v2a_row(asked: Scene, sounds: tuple[Scene, Scene], right: int) -> dict:
-    """V2A: a video, and which of two sounds belongs to it."""
-    return {
-        "video_path": video_path(asked),
-        "audio1_path": audio_path(sounds[0]),
-        "audio2_path": audio_path(sounds[1]),
-        "correct_audio": right + 1,
-        "audio1_event": event_of(sounds[0]).label,
-        "video_event": event_of(asked).label,
-        "audio2_event": event_of(sounds[1]).label,
-        "text": match_text(asked, asked.seen, "audio", right),
-    }
-
-
-def match_text(asked: Scene, objects: list[Object], medium: str, right: int) -> str:
-    """Return in which of two media each object is: only the event of the scene is in one."""
-    number = NUMBERS[right + 1]
     clauses = []
-    for obj in objects:
-        where = f"{medium} {number}" if obj is event_of(asked) else "neither"
+    for obj in asked.heard if given == "audio" else asked.seen:
+        where = f"{other} {NUMBERS[right + 1]}" if obj is event else "neither"
         clauses.append(f"the {obj.label} is in {where}")
-    return reasoned(sentence(*clauses), answer_tag(number))
+    row["text"] = reasoned(sentence(*clauses), answer_tag(NUMBERS[right + 1]))
+    return row

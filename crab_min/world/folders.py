@@ -6,6 +6,7 @@ names. All folders point into `ave/video` and `ave/audio`, as the released annot
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,11 +27,13 @@ from crab_min.media.write import write_audio, write_video
 from crab_min.world.clip_rows import Rows, clip_rows, match_rows
 from crab_min.world.frame_rows import frame_rows
 from crab_min.world.rendering import Renderer
-from crab_min.world.scenes import FPS, VERSION
+from crab_min.world.scenes import FPS, VERSION, Scene, Scenes
 from crab_min.world.things import RATE, SECONDS
 
 ROWS_VERSION = 3  # a change of rows alone needs a new number here, and no new tiny base
 TRAIN_ONLY = ("mer24", "unav", "avcap")  # folders without a test split
+# Kind of scene: its share of the training clips.
+SHARES = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
 
 
 def build_world(
@@ -49,53 +52,45 @@ def build_world(
         DataError: the things of `config.things` cannot be used.
     """
     renderer = Renderer(config.things or None)  # a new one: files of the things may have changed
-    final = Path(cache) / world_name(config, seed, still, renderer)
-    if not (final / "AVUIE_2").exists():
-        counts = clip_counts(config, still)
+    name = f"v{VERSION}.{ROWS_VERSION}-seed{seed}-{config.world_clips}-{config.world_test}"
+    name += "-still" if still else ""
+    final = Path(cache) / (name + things_suffix(config.things, renderer))
+    if not final.exists():
         with new_folder(final) as folder:
             root = folder / "AVUIE_2"
             (root / "ave" / "video").mkdir(parents=True)
             (root / "ave" / "audio").mkdir()
-            for split in counts:
-                rows = make_rows(renderer, split, counts[split], seed, root, still)
-                write_rows(rows, split, root)
-            write = partial(write_clip, config.things, seed, str(root), still)
-            write_in_processes(write, clip_ids(counts))
+            clips = []
+            for split in ("train", "test"):
+                scenes = make_scenes(renderer, config, split, seed, still)
+                write_rows(renderer, scenes, split, seed, root, still)
+                clips += itertools.chain(*scenes.values())
+            write_in_processes(partial(write_clip, config.things, root, still), clips)
     return final / "AVUIE_2"
 
 
-def world_name(config: WorldConfig, seed: int, still: bool, renderer: Renderer) -> str:
-    """Return the name of a world's folder."""
-    name = f"v{VERSION}.{ROWS_VERSION}-seed{seed}-{config.world_clips}-{config.world_test}"
-    if still:
-        name += "-still"
-    if config.things:
-        digest = hashlib.sha256()
-        for thing in renderer.things:
-            digest.update(thing.sprite.tobytes() + thing.wave.tobytes() + thing.label.encode())
-        name += f"-{Path(config.things).resolve().name}-{digest.hexdigest()[:8]}"
-    return name
+def things_suffix(things: str, renderer: Renderer) -> str:
+    """Return the end of a world's name for the things of a folder; "" for the drawn ones."""
+    if not things:
+        return ""
+    digest = hashlib.sha256()
+    for thing in renderer.things:
+        digest.update(thing.sprite.tobytes() + thing.wave.tobytes() + thing.action.encode())
+    return f"-{Path(things).resolve().name}-{digest.hexdigest()[:8]}"
 
 
-def clip_counts(config: WorldConfig, still: bool) -> dict[str, dict[str, int]]:
-    """Return the number of clips, by split and by kind of scene."""
-    share = {"one": 1 / 4, "many": 5 / 12}
-    if not still:
-        share |= {"action": 1 / 6, "face": 1 / 6}
-    train, test = {}, {}
-    for kind in share:
-        train[kind] = max(8, round(config.world_clips * share[kind]))
-        test[kind] = math.ceil(config.world_test * (1.5 if kind == "many" else 1))
-    return {"train": train, "test": test}
-
-
-def clip_ids(counts: dict[str, dict[str, int]]) -> list[tuple[str, str, int]]:
-    """Return (split, kind, index) of every clip."""
-    ids = []
-    for split, by_kind in counts.items():
-        for kind, count in by_kind.items():
-            ids += [(split, kind, index) for index in range(count)]
-    return ids
+def make_scenes(
+    renderer: Renderer, config: WorldConfig, split: str, seed: int, still: bool
+) -> Scenes:
+    """Make the scenes of a split by kind; for a `still` world those of things alone."""
+    scenes = {}
+    for kind in ("one", "many") if still else SHARES:
+        if split == "train":
+            count = max(8, round(config.world_clips * SHARES[kind]))
+        else:
+            count = math.ceil(config.world_test * (1.5 if kind == "many" else 1))
+        scenes[kind] = [renderer.scene(split, kind, index, seed) for index in range(count)]
+    return scenes
 
 
 # --- annotations ----------------------------------------------------------------------------------
@@ -105,58 +100,44 @@ TARGET_FIELD = {
     "ref_avs": "output",
     **dict.fromkeys(("ave", "unav", "avvp", "avcap", "s4", "ms3", "arig"), "label_content"),
 }
-# Folder: fields that the rows of a split do not have.
-TRAIN_HIDES = {"arig": ("top_left", "bottom_right", "frame_idx")}
+# Folder: fields that its rows of one split do not have.
+TRAIN_HIDES = {"arig": ["top_left", "bottom_right", "frame_idx"], "ref_avs": ["split"]}
 TEST_HIDES = {
-    "a2v": ("audio_event", "video1_event", "video2_event"),
-    "v2a": ("audio1_event", "video_event", "audio2_event"),
+    "a2v": ["audio_event", "video1_event", "video2_event"],
+    "v2a": ["audio1_event", "video_event", "audio2_event"],
 }
-# Folder: fields that have another name in test rows.
-TEST_NAMES = {
-    "ref_avs": {"image_path": "visual_path", "idx": "frame_idx", "description": "object"},
-    **dict.fromkeys(("s4", "ms3", "arig"), {"image_path": "visual_path"}),
-}
+# Field of a row that shows one frame: its name in test rows.
+TEST_NAMES = {"image_path": "visual_path", "idx": "frame_idx", "description": "object"}
 
 
-def make_rows(
-    renderer: Renderer, split: str, counts: dict[str, int], seed: int, root: Path, still: bool
-) -> Rows:
-    """Make the rows of a split by folder; write the frames and masks that they name."""
+def write_rows(
+    renderer: Renderer, scenes: Scenes, split: str, seed: int, root: Path, still: bool
+) -> None:
+    """Write the annotation files of a split, and the frames and masks that they name."""
     rng = random.Random(f"{seed}/{split}")
-    scenes = {}
-    for kind, count in counts.items():
-        scenes[kind] = [renderer.scene(split, kind, index, seed) for index in range(count)]
     rows: Rows = {}
     if not still:
-        question_count = counts["one"] * (2 if split == "train" else 1)
+        count = len(scenes["one"])
+        question_count = 2 * count if split == "train" else count
         rows |= clip_rows(renderer, scenes, rng, question_count)
-        rows |= match_rows(scenes["one"], rng, counts["one"])
-    return rows | frame_rows(renderer, scenes, rng, root, still)
-
-
-def write_rows(rows: Rows, split: str, root: Path) -> None:
-    """Write the annotation files of a split."""
+        rows |= match_rows(scenes["one"], rng, count)
+    rows |= frame_rows(renderer, scenes, rng, root, still)
     for folder, items in rows.items():
-        if split == "test" and folder in TRAIN_ONLY:
-            continue
-        (root / folder).mkdir(exist_ok=True)
-        released = [release_row(folder, split, row) for row in items]
-        (root / folder / f"{split}.json").write_text(json.dumps(released, indent=1))
+        if items and not (split == "test" and folder in TRAIN_ONLY):
+            (root / folder).mkdir(exist_ok=True)
+            released = [release_row(folder, split, row) for row in items]
+            (root / folder / f"{split}.json").write_text(json.dumps(released, indent=1))
 
 
 def release_row(folder: str, split: str, row: dict) -> dict:
     """Return a row with the released field names of its split."""
-    hidden = TRAIN_HIDES if split == "train" else TEST_HIDES
-    names = {} if split == "train" else TEST_NAMES.get(folder, {})
-    released = {}
-    for name, value in row.items():
-        if name != "text" and name not in hidden.get(folder, ()):
-            released[names.get(name, name)] = value
     if split == "train":
-        released[TARGET_FIELD.get(folder, "label")] = row["text"]
-    elif folder == "ref_avs":
-        released["split"] = "test_s"
-    return released
+        released = {**row, TARGET_FIELD.get(folder, "label"): row["text"]}
+        hidden = TRAIN_HIDES.get(folder, [])
+    else:
+        released = {TEST_NAMES.get(name, name): value for name, value in row.items()}
+        hidden = TEST_HIDES.get(folder, [])
+    return {name: value for name, value in released.items() if name not in ["text", *hidden]}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -174,8 +155,8 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def write_in_processes(write: Callable[[tuple], None], clips: list[tuple]) -> None:
-    """Write clips in a worker process per core, with a progress bar."""
+def write_in_processes(write: Callable, clips: list) -> None:
+    """Call `write` with each clip, in a worker process per core and with a progress bar."""
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         written = pool.map(write, clips, chunksize=8)
@@ -188,10 +169,9 @@ def worker_renderer(things: str) -> Renderer:
     return Renderer(things or None)
 
 
-def write_clip(things: str, seed: int, root: str, still: bool, clip: tuple[str, str, int]) -> None:
-    """Render and encode the clip (split, kind, index); of a `still` world its sound alone."""
+def write_clip(things: str, root: Path, still: bool, scene: Scene) -> None:
+    """Render and encode the clip of a scene; of a `still` world its sound alone."""
     renderer = worker_renderer(things)
-    scene = renderer.scene(*clip, seed)
     wave = renderer.wave(scene)
     if not still:
         times = np.arange(SECONDS * FPS) / FPS

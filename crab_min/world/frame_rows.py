@@ -2,11 +2,13 @@
 
 S4 and ARIG ask for the one thing that sounds, MS3 for all things that sound, Ref-AVS for the thing
 that a phrase refers to. Rows are made as in clip_rows.py.
+
+A frame of S4, ARIG and MS3 is taken at second 1, 3, 5, 7 or 9. The two seconds of sound around it
+belong to it: the seconds 0 to 2, 2 to 4, and so on.
 """
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +16,11 @@ from PIL import Image
 
 from crab_min.answers import answer_tag, box_text, points_text
 from crab_min.sources.av_uie import box_and_points
-from crab_min.world.clauses import (
-    clause_if_heard,
-    clause_where_heard_at,
-    join_with_and,
-    sentence,
-)
+from crab_min.world.clauses import clause_if_heard, clause_where_heard_at, join_with_and, sentence
 from crab_min.world.clip_rows import Rows, reasoned
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import Object, Scene, Scenes
-from crab_min.world.things import SECONDS, SIZE
+from crab_min.world.things import SECONDS
 
 
 class Frame:
@@ -36,11 +33,14 @@ class Frame:
         self.visible = [obj for obj in scene.seen if obj.seen_at(time)]
         self.others = [obj for obj in self.visible if obj not in targets]
 
+    @property
+    def audio_path(self) -> str:
+        return f"../ave/audio/{self.scene.name}.mp3"
+
     def save(self, picture: Path, mask: Path) -> None:
         """Write the picture, and one mask of all targets."""
-        joint = np.zeros((SIZE, SIZE), np.uint8)
-        for one in self.masks:
-            joint = np.maximum(joint, one)
+        nothing = np.zeros_like(self.picture[..., 0])  # (96, 96)
+        joint = np.maximum.reduce([nothing, *self.masks])
         for path, array in ((picture, self.picture), (mask, joint)):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path, quality=95)
@@ -58,39 +58,6 @@ class Frame:
         return text
 
 
-@dataclass(frozen=True)
-class Window:
-    """The two seconds of a clip's sound that belong to its frame number `index` of five."""
-
-    scene: Scene
-    index: int
-
-    @property
-    def time(self) -> int:
-        """The second of the frame, in the middle of the window."""
-        return 2 * self.index + 1
-
-    @property
-    def audio_path(self) -> str:
-        return f"../ave/audio/{self.scene.name}.mp3"
-
-    def heard(self, obj: Object) -> bool:
-        return obj.heard_at(self.time - 1) or obj.heard_at(self.time)
-
-    def sounding(self) -> list[Object]:
-        """Return the objects that are in the frame and heard in the window."""
-        return [obj for obj in self.scene.seen if obj.seen_at(self.time) and self.heard(obj)]
-
-
-@dataclass
-class Example:
-    """A row of S4, and what it was made of."""
-
-    row: dict
-    frame: Frame
-    window: Window
-
-
 def frame_rows(
     renderer: Renderer, scenes: Scenes, rng: random.Random, root: Path, still: bool = False
 ) -> Rows:
@@ -99,54 +66,58 @@ def frame_rows(
     still: S4 has the training pictures of two things twice, with the sound of either.
     """
     rows: Rows = defaultdict(list)
-    examples = []
+    frames = []  # of the rows of S4
     for scene in scenes["one"] + scenes["many"]:
-        window = choose_window(scene, rng)
-        if window is not None:
-            frame = Frame(renderer, scene, window.time, window.sounding())
+        # Chosen even where there is nothing to choose: each call decides what the later ones give.
+        times = [time for time in range(1, SECONDS, 2) if sounding(scene, time)]
+        time = rng.choice(times or [None])
+        if time is not None:
+            frame = Frame(renderer, scene, time, sounding(scene, time))
             if scene.kind == "one":
-                row = sounding_row(frame, window, root / "s4", f"AVS/v1s/{scene.name}")
+                row = sounding_row(frame, frame, root / "s4", f"AVS/v1s/{scene.name}")
                 rows["s4"].append(row)
                 rows["arig"].append(arig_row(frame, row))
-                examples.append(Example(row, frame, window))
+                frames.append(frame)
             else:
-                row = sounding_row(frame, window, root / "ms3", f"AVS/v1m/{scene.name}")
+                row = sounding_row(frame, frame, root / "ms3", f"AVS/v1m/{scene.name}")
                 rows["ms3"].append(row)
         if scene.index % 2 == 0:  # every other clip is enough for Ref-AVS
             rows["ref_avs"].append(ref_avs_row(renderer, scene, rng, root / "ref_avs"))
 
     # The same pictures with another sound: a note in test rows, rows of their own for training.
-    for example in examples:
-        test = example.frame.scene.split == "test"
-        if not test and not still:
-            continue
-        window = choose_other_sound(example, examples, rng)
-        if test:
-            note_other_sound(example, window, renderer)
-        elif window is not None:
-            rows["s4"].append(swapped_row(example.frame, window, renderer, root / "s4"))
+    for frame, row in list(zip(frames, rows["s4"])):
+        if frame.scene.split == "test":
+            note_other_sound(row, frame, choose_other_sound(frame, frames, rng), renderer)
+        elif still:
+            other = choose_other_sound(frame, frames, rng)
+            if other is not None:
+                folder = f"AVS/v1s/{frame.scene.name}_swapped"
+                swapped = Frame(renderer, frame.scene, frame.time, frame.others[:1])
+                rows["s4"].append(sounding_row(swapped, other, root / "s4", folder))
     return rows
 
 
 # --- S4, MS3, ARIG --------------------------------------------------------------------------------
-def choose_window(scene: Scene, rng: random.Random) -> Window | None:
-    """Choose one of the five frames in which something sounds; None where there is none."""
-    windows = [Window(scene, index) for index in range(5)]
-    usable = [window for window in windows if window.sounding()]
-    # Chosen even where there is nothing to choose: each call decides what the later ones give.
-    return rng.choice(usable or [None])
+def heard_around(obj: Object, time: int) -> bool:
+    """Tell whether an object is heard in the two seconds of sound around a frame."""
+    return obj.heard_at(time - 1) or obj.heard_at(time)
 
 
-def sounding_row(frame: Frame, window: Window, root: Path, folder: str) -> dict:
+def sounding(scene: Scene, time: int) -> list[Object]:
+    """Return the objects that are in the frame at a second and heard around it."""
+    return [obj for obj in scene.seen if obj.seen_at(time) and heard_around(obj, time)]
+
+
+def sounding_row(frame: Frame, sound: Frame, root: Path, folder: str) -> dict:
     """Write a frame and its mask to `root` / `folder` and return its row of S4 or MS3.
 
-    window: the sound of the row; it may be of another clip than the frame.
+    sound: the frame whose sound the row has; it may be of another clip.
     """
-    index = window.index
+    index = sound.time // 2
     picture = f"{folder}/frames/{index}.jpg"
     frame.save(root / picture, root / folder / "labels_rgb" / f"{index}.png")
     return {
-        "audio_path": window.audio_path,
+        "audio_path": sound.audio_path,
         "vid": frame.scene.name,
         "uid": f"{Path(folder).name}_{index}",
         "a_obj": join_with_and([obj.label for obj in frame.targets]),
@@ -171,45 +142,37 @@ def arig_row(frame: Frame, s4_row: dict) -> dict:
 
 
 # --- the same picture, another sound --------------------------------------------------------------
-def choose_other_sound(
-    example: Example, examples: list[Example], rng: random.Random
-) -> Window | None:
-    """Choose another clip's sound in which the first silent thing is heard, and no other in sight.
+def choose_other_sound(frame: Frame, frames: list[Frame], rng: random.Random) -> Frame | None:
+    """Choose a frame around which the first silent thing is heard, and no other one in sight.
 
     None where no sound fits, or no thing is silent.
     """
-    if not example.frame.others:
+    if not frame.others:
         return None
-    wanted = example.frame.others[0]
-    unwanted = {obj.label for obj in example.frame.visible if obj is not wanted}
+    wanted = frame.others[0]
+    unwanted = {obj.label for obj in frame.visible if obj is not wanted}
     fitting = []
-    for other in examples:
-        heard = {obj.label for obj in other.frame.scene.objects if other.window.heard(obj)}
-        if other.row["a_obj"] == wanted.label and not unwanted & heard:
-            fitting.append(other.window)
+    for other in frames:
+        heard = {obj.label for obj in other.scene.objects if heard_around(obj, other.time)}
+        if other.targets[0].label == wanted.label and not unwanted & heard:
+            fitting.append(other)
     return rng.choice(fitting) if fitting else None
 
 
-def note_other_sound(example: Example, window: Window | None, renderer: Renderer) -> None:
+def note_other_sound(row: dict, frame: Frame, sound: Frame | None, renderer: Renderer) -> None:
     """Add to a test row the boxes of the silent things, and a sound of the first of them.
 
-    They measure whether a mask follows the sound: `data.swap_audio` and `answering.picked`.
+    They measure whether a mask follows the sound, see evaluation/swaps.py.
     """
-    frame = example.frame
-    masks = {obj.label: renderer.mask(frame.scene, obj, frame.time) for obj in frame.others}
-    example.row["silent"] = {label: box_and_points(mask)[0] for label, mask in masks.items()}
-    if window is not None:
-        example.row["swapped"] = {
-            "audio_path": window.audio_path,
-            "frame_idx": window.index,
+    row["silent"] = {}
+    for obj in frame.others:
+        row["silent"][obj.label], _ = box_and_points(renderer.mask(frame.scene, obj, frame.time))
+    if sound is not None:
+        row["swapped"] = {
+            "audio_path": sound.audio_path,
+            "frame_idx": sound.time // 2,
             "event": frame.others[0].label,
         }
-
-
-def swapped_row(frame: Frame, window: Window, renderer: Renderer, root: Path) -> dict:
-    """Make a training row of the same picture in which the first silent thing sounds."""
-    swapped = Frame(renderer, frame.scene, frame.time, frame.others[:1])
-    return sounding_row(swapped, window, root, f"AVS/v1s/{frame.scene.name}_swapped")
 
 
 # --- Ref-AVS --------------------------------------------------------------------------------------
@@ -227,13 +190,14 @@ def ref_avs_row(renderer: Renderer, scene: Scene, rng: random.Random, root: Path
         evidence = sentence(*(clause_where_heard_at(obj, time) for obj in frame.visible))
     text = reasoned(evidence, answer_tag("true" if targets else "false"))
     return {
-        "audio_path": Window(scene, 0).audio_path,
+        "audio_path": frame.audio_path,
         "vid": scene.name,
         "fid": 1,
         "uid": f"{scene.name}_1",
         "image_path": picture,
         "idx": index,
         "description": phrase,
+        "split": "test_s",
         "text": text + frame.location_text(),
     }
 

@@ -1,13 +1,13 @@
 """Questions about a scene of the built-in world, with their answers and evidence.
 
 There are MUSIC-AVQA's kinds of question, and multiple choice. All is computed from the symbolic
-scene, never from pixels. `balanced` chooses rows so that guessing by frequency is worth nothing.
+scene, never from pixels. `balanced` chooses so that guessing by frequency is worth nothing.
 """
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from crab_min.world.clauses import (
@@ -16,8 +16,6 @@ from crab_min.world.clauses import (
     NOT_IN_PICTURE,
     NUMBERS,
     ORDERS,
-    POSITIONS,
-    Comparison,
     at_position,
     clause_at_position,
     clause_compared,
@@ -39,55 +37,40 @@ class Question(NamedTuple):
     text: str
     answer: str
     evidence: str  # a sentence from which the answer follows
-
-
-class Choice(NamedTuple):
-    """A multiple-choice question."""
-
-    text: str
-    options: list[str]
-    right: int  # index of the right option
-    evidence: str
+    options: tuple[str, ...] = ()  # of a multiple-choice question
 
 
 # --- open questions -------------------------------------------------------------------------------
 def questions(scene: Scene) -> Iterator[Question]:
     """Yield every question that has one answer in this scene."""
-    yield from audio_questions(scene)
-    yield from visual_questions(scene)
-    yield from audio_visual_questions(scene)
+    seen, heard = scene.seen, scene.heard
 
-
-def audio_questions(scene: Scene) -> Iterator[Question]:
-    """Yield questions about the sound: how many sounds, which of two is heard longer."""
-    heard = scene.heard
+    # The sound: how many sounds, which of two is heard longer.
     evidence = sentence(f"{list_of_names(heard)} can be heard")
     yield Question("Audio", "Counting", "How many sounds are heard?", NUMBERS[len(heard)], evidence)
-    for a in heard:
-        for b in heard:
-            if seconds_heard(a) != seconds_heard(b):
-                evidence = sentence(clause_heard(a), clause_heard(b), clause_compared(a, b, LONGER))
-                text = f"Is the {a.label} heard longer than the {b.label}?"
-                yield Question("Audio", "Comparative", text, yes_if_longer(a, b), evidence)
+    for a, b in itertools.permutations(heard, 2):
+        if seconds_heard(a) != seconds_heard(b):
+            text = f"Is the {a.label} heard longer than the {b.label}?"
+            answer = "yes" if seconds_heard(a) > seconds_heard(b) else "no"
+            evidence = sentence(clause_heard(a), clause_heard(b), clause_compared(a, b, LONGER))
+            yield Question("Audio", "Comparative", text, answer, evidence)
 
-
-def visual_questions(scene: Scene) -> Iterator[Question]:
-    """Yield questions about the picture: how many things, and where each is."""
-    seen = scene.seen
+    # The picture: how many things, and where each is.
     evidence = sentence(f"{list_of_names(seen)} can be seen")
     yield Question("Visual", "Counting", "How many things are seen?", NUMBERS[len(seen)], evidence)
     for obj in seen:
         text = f"Where is the {obj.label}?"
         yield Question("Visual", "Location", text, obj.position, sentence(clause_where(obj)))
 
+    yield from audio_visual_questions(seen, heard)
 
-def audio_visual_questions(scene: Scene) -> Iterator[Question]:
+
+def audio_visual_questions(seen: list[Object], heard: list[Object]) -> Iterator[Question]:
     """Yield questions that neither eyes nor ears can answer alone.
 
     The eyes know what is where, the ears what sounds when. Only together they know where something
     sounds.
     """
-    seen, heard = scene.seen, scene.heard
     for obj in seen:
         text = f"Is the thing {at_position(obj.position)} heard?"
         answer = "yes" if obj.heard else "no"
@@ -115,100 +98,93 @@ def audio_visual_questions(scene: Scene) -> Iterator[Question]:
 
 def left_right_questions(left: Object, right: Object) -> Iterator[Question]:
     """Yield questions that compare the sounds of the thing on the left and that on the right."""
+    clauses = [clause_at_position(left), clause_at_position(right)]
     if seconds_heard(left) != seconds_heard(right):
         text = "Is the thing on the left heard longer than the thing on the right?"
-        evidence = left_right_evidence(left, right, LONGER)
-        answer = yes_if_longer(left, right)
+        answer = "yes" if seconds_heard(left) > seconds_heard(right) else "no"
+        evidence = sentence(*clauses, clause_compared(left, right, LONGER))
         yield Question("Audio-Visual", "Comparative", text, answer, evidence)
     if left.heard and right.heard:
         earlier = unique_minimum([left, right], ORDERS["first"])
         if earlier is not None:
             text = "Which is heard first, the thing on the left or the thing on the right?"
-            evidence = left_right_evidence(left, right, EARLIER)
+            evidence = sentence(*clauses, clause_compared(left, right, EARLIER))
             yield Question("Audio-Visual", "Temporal", text, earlier.position, evidence)
 
 
-def left_right_evidence(left: Object, right: Object, comparison: Comparison) -> str:
-    """Return what is on the left, what is on the right, and how their sounds compare."""
-    judgement = clause_compared(left, right, comparison)
-    return sentence(clause_at_position(left), clause_at_position(right), judgement)
-
-
-def yes_if_longer(a: Object, b: Object) -> str:
-    return "yes" if seconds_heard(a) > seconds_heard(b) else "no"
-
-
 # --- multiple choice ------------------------------------------------------------------------------
-def choices(scene: Scene, rng: random.Random) -> Iterator[Choice]:
+def choices(scene: Scene, rng: random.Random) -> Iterator[Question]:
     """Yield multiple-choice questions of four options in random order."""
     if len(scene.seen) != 3:
         return
-    all_options = [*map(at_position, POSITIONS), NOT_IN_PICTURE]
+    all_options = ["on the left", "in the middle", "on the right", NOT_IN_PICTURE]
     for order, key in ORDERS.items():
         obj = unique_minimum(scene.heard, key)
         if obj is None:
             continue
         answer = at_position(obj.position) if obj.seen else NOT_IN_PICTURE
-        options = rng.sample(all_options, len(all_options))
+        options = tuple(rng.sample(all_options, len(all_options)))
         evidence = sentence(f"heard {order} is the {obj.label}", f"the {obj.label} is {answer}")
         text = f"Where is the thing that is heard {order}?"
-        yield Choice(text, options, options.index(answer), evidence)
+        yield Question("Audio-Visual", order, text, answer, evidence, options)
 
 
 # --- balancing ------------------------------------------------------------------------------------
-@dataclass
-class Candidate:
-    """A row that may be chosen, and what the choice is to balance."""
-
-    kind: tuple | str  # of question
-    stratum: tuple  # rows of one stratum look alike to somebody with one sense only
-    answer: str
-    row: dict
+Pair = tuple[Scene, Question]
 
 
-def balanced(candidates: list[Candidate], count: int, rng: random.Random) -> list[dict]:
-    """Choose about `count` rows: kinds alike, and every answer of a kind equally often.
+def balanced(pairs: list[Pair], count: int, rng: random.Random) -> list[Pair]:
+    """Choose about `count` questions: kinds alike, and every answer of a kind equally often.
 
     Answers are equally frequent within each stratum too.
     """
     by_kind = defaultdict(list)
-    for candidate in candidates:
-        by_kind[candidate.kind].append(candidate)
+    for scene, question in pairs:
+        by_kind[question.modality, question.kind].append((scene, question))
     sets = {}
     for kind in sorted(by_kind):
         sets[kind] = sets_of_answers(by_kind[kind], rng)
         rng.shuffle(sets[kind])
 
-    # One set after the other, always of the kind that has the fewest rows so far.
+    # One set after the other, always of the kind that has the fewest questions so far.
     chosen: dict = {kind: [] for kind in sets}
     while any(sets.values()) and sum(map(len, chosen.values())) < count:
         kind = min((kind for kind in sets if sets[kind]), key=lambda kind: len(chosen[kind]))
         chosen[kind] += sets[kind].pop()
-    rows = [row for kind in chosen for row in chosen[kind]]
-    rng.shuffle(rows)
-    return rows
+    all_chosen = list(itertools.chain(*chosen.values()))
+    rng.shuffle(all_chosen)
+    return all_chosen
 
 
-def sets_of_answers(candidates: list[Candidate], rng: random.Random) -> list[tuple[dict, ...]]:
-    """Group the rows of one kind in sets of one row per answer, each set of one stratum.
+def sets_of_answers(pairs: list[Pair], rng: random.Random) -> list[tuple[Pair, ...]]:
+    """Group the questions of one kind in sets of one per answer, each set of one stratum.
 
-    Rows that cannot be completed to a set are left out.
+    Questions that cannot be completed to a set are left out.
     """
-    answers = sorted({candidate.answer for candidate in candidates})
+    answers = sorted({question.answer for _, question in pairs})
     strata: dict = defaultdict(lambda: defaultdict(list))
-    for candidate in candidates:
-        strata[candidate.stratum][candidate.answer].append(candidate.row)
+    for scene, question in pairs:
+        strata[stratum(scene, question)][question.answer].append((scene, question))
 
     sets = []
-    for stratum in sorted(strata):
-        by_answer = strata[stratum]
+    for _, by_answer in sorted(strata.items()):
         shuffled = [rng.sample(by_answer[answer], len(by_answer[answer])) for answer in answers]
-        sets += zip(*shuffled)  # as many sets as the rarest answer has rows
+        sets += zip(*shuffled)  # as many sets as the rarest answer has questions
     if sets:
         return sets
 
-    # A very small world may have no complete set: then every row stands by itself.
+    # A very small world may have no complete set: then every question stands by itself.
     for by_answer in strata.values():
-        for rows in by_answer.values():
-            sets += [(row,) for row in rows]
+        for same_answer in by_answer.values():
+            sets += [(pair,) for pair in same_answer]
     return sets
+
+
+def stratum(scene: Scene, question: Question) -> tuple:
+    """Return what eyes or ears alone can count, where it takes both to answer a question.
+
+    Scenes of one stratum look alike to somebody with one sense only.
+    """
+    if question.modality != "Audio-Visual":
+        return ()
+    return scene.kind, len(scene.seen), len(scene.heard)

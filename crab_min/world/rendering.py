@@ -12,7 +12,7 @@ from PIL import Image
 
 from crab_min.world.faces import draw_face, mouth_opening, speak
 from crab_min.world.scenes import KINDS, SPLITS, Object, Scene, make_scene
-from crab_min.world.things import RATE, SECONDS, SIZE, draw_things, load_backgrounds, load_things
+from crab_min.world.things import RATE, SECONDS, SIZE, draw_things, load_things
 
 # name of a place: (colour of the sky, colour of the ground)
 PLACES = {
@@ -31,11 +31,9 @@ class Renderer:
     """Turns scenes into frames, masks and sound. Holds the things and the backgrounds."""
 
     def __init__(self, folder: str | None = None):
-        """Take the things and backgrounds of a folder (see load_things), or the drawn ones."""
+        """Take the things of a folder (see load_things), or the drawn ones."""
         self.things = load_things(folder) if folder else draw_things()
-        self.places = load_backgrounds(folder)
-        if not self.places:
-            self.places = {name: paint_place(*colours) for name, colours in PLACES.items()}
+        self.places = {name: paint_place(*colours) for name, colours in PLACES.items()}
 
     def scene(self, split: str, kind: str, index: int, seed: int = 0) -> Scene:
         """Make a scene of these things and places, see make_scene."""

@@ -25,6 +25,7 @@ the form of a user's own .jsonl, with "sides" and "options".
 import json
 import random
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
 from crab_min.answers import answer_tag
+from crab_min.errors import DataError
 from crab_min.media.flow import FLOW_GAP, flow_pictures
 from crab_min.media.write import write_video
-from crab_min.world.folders import new_folder, worker_renderer, write_in_processes
+from crab_min.world.folders import new_folder, things_suffix, worker_renderer, write_in_processes
 from crab_min.world.rendering import Renderer, pose
 from crab_min.world.scenes import FPS, Object, Scene, Span
 from crab_min.world.things import RATE, SECONDS, SIZE
@@ -82,18 +84,20 @@ def build_side_world(
         together: each row names the files of all channels (CREMA), not of its own alone (PAVE).
 
     Raises:
-        DataError: the things cannot be used.
+        DataError: the things cannot be used, or are fewer than five.
     """
-    renderer = worker_renderer(things)
-    suffix = f"-{Path(things).resolve().name}" if things else ""
+    renderer = Renderer(things or None)  # a new one: files of the things may have changed
+    if len(renderer.things) <= INTERVALS:
+        count = f"{len(renderer.things)} things, at least {INTERVALS + 1} are needed"
+        raise DataError(f"{things}: {count} for side channels; add some, or leave out --things")
+    suffix = things_suffix(things, renderer)
     final = Path(cache) / f"sides-v{VERSION}-seed{seed}-{clips}-{test}{suffix}"
-    shows = {
-        "train": [("train", index) for index in range(clips)],
-        "test": [("test", index) for index in range(test)],
-    }
+    shows = {}
+    for split, count in (("train", clips), ("test", test)):
+        shows[split] = [make_show(renderer, split, index, seed) for index in range(count)]
     if not final.exists():
         with new_folder(final) as folder:
-            write = partial(write_show, things, seed, str(folder))
+            write = partial(write_show, things, seed, folder)
             write_in_processes(write, shows["train"] + shows["test"])
 
     # The rows are cheap, so they are written anew each time.
@@ -101,8 +105,7 @@ def build_side_world(
     rows_folder.mkdir(exist_ok=True)
     for split in shows:
         lines = []
-        for show in shows[split]:
-            scene, marked = make_show(renderer, *show, seed)
+        for scene, marked in shows[split]:
             for name in names:
                 row = question_row(scene, marked, name, names if together else [name])
                 lines.append(json.dumps(row))
@@ -118,10 +121,7 @@ def make_show(renderer: Renderer, split: str, index: int, seed: int) -> tuple[Sc
     """
     rng = random.Random(f"{seed}/{split}/show/{index}")
     lengths = rng.sample([2, 2, 3, 3], INTERVALS)
-    spans = []
-    for i, length in enumerate(lengths):
-        start = sum(lengths[:i])
-        spans.append((start, start + length))
+    spans = list(pairwise(accumulate(lengths, initial=0)))  # one after another: (0, 2), (2, 5), ...
     marked = {name: rng.randrange(INTERVALS) for name in CHANNELS}
 
     # Thing 0 is the bell, which the question about sound asks for.
@@ -165,12 +165,11 @@ def question_row(scene: Scene, marked: Marked, channel: str, sides: list[str]) -
 
 
 # --- files ----------------------------------------------------------------------------------------
-def write_show(things: str, seed: int, root: str, show: tuple[str, int]) -> None:
-    """Render and write the clip, the second camera and the maps of the show (split, index)."""
+def write_show(things: str, seed: int, root: Path, show: tuple[Scene, Marked]) -> None:
+    """Render and write the clip, the second camera and the maps of a show."""
     renderer = worker_renderer(things)
-    split, index = show
-    scene, marked = make_show(renderer, split, index, seed)
-    rng = np.random.default_rng([seed, index, split == "test"])
+    scene, marked = show
+    rng = np.random.default_rng([seed, scene.index, scene.split == "test"])
     spans = [obj.seen[0] for obj in scene.objects[:INTERVALS]]
 
     frames = video_frames(renderer, scene, spans[marked["fast"]], rng)
@@ -229,7 +228,7 @@ def channel_maps(
         marks = {name: interval == marked[name] for name in CHANNELS}
         seconds.append(
             {
-                "flow": flow_map(thing, motion(scene, obj, t)),
+                "flow": flow_map(thing, scene, obj, t),
                 "normals": normals_map(thing, aside=marks["normals"]),
                 "depth": depth_map(thing, 1 if marks["depth"] else metres[interval]),
                 "thermal": thermal_map(thing, 70 if marks["thermal"] else degrees[interval]),
@@ -240,15 +239,11 @@ def channel_maps(
     return {name: np.stack([second[name] for second in seconds]) for name in seconds[0]}
 
 
-def motion(scene: Scene, obj: Object, t: float) -> np.ndarray:
-    """Return by how much an object moves to the right and down from frame to frame: (2,) pixels."""
+def flow_map(thing: np.ndarray, scene: Scene, obj: Object, t: float) -> np.ndarray:
+    """Draw optical flow (32, 32, 3): the thing moves from frame to frame, the rest is still."""
     x, y, *_ = pose(scene, obj, t)
     later_x, later_y, *_ = pose(scene, obj, t + FLOW_GAP - 0.01)  # frames are 0.04 s apart
-    return np.array([later_x - x, later_y - y])
-
-
-def flow_map(thing: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Draw optical flow (32, 32, 3): the thing moved by (2,) pixels, the rest is still."""
+    moved = (later_x - x, later_y - y)  # pixels to the right and down
     flow = thing[..., None] * moved / SIZE  # (32, 32, 2), in parts of the picture's width
     return flow_pictures(flow[None])[0]
 
@@ -264,12 +259,13 @@ def depth_map(thing: np.ndarray, metres: float) -> np.ndarray:
     """Draw inverse depth (32, 32, 3), as depth models give it: nearer is more."""
     rows = np.arange(MAP_SIZE)[:, None]
     depth = np.where(thing, metres, 10 - 5 * rows / MAP_SIZE)  # the ground is nearer below
-    return coloured("turbo", 1 / depth)
+    return colormaps["turbo"](1 / depth, bytes=True)[..., :3]
 
 
 def thermal_map(thing: np.ndarray, degrees: float) -> np.ndarray:
     """Draw temperature (32, 32, 3): that of the thing, and 20 degrees around it."""
-    return coloured("hot", (np.where(thing, degrees, 20) - 15) / 60)
+    heat = (np.where(thing, degrees, 20) - 15) / 60  # 15 to 75 degrees as 0 to 1
+    return colormaps["hot"](heat, bytes=True)[..., :3]
 
 
 def touch_map(rough: bool, rng: np.random.Generator) -> np.ndarray:
@@ -290,8 +286,3 @@ def point_cloud(high: bool, rng: np.random.Generator) -> np.ndarray:
     y = rng.integers(100, 156, 64)
     z = rng.integers(lowest, highest, 64)
     return np.stack([x, y, z], -1).astype(np.uint8)
-
-
-def coloured(name: str, values: np.ndarray) -> np.ndarray:
-    """Return values (H, W) of 0 to 1 in a colour map of matplotlib: (H, W, 3) uint8."""
-    return colormaps[name](values, bytes=True)[..., :3]

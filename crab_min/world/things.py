@@ -7,7 +7,6 @@ Shapes: pictures are RGBA, waves (160000,) float32 in [-1, 1]: ten seconds at 16
 """
 
 import json
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,19 +203,5 @@ def load_thing(picture: Path, sound: Path, entry: dict) -> Thing:
     label = entry.get("label", picture.stem.replace("_", " "))
     verbs = {"instrument": "playing", "object": "using"}
     verb = verbs.get(entry.get("kind"), "hearing")
-    # A recording shorter than the clip is repeated.
-    repeats = math.ceil(SECONDS * RATE / len(wave))
-    wave = np.tile(wave, repeats)[: SECONDS * RATE]
+    wave = np.resize(wave, SECONDS * RATE)  # a recording shorter than the clip is repeated
     return Thing(label, f"{verb} a {label}", sprite.crop(box), equalise(wave))
-
-
-def load_backgrounds(folder: str | None) -> dict[str, Image.Image]:
-    """Load the pictures in FOLDER/backgrounds by name: (96, 96) RGB each; none is fine."""
-    if not folder:
-        return {}
-    backgrounds = {}
-    for path in sorted(Path(folder).glob("backgrounds/*")):
-        if path.suffix in (".png", ".jpg", ".jpeg"):
-            picture = Image.open(path).convert("RGB").resize((SIZE, SIZE), Image.LANCZOS)
-            backgrounds[path.stem.replace("_", " ")] = picture
-    return backgrounds
