@@ -108,7 +108,7 @@ def ave_row(scene: Scene) -> dict:
     tag = event_tag("event", event.label, event.heard)
     return {
         "video_path": f"{scene.name}.mp4",
-        "audio_path": f"{scene.name}.mp3",
+        "audio_path": f"{scene.name}.wav",
         "event": event.label,
         "vid": scene.name,
         "start_time": start,

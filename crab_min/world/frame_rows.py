@@ -35,7 +35,7 @@ class Frame:
 
     @property
     def audio_path(self) -> str:
-        return f"../ave/audio/{self.scene.name}.mp3"
+        return f"../ave/audio/{self.scene.name}.wav"
 
     def save(self, picture: Path, mask: Path) -> None:
         """Write the picture, and one mask of all targets."""
