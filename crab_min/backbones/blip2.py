@@ -21,7 +21,7 @@ Shapes: T frames, S encoder tokens, W their width, Q queries, D LM width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.backbones.common import encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.common import encode_sounds, load_beats, load_pretrained, named_weights
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
     ComposedModel,
@@ -37,6 +37,7 @@ from crab_min.backbones.composed import (
     load_base,
     pad_tokens,
 )
+from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.sizes import TINY_MODEL
 from crab_min.backbones.tiny_random import same_random_weights, tiny_blip2
 from crab_min.config import ModalityConfig
@@ -429,20 +430,9 @@ class CremaModel(AVLanguageModel):
 def from_base(base: ComposedModel) -> CremaModel:
     """Make a model of the tiny base, whose visual connector all modalities share."""
     connector = base.visual_qformer
-    c = connector.config
-    sizes = MultimodalConfig(
-        width_out=c.width_out,
-        width_in=c.width_in,
-        queries=c.queries,
-        hidden=c.hidden,
-        layers=c.layers,
-        heads=c.heads,
-        intermediate=c.intermediate,
-        cross_every=1,
-        mlp_depth=c.mlp_depth,
-    )
+    sizes = MultimodalConfig(**asdict(connector.config), cross_every=1)
     multimodal = MultimodalQFormer(sizes, connector.qformer)
-    multimodal.add("rgb", c.width_in)
+    multimodal.add("rgb", sizes.width_in)
     rgb = multimodal.of("rgb")
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
@@ -499,7 +489,7 @@ def from_blip2(
 
 
 def load_blip2(
-    weights: str, base: str = "", audio: str = "", load_in_4bit: bool = False
+    weights: str, base: str = "", audio: str = "", load_in_4bit: bool = False, empty: bool = False
 ) -> CremaModel:
     """Load a model for modalities, frozen and in evaluation mode.
 
@@ -508,27 +498,29 @@ def load_blip2(
             base.
         base: the folder of a base, where there are no weights (default: the shipped one).
         audio: a BEATs checkpoint.
+        empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
-    if weights == "tiny-random":
+    if not weights:
+        model = from_base(load_base(base, empty=empty))
+    elif weights == "tiny-random":
         with same_random_weights():
             blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
-            beats = AudioEncoder(TINY_MODEL["audio"])
-            model = from_blip2(blip, tokenizer, beats)
-        return model.requires_grad_(False).eval()
-    if not weights:
-        model = from_base(load_base(base) if base else load_base())
-        return model.requires_grad_(False).eval()
-    other_parts = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
-    quantization = four_bit_config(other_parts) if load_in_4bit else None
-    with named_weights("BLIP-2", weights):
-        blip = Blip2ForConditionalGeneration.from_pretrained(
-            weights, dtype=torch.bfloat16, quantization_config=quantization
-        )
-        tokenizer = AutoTokenizer.from_pretrained(weights)
-    # the embedding of the placeholder is never looked up
-    tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
-    beats = AudioEncoder(audio) if audio else None
-    return from_blip2(blip, tokenizer, beats).requires_grad_(False).eval()
+            model = from_blip2(blip, tokenizer, AudioEncoder(TINY_MODEL["audio"]))
+    else:
+        if empty:
+            blip = without_weights(Blip2ForConditionalGeneration, weights)
+            tokenizer = counting_tokenizer("</s>", {"video_token": PLACEHOLDERS["video"]})
+        else:
+            not_in_4_bits = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
+            with named_weights("BLIP-2", weights):
+                blip = load_pretrained(
+                    Blip2ForConditionalGeneration, weights, load_in_4bit, not_in_4_bits
+                )
+                tokenizer = AutoTokenizer.from_pretrained(weights)
+            # the embedding of the placeholder is never looked up
+            tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
+        model = from_blip2(blip, tokenizer, load_beats(audio, empty))
+    return model.requires_grad_(False).eval()

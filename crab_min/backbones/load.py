@@ -3,21 +3,23 @@
 from contextlib import nullcontext
 
 import torch
+from transformers import AutoConfig
 
 from crab_min.backbones.blip2 import load_blip2
 from crab_min.backbones.composed import (
+    PLACEHOLDERS,
     ComposedModel,
     ModelConfig,
     load_base,
     load_tokenizer,
 )
-from crab_min.backbones.empty import empty_backbone
+from crab_min.backbones.empty import beats_sizes, counting_tokenizer, find_config
 from crab_min.backbones.llava_onevision import load_llava
 from crab_min.backbones.masking import MaskingModel
 from crab_min.backbones.omni import load_omni
 from crab_min.config import BackboneConfig, MaskDecoderConfig
 from crab_min.errors import ModelError
-from crab_min.model import ASSETS, AVLanguageModel
+from crab_min.model import AVLanguageModel
 
 # the chat template of Llama 2, around every prompt
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]
@@ -39,42 +41,53 @@ def load_model(
     check_settings(config, has_masks)
     composed_class = MaskingModel if has_masks else ComposedModel
     with torch.device("meta") if empty else nullcontext():
-        if empty:
-            model = empty_backbone(config, composed_class, LLAMA_CHAT)
-        else:
-            model = load_backbone(config, composed_class)
+        model = load_backbone(config, composed_class, empty)
         if has_masks:
             model.add_mask_decoder(masks)
     return model.requires_grad_(False).eval()
 
 
-def load_backbone(config: BackboneConfig, composed_class: type[ComposedModel]) -> AVLanguageModel:
-    """Load a backbone with its weights.
+def load_backbone(
+    config: BackboneConfig, composed_class: type[ComposedModel], empty: bool
+) -> AVLanguageModel:
+    """Load a backbone, or build it without weights.
 
     Args:
         composed_class: the class of a composed model.
     """
+    weights, in_4bit = config.weights, config.load_in_4bit
     if config.backbone == "omni":
-        return load_omni(config.weights, config.separate_media, config.load_in_4bit)
+        return load_omni(weights, config.separate_media, in_4bit, empty)
     if config.backbone == "llava_onevision":
-        return load_llava(config.weights, config.audio, config.load_in_4bit)
+        return load_llava(weights, config.audio, in_4bit, empty)
     if config.backbone == "blip2":
-        return load_blip2(config.weights, config.base, config.audio, config.load_in_4bit)
+        return load_blip2(weights, config.base, config.audio, in_4bit, empty)
 
     # composed: a base, or the parts' own weights
-    if config.weights == "tiny-random":
+    if weights == "tiny-random":
         return load_base("random", composed_class)
     if not config.vision:
-        return load_base(config.base or ASSETS / "base", composed_class)
+        return load_base(config.base, composed_class, empty)
+    if empty:
+        return empty_composed(config, composed_class)
+    parts = ModelConfig(config.vision, config.audio, config.llm, template=LLAMA_CHAT)
+    return composed_class(parts, load_tokenizer(config.llm), in_4bit)
+
+
+def empty_composed(config: BackboneConfig, composed_class: type[ComposedModel]) -> ComposedModel:
+    """Build a model that is composed of a vision encoder, a BEATs and an LM, without weights."""
+    vision = find_config(config.vision, AutoConfig)
+    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP has a text half too
+    llm = find_config(config.llm, AutoConfig)
     parts = ModelConfig(
-        vision=config.vision,
-        audio=config.audio,
-        llm=config.llm,
-        visual_qformer={},
-        audio_qformer={},
-        template=LLAMA_CHAT,
+        vision.to_dict(), beats_sizes(config.audio), llm.to_dict(), template=LLAMA_CHAT
     )
-    return composed_class(parts, load_tokenizer(config.llm), config.load_in_4bit)
+    special = {f"{kind}_token": token for kind, token in PLACEHOLDERS.items()}
+    model = composed_class(parts, counting_tokenizer("</s>", special, llm.vocab_size))
+    # as load_llm loads it
+    model.llm.to(torch.bfloat16)
+    model.llm.set_attn_implementation("sdpa")
+    return model
 
 
 def check_settings(config: BackboneConfig, has_masks: bool) -> None:
