@@ -220,6 +220,12 @@ class AVLanguageModel(nn.Module):
         for part in parts:
             if part.kind == "text":
                 ids += self.encode_text(part.text)
+            elif part.kind not in self.media_tokens:
+                raise ModelError(
+                    f"{part.kind}: not in a prompt of this model, which takes "
+                    f"{', '.join(self.media_tokens)}. Train a pave or crema preset, in which sound "
+                    "is a side channel of the video, or take another --backbone"
+                )
             else:
                 ids += self.placeholder_ids(next(remaining))
         return ids + self.encode_layout(self.layout.after)

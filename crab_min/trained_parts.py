@@ -85,35 +85,28 @@ def restore_trained(model, folder: Path) -> None:
         own = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
         check_fit(state, own, file)
         set_peft_model_state_dict(model.llm, state)
-    parts = read_parts(folder)
+    load_parts(model, read_parts(folder))
+
+
+def load_parts(model, parts: list[SavedPart]) -> None:
+    """Put parts into a model, which makes those that it lacks before any is filled."""
     for part in parts:
         model.prepare_part(part)
     for part in parts:
-        copy_part(model, part)
-
-
-def load_part(model, part: SavedPart) -> None:
-    """Put one part into a model, which makes it first where it lacks it."""
-    model.prepare_part(part)
-    copy_part(model, part)
-
-
-def copy_part(model, part: SavedPart) -> None:
-    """Copy the weights of a part into the part that the model has."""
-    own = model.part_state(part.name)
-    check_fit(part.state, own, part.source)
-    with torch.no_grad():
-        for key, value in part.state.items():
-            own[key].copy_(value)
-    # what came from a run goes on into the next one, whether it learns there or not
-    model.loaded_parts.add(part.name)
+        own = model.part_state(part.name)
+        check_fit(part.state, own, part.source)
+        with torch.no_grad():
+            for key, value in part.state.items():
+                own[key].copy_(value)
+        # what came from a run goes on into the next one, whether it learns there or not
+        model.loaded_parts.add(part.name)
 
 
 def read_parts(folder: Path) -> list[SavedPart]:
     """Read the parts of a run folder, also those in one of the old forms."""
     parts = [read_part(file) for file in sorted((folder / "parts").glob("*.safetensors"))]
-    old = [*read_old_patches(folder), *read_old_modules(folder), *read_old_modalities(folder)]
-    return parts + old
+    parts += [read_patch(file) for file in sorted((folder / "patches").glob("*.safetensors"))]
+    return [*parts, *read_old_modules(folder), *read_old_modalities(folder)]
 
 
 def read_part(file: Path) -> SavedPart:
@@ -178,11 +171,6 @@ def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | st
 # --- earlier forms --------------------------------------------------------------------------------
 
 OLD_NAMES = {"words": "embeddings", "masks": "mask_decoder"}
-
-
-def read_old_patches(folder: Path) -> list[SavedPart]:
-    """Read patches/NAME.safetensors: a file per patch, its sizes in the header."""
-    return [read_patch(file) for file in sorted((folder / "patches").glob("*.safetensors"))]
 
 
 def read_old_modules(folder: Path) -> list[SavedPart]:

@@ -181,6 +181,19 @@ def test_train_and_infer_run_on_it(small_world, tmp_path, capsys):
     assert routes.stat().st_size > 5000
 
 
+def test_a_sound_in_a_prompt_that_takes_none_says_what_to_do():
+    """LLaVA-OneVision with a BEATs for side channels, and without one."""
+    model = load_model(BackboneConfig(backbone="llava_onevision", weights="tiny-random"))
+    features = features_of(model, [("audio", waves(1.0), 1.0)])
+    with pytest.raises(
+        ModelError, match="audio: not in a prompt .* which takes video, image.*pave"
+    ):
+        model.collate([[AUDIO, text("What?")]], [features])
+    model.audio = None
+    with pytest.raises(ModelError, match="only as a side channel .*pave.* with --audio"):
+        features_of(model, [("audio", waves(1.0), 1.0)])
+
+
 def test_weights_that_are_not_there_say_what_to_do():
     expected = "Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"
     with pytest.raises(ModelError, match=expected):

@@ -53,7 +53,7 @@ samples = add_side_channels(read_samples(file, [], "train")[:104:2], SIDES)
 media = model.collate([s.parts for s in samples], Features(model)(samples)).media
 model.configure(ModalityConfig(fusion="add", modality_rank=16))
 for name, side in media[0].sides.items():
-    model.add_modality(name, width=side.features.shape[-1])
+    model.add_side_channel(name, width=side.features.shape[-1])
 assert not model.fusion.linear.weight.any()  # new modalities change no token, and add none
 gold = torch.zeros(len(media), 10, 2)  # of each second: does it tremble, is it near?
 for clip in range(len(media)):

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.backbones.common import encode_sounds, load_beats, load_pretrained, named_weights
+from crab_min.backbones.common import load_beats, load_pretrained, named_weights
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
     ComposedModel,
@@ -98,19 +98,8 @@ class CremaModel(AVLanguageModel):
         """Whether the LM reads the prompt with an encoder (T5)."""
         return self.llm.config.is_encoder_decoder
 
-    @torch.no_grad()
-    def encode(
-        self, kind: str, media: list, seconds: list[float] | None = None
-    ) -> list[MediaFeatures]:
-        """Encode several media of one kind, all but sounds as pictures: (T, S, W) each.
-
-        Raises:
-            ModelError: sound without a BEATs.
-        """
-        if kind == "audio":
-            return encode_sounds(self.audio, media)
-        frames = torch.stack([torch.as_tensor(medium) for medium in media])  # (M, T, H, W, 3)
-        return [MediaFeatures(kind, features) for features in self.vision(frames)]
+    # sounds through BEATs, all else as pictures: (T, S, W) each
+    encode = ComposedModel.encode
 
     # --- prompts
     @property
@@ -221,14 +210,12 @@ class CremaModel(AVLanguageModel):
 
     def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
         """Fuse the other modalities of each clip into one stream (sum of T, Q, D)."""
-        tokens, present = {}, {}
-        for name in self.fusion.names:
-            tokens[name], present[name] = self.tokens_at_frames(name, sides, lengths)
-        return self.fusion(tokens, present)
+        tokens = {name: self.tokens_at_frames(name, sides, lengths) for name in self.fusion.names}
+        return self.fusion(tokens)
 
     def tokens_at_frames(
         self, name: str, sides: list[dict[str, MediaFeatures]], lengths: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Compute the tokens of one modality at the frames of the clips' videos.
 
         Args:
@@ -236,28 +223,22 @@ class CremaModel(AVLanguageModel):
             lengths: the frames T of each clip.
 
         Returns:
-            tokens (sum of T, Q, D), zero where a clip lacks the modality, and where they are not
-            (sum of T,).
+            (sum of T, Q, D), zero where a clip lacks the modality.
         """
-        # the clips that have it, all in one call
+        sizes = self.multimodal.config
+        tokens = []
+        for frames in lengths:
+            tokens.append(torch.zeros(frames, sizes.queries, sizes.width_out, device=self.device))
+
+        # the clips that have it, all in one call; its own steps become the video's
         clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
-        encoded = {}
         if clips:
             media = [sides[clip][name] for clip in clips]
             steps = [len(medium.features) for medium in media]
-            encoded = dict(zip(clips, self.encode_modality(name, media).split(steps)))
-
-        # all clips: its own steps become the video's, and nothing becomes zero
-        q, d = self.multimodal.config.queries, self.multimodal.config.width_out
-        tokens, present = [], []
-        for clip, frames in enumerate(lengths):
-            if clip in encoded:
-                steps = encoded[clip][None]  # (1, its own steps, Q, D)
-                tokens.append(over_frames(steps, frames, self.aligned)[0])  # (T, Q, D)
-            else:
-                tokens.append(torch.zeros(frames, q, d, device=self.device))
-            present.append(torch.full((frames,), clip in encoded, device=self.device))
-        return torch.cat(tokens), torch.cat(present)
+            encoded = self.encode_modality(name, media).split(steps)  # (own steps, Q, D) each
+            for clip, own in zip(clips, encoded):
+                tokens[clip] = over_frames(own[None], lengths[clip], self.aligned)[0]  # (T, Q, D)
+        return torch.cat(tokens)
 
     # --- modalities
     @property
@@ -272,10 +253,9 @@ class CremaModel(AVLanguageModel):
         for linear in self.multimodal.pairs().values():
             linear.add("rgb", config.modality_rank)
 
-    def add_side_channel(self, name: str, width: int, settings: ModalityConfig) -> None:
-        self.add_modality(name, width)
-
-    def add_modality(self, name: str, width: int) -> None:
+    def add_side_channel(
+        self, name: str, width: int, settings: ModalityConfig | None = None
+    ) -> None:
         """Add a side modality with features `width` wide; the others stay as they are.
 
         It starts with the queries, norm and projection that rgb has, and with zero columns in the
@@ -297,19 +277,18 @@ class CremaModel(AVLanguageModel):
         Columns of new modalities are zero, so that they change nothing at first.
         """
         d = self.multimodal.config.width_out  # a modality has d columns
-        old = self.fusion
-        new = SelfGatedFusion(names, d).to(self.device)
+        old, self.fusion = self.fusion, SelfGatedFusion(names, d).to(self.device)
+        new = self.fusion.linear
+        nn.init.zeros_(new.weight)
+        nn.init.zeros_(new.bias)
+        if old is None:
+            return
+        old_columns = dict(zip(old.names, old.linear.weight.split(d, 1)))
         with torch.no_grad():
-            new.linear.weight.zero_()
-            new.linear.bias.zero_()
-            if old is not None:
-                new.linear.bias.copy_(old.linear.bias)
-            for i, name in enumerate(names):
-                if old is not None and name in old.names:
-                    j = old.names.index(name)
-                    columns = old.linear.weight[:, j * d : (j + 1) * d]
-                    new.linear.weight[:, i * d : (i + 1) * d] = columns
-        self.fusion = new
+            new.bias.copy_(old.linear.bias)
+            for name, columns in zip(names, new.weight.split(d, 1)):
+                if name in old_columns:
+                    columns.copy_(old_columns[name])
 
     # --- what is trained
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
@@ -373,21 +352,13 @@ class CremaModel(AVLanguageModel):
         return list(dict.fromkeys([*super().parts_to_save(), *parts]))
 
     def part_state(self, name: str) -> dict[str, Tensor]:
-        if name == "shared_qformer":
-            return self.frozen_qformer_state()
+        if name == "shared_qformer":  # what all modalities share
+            state = self.multimodal.qformer.state_dict(prefix="qformer.")
+            return {k: v for k, v in state.items() if ".A." not in k and ".B." not in k}
         if name.startswith("modality_"):
             parameters = self.multimodal.own(name.removeprefix("modality_"))
             return {key: parameter.data for key, parameter in parameters.items()}
         return super().part_state(name)
-
-    def frozen_qformer_state(self) -> dict[str, Tensor]:
-        """Return the weights of the Q-Former that all modalities share."""
-        state = {}
-        for key, value in self.multimodal.state_dict().items():
-            in_adapter = ".A." in key or ".B." in key
-            if key.startswith("qformer.") and not in_adapter:
-                state[key] = value
-        return state
 
     def part_config(self, name: str) -> dict:
         if name == "fusion":

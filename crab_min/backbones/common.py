@@ -20,8 +20,9 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
     """
     if encoder is None:
         raise ModelError(
-            "audio: this model has no audio encoder; name a BEATs checkpoint with --audio, "
-            'or give features as files (.npy, .pt) under "sides"'
+            "audio: this model has no audio encoder, and takes sound only as a side channel of a "
+            "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
+            'give features as files (.npy, .pt) under "sides"'
         )
     encoded = []
     for waves in sounds:
