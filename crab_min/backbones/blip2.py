@@ -175,12 +175,11 @@ class CremaModel(AVLanguageModel):
                 streams.append(fused)
 
         # of each video all its Z, then its Zbar
-        videos: list[list[Tensor]] = [[] for _ in media]
+        by_video = []
         for stream in streams:
             stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
-            for video, tokens in zip(videos, stream.split(lengths)):
-                video.append(tokens.flatten(0, 1))  # (T * Q, D)
-        return [torch.cat(video) for video in videos]
+            by_video.append(stream.split(lengths))  # (T, Q, D) each
+        return [torch.cat(video).flatten(0, 1) for video in zip(*by_video)]
 
     def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
         """Compute the tokens (sum of T, Q, D) of one modality of several clips."""

@@ -87,10 +87,9 @@ class OmniModel(PatchedModel):
 
         The encoders themselves run in `tokens`.
         """
-        # all that is neither sound nor image is a video, or another view of it
-        prepare = {"audio": self.mel_frames, "image": self.image_patches}.get(
-            kind, self.video_patches
-        )
+        # what is neither sound nor image is a video, or another view of it
+        others = {"audio": self.mel_frames, "image": self.image_patches}
+        prepare = others.get(kind, self.video_patches)
         features = [prepare(arrays) for arrays in media]
         return [MediaFeatures(kind, x, seconds=length) for x, length in zip(features, seconds)]
 
