@@ -12,8 +12,8 @@ from torch import nn
 
 import infer
 import train
-from crab_min.backbones.blip2 import load_blip2
-from crab_min.config import AdapterConfig, ModalityConfig
+from crab_min.backbones.load import load_model
+from crab_min.config import AdapterConfig, BackboneConfig, ModalityConfig
 from crab_min.data import load_media, read_samples
 from crab_min.encoders import ENCODERS, VisionEncoder, register
 from crab_min.errors import ModelError
@@ -38,6 +38,10 @@ RUN = (
 def shows(tmp_path_factory):
     """train.jsonl of a small world whose rows have all of CREMA's modalities."""
     return build_side_world("", 8, 2, 0, NAMES, tmp_path_factory.mktemp("shows"), together=True)
+
+
+def load_blip2(weights):
+    return load_model(BackboneConfig(backbone="blip2", weights=weights))
 
 
 def samples_of(shows, names, split="train"):

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from crab_min.backbones.blip2 import load_blip2
-from crab_min.config import ModalityConfig
+from crab_min.backbones.load import load_model
+from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import EarlyExit
 from crab_min.data import read_samples
 from crab_min.encoders import register
@@ -45,7 +45,8 @@ class DepthEncoder(torch.nn.Module):
 
 
 torch.manual_seed(0)
-model = load_blip2("")  # the tiny base; its visual Q-Former serves all modalities
+# the tiny base; its visual Q-Former serves all modalities
+model = load_model(BackboneConfig(backbone="blip2"))
 register("own_depth", DepthEncoder(lambda frame: frame.float().mean(-1).byte(), model.vision))
 SIDES = ["flow", "depth", "own_depth"]  # a thing trembles, one is near; the video shows neither
 file = build_side_world("", 120, 0, seed=0, names=SIDES[:2], together=True)

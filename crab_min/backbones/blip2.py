@@ -38,9 +38,8 @@ from crab_min.backbones.composed import (
     pad_tokens,
 )
 from crab_min.backbones.empty import counting_tokenizer, without_weights
-from crab_min.backbones.sizes import TINY_MODEL
-from crab_min.backbones.tiny_random import same_random_weights, tiny_blip2
-from crab_min.config import ModalityConfig
+from crab_min.backbones.tiny_random import tiny_blip2
+from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
@@ -458,39 +457,30 @@ def from_blip2(
     return CremaModel(llm, tokenizer, bos_ids, eos_id, layout, vision, audio, multimodal)
 
 
-def load_blip2(
-    weights: str, base: str = "", audio: str = "", load_in_4bit: bool = False, empty: bool = False
-) -> CremaModel:
-    """Load a model for modalities, frozen and in evaluation mode.
+def load_blip2(config: BackboneConfig, empty: bool) -> CremaModel:
+    """Load BLIP-2 with a BEATs, or a base where no weights are named.
 
     Args:
-        weights: BLIP-2 by local path or hub id; "tiny-random" for a small random one; "" to use a
-            base.
-        base: the folder of a base, where there are no weights (default: the shipped one).
-        audio: a BEATs checkpoint.
         empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
+    weights = config.weights
     if not weights:
-        model = from_base(load_base(base, empty=empty))
-    elif weights == "tiny-random":
-        with same_random_weights():
-            blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
-            model = from_blip2(blip, tokenizer, AudioEncoder(TINY_MODEL["audio"]))
+        return from_base(load_base(config.base, empty=empty))
+    if weights == "tiny-random":
+        blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
+    elif empty:
+        blip = without_weights(Blip2ForConditionalGeneration, weights)
+        tokenizer = counting_tokenizer("</s>", {"video_token": PLACEHOLDERS["video"]})
     else:
-        if empty:
-            blip = without_weights(Blip2ForConditionalGeneration, weights)
-            tokenizer = counting_tokenizer("</s>", {"video_token": PLACEHOLDERS["video"]})
-        else:
-            not_in_4_bits = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
-            with named_weights("BLIP-2", weights):
-                blip = load_pretrained(
-                    Blip2ForConditionalGeneration, weights, load_in_4bit, not_in_4_bits
-                )
-                tokenizer = AutoTokenizer.from_pretrained(weights)
-            # the embedding of the placeholder is never looked up
-            tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
-        model = from_blip2(blip, tokenizer, load_beats(audio, empty))
-    return model.requires_grad_(False).eval()
+        not_in_4_bits = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
+        with named_weights("BLIP-2", weights):
+            blip = load_pretrained(
+                Blip2ForConditionalGeneration, weights, config.load_in_4bit, not_in_4_bits
+            )
+            tokenizer = AutoTokenizer.from_pretrained(weights)
+        # the embedding of the placeholder is never looked up
+        tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
+    return from_blip2(blip, tokenizer, load_beats(config, empty))

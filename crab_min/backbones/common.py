@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from crab_min.backbones.empty import beats_sizes
+from crab_min.backbones.sizes import TINY_MODEL
+from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.errors import ModelError
 
@@ -32,11 +34,13 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
     return encoded
 
 
-def load_beats(path: str, empty: bool) -> AudioEncoder | None:
+def load_beats(config: BackboneConfig, empty: bool) -> AudioEncoder | None:
     """Load a BEATs checkpoint, or build it without weights; None where none is named."""
-    if not path:
+    if config.weights == "tiny-random":
+        return AudioEncoder(TINY_MODEL["audio"])
+    if not config.audio:
         return None
-    return AudioEncoder(beats_sizes(path) if empty else path)
+    return AudioEncoder(beats_sizes(config.audio) if empty else config.audio)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from crab_min.backbones.common import encode_sounds, load_beats, load_pretrained
 from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.omni import QWEN_CHAT
 from crab_min.backbones.patched import PatchedModel
-from crab_min.backbones.sizes import TINY_MODEL
-from crab_min.backbones.tiny_random import LLAVA_TOKENS, same_random_weights, tiny_llava
+from crab_min.backbones.tiny_random import LLAVA_TOKENS, tiny_llava
+from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.model import MediaTokens
 from crab_min.pave import Patches
@@ -118,33 +118,26 @@ class LlavaModel(PatchedModel):
         return with_newlines
 
 
-def load_llava(
-    weights: str, audio: str = "", load_in_4bit: bool = False, empty: bool = False
-) -> LlavaModel:
-    """Load LLaVA-OneVision, frozen and in evaluation mode.
+def load_llava(config: BackboneConfig, empty: bool) -> LlavaModel:
+    """Load LLaVA-OneVision, and a BEATs for sound as a side channel.
 
     Args:
-        weights: local path or hub id, or "tiny-random" for a small random one.
-        audio: a BEATs checkpoint, for sound as a side channel.
         empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
+    weights = config.weights
     if weights == "tiny-random":
-        with same_random_weights():
-            llava, tokenizer = tiny_llava()
-            beats = AudioEncoder(TINY_MODEL["audio"])
-        return LlavaModel(llava, tokenizer, beats).requires_grad_(False).eval()
-    if empty:
+        llava, tokenizer = tiny_llava()
+    elif empty:
         llava = without_weights(LlavaOnevisionForConditionalGeneration, weights)
         tokenizer = counting_tokenizer("<|im_end|>", LLAVA_TOKENS)
     else:
         not_in_4_bits = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
         with named_weights("LLaVA-OneVision", weights):
             llava = load_pretrained(
-                LlavaOnevisionForConditionalGeneration, weights, load_in_4bit, not_in_4_bits
+                LlavaOnevisionForConditionalGeneration, weights, config.load_in_4bit, not_in_4_bits
             )
             tokenizer = AutoTokenizer.from_pretrained(weights)
-    model = LlavaModel(llava, tokenizer, load_beats(audio, empty))
-    return model.requires_grad_(False).eval()
+    return LlavaModel(llava, tokenizer, load_beats(config, empty))

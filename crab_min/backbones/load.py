@@ -17,6 +17,7 @@ from crab_min.backbones.empty import beats_sizes, counting_tokenizer, find_confi
 from crab_min.backbones.llava_onevision import load_llava
 from crab_min.backbones.masking import MaskingModel
 from crab_min.backbones.omni import load_omni
+from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.config import BackboneConfig, MaskDecoderConfig
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel
@@ -39,55 +40,50 @@ def load_model(
     """
     has_masks = masks is not None and masks.decoder
     check_settings(config, has_masks)
-    composed_class = MaskingModel if has_masks else ComposedModel
+    is_random = config.weights == "tiny-random"
     with torch.device("meta") if empty else nullcontext():
-        model = load_backbone(config, composed_class, empty)
+        with same_random_weights() if is_random else nullcontext():
+            if has_masks:
+                model = load_composed(config, empty, MaskingModel)
+            else:
+                model = LOADERS[config.backbone](config, empty)
         if has_masks:
             model.add_mask_decoder(masks)
     return model.requires_grad_(False).eval()
 
 
-def load_backbone(
-    config: BackboneConfig, composed_class: type[ComposedModel], empty: bool
-) -> AVLanguageModel:
-    """Load a backbone, or build it without weights.
-
-    Args:
-        composed_class: the class of a composed model.
-    """
-    weights, in_4bit = config.weights, config.load_in_4bit
-    if config.backbone == "omni":
-        return load_omni(weights, config.separate_media, in_4bit, empty)
-    if config.backbone == "llava_onevision":
-        return load_llava(weights, config.audio, in_4bit, empty)
-    if config.backbone == "blip2":
-        return load_blip2(weights, config.base, config.audio, in_4bit, empty)
-
-    # composed: a base, or the parts' own weights
-    if weights == "tiny-random":
-        return load_base("random", composed_class)
+def load_composed(
+    config: BackboneConfig, empty: bool, model_class: type[ComposedModel] = ComposedModel
+) -> ComposedModel:
+    """Load a base, or the parts of a composed model: encoders and an LM."""
+    if config.weights == "tiny-random":
+        return load_base("random", model_class)
+    check_parts(config)
     if not config.vision:
-        return load_base(config.base, composed_class, empty)
-    if empty:
-        return empty_composed(config, composed_class)
-    parts = ModelConfig(config.vision, config.audio, config.llm, template=LLAMA_CHAT)
-    return composed_class(parts, load_tokenizer(config.llm), in_4bit)
+        return load_base(config.base, model_class, empty)
+    if not empty:
+        parts = ModelConfig(config.vision, config.audio, config.llm, template=LLAMA_CHAT)
+        return model_class(parts, load_tokenizer(config.llm), config.load_in_4bit)
 
-
-def empty_composed(config: BackboneConfig, composed_class: type[ComposedModel]) -> ComposedModel:
-    """Build a model that is composed of a vision encoder, a BEATs and an LM, without weights."""
+    # without weights; a whole CLIP or SigLIP has a text half too
     vision = find_config(config.vision, AutoConfig)
-    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP has a text half too
+    vision = getattr(vision, "vision_config", vision).to_dict()
     llm = find_config(config.llm, AutoConfig)
-    parts = ModelConfig(
-        vision.to_dict(), beats_sizes(config.audio), llm.to_dict(), template=LLAMA_CHAT
-    )
+    parts = ModelConfig(vision, beats_sizes(config.audio), llm.to_dict(), template=LLAMA_CHAT)
     special = {f"{kind}_token": token for kind, token in PLACEHOLDERS.items()}
-    model = composed_class(parts, counting_tokenizer("</s>", special, llm.vocab_size))
+    model = model_class(parts, counting_tokenizer("</s>", special, llm.vocab_size))
     # as load_llm loads it
     model.llm.to(torch.bfloat16)
     model.llm.set_attn_implementation("sdpa")
     return model
+
+
+LOADERS = {
+    "composed": load_composed,
+    "omni": load_omni,
+    "llava_onevision": load_llava,
+    "blip2": load_blip2,
+}
 
 
 def check_settings(config: BackboneConfig, has_masks: bool) -> None:
@@ -113,8 +109,6 @@ def check_settings(config: BackboneConfig, has_masks: bool) -> None:
             f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of "
             "Qwen2.5-Omni (omni) or LLaVA-OneVision (llava_onevision), or tiny-random"
         )
-    if config.backbone == "composed" and config.weights != "tiny-random":
-        check_parts(config)
 
 
 def check_parts(config: BackboneConfig) -> None:

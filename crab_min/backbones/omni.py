@@ -24,12 +24,8 @@ from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalG
 from crab_min.backbones.common import load_pretrained, named_weights
 from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.patched import PatchedModel
-from crab_min.backbones.tiny_random import (
-    OMNI_TOKENS,
-    omni_processor,
-    same_random_weights,
-    tiny_omni,
-)
+from crab_min.backbones.tiny_random import OMNI_TOKENS, omni_processor, tiny_omni
+from crab_min.config import BackboneConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import Batch, MediaTokens
@@ -269,22 +265,18 @@ def run_together(
     return joined_parts, joined_media
 
 
-def load_omni(
-    weights: str, separate_media: bool = True, load_in_4bit: bool = False, empty: bool = False
-) -> OmniModel:
-    """Load Qwen2.5-Omni's thinker, frozen and in evaluation mode.
+def load_omni(config: BackboneConfig, empty: bool) -> OmniModel:
+    """Load Qwen2.5-Omni's thinker.
 
     Args:
-        weights: local path or hub id, or "tiny-random" for a small random one.
-        separate_media: see PromptLayout.
         empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
+    weights = config.weights
     if weights == "tiny-random":
-        with same_random_weights():
-            thinker, processor = tiny_omni()
+        thinker, processor = tiny_omni()
     elif empty:
         thinker = without_weights(Qwen2_5OmniThinkerForConditionalGeneration, weights)
         tokenizer = counting_tokenizer("<|im_end|>", OMNI_TOKENS)
@@ -293,9 +285,12 @@ def load_omni(
         not_in_4_bits = [".*visual", ".*audio_tower", "lm_head"]
         with named_weights("Qwen2.5-Omni", weights):
             thinker = load_pretrained(
-                Qwen2_5OmniThinkerForConditionalGeneration, weights, load_in_4bit, not_in_4_bits
+                Qwen2_5OmniThinkerForConditionalGeneration,
+                weights,
+                config.load_in_4bit,
+                not_in_4_bits,
             )
             processor = Qwen2_5OmniProcessor.from_pretrained(weights)
     model_class = EmptyOmniModel if empty else OmniModel
-    layout = replace(QWEN_CHAT, separate_media=separate_media)
-    return model_class(thinker, processor, layout).requires_grad_(False).eval()
+    layout = replace(QWEN_CHAT, separate_media=config.separate_media)
+    return model_class(thinker, processor, layout)
