@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,11 +212,11 @@ def test_a_clip_without_a_modality_has_zeros_in_its_place_and_is_counted(shows):
 
     media = batch_of(model, features, samples).media
     lengths = [len(medium.features) for medium in media]
-    fused = model.fuse([medium.sides for medium in media], lengths)
+    fused = model.fuse(media)
     flow = model.encode_modality("flow", [media[1].sides["flow"]])
     expected = model.fusion({"flow": flow, "depth": torch.zeros_like(flow)})
     torch.testing.assert_close(fused[lengths[0] :], expected)
-    nothing = model.fuse([{}, {}], lengths)
+    nothing = model.fuse([replace(medium, sides={}) for medium in media])
     assert torch.equal(nothing[0], nothing[-1])
 
 

@@ -167,7 +167,7 @@ class CremaModel(AVLanguageModel):
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
         if self.fusion is not None:
-            fused = self.fuse([medium.sides for medium in media], lengths)
+            fused = self.fuse(media)
             if self.fusion_mode == "add":
                 streams = [streams[0] + fused]
             else:
@@ -206,36 +206,30 @@ class CremaModel(AVLanguageModel):
         finally:
             self.cached_tokens = None
 
-    def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
-        """Fuse the other modalities of each clip into one stream (sum of T, Q, D)."""
-        tokens = {name: self.tokens_at_frames(name, sides, lengths) for name in self.fusion.names}
+    def fuse(self, videos: list[MediaFeatures]) -> Tensor:
+        """Fuse the other modalities of each video into one stream (sum of T, Q, D)."""
+        tokens = {name: self.tokens_at_frames(name, videos) for name in self.fusion.names}
         return self.fusion(tokens)
 
-    def tokens_at_frames(
-        self, name: str, sides: list[dict[str, MediaFeatures]], lengths: list[int]
-    ) -> Tensor:
-        """Compute the tokens of one modality at the frames of the clips' videos.
+    def tokens_at_frames(self, name: str, videos: list[MediaFeatures]) -> Tensor:
+        """Compute the tokens (sum of T, Q, D) of one modality at the frames of the videos.
 
-        Args:
-            sides: the modalities of each clip by name.
-            lengths: the frames T of each clip.
-
-        Returns:
-            (sum of T, Q, D), zero where a clip lacks the modality.
+        They are zero where a video lacks the modality.
         """
         sizes = self.multimodal.config
         tokens = []
-        for frames in lengths:
+        for video in videos:
+            frames = len(video.features)
             tokens.append(torch.zeros(frames, sizes.queries, sizes.width_out, device=self.device))
 
-        # the clips that have it, all in one call; its own steps become the video's
-        clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
-        if clips:
-            media = [sides[clip][name] for clip in clips]
-            steps = [len(medium.features) for medium in media]
-            encoded = self.encode_modality(name, media).split(steps)  # (own steps, Q, D) each
-            for clip, own in zip(clips, encoded):
-                tokens[clip] = over_frames(own[None], lengths[clip], self.aligned)[0]  # (T, Q, D)
+        # the videos that have it, all in one call; its own steps become the video's
+        positions = [i for i, video in enumerate(videos) if name in video.sides]
+        if positions:
+            sides = [videos[i].sides[name] for i in positions]
+            steps = [len(side.features) for side in sides]
+            encoded = self.encode_modality(name, sides).split(steps)  # (its own steps, Q, D) each
+            for i, own in zip(positions, encoded):
+                tokens[i] = over_frames(own[None], len(tokens[i]), self.aligned)[0]  # (T, Q, D)
         return torch.cat(tokens)
 
     # --- modalities

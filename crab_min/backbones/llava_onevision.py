@@ -77,6 +77,7 @@ class LlavaModel(PatchedModel):
             return [MediaFeatures(kind, self.queries_and_tokens(x)[0]) for x in pixels]
         return [MediaFeatures(kind, x) for x in pixels]
 
+    @torch.no_grad()
     def queries_and_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode frames (T, 3, H, W).
 
@@ -85,14 +86,11 @@ class LlavaModel(PatchedModel):
         """
         llava = self.llava
         projected = []
-        hook = llava.multi_modal_projector.register_forward_hook(
+        with llava.multi_modal_projector.register_forward_hook(
             lambda module, inputs, output: projected.append(inputs[0])
-        )
-        try:
+        ):
             video = pixels.to(self.device, llava.vision_tower.dtype)[None]  # (1, T, 3, H, W)
             output = llava.get_video_features(pixel_values_videos=video)
-        finally:
-            hook.remove()
         tokens = output.pooler_output[0, :-1]  # (T R R, D), without the newline at its end
         queries = llava.apply_pooling(projected[0]).float()  # (T, R R, V)
         return queries, tokens.unflatten(0, (len(pixels), -1))
@@ -102,12 +100,7 @@ class LlavaModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T R (R + 1), D) of each medium, with what the patches add."""
-        queries, tokens = [], []
-        with torch.no_grad():
-            for medium in media:
-                video_queries, video_tokens = self.queries_and_tokens(medium.features)
-                queries.append(video_queries)
-                tokens.append(video_tokens)
+        queries, tokens = zip(*[self.queries_and_tokens(medium.features) for medium in media])
         sides = [medium.side_tokens() for medium in media]
         with_newlines = []
         for x in self.patches.add_to(tokens, queries, sides):
