@@ -257,10 +257,8 @@ class CremaModel(AVLanguageModel):
             ModelError: a name that is taken, or that cannot be one.
         """
         self.multimodal.add(name, width)
-        rgb, new = self.multimodal.of("rgb"), self.multimodal.of(name)
-        new.norm.load_state_dict(rgb.norm.state_dict())
-        new.out.load_state_dict(rgb.out.state_dict())
-        new.query.data.copy_(rgb.query)
+        rgb = self.multimodal.of("rgb").state_dict()  # without an input projection
+        self.multimodal.of(name).load_state_dict(rgb, strict=False)
         self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:

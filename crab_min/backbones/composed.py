@@ -112,30 +112,27 @@ class ComposedModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T * Q, D) of each medium."""
-        # all frames of all videos and images in one call, then all sounds
         tokens: list = [None] * len(media)
         for kinds, connector in ((VISUAL, self.visual_qformer), (AUDIO, self.audio_qformer)):
             positions = [i for i, medium in enumerate(media) if medium.kind in kinds]
             if not positions:
                 continue
             group = [media[i] for i in positions]
-            connected = self.connect(connector, group, [media_index[i] for i in positions])
-            for i, medium_tokens in zip(positions, connected):
-                tokens[i] = medium_tokens
-        return tokens
+            lengths = [len(medium.features) for medium in group]
 
-    def connect(
-        self, connector: QFormerConnector, media: list[MediaFeatures], media_index: list[int]
-    ) -> list[Tensor]:
-        """Compute the tokens (T * Q, D) of media that pass one connector, in one call."""
-        lengths = [len(medium.features) for medium in media]
-        features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
-        queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
-        tokens = connector.mlp(queries)  # (sum of T, Q, D)
-        tokens = add_embeddings(tokens, lengths, media_index, self.time, self.number)
-        sides = [medium.side_tokens() for medium in media]
-        patched = self.patches.add_to(tokens.split(lengths), queries.split(lengths), sides)
-        return [medium_tokens.flatten(0, 1) for medium_tokens in patched]  # (T * Q, D) each
+            # the connector, for the frames of all videos and images or the segments of all sounds
+            features, mask = pad_tokens(group, self.device)  # (1, sum of T, S, W)
+            queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
+            connected = connector.mlp(queries)  # (sum of T, Q, D)
+            index = [media_index[i] for i in positions]
+            connected = add_embeddings(connected, lengths, index, self.time, self.number)
+
+            # what the patches add to each medium
+            sides = [medium.side_tokens() for medium in group]
+            patched = self.patches.add_to(connected.split(lengths), queries.split(lengths), sides)
+            for i, medium_tokens in zip(positions, patched):
+                tokens[i] = medium_tokens.flatten(0, 1)  # (T * Q, D)
+        return tokens
 
     # --- what is trained
     def trainable_modules(self) -> dict[str, nn.Module]:
