@@ -200,6 +200,13 @@ def test_weights_that_are_not_there_say_what_to_do():
         load_model(replace(TINY, weights="nowhere/at-all"))
 
 
+def test_half_a_checkpoint_says_what_to_do(model, tmp_path):
+    model.thinker.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"the first half")
+    with pytest.raises(ModelError, match="Qwen2.5-Omni .* cannot be loaded.*hf download"):
+        load_model(replace(TINY, weights=str(tmp_path)))
+
+
 # --- 4 bits ---------------------------------------------------------------------------------------
 LOADERS = {
     "omni": "crab_min.backbones.omni.Qwen2_5OmniThinkerForConditionalGeneration",
