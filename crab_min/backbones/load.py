@@ -55,7 +55,14 @@ def load_model(
 def load_composed(
     config: BackboneConfig, empty: bool, model_class: type[ComposedModel] = ComposedModel
 ) -> ComposedModel:
-    """Load a base, or the parts of a composed model: encoders and an LM."""
+    """Load a base, or the parts of a composed model: encoders and an LM.
+
+    Args:
+        empty: build it without weights (empty.py).
+
+    Raises:
+        ModelError: settings that do not go together, or weights that are not there.
+    """
     if config.weights == "tiny-random":
         return load_base("random", model_class)
     check_parts(config)
