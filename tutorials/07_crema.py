@@ -45,8 +45,7 @@ class DepthEncoder(torch.nn.Module):
 
 
 torch.manual_seed(0)
-# the tiny base; its visual Q-Former serves all modalities
-model = load_model(BackboneConfig(backbone="blip2"))
+model = load_model(BackboneConfig(backbone="blip2"))  # the tiny base; one Q-Former for all
 register("own_depth", DepthEncoder(lambda frame: frame.float().mean(-1).byte(), model.vision))
 SIDES = ["flow", "depth", "own_depth"]  # a thing trembles, one is near; the video shows neither
 file = build_side_world("", 120, 0, seed=0, names=SIDES[:2], together=True)
