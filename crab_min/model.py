@@ -220,6 +220,12 @@ class AVLanguageModel(nn.Module):
         for part in parts:
             if part.kind == "text":
                 ids += self.encode_text(part.text)
+            elif part.kind not in self.media_tokens:
+                raise ModelError(
+                    f"{part.kind}: not in a prompt of this model, which takes "
+                    f"{', '.join(self.media_tokens)}. Train a pave or crema preset, in which sound "
+                    "is a side channel of the video, or take another --backbone"
+                )
             else:
                 ids += self.placeholder_ids(next(remaining))
         return ids + self.encode_layout(self.layout.after)
@@ -498,13 +504,3 @@ def bf16_autocast(wanted: bool = True) -> torch.autocast:
     else:
         is_fast = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device, torch.bfloat16, enabled=wanted and is_fast)
-
-
-def missing_weights(what: str, name: str, error: Exception) -> ModelError:
-    """Return the error for weights that cannot be found or fetched: what to do."""
-    reason = str(error).splitlines()[0].rstrip(".")
-    return ModelError(
-        f"{what} {name}: cannot be loaded ({reason}). Where there is a network, "
-        f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has "
-        "accepted a licence); then name the FOLDER instead"
-    )

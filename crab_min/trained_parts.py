@@ -85,35 +85,28 @@ def restore_trained(model, folder: Path) -> None:
         own = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
         check_fit(state, own, file)
         set_peft_model_state_dict(model.llm, state)
-    parts = read_parts(folder)
+    load_parts(model, read_parts(folder))
+
+
+def load_parts(model, parts: list[SavedPart]) -> None:
+    """Put parts into a model, which makes those that it lacks before any is filled."""
     for part in parts:
         model.prepare_part(part)
     for part in parts:
-        copy_part(model, part)
-
-
-def load_part(model, part: SavedPart) -> None:
-    """Put one part into a model, which makes it first where it lacks it."""
-    model.prepare_part(part)
-    copy_part(model, part)
-
-
-def copy_part(model, part: SavedPart) -> None:
-    """Copy the weights of a part into the part that the model has."""
-    own = model.part_state(part.name)
-    check_fit(part.state, own, part.source)
-    with torch.no_grad():
-        for key, value in part.state.items():
-            own[key].copy_(value)
-    # what came from a run goes on into the next one, whether it learns there or not
-    model.loaded_parts.add(part.name)
+        own = model.part_state(part.name)
+        check_fit(part.state, own, part.source)
+        with torch.no_grad():
+            for key, value in part.state.items():
+                own[key].copy_(value)
+        # what came from a run goes on into the next one, whether it learns there or not
+        model.loaded_parts.add(part.name)
 
 
 def read_parts(folder: Path) -> list[SavedPart]:
     """Read the parts of a run folder, also those in one of the old forms."""
     parts = [read_part(file) for file in sorted((folder / "parts").glob("*.safetensors"))]
-    old = [*read_old_patches(folder), *read_old_modules(folder), *read_old_modalities(folder)]
-    return parts + old
+    parts += [read_patch(file) for file in sorted((folder / "patches").glob("*.safetensors"))]
+    return parts + read_old_parts(folder)
 
 
 def read_part(file: Path) -> SavedPart:
@@ -180,55 +173,42 @@ def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], where: Path | st
 OLD_NAMES = {"words": "embeddings", "masks": "mask_decoder"}
 
 
-def read_old_patches(folder: Path) -> list[SavedPart]:
-    """Read patches/NAME.safetensors: a file per patch, its sizes in the header."""
-    return [read_patch(file) for file in sorted((folder / "patches").glob("*.safetensors"))]
+def read_old_parts(folder: Path) -> list[SavedPart]:
+    """Read modules.safetensors, and modalities.safetensors of CREMA.
 
+    The header of the latter says what its parts are made from.
+    """
+    weights: dict[str, Tensor] = {}
+    configs: dict[str, dict] = {}
+    modules, modalities = folder / "modules.safetensors", folder / "modalities.safetensors"
+    if modules.exists():
+        weights |= load_file(modules)
+    if modalities.exists():
+        state, about = read_with_header(modalities, "crema", "the modalities of a run of train.py")
+        weights |= state
+        for name, width in about["widths"].items():
+            configs[f"modality_{name}"] = {"width": width, "rank": about["rank"]}
+        if about["fused"]:
+            fusion = {"names": about["fused"], "mode": about["join"], "aligned": about["aligned"]}
+            configs["fusion"] = fusion
 
-def read_old_modules(folder: Path) -> list[SavedPart]:
-    """Read modules.safetensors: all other parts, each key after its part's name."""
-    file = folder / "modules.safetensors"
-    if not file.exists():
-        return []
-    parts: dict[str, SavedPart] = {}
-    for key, value in load_file(file).items():
-        old_name, key = key.split(".", 1)
-        name = OLD_NAMES.get(old_name, old_name)
-        part = parts.setdefault(name, SavedPart(name, {}, {}, f"{file}, {name}"))
+    # the parts that the header names, and those of the weights
+    parts = {name: SavedPart(name, {}, configs[name], f"{folder}, {name}") for name in configs}
+    for key, value in weights.items():
+        name, key = old_part(key)
+        part = parts.setdefault(name, SavedPart(name, {}, {}, f"{folder}, {name}"))
         part.state[key] = value
     return list(parts.values())
 
 
-def read_old_modalities(folder: Path) -> list[SavedPart]:
-    """Read modalities.safetensors: CREMA's modalities and their fusion."""
-    file = folder / "modalities.safetensors"
-    if not file.exists():
-        return []
-    state, about = read_with_header(file, "crema", "the modalities of a run of train.py")
-
-    # the parts that the header names
-    parts = {}
-    for name, width in about["widths"].items():
-        config = {"width": width, "rank": about["rank"]}
-        parts[f"modality_{name}"] = SavedPart(f"modality_{name}", {}, config, f"{file}, {name}")
-    if about["fused"]:
-        config = {"names": about["fused"], "mode": about["join"], "aligned": about["aligned"]}
-        parts["fusion"] = SavedPart("fusion", {}, config, f"{file}, fusion")
-
-    # which part each weight belongs to; a converted run also has the frozen Q-Former's own
-    for key, value in state.items():
-        module, key = key.split(".", 1)
-        name = "fusion" if module == "fusion" else old_modality_part(key)
-        part = parts.setdefault(name, SavedPart(name, {}, {}, f"{file}, {name}"))
-        part.state[key] = value
-    return list(parts.values())
-
-
-def old_modality_part(key: str) -> str:
-    """Return the part that a weight of the Q-Former belongs to."""
+def old_part(key: str) -> tuple[str, str]:
+    """Return the part that a weight belongs to, and the name of the weight in it."""
+    module, key = key.split(".", 1)
+    if module != "multimodal":
+        return OLD_NAMES.get(module, module), key
     names = key.split(".")
     if names[0] == "parts":  # parts.NAME.norm.weight
-        return f"modality_{names[1]}"
+        return f"modality_{names[1]}", key
     if names[-3] in ("A", "B"):  # qformer. ... .query.A.NAME.weight
-        return f"modality_{names[-2]}"
-    return "shared_qformer"
+        return f"modality_{names[-2]}", key
+    return "shared_qformer", key  # a converted run also has the frozen Q-Former's own

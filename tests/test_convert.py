@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import infer
 from crab_min.backbones.composed import load_base
-from crab_min.backbones.omni import load_omni
+from crab_min.backbones.load import load_model
+from crab_min.config import BackboneConfig
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.tools import convert as command
@@ -226,7 +227,7 @@ def test_crab_plus_there_and_back(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "r 4, 3 heads" in printed and "36 tensors in the encoders left out" in printed
 
-    model = load_omni("tiny-random")
+    model = load_model(BackboneConfig(backbone="omni", weights="tiny-random"))
     model.load_trained(run)
     layer = model.thinker.model.language_model.layers[1]
     B = layer.mlp.up_proj.ilora_B["default"].weight

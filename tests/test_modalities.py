@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 
 import infer
 import train
-from crab_min.backbones.blip2 import load_blip2
-from crab_min.config import AdapterConfig, ModalityConfig
+from crab_min.backbones.load import load_model
+from crab_min.config import AdapterConfig, BackboneConfig, ModalityConfig
 from crab_min.data import load_media, read_samples
 from crab_min.encoders import ENCODERS, VisionEncoder, register
 from crab_min.errors import ModelError
@@ -38,6 +39,10 @@ RUN = (
 def shows(tmp_path_factory):
     """train.jsonl of a small world whose rows have all of CREMA's modalities."""
     return build_side_world("", 8, 2, 0, NAMES, tmp_path_factory.mktemp("shows"), together=True)
+
+
+def load_blip2(weights):
+    return load_model(BackboneConfig(backbone="blip2", weights=weights))
 
 
 def samples_of(shows, names, split="train"):
@@ -111,7 +116,7 @@ def test_a_fresh_modality_changes_nothing_where_it_is_added(shows, weights):
     model.configure(CONFIG)
     for i, name in enumerate(NAMES):
         samples = samples_of(shows, NAMES[: i + 1])[:2]
-        model.add_modality(name, width_of(name, samples, features))
+        model.add_side_channel(name, width_of(name, samples, features))
         model.fusion_mode = "add"
         assert torch.equal(model.token_losses(batch_of(model, features, samples)), before)
         model.fusion_mode = "concat"
@@ -207,11 +212,11 @@ def test_a_clip_without_a_modality_has_zeros_in_its_place_and_is_counted(shows):
 
     media = batch_of(model, features, samples).media
     lengths = [len(medium.features) for medium in media]
-    fused = model.fuse([medium.sides for medium in media], lengths)
+    fused = model.fuse(media)
     flow = model.encode_modality("flow", [media[1].sides["flow"]])
     expected = model.fusion({"flow": flow, "depth": torch.zeros_like(flow)})
     torch.testing.assert_close(fused[lengths[0] :], expected)
-    nothing = model.fuse([{}, {}], lengths)
+    nothing = model.fuse([replace(medium, sides={}) for medium in media])
     assert torch.equal(nothing[0], nothing[-1])
 
 
@@ -235,7 +240,7 @@ def test_a_new_modality_leaves_all_others_bit_for_bit(shows):
     features = with_modalities(model, samples, ["flow"])
     batch = batch_of(model, features, samples)
     losses, before = model.token_losses(batch), copy.deepcopy(model.state_dict())
-    model.add_modality("sonar", 12)
+    model.add_side_channel("sonar", 12)
     new = {name for name in changed(before, model.state_dict()) if "sonar" not in name}
     assert new == {"fusion.linear.weight"}
     width = before["fusion.linear.weight"].shape[1]
@@ -247,7 +252,7 @@ def test_a_new_modality_leaves_all_others_bit_for_bit(shows):
 def test_modalities_that_there_are_not_and_features_of_another_width_are_named(shows):
     model = load_blip2("")
     model.configure(CONFIG)
-    model.add_modality("flow", 20)
+    model.add_side_channel("flow", 20)
     with pytest.raises(ModelError, match="'lidar': not in this model, which has rgb, flow"):
         model.set_active_modalities(["rgb", "lidar"])
     with pytest.raises(ModelError, match="this backbone takes no patches"):
@@ -421,7 +426,7 @@ def test_released_files_that_lack_a_modality_or_the_fusion_are_refused(tmp_path,
     model = load_blip2("tiny-random")
     model.configure(CONFIG)
     for name in ("audio", "flow"):
-        model.add_modality(name, 32)
+        model.add_side_channel(name, 32)
     model.save_trained(tmp_path)
     write_released("crema", tmp_path, tmp_path / "whole.pth")
     released = read_checkpoint(tmp_path / "whole.pth")
@@ -446,7 +451,7 @@ def test_a_converted_run_keeps_its_own_frozen_qformer(tmp_path):
     """Its weights are loaded, and saved again with what is trained from there on."""
     model = load_blip2("tiny-random")
     model.configure(CONFIG)
-    model.add_modality("flow", 32)
+    model.add_side_channel("flow", 32)
     name = "qformer.encoder.layer.0.attention.attention.query.base.weight"
     frozen = model.part_state("shared_qformer")
     frozen[name].fill_(1)
@@ -466,7 +471,7 @@ def test_the_form_of_earlier_versions_is_read(tmp_path):
     model = load_blip2("")
     model.configure(ModalityConfig(modality_rank=4, fusion="add"))
     for name, width in {"flow": 20, "audio": 8}.items():
-        model.add_modality(name, width)
+        model.add_side_channel(name, width)
     state = {}
     for name in model.parts_to_save():
         prefix = "fusion" if name == "fusion" else "multimodal"

@@ -15,12 +15,12 @@ import infer
 import train
 from crab_min.backbones import common
 from crab_min.backbones.load import load_model
-from crab_min.backbones.omni import load_omni
 from crab_min.backbones.tiny_random import tiny_blip2, tiny_llava, tiny_omni
 from crab_min.config import AdapterConfig, BackboneConfig
 from crab_min.errors import ModelError
 from crab_min.interface import PromptPart
 
+TINY = BackboneConfig(backbone="omni", weights="tiny-random")
 RNG = np.random.default_rng(0)
 VIDEO, IMAGE, AUDIO = PromptPart("video"), PromptPart("image"), PromptPart("audio")
 
@@ -65,7 +65,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def model():
-    return load_omni("tiny-random")
+    return load_model(TINY)
 
 
 def features_of(model, media):
@@ -132,7 +132,7 @@ def test_answers_do_not_depend_on_the_batch_or_on_what_came_before(model):
 
 @torch.no_grad()
 def test_run_together_as_released_two_videos_are_one(model):
-    released = load_omni("tiny-random", separate_media=False)
+    released = load_model(replace(TINY, separate_media=False))
     ours, theirs = batch_of(model, ["a2v"]), batch_of(released, ["a2v"])
     begin = model.media_tokens["video"].before[0]
     assert (ours.ids == begin).sum() == 2
@@ -143,7 +143,7 @@ def test_run_together_as_released_two_videos_are_one(model):
 
 
 def test_adapters_are_on_the_lm_alone_and_learn():
-    model = load_omni("tiny-random")
+    model = load_model(TINY)
     model.add_adapter(AdapterConfig(r=4))
     model.set_trainable(["adapter"])
     model.llm.activation_checkpointing_enable({"use_reentrant": False})
@@ -181,10 +181,30 @@ def test_train_and_infer_run_on_it(small_world, tmp_path, capsys):
     assert routes.stat().st_size > 5000
 
 
+def test_a_sound_in_a_prompt_that_takes_none_says_what_to_do():
+    """LLaVA-OneVision with a BEATs for side channels, and without one."""
+    model = load_model(BackboneConfig(backbone="llava_onevision", weights="tiny-random"))
+    features = features_of(model, [("audio", waves(1.0), 1.0)])
+    with pytest.raises(
+        ModelError, match="audio: not in a prompt .* which takes video, image.*pave"
+    ):
+        model.collate([[AUDIO, text("What?")]], [features])
+    model.audio = None
+    with pytest.raises(ModelError, match="only as a side channel .*pave.* with --audio"):
+        features_of(model, [("audio", waves(1.0), 1.0)])
+
+
 def test_weights_that_are_not_there_say_what_to_do():
     expected = "Qwen2.5-Omni nowhere/at-all: cannot be loaded.*hf download nowhere/at-all"
     with pytest.raises(ModelError, match=expected):
-        load_omni("nowhere/at-all")
+        load_model(replace(TINY, weights="nowhere/at-all"))
+
+
+def test_half_a_checkpoint_says_what_to_do(model, tmp_path):
+    model.thinker.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"the first half")
+    with pytest.raises(ModelError, match="Qwen2.5-Omni .* cannot be loaded.*hf download"):
+        load_model(replace(TINY, weights=str(tmp_path)))
 
 
 # --- 4 bits ---------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from crab_min.backbones.blip2 import load_blip2
-from crab_min.config import ModalityConfig
+from crab_min.backbones.load import load_model
+from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import EarlyExit
 from crab_min.data import read_samples
 from crab_min.encoders import register
@@ -45,7 +45,7 @@ class DepthEncoder(torch.nn.Module):
 
 
 torch.manual_seed(0)
-model = load_blip2("")  # the tiny base; its visual Q-Former serves all modalities
+model = load_model(BackboneConfig(backbone="blip2"))  # the tiny base; one Q-Former for all
 register("own_depth", DepthEncoder(lambda frame: frame.float().mean(-1).byte(), model.vision))
 SIDES = ["flow", "depth", "own_depth"]  # a thing trembles, one is near; the video shows neither
 file = build_side_world("", 120, 0, seed=0, names=SIDES[:2], together=True)
@@ -53,7 +53,7 @@ samples = add_side_channels(read_samples(file, [], "train")[:104:2], SIDES)
 media = model.collate([s.parts for s in samples], Features(model)(samples)).media
 model.configure(ModalityConfig(fusion="add", modality_rank=16))
 for name, side in media[0].sides.items():
-    model.add_modality(name, width=side.features.shape[-1])
+    model.add_side_channel(name, width=side.features.shape[-1])
 assert not model.fusion.linear.weight.any()  # new modalities change no token, and add none
 gold = torch.zeros(len(media), 10, 2)  # of each second: does it tremble, is it near?
 for clip in range(len(media)):

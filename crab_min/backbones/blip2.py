@@ -21,7 +21,7 @@ Shapes: T frames, S encoder tokens, W their width, Q queries, D LM width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
-from crab_min.backbones.common import encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.common import load_beats, load_pretrained, named_weights
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
     ComposedModel,
@@ -37,9 +37,9 @@ from crab_min.backbones.composed import (
     load_base,
     pad_tokens,
 )
-from crab_min.backbones.sizes import TINY_MODEL
-from crab_min.backbones.tiny_random import same_random_weights, tiny_blip2
-from crab_min.config import ModalityConfig
+from crab_min.backbones.empty import counting_tokenizer, without_weights
+from crab_min.backbones.tiny_random import tiny_blip2
+from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
@@ -97,19 +97,8 @@ class CremaModel(AVLanguageModel):
         """Whether the LM reads the prompt with an encoder (T5)."""
         return self.llm.config.is_encoder_decoder
 
-    @torch.no_grad()
-    def encode(
-        self, kind: str, media: list, seconds: list[float] | None = None
-    ) -> list[MediaFeatures]:
-        """Encode several media of one kind, all but sounds as pictures: (T, S, W) each.
-
-        Raises:
-            ModelError: sound without a BEATs.
-        """
-        if kind == "audio":
-            return encode_sounds(self.audio, media)
-        frames = torch.stack([torch.as_tensor(medium) for medium in media])  # (M, T, H, W, 3)
-        return [MediaFeatures(kind, features) for features in self.vision(frames)]
+    # sounds through BEATs, all else as pictures: (T, S, W) each
+    encode = ComposedModel.encode
 
     # --- prompts
     @property
@@ -178,19 +167,18 @@ class CremaModel(AVLanguageModel):
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
         if self.fusion is not None:
-            fused = self.fuse([medium.sides for medium in media], lengths)
+            fused = self.fuse(media)
             if self.fusion_mode == "add":
                 streams = [streams[0] + fused]
             else:
                 streams.append(fused)
 
         # of each video all its Z, then its Zbar
-        videos: list[list[Tensor]] = [[] for _ in media]
+        by_video = []
         for stream in streams:
             stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
-            for video, tokens in zip(videos, stream.split(lengths)):
-                video.append(tokens.flatten(0, 1))  # (T * Q, D)
-        return [torch.cat(video) for video in videos]
+            by_video.append(stream.split(lengths))  # (T, Q, D) each
+        return [torch.cat(video).flatten(0, 1) for video in zip(*by_video)]
 
     def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
         """Compute the tokens (sum of T, Q, D) of one modality of several clips."""
@@ -218,45 +206,31 @@ class CremaModel(AVLanguageModel):
         finally:
             self.cached_tokens = None
 
-    def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
-        """Fuse the other modalities of each clip into one stream (sum of T, Q, D)."""
-        tokens, present = {}, {}
-        for name in self.fusion.names:
-            tokens[name], present[name] = self.tokens_at_frames(name, sides, lengths)
-        return self.fusion(tokens, present)
+    def fuse(self, videos: list[MediaFeatures]) -> Tensor:
+        """Fuse the other modalities of each video into one stream (sum of T, Q, D)."""
+        tokens = {name: self.tokens_at_frames(name, videos) for name in self.fusion.names}
+        return self.fusion(tokens)
 
-    def tokens_at_frames(
-        self, name: str, sides: list[dict[str, MediaFeatures]], lengths: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the tokens of one modality at the frames of the clips' videos.
+    def tokens_at_frames(self, name: str, videos: list[MediaFeatures]) -> Tensor:
+        """Compute the tokens (sum of T, Q, D) of one modality at the frames of the videos.
 
-        Args:
-            sides: the modalities of each clip by name.
-            lengths: the frames T of each clip.
-
-        Returns:
-            tokens (sum of T, Q, D), zero where a clip lacks the modality, and where they are not
-            (sum of T,).
+        They are zero where a video lacks the modality.
         """
-        # the clips that have it, all in one call
-        clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
-        encoded = {}
-        if clips:
-            media = [sides[clip][name] for clip in clips]
-            steps = [len(medium.features) for medium in media]
-            encoded = dict(zip(clips, self.encode_modality(name, media).split(steps)))
+        sizes = self.multimodal.config
+        tokens = []
+        for video in videos:
+            frames = len(video.features)
+            tokens.append(torch.zeros(frames, sizes.queries, sizes.width_out, device=self.device))
 
-        # all clips: its own steps become the video's, and nothing becomes zero
-        q, d = self.multimodal.config.queries, self.multimodal.config.width_out
-        tokens, present = [], []
-        for clip, frames in enumerate(lengths):
-            if clip in encoded:
-                steps = encoded[clip][None]  # (1, its own steps, Q, D)
-                tokens.append(over_frames(steps, frames, self.aligned)[0])  # (T, Q, D)
-            else:
-                tokens.append(torch.zeros(frames, q, d, device=self.device))
-            present.append(torch.full((frames,), clip in encoded, device=self.device))
-        return torch.cat(tokens), torch.cat(present)
+        # the videos that have it, all in one call; its own steps become the video's
+        positions = [i for i, video in enumerate(videos) if name in video.sides]
+        if positions:
+            sides = [videos[i].sides[name] for i in positions]
+            steps = [len(side.features) for side in sides]
+            encoded = self.encode_modality(name, sides).split(steps)  # (its own steps, Q, D) each
+            for i, own in zip(positions, encoded):
+                tokens[i] = over_frames(own[None], len(tokens[i]), self.aligned)[0]  # (T, Q, D)
+        return torch.cat(tokens)
 
     # --- modalities
     @property
@@ -271,10 +245,9 @@ class CremaModel(AVLanguageModel):
         for linear in self.multimodal.pairs().values():
             linear.add("rgb", config.modality_rank)
 
-    def add_side_channel(self, name: str, width: int, settings: ModalityConfig) -> None:
-        self.add_modality(name, width)
-
-    def add_modality(self, name: str, width: int) -> None:
+    def add_side_channel(
+        self, name: str, width: int, settings: ModalityConfig | None = None
+    ) -> None:
         """Add a side modality with features `width` wide; the others stay as they are.
 
         It starts with the queries, norm and projection that rgb has, and with zero columns in the
@@ -284,10 +257,8 @@ class CremaModel(AVLanguageModel):
             ModelError: a name that is taken, or that cannot be one.
         """
         self.multimodal.add(name, width)
-        rgb, new = self.multimodal.of("rgb"), self.multimodal.of(name)
-        new.norm.load_state_dict(rgb.norm.state_dict())
-        new.out.load_state_dict(rgb.out.state_dict())
-        new.query.data.copy_(rgb.query)
+        rgb = self.multimodal.of("rgb").state_dict()  # without an input projection
+        self.multimodal.of(name).load_state_dict(rgb, strict=False)
         self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:
@@ -296,19 +267,18 @@ class CremaModel(AVLanguageModel):
         Columns of new modalities are zero, so that they change nothing at first.
         """
         d = self.multimodal.config.width_out  # a modality has d columns
-        old = self.fusion
-        new = SelfGatedFusion(names, d).to(self.device)
+        old, self.fusion = self.fusion, SelfGatedFusion(names, d).to(self.device)
+        new = self.fusion.linear
+        nn.init.zeros_(new.weight)
+        nn.init.zeros_(new.bias)
+        if old is None:
+            return
+        old_columns = dict(zip(old.names, old.linear.weight.split(d, 1)))
         with torch.no_grad():
-            new.linear.weight.zero_()
-            new.linear.bias.zero_()
-            if old is not None:
-                new.linear.bias.copy_(old.linear.bias)
-            for i, name in enumerate(names):
-                if old is not None and name in old.names:
-                    j = old.names.index(name)
-                    columns = old.linear.weight[:, j * d : (j + 1) * d]
-                    new.linear.weight[:, i * d : (i + 1) * d] = columns
-        self.fusion = new
+            new.bias.copy_(old.linear.bias)
+            for name, columns in zip(names, new.weight.split(d, 1)):
+                if name in old_columns:
+                    columns.copy_(old_columns[name])
 
     # --- what is trained
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
@@ -372,21 +342,13 @@ class CremaModel(AVLanguageModel):
         return list(dict.fromkeys([*super().parts_to_save(), *parts]))
 
     def part_state(self, name: str) -> dict[str, Tensor]:
-        if name == "shared_qformer":
-            return self.frozen_qformer_state()
+        if name == "shared_qformer":  # what all modalities share
+            state = self.multimodal.qformer.state_dict(prefix="qformer.")
+            return {k: v for k, v in state.items() if ".A." not in k and ".B." not in k}
         if name.startswith("modality_"):
             parameters = self.multimodal.own(name.removeprefix("modality_"))
             return {key: parameter.data for key, parameter in parameters.items()}
         return super().part_state(name)
-
-    def frozen_qformer_state(self) -> dict[str, Tensor]:
-        """Return the weights of the Q-Former that all modalities share."""
-        state = {}
-        for key, value in self.multimodal.state_dict().items():
-            in_adapter = ".A." in key or ".B." in key
-            if key.startswith("qformer.") and not in_adapter:
-                state[key] = value
-        return state
 
     def part_config(self, name: str) -> dict:
         if name == "fusion":
@@ -429,20 +391,9 @@ class CremaModel(AVLanguageModel):
 def from_base(base: ComposedModel) -> CremaModel:
     """Make a model of the tiny base, whose visual connector all modalities share."""
     connector = base.visual_qformer
-    c = connector.config
-    sizes = MultimodalConfig(
-        width_out=c.width_out,
-        width_in=c.width_in,
-        queries=c.queries,
-        hidden=c.hidden,
-        layers=c.layers,
-        heads=c.heads,
-        intermediate=c.intermediate,
-        cross_every=1,
-        mlp_depth=c.mlp_depth,
-    )
+    sizes = MultimodalConfig(**asdict(connector.config), cross_every=1)
     multimodal = MultimodalQFormer(sizes, connector.qformer)
-    multimodal.add("rgb", c.width_in)
+    multimodal.add("rgb", sizes.width_in)
     rgb = multimodal.of("rgb")
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
@@ -498,37 +449,30 @@ def from_blip2(
     return CremaModel(llm, tokenizer, bos_ids, eos_id, layout, vision, audio, multimodal)
 
 
-def load_blip2(
-    weights: str, base: str = "", audio: str = "", load_in_4bit: bool = False
-) -> CremaModel:
-    """Load a model for modalities, frozen and in evaluation mode.
+def load_blip2(config: BackboneConfig, empty: bool) -> CremaModel:
+    """Load BLIP-2 with a BEATs, or a base where no weights are named.
 
     Args:
-        weights: BLIP-2 by local path or hub id; "tiny-random" for a small random one; "" to use a
-            base.
-        base: the folder of a base, where there are no weights (default: the shipped one).
-        audio: a BEATs checkpoint.
+        empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
-    if weights == "tiny-random":
-        with same_random_weights():
-            blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
-            beats = AudioEncoder(TINY_MODEL["audio"])
-            model = from_blip2(blip, tokenizer, beats)
-        return model.requires_grad_(False).eval()
+    weights = config.weights
     if not weights:
-        model = from_base(load_base(base) if base else load_base())
-        return model.requires_grad_(False).eval()
-    other_parts = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
-    quantization = four_bit_config(other_parts) if load_in_4bit else None
-    with named_weights("BLIP-2", weights):
-        blip = Blip2ForConditionalGeneration.from_pretrained(
-            weights, dtype=torch.bfloat16, quantization_config=quantization
-        )
-        tokenizer = AutoTokenizer.from_pretrained(weights)
-    # the embedding of the placeholder is never looked up
-    tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
-    beats = AudioEncoder(audio) if audio else None
-    return from_blip2(blip, tokenizer, beats).requires_grad_(False).eval()
+        return from_base(load_base(config.base, empty=empty))
+    if weights == "tiny-random":
+        blip, tokenizer = tiny_blip2(PLACEHOLDERS["video"])
+    elif empty:
+        blip = without_weights(Blip2ForConditionalGeneration, weights)
+        tokenizer = counting_tokenizer("</s>", {"video_token": PLACEHOLDERS["video"]})
+    else:
+        not_in_4_bits = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
+        with named_weights("BLIP-2", weights):
+            blip = load_pretrained(
+                Blip2ForConditionalGeneration, weights, config.load_in_4bit, not_in_4_bits
+            )
+            tokenizer = AutoTokenizer.from_pretrained(weights)
+        # the embedding of the placeholder is never looked up
+        tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)
+    return from_blip2(blip, tokenizer, load_beats(config, empty))

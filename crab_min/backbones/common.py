@@ -1,27 +1,19 @@
-"""What backbones share: media by kind, sound through BEATs, pretrained weights."""
+"""What backbones share: pretrained weights, and sound through BEATs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import BitsAndBytesConfig
+from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from crab_min.backbones.empty import beats_sizes
+from crab_min.backbones.sizes import TINY_MODEL
+from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.errors import ModelError
-from crab_min.model import missing_weights
 
 
-def by_kind(
-    media: list[MediaFeatures], groups: list[tuple[str, ...]]
-) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """Yield each group of kinds that occurs, with the positions of its media."""
-    for kinds in groups:
-        positions = [i for i, medium in enumerate(media) if medium.kind in kinds]
-        if positions:
-            yield kinds, positions
-
-
-@torch.no_grad()
 def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatures]:
     """Encode several sounds with BEATs, each T waves (N,): features (T, S, W).
 
@@ -30,8 +22,9 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
     """
     if encoder is None:
         raise ModelError(
-            "audio: this model has no audio encoder; name a BEATs checkpoint with --audio, "
-            'or give features as files (.npy, .pt) under "sides"'
+            "audio: this model has no audio encoder, and takes sound only as a side channel of a "
+            "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
+            'give features as files (.npy, .pt) under "sides"'
         )
     encoded = []
     for waves in sounds:
@@ -41,38 +34,58 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
     return encoded
 
 
+def load_beats(config: BackboneConfig, empty: bool) -> AudioEncoder | None:
+    """Load a BEATs checkpoint, or build it without weights; None where none is named."""
+    if config.weights == "tiny-random":
+        return AudioEncoder(TINY_MODEL["audio"])
+    if not config.audio:
+        return None
+    return AudioEncoder(beats_sizes(config.audio) if empty else config.audio)
+
+
 @contextmanager
 def named_weights(what: str, name: str) -> Iterator[None]:
-    """Turn what transformers raises for missing weights into a ModelError."""
+    """Turn what transformers raises for missing weights into a ModelError: what to do."""
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError) as error:
-        raise missing_weights(what, name, error) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"{what} {name}: cannot be loaded ({reason}). Where there is a network, "
+            f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has "
+            "accepted a licence); then name the FOLDER instead"
+        ) from error
 
 
-def four_bit_config(not_in_4_bits: list[str]) -> BitsAndBytesConfig:
-    """Return settings for NF4 with quantized scales (QLoRA, 2305.14314).
+def load_pretrained(
+    model_class: type, name: str, load_in_4bit: bool, not_in_4_bits: list[str]
+) -> PreTrainedModel:
+    """Load a model of transformers by path or hub id, in bfloat16.
 
     Args:
+        load_in_4bit: its LM in NF4 with quantized scales (QLoRA, 2305.14314).
         not_in_4_bits: modules that keep their precision, by name or as a regular expression.
 
     Raises:
         ModelError: bitsandbytes is missing or does not work here.
     """
-    try:
-        import bitsandbytes  # noqa: F401  (optional, and slow to import)
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"--load-in-4bit: bitsandbytes cannot be used ({reason}); pip install bitsandbytes, "
-            "or leave --load-in-4bit out"
-        ) from error
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=not_in_4_bits,
-    )
+    quantization = None
+    if load_in_4bit:
+        try:
+            import bitsandbytes  # noqa: F401  (optional, and slow to import)
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"--load-in-4bit: bitsandbytes cannot be used ({reason}); pip install "
+                "bitsandbytes, or leave --load-in-4bit out"
+            ) from error
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=not_in_4_bits,
+        )
+    return model_class.from_pretrained(name, dtype=torch.bfloat16, quantization_config=quantization)

@@ -13,6 +13,7 @@ width.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from crab_min.backbones.common import by_kind, encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.common import encode_sounds, load_pretrained, named_weights
 from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
@@ -43,9 +44,10 @@ class ModelConfig:
 
     vision: dict | str  # transformers config of a CLIP or SigLIP vision model, or a path or hub id
     audio: dict | str  # BEATs config, or the path of a published checkpoint
-    visual_qformer: dict  # queries, hidden, layers, heads, intermediate
-    audio_qformer: dict
     llm: dict | str  # transformers config of a causal LM, or a path or hub id
+    # queries, hidden, layers, heads, intermediate; Crab's where they are not named
+    visual_qformer: dict = field(default_factory=dict)
+    audio_qformer: dict = field(default_factory=dict)
     vision_layer: int = -2  # hidden state given to the Q-Former (Crab: the one below the last)
     time_steps: int = 0  # rows of the time embedding (0: none, as in Crab)
     numbers: int = 0  # rows of the embedding of the first, second ... medium of its kind
@@ -110,28 +112,27 @@ class ComposedModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T * Q, D) of each medium."""
-        # all frames of all videos and images in one call, then all sounds
         tokens: list = [None] * len(media)
-        for kinds, positions in by_kind(media, [VISUAL, AUDIO]):
-            connector = self.audio_qformer if kinds == AUDIO else self.visual_qformer
+        for kinds, connector in ((VISUAL, self.visual_qformer), (AUDIO, self.audio_qformer)):
+            positions = [i for i, medium in enumerate(media) if medium.kind in kinds]
+            if not positions:
+                continue
             group = [media[i] for i in positions]
-            connected = self.connect(connector, group, [media_index[i] for i in positions])
-            for i, medium_tokens in zip(positions, connected):
-                tokens[i] = medium_tokens
-        return tokens
+            lengths = [len(medium.features) for medium in group]
 
-    def connect(
-        self, connector: QFormerConnector, media: list[MediaFeatures], media_index: list[int]
-    ) -> list[Tensor]:
-        """Compute the tokens (T * Q, D) of media that pass one connector, in one call."""
-        lengths = [len(medium.features) for medium in media]
-        features, mask = pad_tokens(media, self.device)  # (1, sum of T, S, W)
-        queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
-        tokens = connector.mlp(queries)  # (sum of T, Q, D)
-        tokens = add_embeddings(tokens, lengths, media_index, self.time, self.number)
-        sides = [medium.side_tokens() for medium in media]
-        patched = self.patches.add_to(tokens.split(lengths), queries.split(lengths), sides)
-        return [medium_tokens.flatten(0, 1) for medium_tokens in patched]  # (T * Q, D) each
+            # the connector, for the frames of all videos and images or the segments of all sounds
+            features, mask = pad_tokens(group, self.device)  # (1, sum of T, S, W)
+            queries = connector.query_states(features, mask)[0]  # (sum of T, Q, hidden)
+            connected = connector.mlp(queries)  # (sum of T, Q, D)
+            index = [media_index[i] for i in positions]
+            connected = add_embeddings(connected, lengths, index, self.time, self.number)
+
+            # what the patches add to each medium
+            sides = [medium.side_tokens() for medium in group]
+            patched = self.patches.add_to(connected.split(lengths), queries.split(lengths), sides)
+            for i, medium_tokens in zip(positions, patched):
+                tokens[i] = medium_tokens.flatten(0, 1)  # (T * Q, D)
+        return tokens
 
     # --- what is trained
     def trainable_modules(self) -> dict[str, nn.Module]:
@@ -228,11 +229,8 @@ def load_llm(
         }
         config = AutoConfig.for_model(**name_or_config | special_tokens)
         return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    quantization = four_bit_config(["lm_head"]) if load_in_4bit else None
     with named_weights("language model", name_or_config):
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_config, dtype=torch.bfloat16, quantization_config=quantization
-        )
+        return load_pretrained(AutoModelForCausalLM, name_or_config, load_in_4bit, ["lm_head"])
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
@@ -257,30 +255,37 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
 
 
 def load_base(
-    folder: str | Path = ASSETS / "base", model_class: type[ComposedModel] = ComposedModel
+    folder: str | Path = "",
+    model_class: type[ComposedModel] = ComposedModel,
+    empty: bool = False,
 ) -> ComposedModel:
     """Load what `save_base` wrote, in float32, frozen and in evaluation mode.
 
     Args:
-        folder: "random" for the shipped base's sizes and tokenizer with random weights, the same
-            ones each time, to see what the base is worth.
+        folder: "" for the shipped base; "random" for its sizes and tokenizer with random weights,
+            the same ones each time, to see what the base is worth.
+        empty: build it without weights (empty.py).
 
     Raises:
         ModelError: a file that is missing, or weights that do not fit.
     """
-    if str(folder) == "random":
-        with same_random_weights():
-            return empty_base(ASSETS / "base", model_class).requires_grad_(False).eval()
-    folder = Path(folder)
+    is_random = str(folder) == "random"
+    folder = ASSETS / "base" if is_random or not folder else Path(folder)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if not (folder / name).exists():
             raise ModelError(
                 f"{folder / name}: missing; `python train.py tiny-base --out {folder}` makes a base"
             )
-    model = empty_base(folder, model_class)
+    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    with same_random_weights() if is_random else nullcontext():
+        model = model_class(config, load_tokenizer(folder / "tokenizer.json"))
+    model.requires_grad_(False).eval()
+    if is_random or empty:
+        return model
+
+    # the head may be tied to the embeddings, and is not in the file then
     state = load_file(folder / "model.safetensors")
     missing, unexpected = model.load_state_dict(state, strict=False)
-    # the head may be tied to the embeddings, and is not in the file then
     missing = [name for name in missing if not name.startswith("llm.lm_head")]
     if missing or unexpected:
         raise ModelError(
@@ -288,10 +293,4 @@ def load_base(
             f"unexpected {unexpected[:3]})"
         )
     model.llm.tie_weights()
-    return model.requires_grad_(False).eval()
-
-
-def empty_base(folder: Path, model_class: type[ComposedModel]) -> ComposedModel:
-    """Make the model of a base's config.json and tokenizer.json, with random weights."""
-    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    return model_class(config, load_tokenizer(folder / "tokenizer.json"))
+    return model

@@ -18,11 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from crab_min.backbones.common import encode_sounds, four_bit_config, named_weights
+from crab_min.backbones.common import encode_sounds, load_beats, load_pretrained, named_weights
+from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.omni import QWEN_CHAT
 from crab_min.backbones.patched import PatchedModel
-from crab_min.backbones.sizes import TINY_MODEL
-from crab_min.backbones.tiny_random import same_random_weights, tiny_llava
+from crab_min.backbones.tiny_random import LLAVA_TOKENS, tiny_llava
+from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.model import MediaTokens
 from crab_min.pave import Patches
@@ -76,6 +77,7 @@ class LlavaModel(PatchedModel):
             return [MediaFeatures(kind, self.queries_and_tokens(x)[0]) for x in pixels]
         return [MediaFeatures(kind, x) for x in pixels]
 
+    @torch.no_grad()
     def queries_and_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode frames (T, 3, H, W).
 
@@ -84,14 +86,11 @@ class LlavaModel(PatchedModel):
         """
         llava = self.llava
         projected = []
-        hook = llava.multi_modal_projector.register_forward_hook(
+        with llava.multi_modal_projector.register_forward_hook(
             lambda module, inputs, output: projected.append(inputs[0])
-        )
-        try:
+        ):
             video = pixels.to(self.device, llava.vision_tower.dtype)[None]  # (1, T, 3, H, W)
             output = llava.get_video_features(pixel_values_videos=video)
-        finally:
-            hook.remove()
         tokens = output.pooler_output[0, :-1]  # (T R R, D), without the newline at its end
         queries = llava.apply_pooling(projected[0]).float()  # (T, R R, V)
         return queries, tokens.unflatten(0, (len(pixels), -1))
@@ -101,12 +100,7 @@ class LlavaModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T R (R + 1), D) of each medium, with what the patches add."""
-        queries, tokens = [], []
-        with torch.no_grad():
-            for medium in media:
-                video_queries, video_tokens = self.queries_and_tokens(medium.features)
-                queries.append(video_queries)
-                tokens.append(video_tokens)
+        queries, tokens = zip(*[self.queries_and_tokens(medium.features) for medium in media])
         sides = [medium.side_tokens() for medium in media]
         with_newlines = []
         for x in self.patches.add_to(tokens, queries, sides):
@@ -117,27 +111,26 @@ class LlavaModel(PatchedModel):
         return with_newlines
 
 
-def load_llava(weights: str, audio: str = "", load_in_4bit: bool = False) -> LlavaModel:
-    """Load LLaVA-OneVision, frozen and in evaluation mode.
+def load_llava(config: BackboneConfig, empty: bool) -> LlavaModel:
+    """Load LLaVA-OneVision, and a BEATs for sound as a side channel.
 
     Args:
-        weights: local path or hub id, or "tiny-random" for a small random one.
-        audio: a BEATs checkpoint, for sound as a side channel.
+        empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
+    weights = config.weights
     if weights == "tiny-random":
-        with same_random_weights():
-            llava, tokenizer = tiny_llava()
-            beats = AudioEncoder(TINY_MODEL["audio"])
-        return LlavaModel(llava, tokenizer, beats).requires_grad_(False).eval()
-    other_parts = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
-    quantization = four_bit_config(other_parts) if load_in_4bit else None
-    with named_weights("LLaVA-OneVision", weights):
-        llava = LlavaOnevisionForConditionalGeneration.from_pretrained(
-            weights, dtype=torch.bfloat16, quantization_config=quantization
-        )
-        tokenizer = AutoTokenizer.from_pretrained(weights)
-    beats = AudioEncoder(audio) if audio else None
-    return LlavaModel(llava, tokenizer, beats).requires_grad_(False).eval()
+        llava, tokenizer = tiny_llava()
+    elif empty:
+        llava = without_weights(LlavaOnevisionForConditionalGeneration, weights)
+        tokenizer = counting_tokenizer("<|im_end|>", LLAVA_TOKENS)
+    else:
+        not_in_4_bits = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
+        with named_weights("LLaVA-OneVision", weights):
+            llava = load_pretrained(
+                LlavaOnevisionForConditionalGeneration, weights, config.load_in_4bit, not_in_4_bits
+            )
+            tokenizer = AutoTokenizer.from_pretrained(weights)
+    return LlavaModel(llava, tokenizer, load_beats(config, empty))

@@ -3,21 +3,24 @@
 from contextlib import nullcontext
 
 import torch
+from transformers import AutoConfig
 
 from crab_min.backbones.blip2 import load_blip2
 from crab_min.backbones.composed import (
+    PLACEHOLDERS,
     ComposedModel,
     ModelConfig,
     load_base,
     load_tokenizer,
 )
-from crab_min.backbones.empty import empty_backbone
+from crab_min.backbones.empty import beats_sizes, counting_tokenizer, find_config
 from crab_min.backbones.llava_onevision import load_llava
 from crab_min.backbones.masking import MaskingModel
 from crab_min.backbones.omni import load_omni
+from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.config import BackboneConfig, MaskDecoderConfig
 from crab_min.errors import ModelError
-from crab_min.model import ASSETS, AVLanguageModel
+from crab_min.model import AVLanguageModel
 
 # the chat template of Llama 2, around every prompt
 LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]
@@ -37,44 +40,57 @@ def load_model(
     """
     has_masks = masks is not None and masks.decoder
     check_settings(config, has_masks)
-    composed_class = MaskingModel if has_masks else ComposedModel
+    is_random = config.weights == "tiny-random"
     with torch.device("meta") if empty else nullcontext():
-        if empty:
-            model = empty_backbone(config, composed_class, LLAMA_CHAT)
-        else:
-            model = load_backbone(config, composed_class)
+        with same_random_weights() if is_random else nullcontext():
+            if has_masks:
+                model = load_composed(config, empty, MaskingModel)
+            else:
+                model = LOADERS[config.backbone](config, empty)
         if has_masks:
             model.add_mask_decoder(masks)
     return model.requires_grad_(False).eval()
 
 
-def load_backbone(config: BackboneConfig, composed_class: type[ComposedModel]) -> AVLanguageModel:
-    """Load a backbone with its weights.
+def load_composed(
+    config: BackboneConfig, empty: bool, model_class: type[ComposedModel] = ComposedModel
+) -> ComposedModel:
+    """Load a base, or the parts of a composed model: encoders and an LM.
 
     Args:
-        composed_class: the class of a composed model.
-    """
-    if config.backbone == "omni":
-        return load_omni(config.weights, config.separate_media, config.load_in_4bit)
-    if config.backbone == "llava_onevision":
-        return load_llava(config.weights, config.audio, config.load_in_4bit)
-    if config.backbone == "blip2":
-        return load_blip2(config.weights, config.base, config.audio, config.load_in_4bit)
+        empty: build it without weights (empty.py).
 
-    # composed: a base, or the parts' own weights
+    Raises:
+        ModelError: settings that do not go together, or weights that are not there.
+    """
     if config.weights == "tiny-random":
-        return load_base("random", composed_class)
+        return load_base("random", model_class)
+    check_parts(config)
     if not config.vision:
-        return load_base(config.base or ASSETS / "base", composed_class)
-    parts = ModelConfig(
-        vision=config.vision,
-        audio=config.audio,
-        llm=config.llm,
-        visual_qformer={},
-        audio_qformer={},
-        template=LLAMA_CHAT,
-    )
-    return composed_class(parts, load_tokenizer(config.llm), config.load_in_4bit)
+        return load_base(config.base, model_class, empty)
+    if not empty:
+        parts = ModelConfig(config.vision, config.audio, config.llm, template=LLAMA_CHAT)
+        return model_class(parts, load_tokenizer(config.llm), config.load_in_4bit)
+
+    # without weights; a whole CLIP or SigLIP has a text half too
+    vision = find_config(config.vision, AutoConfig)
+    vision = getattr(vision, "vision_config", vision).to_dict()
+    llm = find_config(config.llm, AutoConfig)
+    parts = ModelConfig(vision, beats_sizes(config.audio), llm.to_dict(), template=LLAMA_CHAT)
+    special = {f"{kind}_token": token for kind, token in PLACEHOLDERS.items()}
+    model = model_class(parts, counting_tokenizer("</s>", special, llm.vocab_size))
+    # as load_llm loads it
+    model.llm.to(torch.bfloat16)
+    model.llm.set_attn_implementation("sdpa")
+    return model
+
+
+LOADERS = {
+    "composed": load_composed,
+    "omni": load_omni,
+    "llava_onevision": load_llava,
+    "blip2": load_blip2,
+}
 
 
 def check_settings(config: BackboneConfig, has_masks: bool) -> None:
@@ -100,8 +116,6 @@ def check_settings(config: BackboneConfig, has_masks: bool) -> None:
             f"--backbone {config.backbone}: which weights? give --weights, a path or hub id of "
             "Qwen2.5-Omni (omni) or LLaVA-OneVision (llava_onevision), or tiny-random"
         )
-    if config.backbone == "composed" and config.weights != "tiny-random":
-        check_parts(config)
 
 
 def check_parts(config: BackboneConfig) -> None:

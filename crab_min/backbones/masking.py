@@ -108,9 +108,8 @@ class MaskingModel(ComposedModel):
         if self.cached_states:
             text_loss, states = self.cached_loss_and_states(batch)
         else:
-            losses, all_states = self.token_losses_and_states(batch)
+            losses, _, states = self.token_losses_and_states(batch)
             text_loss = losses.sum() / batch.answer_tokens
-            states = self.find_mask_states(batch, all_states)
 
         # the masks; classes instead of one mask are long
         semantic = [mask is not None and mask.dtype == torch.long for mask in batch.masks]
@@ -119,12 +118,13 @@ class MaskingModel(ComposedModel):
         masks_loss = loss_of_masks(logits, gold, weights.bce, weights.dice)
         return batch.answer_tokens * (text_loss + masks_loss)
 
-    def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def token_losses_and_states(self, batch: Batch) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Run the LM: losses of the answer tokens, and its last states.
 
         Returns:
-            losses (B, n) at the places of the longest answer, 0 where there is no answer token,
-            and states (B, n + 1, D) at these places and at the one before them.
+            losses (B, n) at the places of the longest answer, 0 where there is no answer token;
+            states (B, n + 1, D) at these places and at the one before them; and row -> the states
+            (S M, D) that predict its mask tokens, if it has all.
         """
         last = batch.longest_answer + 1
         output = self.llm(
@@ -133,11 +133,9 @@ class MaskingModel(ComposedModel):
             logits_to_keep=last,
             output_hidden_states=True,
         )
-        return cross_entropy(output.logits, batch.labels), output.hidden_states[-1][:, -last:]
-
-    def find_mask_states(self, batch: Batch, states: Tensor) -> dict[int, Tensor]:
-        """Return row -> the states (S M, D) that predict its mask tokens, if it has all."""
-        return self.mask_branch.find(batch.ids[:, -states.shape[1] :], states)
+        states = output.hidden_states[-1][:, -last:]
+        mask_states = self.mask_branch.find(batch.ids[:, -last:], states)
+        return cross_entropy(output.logits, batch.labels), states, mask_states
 
     def cached_loss_and_states(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the loss of cached answer tokens, and the cached mask states by row."""
@@ -198,8 +196,8 @@ class MaskingModel(ComposedModel):
         Returns:
             None for a row whose answer has not all mask tokens.
         """
-        _, states = self.token_losses_and_states(batch)
-        logits = self.mask_logits(batch, self.find_mask_states(batch, states), semantic)
+        _, _, states = self.token_losses_and_states(batch)
+        logits = self.mask_logits(batch, states, semantic)
         masks: list[Tensor | None] = [None] * batch.rows
         for row, row_logits in logits.items():
             masks[row] = row_logits.softmax(0) if semantic[row] else row_logits.sigmoid()
@@ -214,8 +212,7 @@ class MaskingModel(ComposedModel):
             text_tokens: of the other tokens of an answer so many are kept, evenly spread. Only the
                 output rows of the mask tokens can still learn from them.
         """
-        _, states = self.token_losses_and_states(batch)
-        mask_states = self.find_mask_states(batch, states)
+        _, states, mask_states = self.token_losses_and_states(batch)
         labels = batch.labels[:, -states.shape[1] :]
         for row, key in enumerate(batch.keys):
             places = (labels[row] != NO_LABEL).nonzero().flatten()

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
-from crab_min.backbones.common import by_kind, four_bit_config, named_weights
+from crab_min.backbones.common import load_pretrained, named_weights
+from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.patched import PatchedModel
-from crab_min.backbones.tiny_random import same_random_weights, tiny_omni
+from crab_min.backbones.tiny_random import OMNI_TOKENS, omni_processor, tiny_omni
+from crab_min.config import BackboneConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import Batch, MediaTokens
@@ -81,12 +83,9 @@ class OmniModel(PatchedModel):
 
         The encoders themselves run in `tokens`.
         """
-        if kind == "audio":
-            prepare = self.mel_frames
-        elif kind == "image":
-            prepare = self.image_patches
-        else:  # a video, or another view of it
-            prepare = self.video_patches
+        # what is neither sound nor image is a video, or another view of it
+        others = {"audio": self.mel_frames, "image": self.image_patches}
+        prepare = others.get(kind, self.video_patches)
         features = [prepare(arrays) for arrays in media]
         return [MediaFeatures(kind, x, seconds=length) for x, length in zip(features, seconds)]
 
@@ -138,15 +137,7 @@ class OmniModel(PatchedModel):
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (token_count, D) of each medium: the encoders', and patched."""
-        tokens: list = [None] * len(media)
-        with torch.no_grad():
-            for kinds, positions in by_kind(media, [("video",), ("image",), ("audio",)]):
-                group = [media[i] for i in positions]
-                encode = self.sound_tokens if kinds == ("audio",) else self.frame_tokens
-                for i, medium_tokens in zip(positions, encode(group)):
-                    tokens[i] = medium_tokens
-
-        # patches, of the media that have side channels
+        tokens = self.encoder_tokens(media)
         patched = [i for i, medium in enumerate(media) if medium.sides]
         videos = []
         for i in patched:
@@ -156,6 +147,19 @@ class OmniModel(PatchedModel):
         sides = [media[i].side_tokens() for i in patched]
         for i, video in zip(patched, self.patches.add_to(videos, queries, sides)):
             tokens[i] = video.flatten(0, 1).to(tokens[i].dtype)  # (T * S, D)
+        return tokens
+
+    @torch.no_grad()
+    def encoder_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
+        """Compute the tokens (token_count, D) of each medium, all of a kind in one call."""
+        tokens: list = [None] * len(media)
+        for kind in self.media_tokens:
+            of_kind = [i for i, medium in enumerate(media) if medium.kind == kind]
+            if not of_kind:
+                continue
+            encode = self.sound_tokens if kind == "audio" else self.frame_tokens
+            for i, medium_tokens in zip(of_kind, encode([media[i] for i in of_kind])):
+                tokens[i] = medium_tokens
         return tokens
 
     def frame_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
@@ -169,9 +173,8 @@ class OmniModel(PatchedModel):
 
     def sound_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
         """Compute the tokens (token_count, D) of several sounds."""
-        mel = pad_sequence(
-            [self.as_input(medium) for medium in media], batch_first=True
-        )  # (M, F, 128)
+        mel = [self.as_input(medium) for medium in media]
+        mel = pad_sequence(mel, batch_first=True)  # (M, F, 128)
         mask = frame_mask(media, self.thinker.device)
         output = self.thinker.get_audio_features(mel.mT, feature_attention_mask=mask)
         tokens = output.last_hidden_state  # (all tokens, D)
@@ -219,6 +222,15 @@ class OmniModel(PatchedModel):
         return self.thinker.lm_head(output.last_hidden_state[:, -last:])
 
 
+class EmptyOmniModel(OmniModel):
+    """An OmniModel whose encoders are counted and do not run: they look at the values of grids."""
+
+    def encoder_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
+        width = self.thinker.config.text_config.hidden_size
+        counts = [self.token_count(medium) for medium in media]
+        return [torch.zeros(count, width, dtype=self.thinker.dtype) for count in counts]
+
+
 def frame_mask(sounds: list[MediaFeatures], device: torch.device) -> Tensor:
     """Return which mel frames of several sounds are not padding (M, longest F)."""
     ones = [torch.ones(len(sound.features), dtype=torch.long, device=device) for sound in sounds]
@@ -253,26 +265,32 @@ def run_together(
     return joined_parts, joined_media
 
 
-def load_omni(weights: str, separate_media: bool = True, load_in_4bit: bool = False) -> OmniModel:
-    """Load Qwen2.5-Omni's thinker, frozen and in evaluation mode.
+def load_omni(config: BackboneConfig, empty: bool) -> OmniModel:
+    """Load Qwen2.5-Omni's thinker.
 
     Args:
-        weights: local path or hub id, or "tiny-random" for a small random one.
-        separate_media: see PromptLayout.
+        empty: build it without weights (empty.py).
 
     Raises:
         ModelError: weights that are not there.
     """
-    layout = replace(QWEN_CHAT, separate_media=separate_media)
+    weights = config.weights
     if weights == "tiny-random":
-        with same_random_weights():
-            thinker, processor = tiny_omni()
-        return OmniModel(thinker, processor, layout).requires_grad_(False).eval()
-    encoders_and_head = [".*visual", ".*audio_tower", "lm_head"]
-    quantization = four_bit_config(encoders_and_head) if load_in_4bit else None
-    with named_weights("Qwen2.5-Omni", weights):
-        thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            weights, dtype=torch.bfloat16, quantization_config=quantization
-        )
-        processor = Qwen2_5OmniProcessor.from_pretrained(weights)
-    return OmniModel(thinker, processor, layout).requires_grad_(False).eval()
+        thinker, processor = tiny_omni()
+    elif empty:
+        thinker = without_weights(Qwen2_5OmniThinkerForConditionalGeneration, weights)
+        tokenizer = counting_tokenizer("<|im_end|>", OMNI_TOKENS)
+        processor = omni_processor(thinker.config.audio_config.num_mel_bins, tokenizer)
+    else:
+        not_in_4_bits = [".*visual", ".*audio_tower", "lm_head"]
+        with named_weights("Qwen2.5-Omni", weights):
+            thinker = load_pretrained(
+                Qwen2_5OmniThinkerForConditionalGeneration,
+                weights,
+                config.load_in_4bit,
+                not_in_4_bits,
+            )
+            processor = Qwen2_5OmniProcessor.from_pretrained(weights)
+    model_class = EmptyOmniModel if empty else OmniModel
+    layout = replace(QWEN_CHAT, separate_media=config.separate_media)
+    return model_class(thinker, processor, layout)

@@ -29,25 +29,22 @@ class PatchedModel(AVLanguageModel):
         return list(self.patches)
 
     def add_side_channel(self, name: str, width: int, settings: SideChannelConfig) -> None:
-        self.add_patch(name, width, settings)
-
-    def add_patch(self, name: str, side_width: int, config: SideChannelConfig) -> None:
-        """Add a new patch for the side channel `name`, of features `side_width` wide."""
+        """Add a new patch for the side channel `name`, of features `width` wide."""
         video_width, lm_width = self.patch_widths
         patch = PatchConfig(
             video=video_width,
-            side=side_width,
+            side=width,
             out=lm_width,
-            hidden=config.width,
-            layers=config.layers,
-            shared_kv=config.shared_kv,
-            rope=config.rope,
+            hidden=settings.width,
+            layers=settings.layers,
+            shared_kv=settings.shared_kv,
+            rope=settings.rope,
         )
         self.patches.add(name, patch)
         self.patches.to(self.device)
 
     def load_patch(self, file: Path | str) -> None:
-        trained_parts.load_part(self, trained_parts.read_patch(Path(file)))
+        trained_parts.load_parts(self, [trained_parts.read_patch(Path(file))])
 
     # --- files
     def trainable_modules(self) -> dict[str, nn.Module]:

@@ -40,79 +40,48 @@ TINY_MODEL = {
     "numbers": 2,
 }
 
+# What a config here does not name is transformers' default.
 
-def qwen_omni(
+
+def qwen2(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int
 ) -> dict:
-    """Return the config of a Qwen2.5-Omni thinker, given the sizes of its LM."""
+    """Return the config of an LM of the Qwen2 family."""
     return {
-        "text_config": {
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [16, 24, 24],
-            },
-        },
-        "vision_config": {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": hidden,
-        },
-        "audio_config": {
-            "num_mel_bins": 128,
-            "encoder_layers": 32,
-            "encoder_attention_heads": 20,
-            "encoder_ffn_dim": 5120,
-            "d_model": 1280,
-            "output_dim": hidden,
-        },
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
     }
 
 
-def llava_onevision(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
-) -> dict:
-    """Return the config of a LLaVA-OneVision, given the sizes of its LM, a Qwen2."""
+def qwen_omni(lm: dict) -> dict:
+    """Return the config of a Qwen2.5-Omni thinker, whose encoders are as large in all sizes."""
     return {
-        "text_config": {
-            "model_type": "qwen2",
-            "vocab_size": vocab,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "tie_word_embeddings": tied,
-        }
+        "text_config": lm,
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": lm["hidden_size"]},
+        "audio_config": {"output_dim": lm["hidden_size"]},
     }
 
 
 # The configs of the weights that the presets name, by hub id: `--plan` counts with them and
-# downloads nothing. What a config does not name is transformers' default.
+# downloads nothing.
 HUB_SIZES = {
-    "Qwen/Qwen2.5-Omni-3B": qwen_omni(2048, 11008, 36, 16, 2, 151936),
-    "Qwen/Qwen2.5-Omni-7B": qwen_omni(3584, 18944, 28, 28, 4, 152064),
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": llava_onevision(
-        896, 4864, 24, 14, 2, 152000, tied=True
-    ),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": llava_onevision(
-        3584, 18944, 28, 28, 4, 152128, tied=False
-    ),
+    "Qwen/Qwen2.5-Omni-3B": qwen_omni(qwen2(2048, 11008, 36, 16, 2, vocab=151936)),
+    "Qwen/Qwen2.5-Omni-7B": qwen_omni(qwen2(3584, 18944, 28, 28, 4, vocab=152064)),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": {
+        "text_config": {**qwen2(896, 4864, 24, 14, 2, vocab=152000), "tie_word_embeddings": True}
+    },
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": {
+        "text_config": qwen2(3584, 18944, 28, 28, 4, vocab=152128)
+    },
     # its ViT-g and its Q-Former are the defaults
     "Salesforce/blip2-flan-t5-xl": {
         "text_config": {
             "model_type": "t5",
-            "vocab_size": 32128,
             "d_model": 2048,
-            "d_kv": 64,
             "d_ff": 5120,
             "num_layers": 24,
             "num_heads": 32,
@@ -127,16 +96,8 @@ HUB_SIZES = {
         "intermediate_size": 4096,
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
-        "image_size": 224,
         "patch_size": 14,
     },
-    "meta-llama/Llama-2-7b-chat-hf": {
-        "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
+    "meta-llama/Llama-2-7b-chat-hf": {"model_type": "llama"},  # the default sizes are its own
 }
 # Every published BEATs has the default sizes of beats.BeatsConfig.

@@ -25,6 +25,8 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from crab_min.backbones.sizes import qwen2
+
 # special tokens by attribute name, in the order of their ids
 OMNI_TOKENS = {
     "vision_bos_token": "<|vision_bos|>",
@@ -41,6 +43,8 @@ LLAVA_TOKENS = {
     "image_token": "<image>",
     "video_token": "<video>",
 }
+# the 256 characters that stand for bytes in a byte-level tokenizer
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
 @contextmanager
@@ -51,15 +55,10 @@ def same_random_weights() -> Iterator[None]:
         yield
 
 
-def byte_alphabet() -> list[str]:
-    """Return the 256 characters that stand for bytes in a byte-level tokenizer."""
-    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-
-
 def byte_level_qwen(special_tokens: dict[str, str]) -> Qwen2Tokenizer:
     """Make Qwen's tokenizer without merges, with special tokens by attribute name."""
     return Qwen2Tokenizer(
-        vocab={character: i for i, character in enumerate(byte_alphabet())},
+        vocab={character: i for i, character in enumerate(BYTES)},
         merges=[],
         unk_token=None,
         bos_token=None,
@@ -69,9 +68,9 @@ def byte_level_qwen(special_tokens: dict[str, str]) -> Qwen2Tokenizer:
     )
 
 
-def byte_level_t5(special_tokens: list[str]) -> PreTrainedTokenizerFast:
+def byte_level_t5(placeholder: str) -> PreTrainedTokenizerFast:
     """Make a byte-level tokenizer whose padding and end have T5's ids, 0 and 1."""
-    vocabulary = ["<pad>", "</s>", *byte_alphabet()]
+    vocabulary = ["<pad>", "</s>", *BYTES]
     ids = {token: i for i, token in enumerate(vocabulary)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +79,7 @@ def byte_level_t5(special_tokens: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
-        additional_special_tokens=special_tokens,
+        additional_special_tokens=[placeholder],
     )
 
 
@@ -96,22 +95,10 @@ def omni_processor(mel_bins: int, tokenizer: PreTrainedTokenizerBase) -> Qwen2_5
 
 def tiny_omni() -> tuple[nn.Module, Qwen2_5OmniProcessor]:
     """Make a Qwen2.5-Omni thinker of 0.2 million parameters, and its processor."""
-    text = byte_level_qwen(OMNI_TOKENS)
-    processor = omni_processor(16, text)
+    tokenizer = byte_level_qwen(OMNI_TOKENS)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
     config = Qwen2_5OmniThinkerConfig(
-        text_config={
-            "vocab_size": len(text),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [2, 3, 3],
-            },
-        },
+        text_config={**qwen2(64, 96, 2, 4, 2, vocab=len(tokenizer)), "rope_parameters": rope},
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -128,67 +115,46 @@ def tiny_omni() -> tuple[nn.Module, Qwen2_5OmniProcessor]:
             "d_model": 32,
             "output_dim": 64,
         },
-        video_token_index=text.video_token_id,
-        image_token_index=text.image_token_id,
-        audio_token_index=text.audio_token_id,
-        vision_start_token_id=text.vision_bos_token_id,
-        vision_end_token_id=text.vision_eos_token_id,
-        audio_start_token_id=text.audio_bos_token_id,
-        audio_end_token_id=text.audio_eos_token_id,
+        video_token_index=tokenizer.video_token_id,
+        image_token_index=tokenizer.image_token_id,
+        audio_token_index=tokenizer.audio_token_id,
+        vision_start_token_id=tokenizer.vision_bos_token_id,
+        vision_end_token_id=tokenizer.vision_eos_token_id,
+        audio_start_token_id=tokenizer.audio_bos_token_id,
+        audio_end_token_id=tokenizer.audio_eos_token_id,
     )
-    return Qwen2_5OmniThinkerForConditionalGeneration(config), processor
+    return Qwen2_5OmniThinkerForConditionalGeneration(config), omni_processor(16, tokenizer)
+
+
+# the sizes of small encoders
+TRANSFORMER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+VIT = {**TRANSFORMER, "image_size": 56, "patch_size": 14}
 
 
 def tiny_llava() -> tuple[nn.Module, Qwen2Tokenizer]:
     """Make a LLaVA-OneVision of 0.3 million parameters, and its tokenizer."""
-    text = byte_level_qwen(LLAVA_TOKENS)
+    tokenizer = byte_level_qwen(LLAVA_TOKENS)
     config = LlavaOnevisionConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 56,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": len(text),
-        },
-        image_token_index=text.image_token_id,
-        video_token_index=text.video_token_id,
+        vision_config={"model_type": "siglip_vision_model", **VIT, "vision_use_head": False},
+        text_config=qwen2(64, 96, 2, 4, 2, vocab=len(tokenizer)),
+        image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id,
         image_grid_pinpoints=[[56, 56]],
     )
-    return LlavaOnevisionForConditionalGeneration(config), text
+    return LlavaOnevisionForConditionalGeneration(config), tokenizer
 
 
 def tiny_blip2(placeholder: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """Make a BLIP-2 with a T5, 0.3 million parameters together, and its tokenizer."""
-    text = byte_level_t5([placeholder])
+    tokenizer = byte_level_t5(placeholder)
     config = Blip2Config(
-        vision_config={
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "image_size": 56,
-            "patch_size": 14,
-        },
-        qformer_config={
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "encoder_hidden_size": 32,
-            "vocab_size": 8,
-        },
+        vision_config=VIT,
+        qformer_config={**TRANSFORMER, "encoder_hidden_size": 32, "vocab_size": 8},
         text_config={
             "model_type": "t5",
             "d_model": 64,
@@ -196,11 +162,11 @@ def tiny_blip2(placeholder: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
             "d_kv": 16,
             "num_layers": 2,
             "num_heads": 4,
-            "vocab_size": len(text),
+            "vocab_size": len(tokenizer),
             "decoder_start_token_id": 0,
         },
         num_query_tokens=4,
     )
     blip = Blip2ForConditionalGeneration(config)
     nn.init.normal_(blip.query_tokens, std=0.02)  # transformers begins with zeros
-    return blip, text
+    return blip, tokenizer

@@ -18,11 +18,10 @@ As in the released Crab+: every point is positive, SAM2 gives one mask for each 
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import BatchEncoding, Sam2Model, Sam2Processor
 
 from crab_min.answers import GRID, Answer
-from crab_min.model import missing_weights
+from crab_min.backbones.common import named_weights
 
 
 def box_mask(answer: Answer, height: int, width: int) -> np.ndarray:
@@ -49,11 +48,9 @@ class Sam2:
     DEFAULT = "facebook/sam2.1-hiera-large"
 
     def __init__(self, name: str = DEFAULT):
-        try:
+        with named_weights("SAM2", name):
             self.processor = Sam2Processor.from_pretrained(name)
             self.model = Sam2Model.from_pretrained(name).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise missing_weights("SAM2", name, error) from error
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def mask(self, image: np.ndarray, answer: Answer) -> np.ndarray:
