@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crab_min.answers import GRID
 from crab_min.data import Sample
 from crab_min.evaluation.answering import Decoding, generate_answers
-from crab_min.evaluation.masks import MakeMasks, Masks, resized
+from crab_min.evaluation.masks import MakeMasks, Masks, on_grid
 from crab_min.features import Features
 from crab_min.model import AVLanguageModel
 
@@ -65,10 +64,8 @@ def picked(samples: list[Sample], masks: Masks) -> dict[str, float]:
 
 def covered(mask: np.ndarray | None, box: tuple) -> int:
     """Count the pixels of a mask inside a box of the grid."""
-    if mask is None:
-        return 0
     x1, y1, x2, y2 = box
-    return int((resized(mask, GRID, GRID) > 0.5)[y1:y2, x1:x2].sum())
+    return int((on_grid(mask) > 0.5)[y1:y2, x1:x2].sum())
 
 
 def swap_audio(samples: list[Sample]) -> list[Sample]:
