@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from crab_min.answers import GRID
 from crab_min.data import Sample, gold_mask
-from crab_min.evaluation.answering import BATCH_SIZE, plan_batches
+from crab_min.evaluation.answering import plan_batches
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.evaluation.scores import by_task
@@ -43,7 +43,7 @@ def predict_masks(
     model.eval()
 
     # an unreadable image has no mask
-    for batch, media in features.batches(plan_batches(with_masks, BATCH_SIZE), strict=False):
+    for batch, media in features.batches(plan_batches(with_masks), strict=False):
         if not batch:
             continue
         answers = [text_of[sample.id] for sample in batch]
@@ -140,7 +140,7 @@ def mask_table(scores: dict[str, dict], picked: dict[str, dict]) -> str:
 
     Args:
         scores: as score_masks returns them.
-        picked: as swaps.evaluate_picked returns them.
+        picked: description -> numbers, as swaps.picked returns them.
     """
     lines = []
     for task, result in scores.items():

@@ -103,10 +103,9 @@ def consecutive(seconds: set[int]) -> list[set[int]]:
     """Split seconds into events, which are maximal sets of consecutive seconds."""
     events: list[set[int]] = []
     for second in sorted(seconds):
-        if second - 1 in seconds:
-            events[-1].add(second)
-        else:
-            events.append({second})
+        if second - 1 not in seconds:
+            events.append(set())
+        events[-1].add(second)
     return events
 
 
@@ -371,6 +370,9 @@ SETS = {
     "by_class": by_class,
     "cider": cider,
     "substring_released": released_metrics.substring_released,
+}
+# As released: (prediction, gold) -> right or wrong; the number is the share of right answers
+SHARES = {
     "part_of_gold": released_metrics.part_of_gold,
     "refined": released_metrics.refined,
     "substring_of_gold": released_metrics.substring_of_gold,
@@ -390,7 +392,7 @@ def score(
         predictions, golds: answers of the same samples.
         labels: the classes of `ave`, if known. An event of another class counts as an answer that
             does not parse, as in the released scorer.
-        whole: compute the numbers of the whole set (SETS) too, which take longer.
+        whole: compute the further numbers of the set (SETS, SHARES) too, which take longer.
 
     Returns:
         {"metric": main number, "parsed": share of answers that parse, "n": samples, "all": the
@@ -426,7 +428,10 @@ def score(
     main_number = numbers.pop("metric")
     if whole:
         for name in task.set_metrics:
-            numbers |= SETS[name](predictions, golds)
+            if name in SETS:
+                numbers |= SETS[name](predictions, golds)
+            else:
+                numbers[name] = fmean(map(SHARES[name], predictions, golds))
     return {"metric": main_number, "parsed": fmean(parsed), "n": len(golds), "all": numbers}
 
 

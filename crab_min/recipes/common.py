@@ -359,8 +359,8 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     write_predictions(folder / "predictions", evaluation.samples, evaluation.texts)
     if results:
         draw_scores(folder / "scores.png", results)
-        cells = best_and_worst(evaluation, run.settings.training.seed)
-        draw_sheet(folder / "answers.png", cells)
+        chosen = best_and_worst(evaluation, run.settings.training.seed)
+        draw_sheet(folder / "answers.png", chosen)
         print(training_table(results))
     for table in evaluation.tables:
         print(table)
