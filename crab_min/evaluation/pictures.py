@@ -256,7 +256,8 @@ def draw_curves(path: Path, log: Path) -> None:
     lines = log.read_text().splitlines() if log.exists() else []
     if len(lines) < 3:  # the first names the columns
         return
-    columns = np.genfromtxt(lines, delimiter=",", names=True)  # an empty cell is NaN
+    # An empty cell is NaN; a line that was cut off is left out
+    columns = np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False)
     second = ("gradient norm", columns["grad_norm"], GREY)
     if not np.isnan(columns["metric"]).all():
         second = ("mean metric, held-out rows", columns["metric"], TEAL)
