@@ -257,7 +257,7 @@ def draw_curves(path: Path, log: Path) -> None:
     if len(lines) < 3:  # the first names the columns
         return
     # An empty cell is NaN; a line that was cut off is left out
-    columns = np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False)
+    columns = np.genfromtxt(lines, delimiter=",", names=True, invalid_raise=False, ndmin=1)
     second = ("gradient norm", columns["grad_norm"], GREY)
     if not np.isnan(columns["metric"]).all():
         second = ("mean metric, held-out rows", columns["metric"], TEAL)
