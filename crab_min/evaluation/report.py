@@ -1,4 +1,4 @@
-"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, pictures."""
+"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, what to draw."""
 
 import random
 from dataclasses import dataclass, field
