@@ -404,7 +404,7 @@ def test_eval_scores_a_split(finished, small_world, tmp_path):
     command = ["--eval", *split, "--run", str(finished), "--out", str(tmp_path / "eval")]
     assert infer.main(command) == 0
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert metrics["tasks"]["ave"]["n"] == 3 and "exact" in metrics["tasks"]["ave"]
+    assert metrics["tasks"]["ave"]["n"] == 3
 
 
 def test_eval_stops_at_a_missing_clip_or_counts_it_as_wrong(

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from crab_min.data import read_samples
 from crab_min.evaluation.metrics import score
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.evaluation.report import load_for_figure
 from crab_min.interface import build_prompt, prompt_text
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
@@ -106,8 +105,7 @@ for text in texts:
 
 # %%
 sample, picture = samples["avvp"], Path("answers/tutorial_01.png")
-question = sample.parts[-1].text.strip()
-draw_answer(picture, load_for_figure(sample), question, sample.gold, sample.target)
+draw_answer(picture, sample, sample.gold, sample.target)
 print(f"\n{picture}: the frames, the sound, and a bar for every event that is seen or heard.")
 
 # %% [markdown]

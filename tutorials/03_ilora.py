@@ -22,7 +22,7 @@ from crab_min.backbones.composed import load_base
 from crab_min.config import AdapterConfig
 from crab_min.data import read_samples
 from crab_min.evaluation.pictures import draw_routing
-from crab_min.evaluation.routing import record_routing_stats
+from crab_min.evaluation.routing import routing_stats
 from crab_min.features import Features, Mixer
 from crab_min.ilora import ILoraConfig, ILoraLinear, loop_form, route
 from crab_min.world.folders import WorldConfig, build_world
@@ -105,8 +105,7 @@ model = train_adapter("ilora")
 stats = {}
 for name in TASKS:
     samples = [sample for sample in train if sample.task.name == name][:16]
-    with torch.no_grad(), record_routing_stats(model) as stats[name]:
-        model(batch_of(model, samples))
+    stats[name] = routing_stats(model, [batch_of(model, samples)])
 draw_routing(Path("answers/tutorial_03.png"), stats)
 print("the most one-sided router of each task; all are in answers/tutorial_03.png")
 for name, task_stats in stats.items():

@@ -22,7 +22,6 @@ from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
 from crab_min.evaluation.answering import Decoding, generate_answers
 from crab_min.evaluation.pictures import draw_answer
-from crab_min.evaluation.report import load_for_figure
 from crab_min.features import Features
 from crab_min.model import ASSETS
 from crab_min.world.folders import WorldConfig, build_world
@@ -54,8 +53,7 @@ for question in list(questions(scene))[::4]:
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=1)
 sample = read_samples(root, ["avvp"], "train")[0]
-media, title = load_for_figure(sample), sample.parts[-1].text.strip()
-draw_answer(Path("answers/tutorial_04.png"), media, title, sample.gold, sample.target)
+draw_answer(Path("answers/tutorial_04.png"), sample, sample.gold, sample.target)
 samples = read_samples(root, ["avqa"], "train")
 for sample, label in zip(samples[:3], read_samples(root, ["avqa"], "train", target="label")):
     print(f"{sample.row['question']}\n  reasoning: {sample.target}\n  label: {label.target}")

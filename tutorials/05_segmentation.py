@@ -19,7 +19,7 @@ from tqdm import tqdm
 from crab_min.backbones.load import load_model
 from crab_min.config import BackboneConfig, MaskDecoderConfig, TrainingConfig
 from crab_min.data import gold_mask, load_media, read_samples
-from crab_min.evaluation.pictures import new_figure, save, tinted
+from crab_min.evaluation.pictures import draw_masked, new_figure, save
 from crab_min.features import Features, Mixer
 from crab_min.masks import mask_loss, resize
 from crab_min.model import ASSETS
@@ -106,9 +106,11 @@ figure = new_figure(8, 8)
 for i, row in enumerate(figure.subplots(4, 4)):
     image = load_media(train[i].media[0], 96)[0][0]
     coarse, fine, mask = [level[i, 0].sigmoid().numpy() for level in levels_of(train[:4])]
-    right, predicted = tinted(image, gold_mask(train[i])), tinted(image, mask)
-    for axes, picture in zip(row, (right, coarse, fine, predicted)):
-        axes.imshow(picture, cmap="Blues")
+    draw_masked(row[0], image, gold_mask(train[i]))
+    draw_masked(row[3], image, mask)
+    for axes, level in zip(row[1:3], (coarse, fine)):
+        axes.imshow(level, cmap="Blues")
+    for axes in row:
         axes.axis("off")
 save(figure, Path("answers/tutorial_05.png"))
 

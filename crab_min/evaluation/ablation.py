@@ -1,8 +1,11 @@
 """Ablation of a modality: the same questions with other sounds, or with black pictures."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 
 from crab_min.data import BLACK, Sample
+from crab_min.evaluation.scores import by_task
 
 
 def ablate_modality(samples: list[Sample], modality: str) -> list[Sample]:
@@ -16,41 +19,26 @@ def ablate_modality(samples: list[Sample], modality: str) -> list[Sample]:
         The changed samples, in the same order.
     """
     if modality == "video":
-        return [with_black_pictures(sample) for sample in samples]
+        return [with_paths(sample, ("video", "image"), repeat(BLACK)) for sample in samples]
 
     # sounds are exchanged within a task
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.task.name, []).append(sample)
     changed = {}
-    for group in groups.values():
-        changed |= {sample.id: sample for sample in with_other_sounds(group)}
+    for rows in by_task(samples).values():
+        sounds = [sound_paths(sample) for (sample,) in rows]
+        for i, (sample,) in enumerate(rows):
+            changed[sample.id] = with_paths(sample, ("audio",), other_sounds(sounds, i))
     return [changed[sample.id] for sample in samples]
 
 
-def with_black_pictures(sample: Sample) -> Sample:
-    """Make every video and image of a sample black."""
+def with_paths(sample: Sample, kinds: tuple[str, ...], paths: Iterable[str]) -> Sample:
+    """Give the media of some kinds other paths, in their order."""
+    paths = iter(paths)
     parts = []
     for part in sample.parts:
-        if part.kind in ("video", "image"):
-            part = replace(part, path=BLACK)
+        if part.kind in kinds:
+            part = replace(part, path=next(paths))
         parts.append(part)
     return replace(sample, parts=parts)
-
-
-def with_other_sounds(group: list[Sample]) -> list[Sample]:
-    """Give each sample of a task the sounds of the sample that is half the group away."""
-    sounds = [sound_paths(sample) for sample in group]
-    changed = []
-    for i, sample in enumerate(group):
-        paths = iter(other_sounds(sounds, i))
-        parts = []
-        for part in sample.parts:
-            if part.kind == "audio":
-                part = replace(part, path=next(paths))
-            parts.append(part)
-        changed.append(replace(sample, parts=parts))
-    return changed
 
 
 def sound_paths(sample: Sample) -> list[str]:

@@ -30,7 +30,7 @@ class Decoding:
     """The settings of decoding.
 
     Attributes:
-        limits: maximum number of answer tokens, by task.
+        limits: maximum number of answer tokens, by task; DEFAULT_LIMIT for other tasks.
         mode: "generate" text, or "rank" the options of a question by their likelihood.
         beams: beams of the search; 1 is greedy decoding.
     """
@@ -39,10 +39,6 @@ class Decoding:
     mode: str = "generate"
     beams: int = 1
     batch_size: int = BATCH_SIZE
-
-    def limit(self, sample: Sample) -> int:
-        """Return how many tokens the answer to a sample may have."""
-        return self.limits.get(sample.task.name, DEFAULT_LIMIT)
 
 
 def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
@@ -64,8 +60,7 @@ def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[li
     ordered = sorted(samples, key=longest_first)
     for _, group in groupby(ordered, key=lambda sample: sample.task.name):
         of_task = list(group)
-        for start in range(0, len(of_task), batch_size):
-            batches.append(of_task[start : start + batch_size])
+        batches += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
     return batches
 
 
@@ -126,7 +121,8 @@ def answer_batch(
         texts = rank_options(model, samples, media)
     else:
         batch = model.collate([sample.parts for sample in samples], media)
-        texts = model.generate(batch, decoding.limit(samples[0]), beams=decoding.beams)
+        limit = decoding.limits.get(samples[0].task.name, DEFAULT_LIMIT)
+        texts = model.generate(batch, limit, beams=decoding.beams)
     return {sample.id: text for sample, text in zip(samples, texts)}
 
 

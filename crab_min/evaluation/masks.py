@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from crab_min.answers import GRID
 from crab_min.data import Sample, gold_mask
-from crab_min.evaluation.answering import BATCH_SIZE, plan_batches
+from crab_min.evaluation.answering import plan_batches
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.evaluation.scores import by_task
@@ -43,7 +43,7 @@ def predict_masks(
     model.eval()
 
     # an unreadable image has no mask
-    for batch, media in features.batches(plan_batches(with_masks, BATCH_SIZE), strict=False):
+    for batch, media in features.batches(plan_batches(with_masks), strict=False):
         if not batch:
             continue
         answers = [text_of[sample.id] for sample in batch]
@@ -77,7 +77,8 @@ def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None)
             masks.append(None)
         elif sam2:
             image = next(part.path for part in sample.media if part.kind == "image")
-            masks.append(sam2.mask(read_image(image, None), answer))
+            object_masks = sam2.masks(read_image(image, None), answer.objects())
+            masks.append(object_masks.any(0))
         else:
             masks.append(box_mask(answer, GRID, GRID))
     return masks
@@ -96,7 +97,7 @@ def score_masks(samples: list[Sample], masks: Masks) -> dict[str, dict]:
     for task, rows in by_task(samples, masks).items():
         if not task.mask_head:
             continue
-        gold = np.stack([gold_or_empty(sample) for sample, _ in rows])  # (N, 224, 224)
+        gold = np.stack([on_grid(gold_mask(sample, GRID)) for sample, _ in rows])  # (N, 224, 224)
         predicted = np.stack([on_grid(mask) for _, mask in rows])  # (N, 224, 224)
         has_object = gold.any((1, 2))  # (N,)
         has_mask = np.array([mask is not None for _, mask in rows])
@@ -122,43 +123,28 @@ def score_masks(samples: list[Sample], masks: Masks) -> dict[str, dict]:
     return results
 
 
-def gold_or_empty(sample: Sample) -> np.ndarray:
-    """Return the gold mask of a sample on the grid; an empty one if it has none."""
-    mask = gold_mask(sample, GRID)
-    return np.zeros((GRID, GRID), bool) if mask is None else mask
-
-
 def on_grid(mask: np.ndarray | None) -> np.ndarray:
-    """Return a predicted mask on the grid; an empty one for None."""
-    return np.zeros((GRID, GRID)) if mask is None else resized(mask, GRID, GRID)
+    """Resize a mask (h, w) to the grid, (224, 224); the result is empty for None.
 
-
-def resized(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize a mask (h, w): scores bilinearly, classes and booleans by the nearest pixel."""
+    Scores are resized bilinearly, classes and booleans by the nearest pixel.
+    """
+    if mask is None:
+        return np.zeros((GRID, GRID))
     mode = "nearest" if mask.dtype.kind in "ib" else "bilinear"
     tensor = torch.from_numpy(mask)[None, None].float()
-    return F.interpolate(tensor, (height, width), mode=mode)[0, 0].numpy()
+    return F.interpolate(tensor, (GRID, GRID), mode=mode)[0, 0].numpy()
 
 
 def mask_table(scores: dict[str, dict], picked: dict[str, dict]) -> str:
-    """Format the scores of masks.
+    """Format the scores of masks, one line per task.
 
     Args:
         scores: as score_masks returns them.
-        picked: as swaps.evaluate_picked returns them.
+        picked: description -> numbers, as swaps.picked returns them.
     """
-    lines = [
-        "masks of    mIoU      F  hard mIoU  hard F  coverage     n"
-        "   null: S of all, of the background, n"
-    ]
-    for task, r in scores.items():
-        line = (
-            f"{task:<9} {r.get('miou', 0):>6.3f} {r.get('f', 0):>6.3f} "
-            f"{r.get('hard_miou', 0):>10.3f} {r.get('hard_f', 0):>7.3f} "
-            f"{r['coverage']:>9.2f} {r['n']:>5}"
-        )
-        if "null_s" in r:
-            line += f"   {r['null_s']:.3f} {r['null_s_background']:.3f} {r['null_n']}"
-        lines.append(line)
+    lines = []
+    for task, result in scores.items():
+        numbers = [f"{name} {round(value, 3)}" for name, value in result.items()]
+        lines.append(f"masks of {task}: {', '.join(numbers)}")
     lines += [f"{name}: {r['picked']:.3f} of {r['n']}" for name, r in picked.items()]
     return "\n".join(lines)

@@ -21,25 +21,17 @@ the metrics of masks are in mask_metrics.py.
 import math
 import re
 from collections import Counter
-from itertools import pairwise
 from statistics import fmean, median_low
 from typing import NamedTuple
 
 from crab_min.answers import EXISTS, Answer, Box, normalize_label
 from crab_min.errors import DataError
+from crab_min.evaluation import released_metrics
 from crab_min.evaluation.canonical import (
     canonical_choice,
     canonical_text,
     label_per_second,
     seconds_by_class,
-)
-from crab_min.evaluation.released_metrics import (
-    UNPARSED_SCORES,
-    part_of_gold,
-    refined,
-    segment_accuracy_released,
-    substring_of_gold,
-    substring_released,
 )
 from crab_min.tasks import Task
 
@@ -78,7 +70,7 @@ def segment_accuracy(prediction: Answer, gold: Answer) -> dict[str, float]:
     A second without the event is right where the gold answer has none there either.
     """
     correct = [p == g for p, g in zip(label_per_second(prediction), label_per_second(gold))]
-    released = segment_accuracy_released(prediction, gold)
+    released = released_metrics.segment_accuracy_released(prediction, gold)
     return {"metric": fmean(correct), "segment_accuracy_released": released}
 
 
@@ -111,10 +103,9 @@ def consecutive(seconds: set[int]) -> list[set[int]]:
     """Split seconds into events, which are maximal sets of consecutive seconds."""
     events: list[set[int]] = []
     for second in sorted(seconds):
-        if second - 1 in seconds:
-            events[-1].add(second)
-        else:
-            events.append({second})
+        if second - 1 not in seconds:
+            events.append(set())
+        events[-1].add(second)
     return events
 
 
@@ -264,9 +255,10 @@ def first_box(prediction: Answer, gold: Answer) -> dict[str, float]:
         best = max(iou(prediction.boxes[0], box) for box in gold.boxes)
     else:
         best = 0.0
-    reached = [float(best >= i / 20) for i in range(21)]
-    trapezoids = [(left + right) / 2 for left, right in pairwise(reached)]
-    return {"metric": best, "iou_at_50": float(best >= 0.5), "auc": sum(trapezoids) / 20}
+    # The curve is 1 at each threshold that is reached, and falls to 0 on the way to the next
+    reached = sum(best >= i / 20 for i in range(21))
+    auc = min(reached - 0.5, 20) / 20
+    return {"metric": best, "iou_at_50": float(best >= 0.5), "auc": auc}
 
 
 def all_boxes(prediction: Answer, gold: Answer) -> dict[str, float]:
@@ -284,12 +276,10 @@ def exists_box(prediction: Answer, gold: Answer) -> dict[str, float]:
 
     An answer that is wrong about the existence scores 0.
     """
-    correct = prediction.exists == gold.exists
+    correct = float(prediction.exists == gold.exists)
     if correct and gold.exists:
-        value = first_box(prediction, gold)["metric"]
-    else:
-        value = float(correct)
-    return {"metric": value, "existence": float(correct)}
+        return {"metric": first_box(prediction, gold)["metric"], "existence": correct}
+    return {"metric": correct, "existence": correct}
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -379,10 +369,13 @@ METRICS = {
 SETS = {
     "by_class": by_class,
     "cider": cider,
-    "substring_released": substring_released,
-    "part_of_gold": part_of_gold,
-    "refined": refined,
-    "substring_of_gold": substring_of_gold,
+    "substring_released": released_metrics.substring_released,
+}
+# As released: (prediction, gold) -> right or wrong; the number is the share of right answers
+SHARES = {
+    "part_of_gold": released_metrics.part_of_gold,
+    "refined": released_metrics.refined,
+    "substring_of_gold": released_metrics.substring_of_gold,
 }
 
 
@@ -399,7 +392,7 @@ def score(
         predictions, golds: answers of the same samples.
         labels: the classes of `ave`, if known. An event of another class counts as an answer that
             does not parse, as in the released scorer.
-        whole: compute the numbers of the whole set (SETS) too, which take longer.
+        whole: compute the further numbers of the set (SETS, SHARES) too, which take longer.
 
     Returns:
         {"metric": main number, "parsed": share of answers that parse, "n": samples, "all": the
@@ -423,7 +416,8 @@ def score(
         if is_parsed:
             result = measure(prediction, gold)
         else:
-            result = {name: UNPARSED_SCORES.get(name, 0.0) for name in measure(gold, gold)}
+            names = measure(gold, gold)
+            result = {name: released_metrics.UNPARSED_SCORES.get(name, 0.0) for name in names}
         parsed.append(is_parsed)
         results.append(result)
 
@@ -434,7 +428,10 @@ def score(
     main_number = numbers.pop("metric")
     if whole:
         for name in task.set_metrics:
-            numbers |= SETS[name](predictions, golds)
+            if name in SETS:
+                numbers |= SETS[name](predictions, golds)
+            else:
+                numbers[name] = fmean(map(SHARES[name], predictions, golds))
     return {"metric": main_number, "parsed": fmean(parsed), "n": len(golds), "all": numbers}
 
 
@@ -467,9 +464,8 @@ def best_constant(
         raise DataError(
             f"{task.name}: no answers to choose a constant from; expected training rows of the task"
         )
-    scores = []
+    scored = []
     for constant in constants:
         result = score(task, [constant] * len(golds), golds, whole=False)
-        scores.append(result["metric"])
-    best = max(scores)
-    return best, constants[scores.index(best)]
+        scored.append((result["metric"], constant))
+    return max(scored, key=lambda pair: pair[0])

@@ -2,8 +2,8 @@
 
 Each stands beside a strict metric of metrics.py, so that a run can be compared with published
 numbers. Crab and Crab+ release no scorer for AVE and MUSIC-AVQA; those here are MokA's, from the
-same laboratory. Functions of a whole set take lists of predicted and gold Answers and return
-numbers in [0, 1]; `segment_accuracy_released` takes one pair.
+same laboratory. `substring_released` takes lists of predicted and gold Answers; the others take one
+pair, and their number is the mean over the set.
 """
 
 import re
@@ -42,51 +42,41 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[s
     }
 
 
-def part_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+def part_of_gold(prediction: Answer, gold: Answer) -> bool:
     """Score MUSIC-AVQA as CREMA's task `gqa` does: is the answer part of the gold label?
 
     "guitar" is right for "acoustic guitar", and "a" for "piano". A missing answer is compared as
     "unanswerable". Labels are in canonical form, where CREMA writes 1 to 10 as words and the
     underscores of the gold label as spaces.
     """
-    correct = []
-    for prediction, gold in zip(predictions, golds):
-        predicted_label = canonical_choice(prediction) or "unanswerable"
-        correct.append(predicted_label in canonical_choice(gold))
-    return {"part_of_gold": fmean(correct)}
+    return (canonical_choice(prediction) or "unanswerable") in canonical_choice(gold)
 
 
-def refined(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+def refined(prediction: Answer, gold: Answer) -> bool:
     """Score ScanQA and SQA3D by the refined exact match of PAVE's scanqa_evaluator.py, from LEO.
 
     Without spaces, a gold text is part of the answer or the answer is part of a gold text. "no" is
     right for "piano", and so is an empty answer, which is part of everything.
     """
-    correct = []
-    for prediction, gold in zip(predictions, golds):
-        predicted_text = without_spaces(prediction.text)
-        gold_texts = [without_spaces(text) for text in gold.choices or (gold.text,)]
-        correct.append(any(predicted_text in text or text in predicted_text for text in gold_texts))
-    return {"refined": fmean(correct)}
+    predicted_text = without_spaces(prediction.text)
+    gold_texts = [without_spaces(text) for text in gold.choices or (gold.text,)]
+    return any(predicted_text in text or text in predicted_text for text in gold_texts)
 
 
 def without_spaces(text: str) -> str:
     return canonical_text(text).replace(" ", "")
 
 
-def substring_of_gold(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
+def substring_of_gold(prediction: Answer, gold: Answer) -> bool:
     """Score SQA3D as CREMA's task `sqa3d` does under the name EM: is the answer part of the gold?
 
     "a" is right for "table", and so is an empty answer. Only the first gold text counts. Of the
     answer only the first line counts, and where the gold text is one word only the last word of
     this line; it is compared in lower case, without commas, with 1 to 10 as words.
     """
-    correct = []
-    for prediction, gold in zip(predictions, golds):
-        line = prediction.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
-        gold_is_one_word = " " not in gold.text
-        predicted_text = line.split(" ")[-1] if gold_is_one_word else line
-        if re.fullmatch("[1-9]|10", predicted_text):
-            predicted_text = NUMBER_WORDS[int(predicted_text)]
-        correct.append(predicted_text in gold.text)
-    return {"substring_of_gold": fmean(correct)}
+    line = prediction.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
+    gold_is_one_word = " " not in gold.text
+    predicted_text = line.split(" ")[-1] if gold_is_one_word else line
+    if re.fullmatch("[1-9]|10", predicted_text):
+        predicted_text = NUMBER_WORDS[int(predicted_text)]
+    return predicted_text in gold.text

@@ -1,19 +1,15 @@
-"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, pictures."""
+"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, what to draw."""
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial as partial_function
 from pathlib import Path
 
-import numpy as np
-
-from crab_min.answers import GRID
-from crab_min.data import Sample, gold_mask, load_media
+from crab_min.data import Sample
 from crab_min.evaluation.answering import Decoding, generate_answers
 from crab_min.evaluation.masks import MakeMasks, Masks, mask_table, predict_masks, score_masks
-from crab_min.evaluation.metrics import score
-from crab_min.evaluation.scores import by_task, score_all
-from crab_min.evaluation.swaps import evaluate_picked
+from crab_min.evaluation.scores import by_task, sample_score, score_all
+from crab_min.evaluation.swaps import picked, swap_audio
 from crab_min.features import Features
 from crab_min.model import AVLanguageModel
 
@@ -44,7 +40,6 @@ def evaluate(
     samples: list[Sample],
     decoding: Decoding,
     make_masks: MakeMasks | None = None,
-    desc: str = "answering",
     partial: Path | None = None,
     strict: bool = True,
 ) -> Evaluation:
@@ -52,101 +47,70 @@ def evaluate(
 
     Args:
         make_masks: makes masks of answers; by default the model's mask decoder, if it has one.
-        desc, partial, strict: as in answering.generate_answers.
+        partial, strict: as in answering.generate_answers.
     """
-    # text alone
-    texts = generate_answers(model, features, samples, decoding, desc, partial, strict)
+    # text
+    texts = generate_answers(model, features, samples, decoding, partial=partial, strict=strict)
+    evaluation = Evaluation(samples, texts, [None] * len(samples), score_all(samples, texts))
+
+    # masks
     if make_masks is None and model.predicts_masks:
         make_masks = partial_function(predict_masks, model)
     if make_masks is None:
-        return Evaluation(samples, texts, [None] * len(samples), score_all(samples, texts))
+        return evaluation
+    evaluation.masks = make_masks(features, samples, texts)
+    mask_scores = score_masks(samples, evaluation.masks)
 
-    # masks as well
-    masks = make_masks(features, samples, texts)
-    mask_scores = score_masks(samples, masks)
-    picked = evaluate_picked(model, features, samples, masks, decoding, make_masks)
-    numbers = {"masks": mask_scores, "picked": picked}
-    scores = score_all(samples, texts)
-    return Evaluation(samples, texts, masks, scores, numbers, [mask_table(mask_scores, picked)])
+    # do they follow the sound? asked of the samples of the built-in world that have another one
+    follows = {"picked the sounding one of two": picked(samples, evaluation.masks)}
+    swapped = swap_audio(samples)
+    if swapped:
+        swapped_texts = generate_answers(model, features, swapped, decoding, "with another's sound")
+        swapped_masks = make_masks(features, swapped, swapped_texts)
+        follows["followed the other's sound"] = picked(swapped, swapped_masks)
+    follows = {name: result for name, result in follows.items() if result}
 
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-def load_for_figure(sample: Sample) -> list[tuple]:
-    """Decode the media of a sample for pictures.draw_answer.
-
-    Returns:
-        (name, kind, arrays, seconds) per medium that can be drawn.
-    """
-    media = []
-    for part in sample.media:
-        if part.kind in ("fast", "points"):
-            continue
-        arrays, seconds = load_media(part, GRID)
-        if part.kind == "array" and arrays.dtype != "uint8":  # stored features, not pictures
-            continue
-        kind = "video" if part.kind in ("view", "flow", "array") else part.kind
-        name = f"{part.side or part.kind}: {Path(part.path).name}"
-        media.append((name, kind, arrays, seconds or 10.0))
-    return media
+    evaluation.numbers = {"masks": mask_scores, "picked": follows}
+    evaluation.tables = [mask_table(mask_scores, follows)]
+    return evaluation
 
 
-def sheet_cell(sample: Sample, text: str, mask: np.ndarray | None) -> tuple:
-    """Make the cell of one sample for pictures.draw_sheet."""
-    answer = replace(sample.task.parse(text), mask=mask)
-    gold = replace(sample.gold, mask=gold_mask(sample))
-    return (
-        f"{sample.task.name}: {sample.parts[-1].text.strip()}",
-        load_for_figure(sample),
-        answer,
-        text,
-        gold,
-        sample.target or sample.task.format(sample.gold),
-        sample_score(sample, text),
-    )
-
-
-def sample_score(sample: Sample, text: str) -> float:
-    """Score one answer by the metric of its task."""
-    answer = sample.task.parse(text)
-    return score(sample.task, [answer], [sample.gold], whole=False)["metric"]
+# --- answers for a sheet --------------------------------------------------------------------------
 
 
 def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
-    """Make sheet cells of the best and the worst of eight answers, for every second task."""
+    """Return the best and the worst of eight random answers to every second task.
+
+    Returns:
+        (sample, text, mask), as pictures.draw_sheet takes them.
+    """
 
     def rank(row: tuple) -> tuple:
-        sample, (text, _) = row
+        sample, text, _ = row
         return sample_score(sample, text), sample.id
 
     rng = random.Random(seed)
-    cells = []
-    answers = list(zip(evaluation.texts, evaluation.masks))
-    for rows in list(by_task(evaluation.samples, answers).values())[::2]:
+    chosen = []
+    tasks = by_task(evaluation.samples, evaluation.texts, evaluation.masks)
+    for rows in list(tasks.values())[::2]:
         candidates = rng.sample(rows, min(8, len(rows)))
         candidates.sort(key=rank, reverse=True)
-        chosen = candidates[:1]
+        chosen.append(candidates[0])
         if len(candidates) > 1:
             chosen.append(candidates[-1])
-        cells += [sheet_cell(sample, text, mask) for sample, (text, mask) in chosen]
-    return cells
+    return chosen
 
 
-def some_of_each_task(evaluation: Evaluation, count: int = 9) -> dict[str, list[tuple]]:
-    """Make sheet cells of random answers to each task; empty answers are left out.
-
-    Args:
-        count: answers per task at most.
+def some_of_each_task(evaluation: Evaluation) -> dict[str, list[tuple]]:
+    """Choose nine random answers to each task; empty answers are left out.
 
     Returns:
-        task -> cells.
+        task -> (sample, text, mask), as pictures.draw_sheet takes them.
     """
-    answers = list(zip(evaluation.texts, evaluation.masks))
-    sheets = {}
-    for task, rows in by_task(evaluation.samples, answers).items():
-        answered = [(sample, text, mask) for sample, (text, mask) in rows if text]
-        chosen = random.Random(0).sample(answered, min(count, len(answered)))
-        if chosen:
-            sheets[task.name] = [sheet_cell(*row) for row in chosen]
-    return sheets
+    chosen = {}
+    tasks = by_task(evaluation.samples, evaluation.texts, evaluation.masks)
+    for task, rows in tasks.items():
+        answered = [row for row in rows if row[1]]
+        if answered:
+            chosen[task.name] = random.Random(0).sample(answered, min(9, len(answered)))
+    return chosen

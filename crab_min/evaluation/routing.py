@@ -1,23 +1,20 @@
 """Statistics of I-LoRA's routing: the mean weight of each head by kind of token, layer and linear.
 
 Crab (2503.13068) and Crab+ (2603.04128) show as pictures which heads of I-LoRA serve which tokens.
-For the tokens t of one kind and the routing weights w_k(t) of one adapted linear, these are
+For the tokens t of one kind and the routing weights w_k(t) of one adapted linear, this is
 
-    share_k  = mean over t of w_k(t)
-    entropy  = mean over t of -sum_k w_k(t) log w_k(t) / log K      0: one head alone; 1: all alike
+    share_k = mean over t of w_k(t)
 
-    with record_routing_stats(model) as stats:
-        model(batch)
+    stats = routing_stats(model, batches)
     stats.share["video", 3, "mlp.up_proj"]      # (K,) over the video tokens, in layer 3
 
 Shapes: B samples, L tokens, K heads, N tokens of one kind.
 """
 
-import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +29,7 @@ from crab_min.model import AVLanguageModel, Batch
 KINDS = ("text", "video", "image", "audio", "answer")
 PADDING = -1
 # Name of an adapted linear in the LM; an audio tower has `layers` too, but not in such a decoder
-IN_LAYER = re.compile(
-    r"(?P<decoder>.*\bmodel(\.language_model)?)\.layers\.(?P<layer>\d+)\.(?P<linear>.+)"
-)
+IN_LAYER = re.compile(r".*\bmodel(\.language_model)?\.layers\.(?P<layer>\d+)\.(?P<linear>.+)")
 
 
 class RouterKey(NamedTuple):
@@ -47,34 +42,15 @@ class RouterKey(NamedTuple):
 
 @dataclass
 class RoutingStats:
-    """Sums over tokens by router and kind of token; `share` and `entropy` are their means."""
+    """Statistics by router and kind of token."""
 
-    weight_sums: dict[RouterKey, np.ndarray] = field(default_factory=dict)  # (K,)
-    entropy_sums: dict[RouterKey, float] = field(default_factory=dict)
-    token_counts: dict[RouterKey, int] = field(default_factory=dict)
-
-    def add(self, key: RouterKey, weights: Tensor) -> None:
-        """Add the routing weights (N, K) of N tokens."""
-        heads = weights.shape[1]
-        entropy = -(weights * weights.clamp(min=1e-12).log()).sum() / math.log(max(2, heads))
-        self.weight_sums[key] = self.weight_sums.get(key, 0) + weights.sum(0).cpu().numpy()
-        self.entropy_sums[key] = self.entropy_sums.get(key, 0) + entropy.item()
-        self.token_counts[key] = self.token_counts.get(key, 0) + len(weights)
-
-    @property
-    def share(self) -> dict[RouterKey, np.ndarray]:
-        """The mean weight (K,) of each head; they sum to 1."""
-        return {key: sums / self.token_counts[key] for key, sums in self.weight_sums.items()}
-
-    @property
-    def entropy(self) -> dict[RouterKey, float]:
-        """The mean entropy of the routing weights: 0, one head alone; 1, all heads alike."""
-        return {key: sums / self.token_counts[key] for key, sums in self.entropy_sums.items()}
+    share: dict[RouterKey, np.ndarray]  # the mean weight (K,) of each head; they sum to 1
+    token_counts: dict[RouterKey, int]
 
 
-@contextmanager
-def record_routing_stats(model: AVLanguageModel) -> Iterator[RoutingStats]:
-    """Collect routing statistics of every batch that the model processes inside the block.
+@torch.no_grad()
+def routing_stats(model: AVLanguageModel, batches: Iterable[Batch]) -> RoutingStats:
+    """Run a model on batches and return the statistics of its routing.
 
     Raises:
         ModelError: the LM has no I-LoRA adapter.
@@ -85,34 +61,23 @@ def record_routing_stats(model: AVLanguageModel) -> Iterator[RoutingStats]:
             "this model has no I-LoRA adapter, so nothing is routed; give a run that was trained "
             "with --adapter ilora"
         )
-    stats = RoutingStats()
-
-    # Before the LM: the kinds of the tokens, which their embeddings no longer show
-    embed = model.embed
-    kinds: Tensor | None = None  # (B, L), of the batch that was embedded last
-
-    def embed_and_note_kinds(batch):
-        nonlocal kinds
-        kinds = token_kinds(model, batch)
-        return embed(batch)
-
-    # After each forward of the LM's decoder, one per batch or per generated token: the weights
-    weights: dict[str, Tensor] = {}
-
-    def add_to_stats(decoder, inputs, output) -> None:
-        for name, w in weights.items():
-            if name in linears:
-                add_weights(stats, linears[name], w, kinds)
-
-    decoder_name = IN_LAYER.match(next(iter(linears)))["decoder"]
-    hook = model.llm.get_submodule(decoder_name).register_forward_hook(add_to_stats)
-    model.embed = embed_and_note_kinds
-    try:
+    weight_sums: dict[RouterKey, np.ndarray] = {}  # (K,)
+    token_counts: Counter[RouterKey] = Counter()
+    for batch in batches:
         with record_routing(model.llm) as weights:
-            yield stats
-    finally:
-        del model.embed  # the method of the class is visible again
-        hook.remove()
+            model(batch)
+
+        # the tokens of each kind, at each router
+        kinds = token_kinds(model, batch)  # (B, L)
+        for name, (layer, linear) in linears.items():
+            for index, kind in enumerate(KINDS):
+                w = weights[name][kinds == index]  # (B, L, K) -> (N, K)
+                if len(w):
+                    key = RouterKey(kind, layer, linear)
+                    weight_sums[key] = weight_sums.get(key, 0) + w.sum(0).cpu().numpy()
+                    token_counts[key] += len(w)
+    share = {key: sums / token_counts[key] for key, sums in weight_sums.items()}
+    return RoutingStats(share, token_counts)
 
 
 def adapted_linears(llm: nn.Module) -> dict[str, tuple[int, str]]:
@@ -136,12 +101,3 @@ def token_kinds(model: AVLanguageModel, batch: Batch) -> Tensor:
         kinds[batch.ids == tokens.placeholder] = KINDS.index(kind)
     kinds[batch.attention == 0] = PADDING
     return kinds
-
-
-def add_weights(stats: RoutingStats, router: tuple[int, str], w: Tensor, kinds: Tensor) -> None:
-    """Add the weights w (B, L, K) of a router (layer, linear) for tokens of `kinds` (B, L)."""
-    if w.shape[:2] != kinds.shape:  # generation after the prompt, one token at a time
-        kinds = torch.full(w.shape[:2], KINDS.index("answer"), device=w.device)
-    for kind in kinds.unique().tolist():
-        if kind != PADDING:
-            stats.add(RouterKey(KINDS[kind], *router), w[kinds == kind])

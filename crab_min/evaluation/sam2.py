@@ -18,7 +18,7 @@ As in the released Crab+: every point is positive, SAM2 gives one mask for each 
 
 import numpy as np
 import torch
-from transformers import BatchEncoding, Sam2Model, Sam2Processor
+from transformers import Sam2Model, Sam2Processor
 
 from crab_min.answers import GRID, Answer
 from crab_min.backbones.common import named_weights
@@ -53,10 +53,6 @@ class Sam2:
             self.model = Sam2Model.from_pretrained(name).eval()
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def mask(self, image: np.ndarray, answer: Answer) -> np.ndarray:
-        """Return the mask (H, W) bool of all objects of an answer; it is empty without objects."""
-        return self.masks(image, answer.objects()).any(0)
-
     @torch.no_grad()
     def masks(self, image: np.ndarray, objects: list[tuple]) -> np.ndarray:
         """Return the mask of each object.
@@ -70,39 +66,28 @@ class Sam2:
         """
         height, width = image.shape[:2]
         masks = np.zeros((len(objects), height, width), bool)
-        embeddings = None
+        if not objects:
+            return masks
 
-        # SAM2 takes several objects at once if they have equally many points
-        for n_points in sorted({len(points) for _, points in objects}):
-            chosen = [i for i, (_, points) in enumerate(objects) if len(points) == n_points]
-            inputs = self.prepare_inputs(image, [objects[i] for i in chosen])
-            prompts = {name: x for name, x in inputs.items() if name.startswith("input_")}
-            if embeddings is None:  # the image is encoded once
-                embeddings = self.model.get_image_embeddings(inputs["pixel_values"])
+        # The image is encoded once
+        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        embeddings = self.model.get_image_embeddings(inputs["pixel_values"])
+        sizes = inputs["original_sizes"]
 
-            out = self.model(image_embeddings=embeddings, multimask_output=False, **prompts)
-            sizes = inputs["original_sizes"]
-            resized = self.processor.post_process_masks(out.pred_masks, sizes)  # one per image
-            masks[chosen] = resized[0][:, 0].cpu().numpy()  # (chosen, 1, H, W) -> (chosen, H, W)
-        return masks
-
-    def prepare_inputs(self, image: np.ndarray, objects: list[tuple]) -> BatchEncoding:
-        """Return the inputs of SAM2 for one image and objects (box, points) on the 224 x 224 grid.
-
-        All objects have equally many points, perhaps none.
-        """
-        # From the grid to the pixels of the image
-        height, width = image.shape[:2]
+        # From the grid to the pixels of the image; the outer lists are over images and objects
         scale = np.array([width / GRID, height / GRID])
-        boxes = [(np.reshape(box, (2, 2)) * scale).flatten().tolist() for box, _ in objects]
-        points = [(np.reshape(points, (-1, 2)) * scale).tolist() for _, points in objects]
-        n_points = len(points[0])
+        for i, (box, points) in enumerate(objects):
+            corners = np.reshape(box, (2, 2)) * scale
+            prompts: dict[str, list] = {"input_boxes": [[corners.flatten().tolist()]]}
+            if points:
+                positive = 1
+                prompts["input_points"] = [[(np.array(points) * scale).tolist()]]
+                prompts["input_labels"] = [[[positive] * len(points)]]
+            inputs = self.processor(original_sizes=sizes, **prompts, return_tensors="pt")
+            del inputs["original_sizes"]
 
-        # The outer lists are over images
-        prompts: dict[str, list] = {"input_boxes": [boxes]}
-        if n_points:
-            positive = 1
-            prompts["input_points"] = [points]
-            prompts["input_labels"] = [[[positive] * n_points for _ in objects]]
-        inputs = self.processor(images=image, **prompts, return_tensors="pt")
-        return inputs.to(self.model.device)
+            inputs = inputs.to(self.model.device)
+            out = self.model(image_embeddings=embeddings, multimask_output=False, **inputs)
+            [resized] = self.processor.post_process_masks(out.pred_masks, sizes)  # (1, 1, H, W)
+            masks[i] = resized[0, 0].cpu().numpy()
+        return masks

@@ -5,16 +5,14 @@ No answer is skipped. An answer that does not parse counts as wrong and lowers t
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from crab_min.answers import Answer
 from crab_min.data import Sample
+from crab_min.evaluation.answering import options
 from crab_min.evaluation.metrics import best_constant, score
 from crab_min.runs.folder import atomic_write
 from crab_min.tasks import Task
-
-Pairs = list[tuple[Answer, Answer]]  # (predicted answer, gold answer)
 
 
 def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
@@ -22,27 +20,23 @@ def score_all(samples: list[Sample], texts: list[str]) -> dict[str, dict]:
 
     Returns:
         task -> "name" of the metric, "metric", "parsed" (share), "n", and "all" (further numbers).
-        Where samples have a target text also "exact", the share of answers equal to it. Where the
-        task has types of questions also "types", the scores by type.
+        Where the task has types of questions also "types", the scores by type.
     """
     results = {}
     for task, rows in by_task(samples, texts).items():
-        # the metric of the task
         answers = [task.parse(text) for _, text in rows]
         golds = [sample.gold for sample, _ in rows]
-        result = score(task, answers, golds)
-        result["name"] = task.metric
-
-        # answers that repeat the target text, and types of questions
-        with_target = [(sample.target, text) for sample, text in rows if sample.target]
-        if with_target:
-            same = [target.strip() == text.strip() for target, text in with_target]
-            result["exact"] = sum(same) / len(same)
+        results[task.name] = score(task, answers, golds) | {"name": task.metric}
         types = score_types(task, rows)
         if types:
-            result["types"] = types
-        results[task.name] = result
+            results[task.name]["types"] = types
     return results
+
+
+def sample_score(sample: Sample, text: str) -> float:
+    """Score one answer by the metric of its task."""
+    answer = sample.task.parse(text)
+    return score(sample.task, [answer], [sample.gold], whole=False)["metric"]
 
 
 def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
@@ -52,7 +46,7 @@ def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
         type -> "metric", "n", and "constant", the metric of the best constant answer; {} if the
         rows name no types.
     """
-    groups: dict[str, Pairs] = {}
+    groups: dict[str, list[tuple[Answer, Answer]]] = {}  # pairs of a predicted and a gold answer
     for sample, text in rows:
         groups.setdefault(question_type(sample), []).append((task.parse(text), sample.gold))
     if set(groups) == {""}:
@@ -73,15 +67,15 @@ def question_type(sample: Sample) -> str:
     return " ".join(re.sub(r'[][",]', "", name) for name in names)
 
 
-def by_task(samples: list[Sample], values: list) -> dict[Task, list[tuple]]:
-    """Group (sample, value) pairs by task, in the order in which the tasks appear.
+def by_task(samples: list[Sample], *values: list) -> dict[Task, list[tuple]]:
+    """Group rows (sample, value, ...) by task, in the order in which the tasks appear.
 
     Args:
-        values: one value per sample, such as its text.
+        values: lists of one value per sample, such as its text.
     """
     groups: dict[Task, list[tuple]] = {}
-    for sample, value in zip(samples, values):
-        groups.setdefault(sample.task, []).append((sample, value))
+    for row in zip(samples, *values):
+        groups.setdefault(row[0].task, []).append(row)
     return groups
 
 
@@ -92,23 +86,19 @@ def constants(train: list[Sample], test: list[Sample]) -> dict[str, float]:
     rows, and for multiple choice the option at each position.
     """
     scores = {}
-    for task, rows in by_task(test, test).items():
-        golds = [sample.gold for sample, _ in rows]
+    for task, rows in by_task(test).items():
+        golds = [sample.gold for (sample,) in rows]
         candidates = [sample.gold for sample in train if sample.task.name == task.name]
         candidates += [Answer(choice=str(i)) for i in range(len(golds[0].choices))]
         scores[task.name] = best_constant(task, candidates, golds)[0]
     return scores
 
 
-def chance(samples: list[Sample], count_options: Callable[[Sample], int]) -> dict[str, float]:
-    """Return the score of guessing, for the tasks whose samples all have options.
-
-    Args:
-        count_options: returns the number of options of a sample.
-    """
+def chance(samples: list[Sample]) -> dict[str, float]:
+    """Return the score of guessing, for the tasks whose samples all have options."""
     chances = {}
-    for task, rows in by_task(samples, samples).items():
-        counts = [count_options(sample) for sample, _ in rows]
+    for task, rows in by_task(samples).items():
+        counts = [len(options(sample)) for (sample,) in rows]
         if all(counts):
             chances[task.name] = sum(1 / count for count in counts) / len(counts)
     return chances
@@ -153,14 +143,11 @@ def training_table(results: dict[str, dict]) -> str:
 
 def evaluation_table(results: dict[str, dict]) -> str:
     """Format the table of `infer.py --eval`, with further numbers and types of questions."""
-    lines = ["task      metric             score  exact  parsed     n"]
+    lines = ["task      metric             score  parsed     n"]
     for task, r in results.items():
         # one line per task
-        exact = f"{r['exact']:.2f}" if "exact" in r else "-"
-        lines.append(
-            f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {exact:>6} {r['parsed']:>7.2f} "
-            f"{r['n']:>5}"
-        )
+        line = f"{task:<9} {r['name']:<17} {r['metric']:>6.3f} {r['parsed']:>7.2f} {r['n']:>5}"
+        lines.append(line)
 
         # indented: further numbers, then one line per type of question
         if r["all"]:

@@ -9,37 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crab_min.answers import GRID
 from crab_min.data import Sample
-from crab_min.evaluation.answering import Decoding, generate_answers
-from crab_min.evaluation.masks import MakeMasks, Masks, resized
-from crab_min.features import Features
-from crab_min.model import AVLanguageModel
-
-
-def evaluate_picked(
-    model: AVLanguageModel,
-    features: Features,
-    samples: list[Sample],
-    masks: Masks,
-    decoding: Decoding,
-    make_masks: MakeMasks,
-) -> dict[str, dict]:
-    """Measure how often a mask is on the sounding thing, with each of the two sounds.
-
-    Args:
-        masks: masks of the samples, as `make_masks` made them.
-
-    Returns:
-        description -> "picked" (share) and "n"; {} for samples without a silent thing.
-    """
-    results = {"picked the sounding one of two": picked(samples, masks)}
-    swapped = swap_audio(samples)
-    if swapped:
-        texts = generate_answers(model, features, swapped, decoding, "with another's sound")
-        swapped_masks = make_masks(features, swapped, texts)
-        results["followed the other's sound"] = picked(swapped, swapped_masks)
-    return {name: result for name, result in results.items() if result}
+from crab_min.evaluation.masks import Masks, on_grid
 
 
 def picked(samples: list[Sample], masks: Masks) -> dict[str, float]:
@@ -65,10 +36,8 @@ def picked(samples: list[Sample], masks: Masks) -> dict[str, float]:
 
 def covered(mask: np.ndarray | None, box: tuple) -> int:
     """Count the pixels of a mask inside a box of the grid."""
-    if mask is None:
-        return 0
     x1, y1, x2, y2 = box
-    return int((resized(mask, GRID, GRID) > 0.5)[y1:y2, x1:x2].sum())
+    return int((on_grid(mask) > 0.5)[y1:y2, x1:x2].sum())
 
 
 def swap_audio(samples: list[Sample]) -> list[Sample]:

@@ -33,7 +33,7 @@ from crab_min.backbones import load
 from crab_min.config import Settings
 from crab_min.data import Sample, evaluation_data, pick_tasks, read_samples
 from crab_min.errors import RunError
-from crab_min.evaluation.answering import Decoding, generate_answers, options, token_limits
+from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
 from crab_min.evaluation.scores import (
@@ -359,8 +359,8 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     write_predictions(folder / "predictions", evaluation.samples, evaluation.texts)
     if results:
         draw_scores(folder / "scores.png", results)
-        cells = best_and_worst(evaluation, run.settings.training.seed)
-        draw_sheet(folder / "answers.png", cells)
+        chosen = best_and_worst(evaluation, run.settings.training.seed)
+        draw_sheet(folder / "answers.png", chosen)
         print(training_table(results))
     for table in evaluation.tables:
         print(table)
@@ -393,7 +393,7 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
 def add_references(results: dict[str, dict], base: dict[str, dict], rows: Rows) -> None:
     """Add to each task's result what the base model, a constant answer and guessing score."""
     constant = constants(rows.train, rows.test)
-    chances = chance(rows.test, lambda sample: len(options(sample)))
+    chances = chance(rows.test)
     for task, result in results.items():
         result["base"] = base[task]["metric"]
         result["constant"] = constant[task]

@@ -14,7 +14,6 @@ from crab_min.crema import EarlyExit
 from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import generate_answers
-from crab_min.evaluation.pictures import draw_subsets
 from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
@@ -108,8 +107,6 @@ def evaluate_and_finish(run: common.Run) -> dict:
         missing = count_missing(run.rows.test, run.settings.side_channels)
         evaluation.numbers |= {"subsets": subsets, "missing": missing}
         evaluation.tables.append(subset_table(subsets))
-        if processes.rank() == 0:
-            draw_subsets(run.folder / "modalities.png", subsets)
     return common.finish(run, evaluation)
 
 

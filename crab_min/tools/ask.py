@@ -21,8 +21,7 @@ from crab_min.errors import DataError, ModelError, RunError
 from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.evaluation.masks import MakeMasks, masks_from_boxes, predict_masks
 from crab_min.evaluation.pictures import draw_answer, draw_routing
-from crab_min.evaluation.report import load_for_figure
-from crab_min.evaluation.routing import record_routing_stats
+from crab_min.evaluation.routing import routing_stats
 from crab_min.evaluation.sam2 import Sam2
 from crab_min.features import Features
 from crab_min.interface import build_prompt, load_prompts, prompt_text
@@ -320,13 +319,12 @@ def reply_to(
 
     # pictures of the routing, the answer and the mask
     if given.routes:
-        with record_routing_stats(model) as routing, torch.no_grad():
-            model(model.collate([sample.parts], features([sample]), [text]))
-        draw_routing(Path(given.routes), {task.name: routing})
+        with_answer = model.collate([sample.parts], features([sample]), [text])
+        draw_routing(Path(given.routes), {task.name: routing_stats(model, [with_answer])})
     default = Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png"
     picture = Path(given.picture or default)
     reply = Reply(sample, text, answer, seconds, picture)
-    draw_answer(picture, load_for_figure(sample), reply.question, answer, text)
+    draw_answer(picture, sample, answer, text)
     if mask is not None:
         reply.mask_file = picture.with_name(f"{picture.stem}_mask.png")
         save_mask(mask, reply.mask_file)

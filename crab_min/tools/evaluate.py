@@ -63,8 +63,8 @@ def evaluate_split(given: Namespace) -> None:
 
     # files and tables
     write_predictions(out / "predictions", samples, evaluation.texts)
-    for task, cells in some_of_each_task(evaluation).items():
-        draw_sheet(out / "sheets" / f"{task}.png", cells)
+    for task, answers in some_of_each_task(evaluation).items():
+        draw_sheet(out / "sheets" / f"{task}.png", answers)
     partial.unlink()
     missing = len(samples) - len(readable)
     metrics = {
