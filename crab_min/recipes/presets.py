@@ -18,25 +18,16 @@ class Preset:
     stages: dict[str, dict] = field(default_factory=dict)
 
 
-# one line per concern: data, world, backbone, adapter, training, evaluation, what the paper needs
 # fmt: off
+# one line per concern: data, world, backbone, adapter, training, evaluation, what the paper needs
 
-# --- the papers' values at full size -------------------------------------------------------------
-
+# papers' values at full size that several presets share
 LARGE = dict(cache_features=False, task_sampling_exponent=1.0, gradient_checkpointing=True)
 CRAB_PLUS = LARGE | dict(
     backbone="omni",
     r=128, alpha=256, dropout=0.1,
     trainable="adapter", lr=1e-4, batch_size=4, epochs=5,
 )
-CRAB = LARGE | dict(
-    vision="openai/clip-vit-large-patch14",
-    audio="BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
-    llm="meta-llama/Llama-2-7b-chat-hf",
-    r=8, alpha=16, dropout=0.05,
-    trainable="adapter,connectors", lr=1e-4, connector_lr=1e-4, batch_size=8, epochs=5,
-)
-CRAB_MASKS = dict(trainable="mask_decoder,mask_tokens", epochs=30)
 PAVE = LARGE | dict(
     tasks="avqa", target="label", frames=32,
     backbone="llava_onevision",
@@ -51,51 +42,45 @@ CREMA = LARGE | dict(
     eval_mode="rank",
 )
 
-# --- on the shipped base -------------------------------------------------------------------------
-
-CRAB_PLUS_TINY = dict(r=16, alpha=32)
-CRAB_TINY = dict(r=16, alpha=32, steps=400)
-CRAB_TINY_MASKS = dict(
-    world_clips=1800,
-    trainable="adapter,connectors,mask_decoder", connector_lr=1e-3, beta2=0.98, warmup=0.05,
-    text_steps=250, steps=1400,
-    masks_width=64, masks_heads=4, masks_queries=16, masks_bce=2.0, masks_dice=2.0,
-)
-PAVE_TINY = dict(
-    world_clips=600, world_test=200,
-    adapter="lora", r=16, alpha=32, dropout=0,
-    trainable="adapter", connector_lr=5e-3, steps=400,
-    eval_mode="rank",
-    patch_width=128, compare_lora=True,
-)
-CREMA_TINY = CREMA | dict(
-    frames=5, cache_features=True,
-    world_clips=450, world_test=60,
-    weights="",
-    lr=5e-3, connector_lr=5e-3, batch_size=16, steps=900, gradient_checkpointing=False,
-    modalities="rgb,audio,flow,depth,thermal", fusion="add",
-    modality_rank=16, modality_dropout=0.3, modality_sequential=False,
-)
-
-# --- the presets ---------------------------------------------------------------------------------
-
 PRESETS = {
+    # on the shipped base
     "crab_plus-tiny": Preset(
         "crab_plus", "Crab+'s recipe on the shipped tiny base: I-LoRA on the built-in world",
-        CRAB_PLUS_TINY,
+        dict(r=16, alpha=32),
     ),
     "crab-tiny": Preset(
         "crab", "Crab's recipe on the shipped tiny base: --stage visual, audio, unified, masks",
-        CRAB_TINY, stages={"masks": CRAB_TINY_MASKS},
+        dict(r=16, alpha=32, steps=400),
+        stages={"masks": dict(
+            world_clips=1800,
+            trainable="adapter,connectors,mask_decoder", connector_lr=1e-3, beta2=0.98,
+            warmup=0.05, text_steps=250, steps=1400,
+            masks_width=64, masks_heads=4, masks_queries=16, masks_bce=2.0, masks_dice=2.0,
+        )},
     ),
     "pave-tiny": Preset(
         "pave", "PAVE's recipe on the shipped tiny base: a patch and LoRA, beside LoRA alone",
-        PAVE_TINY,
+        dict(
+            world_clips=600, world_test=200,
+            adapter="lora", r=16, alpha=32, dropout=0,
+            trainable="adapter", connector_lr=5e-3, steps=400,
+            eval_mode="rank",
+            patch_width=128, compare_lora=True,
+        ),
     ),
     "crema-tiny": Preset(
         "crema", "CREMA's recipe on the shipped tiny base: modalities through its visual Q-Former",
-        CREMA_TINY,
+        CREMA | dict(
+            frames=5, cache_features=True,
+            world_clips=450, world_test=60,
+            weights="",
+            lr=5e-3, connector_lr=5e-3, batch_size=16, steps=900, gradient_checkpointing=False,
+            modalities="rgb,audio,flow,depth,thermal", fusion="add",
+            modality_rank=16, modality_dropout=0.3, modality_sequential=False,
+        ),
     ),
+
+    # at full size
     "crab_plus-3b": Preset(
         "crab_plus", "Crab+ on Qwen2.5-Omni-3B: I-LoRA on its LM",
         CRAB_PLUS | dict(weights="Qwen/Qwen2.5-Omni-3B"),
@@ -106,7 +91,14 @@ PRESETS = {
     ),
     "crab-7b": Preset(
         "crab", "Crab: CLIP-L + BEATs + Q-Formers + Llama-2-7b-chat, in stages",
-        CRAB, stages={"masks": CRAB_MASKS},
+        LARGE | dict(
+            vision="openai/clip-vit-large-patch14",
+            audio="BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt",
+            llm="meta-llama/Llama-2-7b-chat-hf",
+            r=8, alpha=16, dropout=0.05,
+            trainable="adapter,connectors", lr=1e-4, connector_lr=1e-4, batch_size=8, epochs=5,
+        ),
+        stages={"masks": dict(trainable="mask_decoder,mask_tokens", epochs=30)},
     ),
     "pave-0.5b": Preset(
         "pave", "PAVE on LLaVA-OneVision-0.5B: a patch for a side channel, and LoRA on its LM",
