@@ -97,7 +97,7 @@ class TrainingConfig:
     trainable: str = flag(
         "adapter,connectors,embeddings",
         "comma-separated parts that learn: adapter, connectors (Q-Formers), embeddings, "
-        "mask_decoder, mask_tokens, or the name of one connector",
+        "mask_decoder, mask_tokens, or the name of one connector; patches and modalities always do",
     )
     init_from: str = flag("", "run folder whose trained parts are the starting point")
     steps: int = flag(
