@@ -8,10 +8,10 @@ from dataclasses import Field
 from typing import get_args
 
 from crab_min.config import (
+    INFER,
     PRESET_ONLY,
     RECIPES,
     RENAMED,
-    InferSettings,
     flag_fields,
     groups_of,
     with_values,
@@ -82,20 +82,20 @@ def flag_name(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
-def flags_of(settings: type) -> dict[str, Field]:
-    """Return the fields of a settings class that are flags, by flag without dashes in front."""
-    found = [f for group in groups_of(settings).values() for f in flag_fields(group)]
+def flags_of(groups: dict[str, type]) -> dict[str, Field]:
+    """Return the fields of groups of settings that are flags, by flag without dashes in front."""
+    found = [f for group in groups.values() for f in flag_fields(group)]
     return {flag_name(f.name): f for f in found}
 
 
-def add_flags(parser: Parser, settings: type, values: dict, shown: list[str] | None) -> None:
-    """Add the flags of settings, under one heading per group.
+def add_flags(parser: Parser, groups: dict[str, type], values: dict, shown: list | None) -> None:
+    """Add the flags of groups of settings, under one heading per group.
 
     Args:
         values: name of a setting -> default, for those with another default than their own.
         shown: names of the settings in the help; None for all.
     """
-    for name, group in groups_of(settings).items():
+    for name, group in groups.items():
         flags = flag_fields(group)
         in_help = [f for f in flags if shown is None or f.name in shown]
         heading = parser.add_argument_group(name, group.__doc__) if in_help else parser
@@ -147,7 +147,7 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     first = command_parser()
     preset_of: dict[str, str] = {}  # flag -> the first preset that has it
     for name, preset in PRESETS.items():
-        for flag, f in flags_of(RECIPES[preset.recipe]).items():
+        for flag, f in flags_of(groups_of(RECIPES[preset.recipe])).items():
             if flag not in preset_of:
                 preset_of[flag] = name
                 add_flag(first, f, f.default, in_help=False)
@@ -159,13 +159,13 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
 
     # the second pass knows the flags and the defaults of that preset alone
     preset = PRESETS[known.preset]
-    settings = RECIPES[preset.recipe]
+    groups = groups_of(RECIPES[preset.recipe])
     for name in given_flags(arguments):
-        if name in preset_of and name not in flags_of(settings):
+        if name in preset_of and name not in flags_of(groups):
             first.error(f"{known.preset} has no --{name}; {preset_of[name]} has")
     parser = command_parser(f"{known.preset}: {preset.description}")
     values = preset.values | preset.stages.get(known.stage, {})
-    add_flags(parser, settings, values, None if known.help_all else BASIC)
+    add_flags(parser, groups, values, None if known.help_all else BASIC)
 
     # commands that only print
     if known.help or known.help_all:
@@ -178,9 +178,9 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
 
     # the run's settings
     given = parser.parse_args(arguments)
-    values |= {f.name: getattr(given, f.name) for f in flags_of(settings).values()}
+    values |= {f.name: getattr(given, f.name) for f in flags_of(groups).values()}
     try:
-        return given, with_values(settings(), **values)
+        return given, with_values(RECIPES[preset.recipe](), **values)
     except RunError as error:
         parser.error(str(error))
 
@@ -206,8 +206,8 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description="Ask about a clip, or score a split (--eval).")
     parser.add_argument("clip", nargs="*", help="videos; their own sound is used without --audio")
     parser.add_argument("--debug", action="store_true", help=COMMANDS["debug"])
-    add_flags(parser, InferSettings, {}, shown=None)
-    known = [*flags_of(InferSettings), "help", "debug"]
+    add_flags(parser, INFER, {}, shown=None)
+    known = [*flags_of(INFER), "help", "debug"]
     parser.check_flags(arguments, known, RENAMED_INFER)
     return parser.parse_args(arguments)
 

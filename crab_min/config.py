@@ -392,13 +392,8 @@ class ScoreConfig:
     out: str = flag("", "where predictions and metrics go (default: RUN/eval_SPLIT)")
 
 
-@dataclass
-class InferSettings:
-    """The flags of infer.py; their values stay in the Namespace of argparse."""
-
-    ask: AskConfig = field(default_factory=AskConfig)
-    answer: AnswerConfig = field(default_factory=AnswerConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+# the flags of infer.py; their values stay in the Namespace of argparse
+INFER = {"ask": AskConfig, "answer": AnswerConfig, "score": ScoreConfig}
 
 
 # --- settings from values ------------------------------------------------------------------------
