@@ -224,12 +224,11 @@ def begin(run: Run) -> None:
         steps, limits = len(run.steps), run.decoding.limits
         saved = SavedRun(run.name, run.recipe, run.settings, steps, limits, model.layout)
         saved.save(run.folder)
-        factors = [size for size in (training.grad_accum, processes.count()) if size > 1]
-        sizes = " x ".join(map(str, [training.batch_size, *factors]))
         print(
             f"{run.folder}: {len(run.train_rows)} training rows and {len(run.test_rows)} test rows "
-            f"of {len(limits)} tasks, {steps} steps of {sizes}\n{learned}"
+            f"of {len(limits)} tasks, {steps} steps of {samples_per_step(run.settings)} samples"
         )
+        print(learned)
     evaluate_baseline(run)
 
 
