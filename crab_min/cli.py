@@ -5,17 +5,27 @@ import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import Field
+from typing import get_args
 
 from crab_min.config import (
+    INFER,
+    PRESET_ONLY,
     RECIPES,
     RENAMED,
-    InferSettings,
     flag_fields,
     groups_of,
-    settings_from_flags,
+    with_values,
 )
 from crab_min.errors import RunError
-from crab_min.recipes.presets import PRESETS, Preset, with_values
+from crab_min.recipes.presets import PRESETS
+
+# flags of train.py that --help shows; --help-all shows the others too
+BASIC = """
+    data tasks target frames test_rows things weights load_in_4bit adapter r alpha heads trainable
+    steps epochs batch_size grad_accum lr connector_lr seed out
+    stage side compare_lora modalities fusion modality_sequential exit_threshold
+    see_steps hear_steps read_steps
+""".split()
 
 # removed flag -> what replaces it
 REMOVED = {
@@ -27,9 +37,8 @@ REMOVED = {
     "max-tokens": "lower --batch-size and raise --grad-accum",
     "separate": "a converted run says how its prompts are laid out",
 }
-SIZES = ["patch-size", "patch-layers", "patch-rope", "shared-kv", "mask-width", "mask-heads"]
-SIZES += ["mask-queries", "mask-chained", "mask-bce", "mask-dice"]
-REMOVED |= dict.fromkeys(SIZES, "presets have it (crab_min/recipes/presets.py)")
+for old in PRESET_ONLY:
+    REMOVED[old.replace("_", "-")] = "presets have it (crab_min/recipes/presets.py)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,28 +82,40 @@ def flag_name(field_name: str) -> str:
     return field_name.replace("_", "-")
 
 
-def all_flag_fields(settings: type) -> list[Field]:
-    """Return the fields of a settings class that are flags, over all its groups."""
-    return [f for group in groups_of(settings).values() for f in flag_fields(group)]
+def flags_of(groups: dict[str, type]) -> dict[str, Field]:
+    """Return the fields of groups of settings that are flags, by flag without dashes in front."""
+    found = [f for group in groups.values() for f in flag_fields(group)]
+    return {flag_name(f.name): f for f in found}
 
 
-def add_flag(parser, f: Field, default, shown: bool) -> None:
-    """Add the flag of a settings field.
+def add_flags(parser: Parser, groups: dict[str, type], values: dict, shown: list | None) -> None:
+    """Add the flags of groups of settings, under one heading per group.
 
     Args:
-        parser: a parser, or an argument group of one.
-        shown: list the flag in the help.
+        values: name of a setting -> default, for those with another default than their own.
+        shown: names of the settings in the help; None for all.
     """
+    for name, group in groups.items():
+        flags = flag_fields(group)
+        in_help = [f for f in flags if shown is None or f.name in shown]
+        heading = parser.add_argument_group(name, group.__doc__) if in_help else parser
+        for f in flags:
+            add_flag(heading, f, values.get(f.name, f.default), f in in_help)
+
+
+def add_flag(parser, f: Field, default, in_help: bool) -> None:
+    """Add the flag of a settings field to a parser, or to an argument group of one."""
     text = f.metadata["help"]
     if "(default:" not in text:
         text += f" (default: {default_text(default)})"
-    options = {"default": default, "help": text if shown else argparse.SUPPRESS}
+    options = {"default": default, "help": text if in_help else argparse.SUPPRESS}
     if isinstance(f.default, bool):
         options["action"] = argparse.BooleanOptionalAction
     elif f.type is list:
         options |= {"action": "append", "default": [], "help": f"{text}; several times"}
     else:
-        options |= {"type": f.type, "choices": f.metadata["choices"]}
+        choices = get_args(f.type)  # of a Literal
+        options |= {"choices": choices} if choices else {"type": f.type}
     parser.add_argument("--" + flag_name(f.name), **options)
 
 
@@ -102,9 +123,7 @@ def default_text(default) -> str:
     """Return a default value as the help shows it."""
     if isinstance(default, bool):
         return "on" if default else "off"
-    if default in ("", None):
-        return "none"
-    return str(default)
+    return "none" if default in ("", None) else str(default)
 
 
 # --- train.py ------------------------------------------------------------------------------------
@@ -125,29 +144,28 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         The parsed arguments, and the settings of the run, of its recipe's class.
     """
     # the first pass knows the flags of all presets, and finds the preset and Crab's stage
-    presets_of: dict[str, str] = {}
     first = command_parser()
+    preset_of: dict[str, str] = {}  # flag -> the first preset that has it
     for name, preset in PRESETS.items():
-        for f in all_flag_fields(RECIPES[preset.recipe]):
-            if flag_name(f.name) not in presets_of:
-                presets_of[flag_name(f.name)] = name
-                add_flag(first, f, f.default, shown=False)
+        for flag, f in flags_of(groups_of(RECIPES[preset.recipe])).items():
+            if flag not in preset_of:
+                preset_of[flag] = name
+                add_flag(first, f, f.default, in_help=False)
     renamed = {flag_name(old): flag_name(new) for old, new in RENAMED.items()}
-    first.check_flags(arguments, [*COMMANDS, *presets_of], renamed)
+    first.check_flags(arguments, [*COMMANDS, *preset_of], renamed)
     known = first.parse_args(arguments)
     if known.preset not in PRESETS:
         first.error(f"unknown preset {known.preset!r}; choose from {', '.join(PRESETS)}")
 
     # the second pass knows the flags and the defaults of that preset alone
     preset = PRESETS[known.preset]
-    settings = RECIPES[preset.recipe]
-    own = [flag_name(f.name) for f in all_flag_fields(settings)]
+    groups = groups_of(RECIPES[preset.recipe])
     for name in given_flags(arguments):
-        if name in presets_of and name not in own:
-            first.error(f"{known.preset} has no --{name}; {presets_of[name]} has")
+        if name in preset_of and name not in flags_of(groups):
+            first.error(f"{known.preset} has no --{name}; {preset_of[name]} has")
     parser = command_parser(f"{known.preset}: {preset.description}")
-    values = values_of(preset, known.stage)
-    add_groups(parser, settings, values, known.help_all)
+    values = preset.values | preset.stages.get(known.stage, {})
+    add_flags(parser, groups, values, None if known.help_all else BASIC)
 
     # commands that only print
     if known.help or known.help_all:
@@ -160,25 +178,11 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
 
     # the run's settings
     given = parser.parse_args(arguments)
+    values |= {f.name: getattr(given, f.name) for f in flags_of(groups).values()}
     try:
-        return given, settings_from_flags(settings, vars(given), values)
+        return given, with_values(RECIPES[preset.recipe](), **values)
     except RunError as error:
         parser.error(str(error))
-
-
-def add_groups(parser: Parser, settings: type, values: dict[str, dict], everything: bool) -> None:
-    """Add the flags of settings, under one heading per group.
-
-    Args:
-        values: group -> field -> default, for fields with another default than their own.
-        everything: show all flags in the help; else the basic ones alone.
-    """
-    for name, group in groups_of(settings).items():
-        flags = flag_fields(group)
-        shown = [f for f in flags if everything or f.metadata["basic"]]
-        heading = parser.add_argument_group(name, group.__doc__) if shown else parser
-        for f in flags:
-            add_flag(heading, f, values.get(name, {}).get(f.name, f.default), f in shown)
 
 
 def command_parser(description: str = "") -> Parser:
@@ -192,11 +196,6 @@ def command_parser(description: str = "") -> Parser:
     return parser
 
 
-def values_of(preset: Preset, stage: str) -> dict[str, dict]:
-    """Return the values of a preset by group; those of the stage take precedence."""
-    return with_values(preset.values, **preset.stages.get(stage, {}))
-
-
 # --- infer.py ------------------------------------------------------------------------------------
 
 RENAMED_INFER = {"limit": "max-new-tokens", "without": "ablate"}
@@ -207,9 +206,9 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog="infer.py", description="Ask about a clip, or score a split (--eval).")
     parser.add_argument("clip", nargs="*", help="videos; their own sound is used without --audio")
     parser.add_argument("--debug", action="store_true", help=COMMANDS["debug"])
-    add_groups(parser, InferSettings, {}, everything=True)
-    known = [flag_name(f.name) for f in all_flag_fields(InferSettings)]
-    parser.check_flags(arguments, [*known, "help", "debug"], RENAMED_INFER)
+    add_flags(parser, INFER, {}, shown=None)
+    known = [*flags_of(INFER), "help", "debug"]
+    parser.check_flags(arguments, known, RENAMED_INFER)
     return parser.parse_args(arguments)
 
 

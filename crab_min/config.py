@@ -6,20 +6,15 @@ flag are answered at once.
 """
 
 import os
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Literal
 
 from crab_min.errors import RunError
 
 
-def flag(default, text: str, choices: list[str] | None = None, basic: bool = False):
-    """Make a dataclass field that is also a command-line flag.
-
-    Args:
-        text: explanation in the help.
-        choices: allowed values; None for any.
-        basic: the flag is shown by `--help`; other flags are shown by `--help-all` alone.
-    """
-    return field(default=default, metadata={"help": text, "choices": choices, "basic": basic})
+def flag(default, text: str):
+    """Make a dataclass field that is also a command-line flag, with its explanation in the help."""
+    return field(default=default, metadata={"help": text})
 
 
 # --- what every recipe has -----------------------------------------------------------------------
@@ -30,20 +25,15 @@ class DataConfig:
     """Which rows a run learns, and how their media are read."""
 
     data: str = flag(
-        "",
-        "AV-UIE folder (AVUIE_2) or a .jsonl file of your own; without it the built-in world",
-        basic=True,
+        "", "AV-UIE folder (AVUIE_2) or a .jsonl file of your own; without it the built-in world"
     )
-    tasks: str = flag("all", "comma-separated task names, or all", basic=True)
-    target: str = flag(
-        "reasoning",
-        "training target: reasoning followed by the label, or the label alone",
-        choices=["reasoning", "label"],
-        basic=True,
+    tasks: str = flag("all", "comma-separated task names, or all")
+    target: Literal["reasoning", "label"] = flag(
+        "reasoning", "training target: reasoning followed by the label, or the label alone"
     )
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
-    frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)", basic=True)
-    test_rows: int = flag(0, "test rows per task (0: all)", basic=True)
+    frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)")
+    test_rows: int = flag(0, "test rows per task (0: all)")
     max_bad: float = flag(0.01, "share of unreadable training files above which the run stops")
     cache_features: bool = flag(True, "keep the features of the frozen encoders in memory")
     workers: int = flag(min(4, os.cpu_count() or 1), "processes that decode media")
@@ -54,9 +44,7 @@ class WorldConfig:
     """The size of the built-in world, and the things in it."""
 
     things: str = flag(
-        "",
-        "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from",
-        basic=True,
+        "", "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from"
     )
     world_clips: int = flag(900, "training clips of the built-in world")
     world_test: int = flag(100, "test clips of the built-in world, per kind of scene")
@@ -66,11 +54,10 @@ class WorldConfig:
 class BackboneConfig:
     """The frozen model. Weights are named by local path or hub id."""
 
-    backbone: str = flag(
+    backbone: Literal["composed", "omni", "llava_onevision", "blip2"] = flag(
         "composed",
         "composed (encoders + Q-Formers + LM), omni (Qwen2.5-Omni), llava_onevision, "
         "or blip2 (CREMA)",
-        choices=["composed", "omni", "llava_onevision", "blip2"],
     )
     base: str = flag("", "composed, blip2: folder of a base, or random (default: the shipped base)")
     vision: str = flag("", "composed, instead of a base: CLIP or SigLIP")
@@ -84,12 +71,9 @@ class BackboneConfig:
         "",
         "omni, llava_onevision, blip2: their weights; tiny-random: small random weights of the "
         "same classes, to try a command",
-        basic=True,
     )
     load_in_4bit: bool = flag(
-        False,
-        "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes",
-        basic=True,
+        False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes"
     )
     # text between two videos or two sounds of a prompt; the released Crab+ has none there
     separate_media: bool = True
@@ -99,12 +83,10 @@ class BackboneConfig:
 class AdapterConfig:
     """The adapter on the LM."""
 
-    adapter: str = flag("ilora", "adapter on the LM", choices=["ilora", "lora", "none"], basic=True)
-    r: int = flag(8, "rank of the adapter", basic=True)
-    alpha: float = flag(16, "adapter scale: the update is multiplied by alpha / r", basic=True)
-    heads: int = flag(
-        3, "heads of I-LoRA: one B each, weighted token by token by the router", basic=True
-    )
+    adapter: Literal["ilora", "lora", "none"] = flag("ilora", "adapter on the LM")
+    r: int = flag(8, "rank of the adapter")
+    alpha: float = flag(16, "adapter scale: the update is multiplied by alpha / r")
+    heads: int = flag(3, "heads of I-LoRA: one B each, weighted token by token by the router")
     dropout: float = flag(0.05, "dropout before A")
 
 
@@ -115,28 +97,20 @@ class TrainingConfig:
     trainable: str = flag(
         "adapter,connectors,embeddings",
         "comma-separated parts that learn: adapter, connectors (Q-Formers), embeddings, "
-        "mask_decoder, mask_tokens, or the name of one connector",
-        basic=True,
+        "mask_decoder, mask_tokens, or the name of one connector; patches and modalities always do",
     )
     init_from: str = flag("", "run folder whose trained parts are the starting point")
     steps: int = flag(
         0,
         "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with "
         "--things or --data)",
-        basic=True,
     )
-    epochs: float = flag(
-        0, "passes over the training rows, instead of a number of steps", basic=True
-    )
-    batch_size: int = flag(
-        16, "samples per batch; effective: times --grad-accum times processes", basic=True
-    )
-    grad_accum: int = flag(1, "batches per step and process", basic=True)
+    epochs: float = flag(0, "passes over the training rows, instead of a number of steps")
+    batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes")
+    grad_accum: int = flag(1, "batches per step and process")
     group_by_length: bool = flag(False, "batches of samples of about one length: less padding")
-    lr: float = flag(4e-3, "peak learning rate of the adapter", basic=True)
-    connector_lr: float = flag(
-        5e-4, "peak learning rate of everything else that learns", basic=True
-    )
+    lr: float = flag(4e-3, "peak learning rate of the adapter")
+    connector_lr: float = flag(5e-4, "peak learning rate of everything else that learns")
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
     beta2: float = flag(
         0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder"
@@ -146,7 +120,7 @@ class TrainingConfig:
     bf16: bool = flag(True, "matrix products in bfloat16 where the hardware has them")
     gradient_checkpointing: bool = flag(False, "less memory for one more forward pass")
     fsdp: bool = flag(False, "with torchrun: each GPU keeps a share of the frozen LM (FSDP2)")
-    seed: int = flag(0, "seed of the world, of the order and of the new parameters", basic=True)
+    seed: int = flag(0, "seed of the world, of the order and of the new parameters")
 
     def __post_init__(self):
         if self.grad_accum < 1 or self.batch_size < 1:
@@ -164,9 +138,7 @@ class TrainingConfig:
 class RunConfig:
     """The run folder: where it is, what it keeps, how the run is evaluated."""
 
-    out: str = flag(
-        "", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)", basic=True
-    )
+    out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
     save_every: int = flag(100, "steps between two checkpoints")
     keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
     eval_every: int = flag(
@@ -175,10 +147,9 @@ class RunConfig:
         "(0: none)",
     )
     eval_rows: int = flag(64, "held-out rows for --eval-every")
-    eval_mode: str = flag(
+    eval_mode: Literal["generate", "rank"] = flag(
         "generate",
         "evaluation: generate text, or rank the options of a question by their likelihood",
-        choices=["generate", "rank"],
     )
 
 
@@ -211,12 +182,10 @@ class Settings:
 class StageConfig:
     """Crab's training stages."""
 
-    stage: str = flag(
+    stage: Literal["visual", "audio", "unified", "masks"] = flag(
         "visual",
         "visual or audio (align that connector on captions), unified (all tasks), "
         "masks (the mask decoder)",
-        choices=["visual", "audio", "unified", "masks"],
-        basic=True,
     )
     text_steps: int = flag(0, "masks: the first steps, which learn the text of the answers alone")
 
@@ -244,10 +213,9 @@ class SideChannelConfig:
         "audio",
         "comma-separated side channels: audio, fast (25 frames per second), depth, view, or a name "
         'that rows of a .jsonl have under "sides"; none: no sound in the prompt and no patch',
-        basic=True,
     )
     compare_lora: bool = flag(
-        False, "train LoRA alone first, and print both beside the frozen model", basic=True
+        False, "train LoRA alone first, and print both beside the frozen model"
     )
     # the channels that questions of the built-in world are about; "": those of `side`
     questions: str = ""
@@ -271,25 +239,19 @@ class ModalityConfig:
         "rgb,audio",
         "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
         'a name that rows have under "sides" or that encoders.register names',
-        basic=True,
     )
-    fusion: str = flag(
-        "concat",
-        "fused tokens behind the video's, or added to them",
-        choices=["concat", "add"],
-        basic=True,
+    fusion: Literal["concat", "add"] = flag(
+        "concat", "fused tokens behind the video's, or added to them"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
     modality_dropout: float = flag(
         0.0, "share of its side modalities that a training sample goes without"
     )
     modality_sequential: bool = flag(
-        True, "one update per modality and batch; else one joint update", basic=True
+        True, "one update per modality and batch; else one joint update"
     )
     exit_threshold: float = flag(
-        1.8,
-        "tau: a modality exits when its gradient norm exceeds tau times its mean (0: never)",
-        basic=True,
+        1.8, "tau: a modality exits when its gradient norm exceeds tau times its mean (0: never)"
     )
 
     def __post_init__(self):
@@ -344,15 +306,15 @@ class CremaSettings(Settings):
 class BaseConfig:
     """How long each stage of the tiny base lasts."""
 
-    see_steps: int = flag(1100, "steps of stage see (64 pictures each)", basic=True)
-    hear_steps: int = flag(700, "steps of stage hear (24 clips each)", basic=True)
+    see_steps: int = flag(1100, "steps of stage see (64 pictures each)")
+    hear_steps: int = flag(700, "steps of stage hear (24 clips each)")
     practice: float = flag(1, "factor on the steps of the lessons with which stage read begins")
-    read_steps: int = flag(3000, "steps on statements of every form (24 scenes each)", basic=True)
+    read_steps: int = flag(3000, "steps on statements of every form (24 scenes each)")
     base_lr: float = flag(2e-3, "peak learning rate of stages see and hear")
     read_lr: float = flag(1.5e-3, "peak learning rate of stage read")
     check_scenes: int = flag(100, "scenes per figure on which the finished base is evaluated")
-    seed: int = flag(0, "seed of the scenes and of the initial weights", basic=True)
-    out: str = flag("runs/tiny-base", "folder of the base", basic=True)
+    seed: int = flag(0, "seed of the scenes and of the initial weights")
+    out: str = flag("runs/tiny-base", "folder of the base")
 
 
 @dataclass
@@ -405,11 +367,10 @@ class AnswerConfig:
     beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
-    masks: str = flag(
+    masks: Literal["", "decoder", "sam2", "box"] = flag(
         "",
         "masks by the run's decoder (default where it has one), by SAM2 from box and points, "
         "or the box itself",
-        choices=["", "decoder", "sam2", "box"],
     )
     sam2: str = flag("facebook/sam2.1-hiera-large", "path or hub id of a SAM2 checkpoint")
 
@@ -420,11 +381,9 @@ class ScoreConfig:
 
     eval: bool = flag(False, "answer and score a split")
     data: str = flag("", "AV-UIE v2 folder or .jsonl file (default: the run's world)")
-    split: str = flag("test", "which split", choices=["train", "test"])
-    ablate: str = flag(
-        "",
-        "other clips' sounds (audio), or black pictures (video): what do answers rest on?",
-        choices=["", "audio", "video"],
+    split: Literal["train", "test"] = flag("test", "which split")
+    ablate: Literal["", "audio", "video"] = flag(
+        "", "other clips' sounds (audio), or black pictures (video): what do answers rest on?"
     )
     tasks: str = flag("all", "comma-separated task names, or all")
     test_rows: int = flag(0, "rows per task (0: all)")
@@ -433,13 +392,8 @@ class ScoreConfig:
     out: str = flag("", "where predictions and metrics go (default: RUN/eval_SPLIT)")
 
 
-@dataclass
-class InferSettings:
-    """The flags of infer.py; their values stay in the Namespace of argparse."""
-
-    ask: AskConfig = field(default_factory=AskConfig)
-    answer: AnswerConfig = field(default_factory=AnswerConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+# the flags of infer.py; their values stay in the Namespace of argparse
+INFER = {"ask": AskConfig, "answer": AnswerConfig, "score": ScoreConfig}
 
 
 # --- settings from values ------------------------------------------------------------------------
@@ -450,52 +404,52 @@ def groups_of(settings: type) -> dict[str, type]:
     return {group.name: group.default_factory for group in fields(settings)}
 
 
-def settings_from(settings: type, values: dict[str, dict]):
-    """Build settings of a class from values by group; the other fields keep their defaults.
+def flag_fields(group: type) -> list[Field]:
+    """Return the fields of a group that are flags; over all groups their names are unique."""
+    return [f for f in fields(group) if "help" in f.metadata]
 
-    Args:
-        values: group -> field -> value.
+
+def settings_from(settings: type, values: dict[str, dict]):
+    """Build settings of a class from values by group, as config.json has them.
 
     Raises:
         RunError: a group or a field that the recipe does not have.
     """
     groups = groups_of(settings)
-    for name, group_values in values.items():
-        if name not in groups:
-            raise unknown_setting(settings, f"{name}.*")
-        known = [f.name for f in fields(groups[name])]
-        for key in group_values:
-            if key not in known:
-                raise unknown_setting(settings, f"{name}.{key}")
-    return settings(**{name: groups[name](**group) for name, group in values.items()})
+    try:
+        return settings(**{name: groups[name](**group) for name, group in values.items()})
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"{settings.__name__}: {error}; the settings come from another version of crab_min, "
+            "or from another recipe"
+        ) from None
 
 
-def unknown_setting(settings: type, name: str) -> RunError:
-    """Return the error for a setting that a settings class does not have."""
-    return RunError(
-        f"{settings.__name__} has no {name}; "
-        f"the settings come from another version of crab_min, or from another recipe"
-    )
+def setting_names(settings: type) -> dict[str, tuple[str, str]]:
+    """Return by name the group and the field of each setting of a class.
 
-
-def settings_from_flags(settings: type, flags: dict, values: dict[str, dict]):
-    """Build settings of a class from the values of flags, and from values by group.
-
-    Args:
-        flags: field name -> value; names that the settings do not have are left out.
-        values: group -> field -> value, as a preset has them; flags take precedence.
+    The name of a flag is that of its field. Other fields are named GROUP_FIELD: `patch_width`.
     """
-    nested = {}
-    for name, group in groups_of(settings).items():
-        given = {f.name: flags[f.name] for f in flag_fields(group) if f.name in flags}
-        nested[name] = {**values.get(name, {}), **given}
-    return settings_from(settings, nested)
+    names = {}
+    for group, config in groups_of(settings).items():
+        flags = flag_fields(config)
+        for f in fields(config):
+            names[f.name if f in flags else f"{group}_{f.name}"] = (group, f.name)
+    return names
 
 
-def flag_fields(group: type) -> list[Field]:
-    """Return the fields of a group that are flags; over all groups their names are unique."""
-    return [f for f in fields(group) if "help" in f.metadata]
+def with_values(settings, **values):
+    """Return settings in which the settings of these names have other values."""
+    names = setting_names(type(settings))
+    changes: dict[str, dict] = {}
+    for name, value in values.items():
+        group, field_name = names[name]
+        changes.setdefault(group, {})[field_name] = value
+    groups = {group: replace(getattr(settings, group), **new) for group, new in changes.items()}
+    return replace(settings, **groups)
 
+
+# --- the first version ---------------------------------------------------------------------------
 
 # old name of a field and its flag -> new name
 RENAMED = {
@@ -515,11 +469,17 @@ RENAMED = {
     "train": "trainable",
     "arms": "compare_lora",
 }
-# new name of a field -> its old values -> the new values
+# old name of a field, whose flag is gone -> name of a setting that presets have
+PRESET_ONLY = {"patch_layers": "patch_layers", "patch_rope": "patch_rope"}
+PRESET_ONLY |= {"patch_size": "patch_width", "shared_kv": "patch_shared_kv"}
+for size in ("width", "heads", "queries", "chained", "bce", "dice"):
+    PRESET_ONLY[f"mask_{size}"] = f"masks_{size}"
+# new name of a setting -> its old values -> the new values
 OLD_VALUES = {
     "backbone": {"native": "omni", "llava": "llava_onevision", "crema": "blip2"},
     "eval_mode": {"text": "generate", "options": "rank"},
     "load_in_4bit": {"4bit": True, "": False},
+    "masks_decoder": {"decoder": True, "": False},
     "trainable": {
         "decoder": "mask_decoder",
         "masks": "mask_decoder,mask_tokens",
@@ -538,30 +498,25 @@ def settings_from_old(values: dict) -> tuple[str, Settings]:
         The name of the recipe, and its settings.
     """
     # names and values as they are today; "a+b" became "a,b"
-    named = {RENAMED.get(name, name): value for name, value in values.items()}
+    new_names = {**RENAMED, **PRESET_ONLY, "about": "patch_questions", "masks": "masks_decoder"}
+    named = {new_names.get(name, name): value for name, value in values.items()}
     for name, renamed in OLD_VALUES.items():
         if name in named:
             parts = [str(renamed.get(part, part)) for part in str(named[name]).split("+")]
             named[name] = renamed.get(named[name], ",".join(parts))
-    questions = named.get("about", "")
 
-    # the recipe; sizes of patches and mask decoders had flags of their own
+    # the recipe
     if named.get("modalities"):
-        return "crema", settings_from_flags(CremaSettings, named, {})
-    if named.get("side") or questions:
-        patch = old_values(named, SideChannelConfig, "patch_{}")
-        patch |= {"questions": questions, "width": named.get("patch_size", SideChannelConfig.width)}
-        patch["shared_kv"] = named.get("shared_kv", False)
-        return "pave", settings_from_flags(PaveSettings, named, {"patch": patch})
-    if named.get("stage") or named.get("masks"):
-        masks = old_values(named, MaskDecoderConfig, "mask_{}")
-        masks["decoder"] = bool(named.get("masks"))
+        recipe = "crema"
+    elif named.get("side") or named.get("patch_questions"):
+        recipe = "pave"
+    elif named.get("stage") or named.get("masks_decoder"):
+        recipe = "crab"
         named["stage"] = named.get("stage") or "unified"
-        return "crab", settings_from_flags(CrabSettings, named, {"masks": masks})
-    return "crab_plus", settings_from_flags(Settings, named, {})
+    else:
+        recipe = "crab_plus"
 
-
-def old_values(values: dict, group: type, pattern: str) -> dict:
-    """Return the values that old flags such as --mask-width gave the fields of a group."""
-    names = {f.name: pattern.format(f.name) for f in fields(group)}
-    return {name: values[old] for name, old in names.items() if old in values}
+    # the settings that it has; the first version had those of all recipes
+    settings = RECIPES[recipe]
+    known = {name: named[name] for name in setting_names(settings) if name in named}
+    return recipe, with_values(settings(), **known)

@@ -356,6 +356,24 @@ class AVLanguageModel(nn.Module):
         """Return what can be trained beside the adapter, by name."""
         return {"embeddings": self.llm.get_input_embeddings()}
 
+    def trainable_names(self) -> list[str]:
+        """Return the names that `set_trainable` takes."""
+        names = ["adapter", "connectors", "embeddings", *self.trainable_modules()]
+        return list(dict.fromkeys(names))
+
+    def check_trainable(self, parts: list[str]) -> None:
+        """Refuse a name that `set_trainable` does not take.
+
+        Raises:
+            ModelError: a name that this model does not have.
+        """
+        known = self.trainable_names()
+        for name in parts:
+            if name not in known:
+                raise ModelError(
+                    f"--trainable {name}: this model has no such part, but {', '.join(known)}"
+                )
+
     def set_trainable(self, parts: list[str]) -> None:
         """Choose what learns, after the adapter and everything else has been added.
 
@@ -366,16 +384,10 @@ class AVLanguageModel(nn.Module):
         Raises:
             ModelError: a name that this model does not have.
         """
-        modules = self.trainable_modules()
-        known = list(dict.fromkeys(["adapter", "connectors", "embeddings", *modules]))
-        unknown = [name for name in parts if name not in known]
-        if unknown:
-            raise ModelError(
-                f"--trainable {unknown[0]}: this model has no such part, but {', '.join(known)}"
-            )
+        self.check_trainable(parts)
         if "adapter" not in parts:
             self.llm.requires_grad_(False)
-        for name, module in modules.items():
+        for name, module in self.trainable_modules().items():
             is_chosen_connector = name in self.connectors and "connectors" in parts
             if name in parts or is_chosen_connector:
                 module.requires_grad_(True)

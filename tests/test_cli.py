@@ -9,8 +9,8 @@ import pytest
 
 import infer
 import train
-from crab_min.cli import REMOVED, parse_train
-from crab_min.config import RENAMED, settings_from_old
+from crab_min.cli import BASIC, REMOVED, flags_of, parse_train
+from crab_min.config import RECIPES, RENAMED, groups_of, setting_names, settings_from_old
 from crab_min.recipes.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +129,14 @@ def test_help_shows_the_basic_flags_of_a_preset_and_help_all_the_rest(capsys):
     assert {"tasks", "data", "steps", "lr", "adapter", "r", "trainable", "out"} < basic
     assert {"workers", "save-every", "bf16"} <= every - basic
     assert basic == flags_in(help_of("-h", capsys))
+
+
+def test_basic_flags_and_values_of_presets_are_settings_that_exist():
+    flags = [f.name for recipe in RECIPES.values() for f in flags_of(groups_of(recipe)).values()]
+    assert set(BASIC) <= set(flags)
+    for preset in PRESETS.values():
+        for values in (preset.values, *preset.stages.values()):
+            assert values.keys() <= setting_names(RECIPES[preset.recipe]).keys()
 
 
 def test_help_of_a_paper_has_no_flags_of_the_others(capsys):

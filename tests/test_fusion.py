@@ -335,7 +335,7 @@ def test_llava_trains_answers_and_goes_to_released_names_and_back(
 ):
     run, back, file = tmp_path / "run", tmp_path / "again", tmp_path / "non_lora_and_lora.bin"
     # released patches have no projection of values
-    values = PRESETS["pave-0.5b"].values | {"patch": {"width": 32, "shared_kv": True}}
+    values = PRESETS["pave-0.5b"].values | {"patch_width": 32, "patch_shared_kv": True}
     monkeypatch.setattr(PRESETS["pave-0.5b"], "values", values)
     command = (
         "pave-0.5b --weights tiny-random --steps 2 --batch-size 2 --test-rows 2 --r 4 "

@@ -516,6 +516,10 @@ def test_infer_draws_a_mask_or_says_what_it_lacks(
 def test_steps_of_text_leave_some_for_the_masks(small_world, tmp_path, capsys):
     command = train_command(small_world, str(tmp_path / "run"))
     assert train.main([*command, "--text-steps", "4"]) == 2
-    assert "none is left for the masks" in capsys.readouterr().err
+    assert "of 4 steps none is left for the masks" in capsys.readouterr().err
+    # the settings alone tell it: no model is loaded, no row is read
+    nothing = f"crab-tiny --stage masks --steps 9 --text-steps 9 --data {tmp_path}/nothing"
+    assert train.main([*nothing.split(), "--init-from", "", "--base", "nothing"]) == 2
+    assert "of 9 steps none is left for the masks" in capsys.readouterr().err
     assert train.main(["crab-tiny", "--stage", "unified", "--text-steps", "4"]) == 2
     assert "--text-steps wants --stage masks" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from crab_min.evaluation.answering import plan_batches
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import crab
 from crab_min.recipes.presets import PRESETS
-from crab_min.runs.folder import lock_run
+from crab_min.runs.folder import SavedRun, choose_folder, lock_run
 from crab_min.tasks import TASKS
 from crab_min.tools import check, convert
 
@@ -179,6 +179,27 @@ def test_a_folder_that_cannot_hold_the_run_is_an_error_before_the_first_step(tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         lock_run(tmp_path / "file" / "run")
+
+
+def test_an_interrupted_run_with_other_settings_is_named_and_left_as_it_is(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before, now = (parse_train(["--lr", lr])[1] for lr in ("1e-3", "2e-3"))
+    folder, name = Path("runs/crab_plus-tiny"), "crab_plus-tiny"
+    folder.mkdir(parents=True)
+    SavedRun(name, "crab_plus", before).save(folder)
+    assert choose_folder(now, name) == Path("runs/crab_plus-tiny-2")
+    assert capsys.readouterr().out == (
+        "runs/crab_plus-tiny, an interrupted run with another --lr (0.001, now 0.002), is left as "
+        "it is; this run is runs/crab_plus-tiny-2\n"
+    )
+
+    # nothing is said where the run continues, or where the one before is finished
+    assert choose_folder(before, name) == folder
+    (folder / "metrics.json").write_text("{}")
+    assert choose_folder(now, name) == Path("runs/crab_plus-tiny-2")
+    assert capsys.readouterr().out == ""
 
 
 def test_an_interrupted_run_continues_and_ends_with_the_same_losses(
@@ -511,6 +532,15 @@ def bad_inputs(folder: Path, world: Path):
     yield train.main, few_rows(world, "--trainable", "adapter,qformers"), ["qformers", "embeddings"]
 
 
+@pytest.mark.parametrize("preset", ["crab_plus-tiny", "pave-tiny", "crema-tiny"])
+def test_a_wrong_name_of_a_trainable_part_is_said_before_rows_are_read(preset, tmp_path, capsys):
+    command = [preset, "--data", str(tmp_path / "nothing"), "--trainable", "adapter,conectors"]
+    assert train.main(command) == 2
+    error = capsys.readouterr().err
+    assert "--trainable conectors: " in error and "connectors" in error
+    assert "nothing" not in error
+
+
 def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(
     small_world, tmp_path, monkeypatch, capsys
 ):
@@ -621,9 +651,9 @@ def test_each_stage_of_crab_starts_from_the_one_before(small_world, tmp_path, mo
 @pytest.mark.parametrize("stage", ["visual", "audio"])
 def test_captions_of_one_modality_hide_the_other(small_world, stage):
     whole = read_samples(small_world, ["avcap"], "train", limit=3)
-    alignment = crab.ALIGN[stage]
-    for before, after_ in zip(whole, crab.keep_modality(whole, alignment)):
-        assert [part.kind for part in after_.media] == [alignment.kind]
-        assert after_.target == before.row[alignment.caption] != before.target
-        assert after_.parts[0].text.startswith(f"{alignment.kind}: ")
+    kind, caption = crab.ALIGN[stage]
+    for before, after_ in zip(whole, crab.keep_modality(whole, kind, caption)):
+        assert [part.kind for part in after_.media] == [kind]
+        assert after_.target == before.row[caption] != before.target
+        assert after_.parts[0].text.startswith(f"{kind}: ")
         assert after_.parts[-1] == before.parts[-1]

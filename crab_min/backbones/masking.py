@@ -239,15 +239,14 @@ class MaskingModel(ComposedModel):
         modules["embeddings"] = self.llm.get_input_embeddings().words
         return modules | {"mask_decoder": self.mask_branch}
 
+    def trainable_names(self) -> list[str]:
+        return [*super().trainable_names(), "mask_tokens"]
+
     def set_trainable(self, parts: list[str]) -> None:
         """Choose what learns, also "mask_decoder" and "mask_tokens".
 
         The decoder is all of the branch but the input embeddings of the mask tokens
         ("mask_tokens"). Without these no gradient passes the LM.
         """
-        super().set_trainable(
-            [name for name in parts if name not in ("mask_decoder", "mask_tokens")]
-        )
-        if "mask_decoder" in parts:
-            self.mask_branch.requires_grad_(True)
+        super().set_trainable(parts)
         self.mask_branch.read.requires_grad_("mask_tokens" in parts)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -59,15 +60,6 @@ MOST_STEPS_UNKNOWN = 1300  # where pictures and sounds are new to the tiny base
 
 
 @dataclass
-class Rows:
-    """The samples of a run; `held_out` are training rows that only choose the best checkpoint."""
-
-    train: list[Sample]
-    test: list[Sample]
-    held_out: list[Sample] = field(default_factory=list)
-
-
-@dataclass
 class Run:
     """A training run; a recipe fills in its model, rows and steps one after the other.
 
@@ -76,7 +68,8 @@ class Run:
         name: the run folder is runs/NAME, if --out names no other.
         began: time at which the run was opened, in seconds.
         model: set by the recipe.
-        features, rows: set by load_rows.
+        features, train_rows, test_rows: set by load_rows.
+        held_out: training rows that only choose the best checkpoint; set by load_rows.
         decoding, steps: set by begin.
         lock: the locked file in the run folder; set by begin, on the first process alone.
     """
@@ -89,7 +82,9 @@ class Run:
     began: float = field(default_factory=time.time)
     model: AVLanguageModel = field(init=False)
     features: Features = field(init=False)
-    rows: Rows = field(init=False)
+    train_rows: list[Sample] = field(init=False)
+    test_rows: list[Sample] = field(init=False)
+    held_out: list[Sample] = field(init=False)
     decoding: Decoding = field(init=False)
     steps: range = field(init=False)
     lock: TextIO = field(init=False)
@@ -114,7 +109,7 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
 
 
 def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Callable) -> None:
-    """Read the rows of a run and encode their media; set run.features and run.rows.
+    """Read the rows of a run and encode their media.
 
     An unreadable training file is skipped and counted. A missing test file is an error.
 
@@ -126,35 +121,31 @@ def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Call
     data = settings.data
 
     # a wrong name is an error before the world is built
+    run.model.check_trainable(settings.training.parts)
     tasks = pick_tasks(data.tasks)
     prompts = load_prompts(data.prompts) if data.prompts else None
     root = data.data or processes.on_first(lambda: str(built_in_data(settings)))
 
     # rows; not every task, and not every folder, has a test split
     train = read_samples(root, tasks, "train", data.target, prompts)
-    tasks_with_test = [name for name in tasks if "test" in TASKS[name].splits]
+    tasks = [name for name in tasks if "test" in TASKS[name].splits]
     test_root = evaluation_data(root)
     test = []
-    if tasks_with_test and test_root:
-        limit = data.test_rows
-        test = read_samples(test_root, tasks_with_test, "test", data.target, prompts, limit)
+    if tasks and test_root:
+        test = read_samples(test_root, tasks, "test", data.target, prompts, data.test_rows)
 
     # features of the frozen encoders
     run.features = Features(run.model, data.cache_features, data.max_bad, data.workers)
-    test = run.features.prepare(prepare(test, settings))
+    run.test_rows = run.features.prepare(prepare(test, settings))
     train = run.features.prepare(prepare(train, settings), strict=False)
-    run.rows = hold_out(Rows(train, test), settings)
 
-
-def hold_out(rows: Rows, settings: Settings) -> Rows:
-    """Move random training rows to `held_out`, if the run has --eval-every."""
-    if not settings.run.eval_every:
-        return rows
-    count = min(settings.run.eval_rows, len(rows.train) // 2)
-    held_out = random.Random(settings.training.seed).sample(rows.train, count)
-    ids = {sample.id for sample in held_out}
-    train = [sample for sample in rows.train if sample.id not in ids]
-    return Rows(train, rows.test, held_out)
+    # with --eval-every some random rows are not trained on
+    run.held_out = []
+    if settings.run.eval_every:
+        count = min(settings.run.eval_rows, len(train) // 2)
+        run.held_out = random.Random(settings.training.seed).sample(train, count)
+    ids = {sample.id for sample in run.held_out}
+    run.train_rows = [sample for sample in train if sample.id not in ids]
 
 
 def steps_of(settings: Settings, rows: int) -> int:
@@ -182,30 +173,25 @@ def samples_per_step(settings: Settings) -> int:
 
 
 def side_channel_widths(run: Run) -> dict[str, int]:
-    """Return the feature width of each side channel of a run.
+    """Return the feature width of each side channel, read from the first row that has it.
 
     Raises:
-        RunError: a side channel is in no training row.
+        RunError: no training row has a side channel of the run.
     """
+    widths: dict[str, int] = {}
     names = run.settings.side_channels
-    return {name: side_channel_width(run.features, run.rows.train, name) for name in names}
-
-
-def side_channel_width(features: Features, rows: list[Sample], name: str) -> int:
-    """Return the feature width of a side channel, read from the first row that has it.
-
-    Raises:
-        RunError: no row has this side channel.
-    """
-    for sample in rows:
-        names = [part.side for part in sample.media]
-        if name in names:
-            media = features([sample])[0]
-            return media[names.index(name)].features.shape[-1]
-    raise RunError(
-        f"no training row has the side channel {name}; rows of a .jsonl name their files "
-        'under "sides"'
-    )
+    for sample in run.train_rows:
+        present = {part.side for part in sample.media}
+        if any(name in present and name not in widths for name in names):
+            for part, medium in zip(sample.media, run.features([sample])[0]):
+                widths.setdefault(part.side, medium.features.shape[-1])
+    for name in names:
+        if name not in widths:
+            raise RunError(
+                f"no training row has the side channel {name}; rows of a .jsonl name their files "
+                'under "sides"'
+            )
+    return widths
 
 
 # --- the beginning -------------------------------------------------------------------------------
@@ -231,28 +217,19 @@ def begin(run: Run) -> None:
         processes.shard(model.llm)
 
     # the folder belongs to this process from here on
-    run.steps = range(steps_of(run.settings, len(run.rows.train)))
-    run.decoding = Decoding(token_limits(model, run.rows.train), run.settings.run.eval_mode)
+    run.steps = range(steps_of(run.settings, len(run.train_rows)))
+    run.decoding = Decoding(token_limits(model, run.train_rows), run.settings.run.eval_mode)
     if processes.rank() == 0:
         run.lock = lock_run(run.folder)
         steps, limits = len(run.steps), run.decoding.limits
         saved = SavedRun(run.name, run.recipe, run.settings, steps, limits, model.layout)
         saved.save(run.folder)
-        print(describe_run(run))
+        print(
+            f"{run.folder}: {len(run.train_rows)} training rows and {len(run.test_rows)} test rows "
+            f"of {len(limits)} tasks, {steps} steps of {samples_per_step(run.settings)} samples"
+        )
         print(learned)
     evaluate_baseline(run)
-
-
-def describe_run(run: Run) -> str:
-    """Describe in one line the rows of a run, its steps and the samples per step."""
-    tasks = {sample.task.name for sample in run.rows.train}
-    training = run.settings.training
-    factors = [str(training.batch_size)]
-    factors += [str(size) for size in (training.grad_accum, processes.count()) if size > 1]
-    return (
-        f"{run.folder}: {len(run.rows.train)} training rows and {len(run.rows.test)} test rows of "
-        f"{len(tasks)} tasks, {len(run.steps)} steps of {' x '.join(factors)}"
-    )
 
 
 def describe_trained(model: AVLanguageModel) -> str:
@@ -275,40 +252,36 @@ def evaluate_baseline(run: Run) -> None:
     """Score the test rows before training and write base.json, unless it exists already."""
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
-    test = run.rows.test
+    test = run.test_rows
     texts = generate_answers(run.model, run.features, test, run.decoding, "frozen base")
     if processes.rank() == 0:
         atomic_write(run.folder / "base.json", json.dumps(score_all(test, texts)))
 
 
-def held_out_metric(run: Run) -> Callable[[], float] | None:
-    """Return a function that computes the mean metric on held-out rows; None if there are none."""
-    rows = run.rows.held_out
-    if not rows:
-        return None
-
-    def evaluate() -> float:
-        texts = generate_answers(run.model, run.features, rows, run.decoding, "held-out rows")
-        metrics = [result["metric"] for result in score_all(rows, texts).values()]
-        return sum(metrics) / len(metrics)
-
-    return evaluate
+# --- training and its end ------------------------------------------------------------------------
 
 
-def train_model(run: Run, steps: range | None = None, **fit_options) -> None:
+def train_model(run: Run, **options) -> None:
     """Train the model and save its trained parts.
 
     Args:
-        steps: by default all steps of the run.
-        fit_options: further arguments of trainer.fit; `settings` replace those of the run.
+        options: arguments of trainer.fit; by default all steps with the settings of the run.
     """
-    if steps is None:
-        steps = run.steps
-    arguments = {"settings": run.settings, "evaluate": held_out_metric(run), **fit_options}
+    options = {"settings": run.settings, "steps": run.steps, **options}
+    if run.held_out:
+        options["evaluate"] = partial(held_out_metric, run)
     with training_errors(run):
-        fit(run.model, run.features, run.rows.train, folder=run.folder, steps=steps, **arguments)
+        fit(run.model, run.features, run.train_rows, folder=run.folder, **options)
     if processes.rank() == 0:
         save_trained(run.folder, run.model)
+
+
+def held_out_metric(run: Run) -> float:
+    """Return the mean metric of the tasks on held-out rows."""
+    rows = run.held_out
+    texts = generate_answers(run.model, run.features, rows, run.decoding, "held-out rows")
+    metrics = [result["metric"] for result in score_all(rows, texts).values()]
+    return sum(metrics) / len(metrics)
 
 
 @contextmanager
@@ -333,12 +306,9 @@ def training_errors(run: Run):
                 draw_curves(run.folder / "curves.png", run.folder / "log.csv")
 
 
-# --- the end -------------------------------------------------------------------------------------
-
-
 def evaluate_test_rows(run: Run) -> Evaluation:
     """Answer and score the test rows of a run."""
-    return evaluate(run.model, run.features, run.rows.test, run.decoding)
+    return evaluate(run.model, run.features, run.test_rows, run.decoding)
 
 
 def finish(run: Run, evaluation: Evaluation) -> dict:
@@ -353,7 +323,7 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
 
     # scores beside those of the frozen model, the best constant answer and guessing
     base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
-    add_references(results, base, run.rows)
+    add_references(results, base, run)
 
     # predictions, pictures and tables
     write_predictions(folder / "predictions", evaluation.samples, evaluation.texts)
@@ -366,39 +336,43 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         print(table)
 
     # metrics.json, which says that the run is finished: its checkpoints can go
+    loss = losses_of(folder / "log.csv")
+    seconds = round(time.time() - run.began, 1)
     metrics = {
         "tasks": results,
         "base": base,
-        "loss": losses_of(folder / "log.csv"),
+        "loss": loss,
         **evaluation.numbers,
-        "seconds": round(time.time() - run.began, 1),
+        "seconds": seconds,
         "steps": len(run.steps),
         "unreadable": len(run.features.unreadable),
     }
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run.lock.close()
-    loss = metrics["loss"]
     print(
         f"loss per token: {loss['first']:.3f} in the first tenth of the steps, "
-        f"{loss['last']:.3f} in the last"
-    )
-    print(
-        f"{metrics['seconds']:.0f} s; everything is in {folder}/. Ask about a clip: "
+        f"{loss['last']:.3f} in the last\n"
+        f"{seconds:.0f} s; everything is in {folder}/. Ask about a clip: "
         f'python infer.py CLIP.mp4 --ask "..." --run {folder}'
     )
     return metrics
 
 
-def add_references(results: dict[str, dict], base: dict[str, dict], rows: Rows) -> None:
+def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) -> None:
     """Add to each task's result what the base model, a constant answer and guessing score."""
-    constant = constants(rows.train, rows.test)
-    chances = chance(rows.test)
+    constant = constants(run.train_rows, run.test_rows)
+    chances = chance(run.test_rows)
     for task, result in results.items():
         result["base"] = base[task]["metric"]
         result["constant"] = constant[task]
         if task in chances:
             result["chance"] = chances[task]
+
+
+def types_of(task: str, result: dict) -> dict[str, dict]:
+    """Return the scores of a task by type of question; all under its name if it has no types."""
+    return result.get("types") or {task: result}
 
 
 def losses_of(log: Path) -> dict[str, float]:

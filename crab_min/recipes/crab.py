@@ -8,7 +8,7 @@ python train.py crab-tiny --stage masks      mask tokens and mask decoder
 Each stage is a run that starts from the run of the stage before. At full size: crab-7b.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from crab_min.answers import MASK_TOKENS
 from crab_min.backbones import load
-from crab_min.config import CrabSettings
+from crab_min.config import CrabSettings, with_values
 from crab_min.data import Sample, gold_mask
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
+from crab_min.interface import PromptPart
 from crab_min.model import ASSETS, AVLanguageModel, Batch
 from crab_min.recipes import common
 from crab_min.sources.av_uie import mask_path
@@ -27,25 +28,8 @@ from crab_min.tasks import TASKS
 from crab_min.trainer import collate_answers
 from crab_min.world.folders import build_world
 
-
-@dataclass
-class Alignment:
-    """A stage that aligns one connector on captions of one modality.
-
-    Attributes:
-        kind: kind of the medium.
-        caption: field of a row that captions this modality alone.
-    """
-
-    kind: str
-    connector: str
-    caption: str
-
-
-ALIGN = {
-    "visual": Alignment("video", "visual_qformer", "seen"),
-    "audio": Alignment("audio", "audio_qformer", "heard"),
-}
+# stage that aligns a connector -> the kind of medium, and the field that captions it alone
+ALIGN = {"visual": ("video", "seen"), "audio": ("audio", "heard")}
 STAGE_BEFORE = {"audio": "visual", "unified": "audio", "masks": "unified"}
 
 
@@ -61,14 +45,13 @@ def train(settings: CrabSettings, preset: str) -> dict:
     # a stage starts from the run of the stage before
     stage = settings.stages.stage
     settings = run_settings(settings)
-    init_from = settings.training.init_from or default_start(settings, preset)
-    settings = replace(settings, training=replace(settings.training, init_from=init_from))
+    settings = with_values(settings, init_from=starting_run(settings, preset))
     run = common.open_run("crab", f"{preset}-{stage}", settings)
 
     # the frozen LM with its connectors; an aligning stage begins with a new one
     run.model = load_model(settings).to(run.device)
     if stage in ALIGN:
-        run.model.reset_connector(ALIGN[stage].connector)
+        run.model.reset_connector(f"{stage}_qformer")
     common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: the connector of an aligning stage, else I-LoRA and what --trainable names
@@ -96,35 +79,45 @@ def run_settings(settings: CrabSettings) -> CrabSettings:
 
     # one connector learns from captions
     if stage in ALIGN:
-        return replace(
-            settings,
-            data=replace(settings.data, tasks="avcap"),
-            adapter=replace(settings.adapter, adapter="none"),
-            training=replace(settings.training, trainable=ALIGN[stage].connector),
-        )
+        connector = f"{stage}_qformer"
+        return with_values(settings, tasks="avcap", adapter="none", trainable=connector)
 
     # the tasks that have masks, and a decoder
     if stage == "masks":
+        check_text_steps(settings, settings.training.steps)
         tasks = settings.data.tasks
         if tasks == "all":
             tasks = ",".join(name for name, task in TASKS.items() if task.mask_head)
-        return replace(
-            settings,
-            data=replace(settings.data, tasks=tasks),
-            masks=replace(settings.masks, decoder=True),
-        )
+        return with_values(settings, tasks=tasks, masks_decoder=True)
     return settings
 
 
-def default_start(settings: CrabSettings, preset: str) -> str:
-    """Return the folder of the run of the stage before; "" for the first stage.
+def check_text_steps(settings: CrabSettings, steps: int) -> None:
+    """Raise RunError if --text-steps leaves none of the steps for the masks.
 
-    The mask stage on the shipped base starts from the shipped adapter.
+    Args:
+        steps: of the whole run; 0 if they depend on the rows.
+    """
+    text_steps = settings.stages.text_steps
+    if steps and text_steps >= steps:
+        raise RunError(
+            f"--text-steps {text_steps}: of {steps} steps none is left for the masks; "
+            "give more --steps, or fewer --text-steps"
+        )
+
+
+def starting_run(settings: CrabSettings, preset: str) -> str:
+    """Return the folder of the run from which a stage starts; "" for the first stage.
+
+    By default that is the run of the stage before. The mask stage on the shipped base starts from
+    the shipped adapter.
 
     Raises:
         RunError: the stage before is not finished.
     """
     stage, backbone = settings.stages.stage, settings.backbone
+    if settings.training.init_from:
+        return settings.training.init_from
     if stage == "masks" and not (backbone.base or backbone.llm):
         return str(ASSETS / "crab_plus-tiny")
     if stage not in STAGE_BEFORE:
@@ -165,15 +158,11 @@ def train_masks(run: common.Run) -> None:
     """
     settings = run.settings
     text_steps = settings.stages.text_steps
-    if text_steps >= len(run.steps):
-        raise RunError(
-            f"--text-steps {text_steps}: of {len(run.steps)} steps none is left for the masks; "
-            "give more --steps, or fewer --text-steps"
-        )
+    check_text_steps(settings, len(run.steps))
 
     # first phase: text alone
     if text_steps:
-        common.train_model(run, range(text_steps))
+        common.train_model(run, steps=range(text_steps))
 
     # second phase: masks
     options = {"collate": collate_with_masks}
@@ -181,15 +170,15 @@ def train_masks(run: common.Run) -> None:
         options["resumed"] = lambda: cache_answers(run)
     if not learns_tokens(settings):
         # the many small products of the decoder gain nothing from bfloat16
-        settings = replace(settings, training=replace(settings.training, bf16=False))
+        settings = with_values(settings, bf16=False)
     steps = range(text_steps, run.steps.stop)
-    common.train_model(run, steps, settings=settings, **options)
+    common.train_model(run, steps=steps, settings=settings, **options)
 
 
 def cache_answers(run: common.Run) -> None:
     """Cache the states that the frozen LM gives the answers of all training rows."""
     run.model.eval()
-    rows = run.rows.train
+    rows = run.train_rows
     with tqdm(total=len(rows), desc="reading answers", unit="row") as bar:
         for samples, media in run.features.batches(plan_batches(rows), strict=False):
             run.model.cache_answer_states(collate_answers(run.model, samples, media))
@@ -201,21 +190,14 @@ def cache_answers(run: common.Run) -> None:
 def collate_with_masks(model: AVLanguageModel, samples: list[Sample], media: list) -> Batch:
     """Collate samples into a batch with their gold masks."""
     batch = collate_answers(model, samples, media)
-    batch.masks = [mask_tensor(sample, model) for sample in samples]
+    for sample in samples:
+        mask = gold_mask(sample, model.frame_size)
+        if mask is not None:
+            # classes of AVSS, else 0 and 1
+            dtype = torch.float32 if mask.dtype == bool else torch.long
+            mask = torch.from_numpy(mask)[None].to(model.device, dtype)  # (1, H, W)
+        batch.masks.append(mask)
     return batch
-
-
-def mask_tensor(sample: Sample, model: AVLanguageModel) -> torch.Tensor | None:
-    """Return the gold mask of a sample (1, H, W), or None.
-
-    Returns:
-        float32 of 0 and 1, or for AVSS the class of each pixel as int64.
-    """
-    mask = gold_mask(sample, model.frame_size)
-    if mask is None:
-        return None
-    dtype = torch.float32 if mask.dtype == bool else torch.long
-    return torch.from_numpy(mask)[None].to(model.device, dtype)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -230,29 +212,30 @@ def prepare_samples(
         side_channels: the side channels of patches that infer.py --patch has loaded.
     """
     if settings.stages.stage in ALIGN:
-        samples = keep_modality(samples, ALIGN[settings.stages.stage])
+        samples = keep_modality(samples, *ALIGN[settings.stages.stage])
     if settings.masks.decoder:
         samples = add_mask_tokens(samples)
     return common.prepare_samples(samples, settings, side_channels)
 
 
-def keep_modality(samples: list[Sample], alignment: Alignment) -> list[Sample]:
+def keep_modality(samples: list[Sample], kind: str, caption: str) -> list[Sample]:
     """Return samples of a caption task without the other medium and its marker.
 
-    The target is the row's caption of this modality alone. Rows without one keep their target.
+    Args:
+        kind: of the medium that stays.
+        caption: the field with the caption of this modality alone, which becomes the target. Rows
+            without it keep their target.
     """
-    kept = ("text", alignment.kind)
     changed = []
     for sample in samples:
-        # a text right before the other medium is its marker
-        parts = []
-        for i, part in enumerate(sample.parts):
-            following = sample.parts[i + 1].kind if i + 1 < len(sample.parts) else "text"
-            if part.kind in kept and following in kept:
+        parts: list[PromptPart] = []
+        for part in sample.parts:
+            if part.kind in ("text", kind):
                 parts.append(part)
+            elif parts and parts[-1].kind == "text":
+                parts.pop()  # a text right before the other medium is its marker
         parts[0] = replace(parts[0], text=parts[0].text.lstrip("\n"))
-
-        target = sample.row.get(alignment.caption, sample.target)
+        target = sample.row.get(caption, sample.target)
         changed.append(replace(sample, parts=parts, target=target))
     return changed
 

@@ -38,18 +38,19 @@ def train(settings: CremaSettings, preset: str) -> dict:
     add_trained_parts(run.model, settings, common.side_channel_widths(run))
     common.begin(run)
     if settings.sequential:
-        step = SequentialStep(settings.crema, steps_per_epoch(run))
+        steps_per_epoch = math.ceil(len(run.train_rows) / common.samples_per_step(settings))
+        step = SequentialStep(settings.crema, steps_per_epoch)
         common.train_model(run, step=step)
         if processes.rank() == 0:
             atomic_write(run.folder / "exits.json", json.dumps(step.state(), indent=1))
     else:
         common.train_model(run)
-    return evaluate_and_finish(run)
 
-
-def steps_per_epoch(run: common.Run) -> int:
-    """Return the steps after which as many samples were taken as there are training rows."""
-    return math.ceil(len(run.rows.train) / common.samples_per_step(run.settings))
+    # the test rows once more with fewer modalities
+    evaluation = common.evaluate_test_rows(run)
+    if run.test_rows:
+        add_subsets(run, evaluation)
+    return common.finish(run, evaluation)
 
 
 class SequentialStep(Step):
@@ -95,55 +96,40 @@ class SequentialStep(Step):
 # --- what each modality is worth -----------------------------------------------------------------
 
 
-def evaluate_and_finish(run: common.Run) -> dict:
-    """Evaluate the run with all modalities and with fewer, and finish it.
-
-    Returns:
-        The numbers of its metrics.json.
-    """
-    evaluation = common.evaluate_test_rows(run)
-    if run.rows.test:
-        subsets = score_subsets(run, evaluation)
-        missing = count_missing(run.rows.test, run.settings.side_channels)
-        evaluation.numbers |= {"subsets": subsets, "missing": missing}
-        evaluation.tables.append(subset_table(subsets))
-    return common.finish(run, evaluation)
-
-
-def score_subsets(run: common.Run, evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Score the test rows with the video alone, with each modality beside it, and with all.
+def add_subsets(run: common.Run, evaluation: Evaluation) -> None:
+    """Score the test rows with the video alone and with each modality beside it.
 
     Args:
-        evaluation: of the test rows with all modalities.
-
-    Returns:
-        "rgb", "rgb+audio", ... -> type of question, or task without types -> metric.
+        evaluation: of the test rows with all modalities. It gets the numbers and a table.
     """
+    # "rgb", "rgb+audio", ... -> type of question, or task without types -> metric
     names = run.settings.crema.names
-    subsets = [["rgb"], *(["rgb", name] for name in names[1:]), names]
-    scores = {}
-    for subset in subsets:
-        title = "+".join(subset)
-        if title in scores:  # of one or two modalities, "all of them" is there already
-            continue
-
-        # the scores with all modalities are known
-        results = evaluation.scores
+    subsets = {}
+    for subset in [["rgb"], *(["rgb", name] for name in names[1:])]:
         if subset != names:
-            rows = add_side_channels(run.rows.test, subset[1:], needed=False)
+            title = "+".join(subset)
+            rows = add_side_channels(run.test_rows, subset[1:], needed=False)
             texts = generate_answers(run.model, run.features, rows, run.decoding, title)
-            results = score_all(rows, texts)
+            subsets[title] = metric_by_type(score_all(rows, texts))
+    subsets["+".join(names)] = metric_by_type(evaluation.scores)
 
-        # one number per type of question
-        scores[title] = {}
-        for task, result in results.items():
-            types = result.get("types") or {task: result}
-            scores[title] |= {name: by_type["metric"] for name, by_type in types.items()}
-    return scores
+    # numbers and table
+    missing = count_missing(run.test_rows, run.settings.side_channels)
+    evaluation.numbers |= {"subsets": subsets, "missing": missing}
+    evaluation.tables.append(subset_table(subsets))
+
+
+def metric_by_type(results: dict[str, dict]) -> dict[str, float]:
+    """Return the metric of each type of question, or of the task if it has no types."""
+    metrics = {}
+    for task, result in results.items():
+        for name, scores in common.types_of(task, result).items():
+            metrics[name] = scores["metric"]
+    return metrics
 
 
 def subset_table(subsets: dict[str, dict[str, float]]) -> str:
-    """Format what score_subsets returns: one row per subset, one column per type of question."""
+    """Format the metric of each subset of the modalities (rows) and type of question (columns)."""
     types = sorted({name for scores in subsets.values() for name in scores})
     widths = {name: max(9, len(name) + 2) for name in types}
     title_width = max(len(title) for title in subsets) + 2

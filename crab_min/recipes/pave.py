@@ -7,10 +7,9 @@ Other side channels are fast, depth and view. At full size: pave-0.5b and pave-7
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-from crab_min.config import PaveSettings
+from crab_min.config import PaveSettings, with_values
 from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
@@ -60,14 +59,9 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     """
     side, out = settings.patch.side, settings.run.out
     name = f"{preset}-{side}"
-
-    # the settings of both runs
-    with_patch = replace(settings, patch=replace(settings.patch, compare_lora=False))
-    without = replace(
-        with_patch,
-        patch=replace(with_patch.patch, side="none", questions=side),
-        run=replace(settings.run, out=f"{out}-without" if out else ""),
-    )
+    with_patch = with_values(settings, compare_lora=False)
+    out = f"{out}-without" if out else ""
+    without = with_values(with_patch, side="none", patch_questions=side, out=out)
 
     # LoRA alone is not trained again if a command before this one was interrupted
     lora = train_once(without, f"{name}-without")
@@ -98,20 +92,15 @@ def comparison_table(lora: dict, patch: dict) -> str:
     lines = ["questions about      chance    base     LoRA alone  with the patch     n"]
     for task, result in patch["tasks"].items():
         guess = result.get("chance", result["constant"])
-        lora_types = types_of(lora["tasks"][task])
-        base_types = types_of(lora["base"][task])
-        for name, with_patch in types_of(result).items():
+        lora_alone = common.types_of(task, lora["tasks"][task])
+        base = common.types_of(task, lora["base"][task])
+        for name, with_patch in common.types_of(task, result).items():
             lines.append(
-                f"{name or task:<18}{guess:>9.3f}{base_types[name]['metric']:>8.3f}"
-                f"{lora_types[name]['metric']:>15.3f}{with_patch['metric']:>16.3f}"
+                f"{name:<18}{guess:>9.3f}{base[name]['metric']:>8.3f}"
+                f"{lora_alone[name]['metric']:>15.3f}{with_patch['metric']:>16.3f}"
                 f"{with_patch['n']:>6}"
             )
     return "\n".join(lines)
-
-
-def types_of(result: dict) -> dict[str, dict]:
-    """Return the scores by type of question; without types, all under ""."""
-    return result.get("types") or {"": result}
 
 
 # --- what infer.py and --plan call ---------------------------------------------------------------

@@ -140,17 +140,19 @@ def choose_folder(settings: Settings, name: str) -> Path:
     """Find the folder of a run: a new one, or that of the same command if it was interrupted.
 
     Nothing is written. Without --out the folder is runs/NAME, or the next free runs/NAME-2, ...
+    An interrupted run with other settings, which is passed over, is named in one line.
 
     Raises:
         RunError: --out names a finished run, a run with other settings, or a folder without a run.
     """
     out = settings.run.out
+    passed = []
     for number in itertools.count(1):
         # a free folder
         suffix = f"-{number}" if number > 1 else ""
         folder = Path(out or f"runs/{name}{suffix}")
         if not folder.exists() or not any(folder.iterdir()):
-            return folder
+            break
 
         # the same run, interrupted
         try:
@@ -162,7 +164,7 @@ def choose_folder(settings: Settings, name: str) -> Path:
         finished = (folder / "metrics.json").exists()
         differs = difference(saved.settings, settings)
         if not finished and not differs:
-            return folder
+            break
 
         # another run: an error if --out names it, else the next number
         if out and finished:
@@ -175,6 +177,11 @@ def choose_folder(settings: Settings, name: str) -> Path:
                 f"{folder}: an interrupted run with another {differs}; use its value to continue "
                 "it, or another --out"
             )
+        if not finished:
+            passed.append(f"{folder}, an interrupted run with another {differs}, is left as it is")
+    if passed:
+        print(f"{'; '.join(passed)}; this run is {folder}")
+    return folder
 
 
 def lock_run(folder: Path) -> TextIO:

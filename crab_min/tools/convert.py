@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from crab_min.cli import Parser, run_command
-from crab_min.config import RECIPES, Settings, settings_from
+from crab_min.config import RECIPES, Settings, with_values
 from crab_min.errors import ModelError
 from crab_min.model import peft_config
 from crab_min.pave import Patch, PatchConfig, Patches
-from crab_min.recipes.presets import PRESETS, with_values
+from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, atomic_write
 from crab_min.tools.released.weights import (
     adapter_sizes,
@@ -356,27 +356,25 @@ def read_files(paper: str, files: list[str]) -> dict[str, Tensor]:
 
 def run_settings(preset: str, model: ReleasedModel) -> Settings:
     """Return the settings of a preset, changed to what the released weights are."""
-    adapter = {"adapter": "none"}
+    values = PRESETS[preset].values | {"adapter": "none"}
     if model.adapter:
-        adapter = {"r": model.rank}
+        values = PRESETS[preset].values | {"r": model.rank}
     if model.adapter and model.heads:
         # Crab and Crab+ both scale the update by alpha / r = 2
-        adapter |= {"heads": model.heads, "alpha": 2 * model.rank}
-    values = with_values(PRESETS[preset].values, adapter=adapter)
+        values |= {"heads": model.heads, "alpha": 2 * model.rank}
 
     recipe = PRESETS[preset].recipe
     if recipe == "crab":
-        values = with_values(values, stages={"stage": "unified"})
+        values |= {"stage": "unified"}
     if recipe == "pave":
-        values = with_values(values, patch={"side": ",".join(model.patches) or "none"})
+        values |= {"side": ",".join(model.patches) or "none"}
     if model.modalities:
-        modalities = {
+        values |= {
             "modalities": ",".join(model.modalities.widths),
             "fusion": model.modalities.join,
             "modality_rank": model.modalities.rank,
         }
-        values = with_values(values, crema=modalities)
-    return settings_from(RECIPES[recipe], values)
+    return with_values(RECIPES[recipe](), **values)
 
 
 def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) -> None:
