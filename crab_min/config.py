@@ -141,6 +141,9 @@ class RunConfig:
     out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
     save_every: int = flag(100, "steps between two checkpoints")
     keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
+    baseline_rows: int = flag(
+        50, "test rows per task that the frozen model answers before training (0: all)"
+    )
     eval_every: int = flag(
         0,
         "steps between two evaluations on held-out training rows; the best stays in RUN/best "

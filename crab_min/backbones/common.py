@@ -26,11 +26,18 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
             "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
             'give features as files (.npy, .pt) under "sides"'
         )
-    encoded = []
-    for waves in sounds:
-        # (1, T, S, W), (1, T, S)
-        features, mask = encoder([torch.as_tensor(wave) for wave in waves])
-        encoded.append(MediaFeatures("audio", features[0], mask[0]))
+    # sounds of one length, and so of one number of tokens, are encoded together
+    by_length: dict[int, list[int]] = {}
+    for i, waves in enumerate(sounds):
+        by_length.setdefault(max(map(len, waves)), []).append(i)
+
+    encoded: list = [None] * len(sounds)
+    for numbers in by_length.values():
+        waves = [torch.as_tensor(wave) for i in numbers for wave in sounds[i]]
+        features, mask = encoder(waves)  # (1, sum of T, S, W), (1, sum of T, S)
+        counts = [len(sounds[i]) for i in numbers]
+        for i, x, real in zip(numbers, features[0].split(counts), mask[0].split(counts)):
+            encoded[i] = MediaFeatures("audio", x, real)
     return encoded
 
 

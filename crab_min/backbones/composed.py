@@ -280,6 +280,7 @@ def load_base(
     with same_random_weights() if is_random else nullcontext():
         model = model_class(config, load_tokenizer(folder / "tokenizer.json"))
     model.requires_grad_(False).eval()
+    model.vision.model.set_attn_implementation("sdpa")  # fast where nothing goes backward
     if is_random or empty:
         return model
 

@@ -38,6 +38,7 @@ from crab_min.evaluation.answering import Decoding, generate_answers, token_limi
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
 from crab_min.evaluation.scores import (
+    by_task,
     chance,
     constants,
     score_all,
@@ -252,10 +253,21 @@ def evaluate_baseline(run: Run) -> None:
     """Score the test rows before training and write base.json, unless it exists already."""
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
-    test = run.test_rows
-    texts = generate_answers(run.model, run.features, test, run.decoding, "frozen base")
+    rows = rows_of_each_task(run.test_rows, run.settings.run.baseline_rows)
+    texts = generate_answers(run.model, run.features, rows, run.decoding, "frozen base")
     if processes.rank() == 0:
-        atomic_write(run.folder / "base.json", json.dumps(score_all(test, texts)))
+        atomic_write(run.folder / "base.json", json.dumps(score_all(rows, texts)))
+
+
+def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
+    """Return `count` random rows of each task, the same ones each time; all rows for 0."""
+    chosen = []
+    for of_task in by_task(rows).values():
+        samples = [sample for (sample,) in of_task]
+        if 0 < count < len(samples):
+            samples = random.Random(0).sample(samples, count)
+        chosen += samples
+    return chosen
 
 
 # --- training and its end ------------------------------------------------------------------------

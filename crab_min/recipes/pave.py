@@ -7,6 +7,7 @@ Other side channels are fast, depth and view. At full size: pave-0.5b and pave-7
 """
 
 import json
+import math
 from pathlib import Path
 
 from crab_min.config import PaveSettings, with_values
@@ -95,8 +96,9 @@ def comparison_table(lora: dict, patch: dict) -> str:
         lora_alone = common.types_of(task, lora["tasks"][task])
         base = common.types_of(task, lora["base"][task])
         for name, with_patch in common.types_of(task, result).items():
+            base_metric = base.get(name, {}).get("metric", math.nan)  # no row of it was asked
             lines.append(
-                f"{name:<18}{guess:>9.3f}{base[name]['metric']:>8.3f}"
+                f"{name:<18}{guess:>9.3f}{base_metric:>8.3f}"
                 f"{lora_alone[name]['metric']:>15.3f}{with_patch['metric']:>16.3f}"
                 f"{with_patch['n']:>6}"
             )

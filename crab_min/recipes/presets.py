@@ -64,7 +64,7 @@ PRESETS = {
             world_clips=600, world_test=200,
             adapter="lora", r=16, alpha=32, dropout=0,
             trainable="adapter", connector_lr=5e-3, steps=400,
-            eval_mode="rank",
+            eval_mode="rank", baseline_rows=0,
             patch_width=128, compare_lora=True,
         ),
     ),
