@@ -9,7 +9,7 @@ from crab_min import trained_parts
 from crab_min.config import SideChannelConfig
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel
-from crab_min.pave import PatchConfig, Patches
+from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.trained_parts import SavedPart
 
 
@@ -34,7 +34,7 @@ class PatchedModel(AVLanguageModel):
     def add_patch(self, name: str, side_width: int, config: SideChannelConfig) -> None:
         """Add a new patch for the side channel `name`, of features `side_width` wide."""
         video_width, lm_width = self.patch_widths
-        patch = PatchConfig(
+        sizes = PatchConfig(
             video=video_width,
             side=side_width,
             out=lm_width,
@@ -43,7 +43,7 @@ class PatchedModel(AVLanguageModel):
             shared_kv=config.shared_kv,
             rope=config.rope,
         )
-        self.patches.add(name, patch)
+        self.patches[name] = Patch(sizes)
         self.patches.to(self.device)
 
     def load_patch(self, file: Path | str) -> None:
@@ -79,5 +79,5 @@ class PatchedModel(AVLanguageModel):
             )
         name = part.name.removeprefix("patch_")
         if name not in self.patches or self.patches[name].config != config:
-            self.patches.add(name, config)
+            self.patches[name] = Patch(config)
             self.patches.to(self.device)
