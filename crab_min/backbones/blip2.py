@@ -21,7 +21,7 @@ Shapes: T frames, S encoder tokens, W their width, Q queries, D LM width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
@@ -220,14 +220,14 @@ class CremaModel(AVLanguageModel):
 
     def fuse(self, sides: list[dict[str, MediaFeatures]], lengths: list[int]) -> Tensor:
         """Fuse the other modalities of each clip into one stream (sum of T, Q, D)."""
-        tokens, present = {}, {}
+        tokens = {}
         for name in self.fusion.names:
-            tokens[name], present[name] = self.tokens_at_frames(name, sides, lengths)
-        return self.fusion(tokens, present)
+            tokens[name] = self.tokens_at_frames(name, sides, lengths)
+        return self.fusion(tokens)
 
     def tokens_at_frames(
         self, name: str, sides: list[dict[str, MediaFeatures]], lengths: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Compute the tokens of one modality at the frames of the clips' videos.
 
         Args:
@@ -235,8 +235,7 @@ class CremaModel(AVLanguageModel):
             lengths: the frames T of each clip.
 
         Returns:
-            tokens (sum of T, Q, D), zero where a clip lacks the modality, and where they are not
-            (sum of T,).
+            (sum of T, Q, D), zeros where a clip lacks the modality.
         """
         # the clips that have it, all in one call
         clips = [clip for clip, modalities in enumerate(sides) if name in modalities]
@@ -248,15 +247,14 @@ class CremaModel(AVLanguageModel):
 
         # all clips: its own steps become the video's, and nothing becomes zero
         q, d = self.multimodal.config.queries, self.multimodal.config.width_out
-        tokens, present = [], []
+        tokens = []
         for clip, frames in enumerate(lengths):
             if clip in encoded:
                 steps = encoded[clip][None]  # (1, its own steps, Q, D)
                 tokens.append(over_frames(steps, frames, self.aligned)[0])  # (T, Q, D)
             else:
                 tokens.append(torch.zeros(frames, q, d, device=self.device))
-            present.append(torch.full((frames,), clip in encoded, device=self.device))
-        return torch.cat(tokens), torch.cat(present)
+        return torch.cat(tokens)
 
     # --- modalities
     @property
@@ -268,7 +266,7 @@ class CremaModel(AVLanguageModel):
         self.fusion_mode = config.fusion
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
-        for linear in self.multimodal.pairs().values():
+        for linear in self.multimodal.adapted_linears():
             linear.add("rgb", config.modality_rank)
 
     def add_side_channel(self, name: str, width: int, settings: ModalityConfig) -> None:
@@ -284,7 +282,7 @@ class CremaModel(AVLanguageModel):
             ModelError: a name that is taken, or that cannot be one.
         """
         self.multimodal.add(name, width)
-        rgb, new = self.multimodal.of("rgb"), self.multimodal.of(name)
+        rgb, new = self.multimodal.module_of("rgb"), self.multimodal.module_of(name)
         new.norm.load_state_dict(rgb.norm.state_dict())
         new.out.load_state_dict(rgb.out.state_dict())
         new.query.data.copy_(rgb.query)
@@ -313,7 +311,7 @@ class CremaModel(AVLanguageModel):
     # --- what is trained
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
         """Return what a step on one modality trains: its own parameters and the fusion."""
-        parameters = list(self.multimodal.own(name).values())
+        parameters = list(self.multimodal.parameters_of(name).values())
         if self.fusion is not None:
             parameters += self.fusion.parameters()
         return parameters
@@ -342,7 +340,7 @@ class CremaModel(AVLanguageModel):
     def gradient_norm(self, name: str) -> float:
         """Return the L2 norm of the gradient of a modality's adapter, all its A and B."""
         norms = []
-        for key, parameter in self.multimodal.own(name).items():
+        for key, parameter in self.multimodal.parameters_of(name).items():
             in_adapter = not key.startswith("parts.")  # queries, norm and projection
             if in_adapter and parameter.grad is not None:
                 norms.append(parameter.grad.norm())
@@ -351,7 +349,9 @@ class CremaModel(AVLanguageModel):
     def trainable_modules(self) -> dict[str, nn.Module]:
         modules = super().trainable_modules()
         for name in ["rgb", *self.side_names]:
-            modules[f"modality_{name}"] = nn.ParameterList(self.multimodal.own(name).values())
+            modules[f"modality_{name}"] = nn.ParameterList(
+                self.multimodal.parameters_of(name).values()
+            )
         if self.fusion is not None:
             modules["fusion"] = self.fusion
         return modules
@@ -375,7 +375,7 @@ class CremaModel(AVLanguageModel):
         if name == "shared_qformer":
             return self.frozen_qformer_state()
         if name.startswith("modality_"):
-            parameters = self.multimodal.own(name.removeprefix("modality_"))
+            parameters = self.multimodal.parameters_of(name.removeprefix("modality_"))
             return {key: parameter.data for key, parameter in parameters.items()}
         return super().part_state(name)
 
@@ -393,7 +393,7 @@ class CremaModel(AVLanguageModel):
             return {"names": self.side_names, "mode": self.fusion_mode, "aligned": self.aligned}
         if name.startswith("modality_"):
             name = name.removeprefix("modality_")
-            return {"width": self.multimodal.of(name).width, "rank": self.rank_of(name)}
+            return {"width": self.multimodal.module_of(name).width, "rank": self.rank_of(name)}
         return super().part_config(name)
 
     def prepare_part(self, part: SavedPart) -> None:
@@ -412,15 +412,14 @@ class CremaModel(AVLanguageModel):
         """Make a modality of this width and rank, unless it is there."""
         self.multimodal.config.rank = rank
         if name in self.multimodal.parts:
-            if (self.multimodal.of(name).width, self.rank_of(name)) == (width, rank):
+            if (self.multimodal.module_of(name).width, self.rank_of(name)) == (width, rank):
                 return
             self.multimodal.remove(name)
         self.multimodal.add(name, width)
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a modality's adapter in the Q-Former."""
-        linears = list(self.multimodal.pairs().values())
-        return linears[0].A[name].out_features
+        return self.multimodal.adapted_linears()[0].A[name].out_features
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -429,21 +428,10 @@ class CremaModel(AVLanguageModel):
 def from_base(base: ComposedModel) -> CremaModel:
     """Make a model of the tiny base, whose visual connector all modalities share."""
     connector = base.visual_qformer
-    c = connector.config
-    sizes = MultimodalConfig(
-        width_out=c.width_out,
-        width_in=c.width_in,
-        queries=c.queries,
-        hidden=c.hidden,
-        layers=c.layers,
-        heads=c.heads,
-        intermediate=c.intermediate,
-        cross_every=1,
-        mlp_depth=c.mlp_depth,
-    )
+    sizes = MultimodalConfig(**asdict(connector.config))
     multimodal = MultimodalQFormer(sizes, connector.qformer)
-    multimodal.add("rgb", c.width_in)
-    rgb = multimodal.of("rgb")
+    multimodal.add("rgb", sizes.width_in)
+    rgb = multimodal.module_of("rgb")
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
     rgb.out.load_state_dict(connector.mlp.state_dict())
@@ -483,7 +471,7 @@ def from_blip2(
     )
     multimodal = MultimodalQFormer(sizes, blip.qformer.float())
     multimodal.add("rgb", vision.width)
-    rgb = multimodal.of("rgb")
+    rgb = multimodal.module_of("rgb")
     rgb.query.data.copy_(blip.query_tokens)
     rgb.norm.load_state_dict(blip.vision_model.post_layernorm.state_dict())
     rgb.out[0].load_state_dict(blip.language_projection.state_dict())
