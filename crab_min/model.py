@@ -14,7 +14,6 @@ Shapes: B samples, L length, D width of the LM, V words, T frames or sound segme
 """
 
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -446,12 +445,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def index_by_kind(media: list[MediaFeatures]) -> list[int]:
     """Return for each medium of a prompt how many of its kind come before it."""
-    before = Counter()
-    indices = []
-    for medium in media:
-        indices.append(before[medium.kind])
-        before[medium.kind] += 1
-    return indices
+    kinds = [medium.kind for medium in media]
+    return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
 
 
 def tensor_ids(medium: MediaFeatures) -> tuple:
