@@ -147,7 +147,8 @@ class TwoWayLayer(nn.Module):
         if self.first:
             queries = self.self_attention(q=queries, k=queries, v=queries)
         else:
-            q = k = queries + query_pe
+            q = queries + query_pe
+            k = queries + query_pe
             queries = queries + self.self_attention(q=q, k=k, v=queries)
         queries = norm_self(queries)
 
