@@ -413,22 +413,12 @@ class AVLanguageModel(nn.Module):
 
 def peft_config(config: AdapterConfig) -> PeftConfig | None:
     """Return the PEFT config of an adapter on all linears of the LM, or None."""
-    if config.adapter == "ilora":
-        return ILoraConfig(
-            r=config.r,
-            alpha=config.alpha,
-            heads=config.heads,
-            dropout=config.dropout,
-            target_modules=LLM_LINEARS,
-        )
+    if config.adapter == "none":
+        return None
+    shared = {"r": config.r, "target_modules": LLM_LINEARS}
     if config.adapter == "lora":
-        return LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=LLM_LINEARS,
-        )
-    return None
+        return LoraConfig(lora_alpha=config.alpha, lora_dropout=config.dropout, **shared)
+    return ILoraConfig(alpha=config.alpha, heads=config.heads, dropout=config.dropout, **shared)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
