@@ -38,8 +38,6 @@ theirs, so released weights of `pc` read otherwise here).
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,24 +46,20 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerModel
 
 from crab_min.errors import ModelError
-from crab_min.qformer import blip2_qformer, encode_per_step, make_mlp
+from crab_min.qformer import QFormerConfig, blip2_qformer, encode_per_step, make_mlp
 
 
 # --- 1. multimodal Q-Former, MMQA -----------------------------------------------------------------
 @dataclass
-class MultimodalConfig:
-    """Sizes of the Q-Former (BLIP-2's) and of its modalities (CREMA's)."""
+class MultimodalConfig(QFormerConfig):
+    """Sizes of the Q-Former (the defaults are BLIP-2's) and of its modalities (CREMA's)."""
 
-    width_out: int  # D; 2048 in the paper
     width_in: int = 1408  # W
-    queries: int = 32  # Q
-    hidden: int = 768
+    width_out: int = 2048  # D
     layers: int = 12
-    heads: int = 12
-    intermediate: int = 3072  # width of the feed-forward
-    cross_every: int = 2  # cross-attention in every second layer
-    rank: int = 64  # R
     mlp_depth: int = 1  # linears from a query to the LM (the tiny base has two)
+    cross_every: int = 2
+    rank: int = 64  # R
 
 
 class MMQAModule(nn.Module):
@@ -125,7 +119,7 @@ class MultimodalQFormer(nn.Module):
         self.config = config
         self.parts = nn.ModuleDict()  # modality -> MMQAModule
         if qformer is None:
-            qformer = blip2_qformer(config, config.cross_every)
+            qformer = blip2_qformer(config)
         self.qformer = qformer.requires_grad_(False)
         # CREMA adapts queries and values of the self-attention; cross-attention stays frozen
         for layer in self.qformer.encoder.layer:
@@ -150,7 +144,7 @@ class MultimodalQFormer(nn.Module):
         Raises:
             ModelError: no such modality, features of another shape or width.
         """
-        module = self.of(name)
+        module = self.module_of(name)
         if features.ndim != 4 or features.shape[-1] != module.width:
             raise ModelError(
                 f"modality {name!r}: wants features (samples, steps, tokens, {module.width}), got "
@@ -158,27 +152,21 @@ class MultimodalQFormer(nn.Module):
                 f"of another width is a modality of its own: add(name, width)"
             )
         features = module.norm(module.input(features))  # (B, T, S, W)
-        with self.adapted_to(name if adapted else None):
-            states = encode_per_step(self.qformer, module.query, features, mask)
-        return module.out(states)  # (B, T, Q, D)
 
-    @contextmanager
-    def adapted_to(self, name: str | None) -> Iterator[None]:
-        """Let the low-rank pairs of a modality act inside the block; None: no pair."""
-        linears = self.pairs().values()
+        # the low-rank pairs of this modality act, and of no other
+        linears = self.adapted_linears()
         for linear in linears:
-            linear.modality = name
+            linear.modality = name if adapted else None
         try:
-            yield
+            states = encode_per_step(self.qformer, module.query, features, mask)
         finally:
             for linear in linears:
                 linear.modality = None
+        return module.out(states)  # (B, T, Q, D)
 
-    def pairs(self) -> dict[str, MMQALinear]:
-        """Return the linears with low-rank pairs by their path."""
-        return {
-            path: module for path, module in self.named_modules() if isinstance(module, MMQALinear)
-        }
+    def adapted_linears(self) -> list[MMQALinear]:
+        """Return the linears of the Q-Former that have low-rank pairs."""
+        return [module for module in self.qformer.modules() if isinstance(module, MMQALinear)]
 
     # --- modalities come and go
     def add(self, name: str, width: int) -> None:
@@ -199,18 +187,18 @@ class MultimodalQFormer(nn.Module):
             )
         weight = self.qformer.layernorm.weight  # for its device and type
         self.parts[name] = MMQAModule(self.config, width).to(weight.device, weight.dtype)
-        for linear in self.pairs().values():
+        for linear in self.adapted_linears():
             linear.add(name, self.config.rank)
 
     def remove(self, name: str) -> None:
         """Remove a modality and its pairs. Raises ModelError: no such modality."""
-        self.of(name)
+        self.module_of(name)
         del self.parts[name]
-        for linear in self.pairs().values():
+        for linear in self.adapted_linears():
             del linear.A[name]
             del linear.B[name]
 
-    def of(self, name: str) -> MMQAModule:
+    def module_of(self, name: str) -> MMQAModule:
         """Return the module of a modality. Raises ModelError: no such modality."""
         if name not in self.parts:
             raise ModelError(
@@ -219,20 +207,18 @@ class MultimodalQFormer(nn.Module):
             )
         return self.parts[name]
 
-    def own(self, name: str) -> dict[str, nn.Parameter]:
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """Return the parameters of one modality by their names in this module.
 
         They are what a step on this modality trains. Raises ModelError: no such modality.
         """
-        # its own module, and its pair in every adapted linear
-        modules = {f"parts.{name}": self.of(name)}
-        for path, linear in self.pairs().items():
-            modules[f"{path}.A.{name}"] = linear.A[name]
-            modules[f"{path}.B.{name}"] = linear.B[name]
+        self.module_of(name)
+        pair = (f".A.{name}.weight", f".B.{name}.weight")
         parameters = {}
-        for path, module in modules.items():
-            for key, parameter in module.named_parameters():
-                parameters[f"{path}.{key}"] = parameter
+        for key, parameter in self.named_parameters():
+            in_pair = key.startswith("qformer.") and key.endswith(pair)
+            if in_pair or key.startswith(f"parts.{name}."):
+                parameters[key] = parameter
         return parameters
 
 
@@ -258,13 +244,12 @@ class SelfGatedFusion(nn.Module):
         self.names = list(names)
         self.linear = nn.Linear(len(names) * width, width)
 
-    def forward(self, sides: dict[str, Tensor], present: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, sides: dict[str, Tensor]) -> Tensor:
         """Fuse the tokens of several modalities.
 
         Args:
-            sides: name -> tokens (B, ..., D), all of one shape. A missing modality counts as zeros.
-            present: name -> (B,), False where a sample lacks the modality: its tokens count as
-                zeros too.
+            sides: name -> tokens (B, ..., D), all of one shape; zeros in a sample that lacks the
+                modality. A modality that is not there counts as zeros.
 
         Returns:
             (B, ..., D), as many tokens as one of the modalities has.
@@ -273,17 +258,8 @@ class SelfGatedFusion(nn.Module):
             ModelError: an unknown name, unequal shapes.
         """
         self.check(sides)
-        like = next(iter(sides.values()))  # (B, ..., D)
-
-        # Z_1 .. Z_M-1, zeros where a modality is missing
-        tokens = []
-        for name in self.names:
-            Z = sides.get(name, torch.zeros_like(like))
-            if present and name in present:
-                absent = ~present[name]
-                Z = Z.masked_fill(absent.view(-1, *[1] * (Z.ndim - 1)), 0)
-            tokens.append(Z)
-
+        zeros = torch.zeros_like(next(iter(sides.values())))  # (B, ..., D)
+        tokens = [sides.get(name, zeros) for name in self.names]  # Z_1 .. Z_M-1
         # the gate is a sigmoid of the fused tokens themselves
         fused = self.linear(torch.cat(tokens, -1))  # F = W [Z_1; ...; Z_M-1] + b
         return F.silu(fused)  # sigmoid(F) * F
@@ -336,7 +312,7 @@ class EarlyExit:
     def __init__(self, names: list[str], threshold: float):
         self.threshold = threshold
         self.norms: dict[str, list[float]] = {name: [] for name in names}  # g_0, g_1, ...
-        self.exits: dict[str, int] = {}  # modality -> the epoch at whose end it exited
+        self.exit_epochs: dict[str, int] = {}  # modality -> the epoch at whose end it exited
         # of the current epoch
         self.sums = dict.fromkeys(names, 0.0)
         self.steps = 0
@@ -344,9 +320,9 @@ class EarlyExit:
     @property
     def live(self) -> list[str]:
         """The modalities that are still trained."""
-        return [name for name in self.norms if name not in self.exits]
+        return [name for name in self.norms if name not in self.exit_epochs]
 
-    def note(self, name: str, norm: float) -> None:
+    def add_norm(self, name: str, norm: float) -> None:
         """Add the gradient norm that a step found for a modality."""
         self.sums[name] += norm
 
@@ -356,16 +332,16 @@ class EarlyExit:
         if not last:
             return
         # an exited modality is encoded and fused as before, and only its updates stop
-        epoch_norms = {name: self.sums[name] / self.steps for name in self.live}  # g_e
-        for name, norm in epoch_norms.items():
-            if self.has_enough(self.norms[name], norm):
-                self.exits[name] = len(self.norms[name])
+        for name in self.live:
+            norm = self.sums[name] / self.steps  # g_e
+            if self.should_exit(self.norms[name], norm):
+                self.exit_epochs[name] = len(self.norms[name])
             self.norms[name].append(norm)
         # start the next epoch
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.steps = 0
 
-    def has_enough(self, earlier: list[float], norm: float) -> bool:
+    def should_exit(self, earlier: list[float], norm: float) -> bool:
         """Apply the rule: g_e > tau * mean(g_0 .. g_(e-1)), from epoch FIRST_EXIT on."""
         if not self.threshold or len(earlier) < FIRST_EXIT:
             return False
@@ -373,11 +349,12 @@ class EarlyExit:
 
     def state(self) -> dict:
         """Return what a checkpoint needs; it can be written as JSON."""
-        return {"norms": self.norms, "sums": self.sums, "steps": self.steps, "exits": self.exits}
+        state = {"norms": self.norms, "sums": self.sums, "steps": self.steps}
+        return state | {"exits": self.exit_epochs}
 
     def restore(self, state: dict) -> None:
         """Take up the state of a checkpoint."""
         self.norms = state["norms"]
         self.sums = state["sums"]
         self.steps = state["steps"]
-        self.exits = state["exits"]
+        self.exit_epochs = state["exits"]

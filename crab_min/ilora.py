@@ -34,8 +34,9 @@ with a single head can be merged (both releases refuse).
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftConfig, PeftType
@@ -93,8 +94,11 @@ def stacked_form(y: Tensor, low: Tensor, w: Tensor, B: Tensor, scaling: float) -
     return y + (scaling * (stacked @ B.T)).view(y.shape).to(y.dtype)
 
 
-class ILoraLayer(nn.Module, BaseTunerLayer):
-    """A frozen linear and its adapters: one A, router and B per adapter name."""
+class ILoraLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear and its adapters: one A, router and B per adapter name.
+
+    PEFT's `all-linear` finds it again by "Linear" in its name.
+    """
 
     # PEFT finds the parts of an adapter by these names
     adapter_layer_names = ("ilora_A", "ilora_B", "ilora_router")
@@ -109,7 +113,6 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
         self.ilora_dropout = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         # state that BaseTunerLayer reads
-        self._disable_adapters = False
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
@@ -187,10 +190,6 @@ class ILoraLayer(nn.Module, BaseTunerLayer):
         return delta.to(self.base_layer.weight.dtype)
 
 
-class ILoraLinear(ILoraLayer):
-    """The layer, under a name by which PEFT's `all-linear` finds it again."""
-
-
 # --- looking at the routers -----------------------------------------------------------------------
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -202,31 +201,19 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     weights: dict[str, Tensor] = {}
 
-    def recorder(name: str):
-        def hook(router: nn.Module, inputs: tuple, logits: Tensor) -> None:
-            weights[name] = route(logits.detach())
+    def record(name: str, router: nn.Module, inputs: tuple, logits: Tensor) -> None:
+        weights[name] = route(logits.detach())
 
-        return hook
-
-    # a hook on every router; it is called with the router's logits
-    hooks = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, ILoraLayer):
-            for router in layer.ilora_router.values():
-                hooks.append(router.register_forward_hook(recorder(name)))
-    try:
+    # a hook on every router, which is removed at the end of the block
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ILoraLinear):
+                for router in layer.ilora_router.values():
+                    hooks.enter_context(router.register_forward_hook(partial(record, name)))
         yield weights
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- settings -------------------------------------------------------------------------------------
-def option(default, text: str):
-    """Return a dataclass field with a help text."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ILoraConfig(PeftConfig):
     """Sizes and targets of an adapter. Raises ILoraError for settings without sense.
@@ -234,19 +221,16 @@ class ILoraConfig(PeftConfig):
     The defaults are Crab's; Crab+ takes r=128, alpha=256, dropout=0.1.
     """
 
-    r: int = option(8, "rank")
-    alpha: float = option(16, "the update is multiplied by alpha / r")
-    heads: int = option(3, "number of B matrices that the router mixes")
-    dropout: float = option(0.05, "dropout before A; the router sees the input without it")
-    target_modules: list[str] | str | None = option(
-        None, "linears to adapt: ends of names, a regex of whole names, or all-linear"
-    )
-    exclude_modules: list[str] | str | None = option(None, "linears to leave alone")
-    layers_to_transform: list[int] | int | None = option(None, "only these layers")
-    layers_pattern: list[str] | str | None = option(
-        None, "name of the layer list that layers_to_transform counts in"
-    )
-    modules_to_save: list[str] | None = option(None, "modules trained and saved whole")
+    r: int = 8  # rank
+    alpha: float = 16  # the update is multiplied by alpha / r
+    heads: int = 3  # number of B matrices that the router mixes
+    dropout: float = 0.05  # before A; the router sees the input without it
+    # linears to adapt: ends of names, a regex of whole names, or "all-linear"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None  # linears to leave alone
+    layers_to_transform: list[int] | int | None = None  # only these layers,
+    layers_pattern: list[str] | str | None = None  # counted in the layer list of this name
+    modules_to_save: list[str] | None = None  # trained and saved whole
 
     def __post_init__(self):
         super().__post_init__()
@@ -263,11 +247,6 @@ class ILoraConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} has no effect alone; "
                 f"set layers_to_transform too"
             )
-        # as PEFT keeps them
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
 
 
 # --- the method in PEFT ---------------------------------------------------------------------------
@@ -275,7 +254,7 @@ class ILoraModel(BaseTuner):
     """The method: puts an adapter into every targeted linear, BaseTuner does the rest."""
 
     prefix = "ilora_"
-    tuner_layer_cls = ILoraLayer
+    tuner_layer_cls = ILoraLinear
     target_module_mapping = {}
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
@@ -288,7 +267,7 @@ class ILoraModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):
         # a further adapter on the same linear
-        if isinstance(target, ILoraLayer):
+        if isinstance(target, ILoraLinear):
             target.update_layer(adapter_name, peft_config)
             return
         if not isinstance(target, nn.Linear):
@@ -320,8 +299,7 @@ def register() -> None:
     if "ILORA" in PeftType.__members__:
         return
     member = str.__new__(PeftType, "ILORA")
-    member._name_ = "ILORA"
-    member._value_ = "ILORA"
+    member._name_ = member._value_ = "ILORA"
     PeftType.ILORA = member
     PeftType._member_names_.append("ILORA")
     PeftType._member_map_["ILORA"] = member

@@ -208,8 +208,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, h: int, w: int) -> Tensor:
         """Return the encoding (h w, C) of every cell of a grid."""
-        x = self.centres(w).expand(h, w)
-        y = self.centres(h)[:, None].expand(h, w)
+        y, x = torch.meshgrid(self.centres(h), self.centres(w), indexing="ij")  # (h, w)
         xy = torch.stack([x, y], -1).flatten(0, 1)  # (hw, 2)
         angles = 2 * math.pi * xy @ self.matrix  # (hw, C / 2)
         return torch.cat([angles.sin(), angles.cos()], -1)  # (hw, C)
@@ -344,10 +343,11 @@ class MaskDecoder(nn.Module):
 
     def generate(self, prompt: Tensor) -> Tensor:
         """Generate the queries (B, Q, C) for a prompt (B, 1, C)."""
-        learned = self.queries.expand(len(prompt), -1, -1)
-        queries = learned
-        for layer in self.generator:
-            queries = layer(queries if self.config.chained else learned, prompt)
+        # where every layer reads the learned queries anew, only the last one counts
+        layers = self.generator if self.config.chained else self.generator[-1:]
+        queries = self.queries.expand(len(prompt), -1, -1)
+        for layer in layers:
+            queries = layer(queries, prompt)
         return queries
 
 
@@ -397,8 +397,7 @@ def loss_of_masks(
     total = torch.zeros((), device=next(iter(gold.values())).device)
     count = 0
     for classes in (False, True):
-        rows = [i for i, mask in gold.items() if (mask.dtype == torch.long) == classes]
-        rows = [i for i in rows if i in logits]
+        rows = [i for i in gold if i in logits and (gold[i].dtype == torch.long) == classes]
         if not rows:
             continue
         predicted = torch.stack([logits[i] for i in rows]).float()
@@ -504,21 +503,9 @@ class MaskBranch(nn.Module):
         Returns:
             row -> states (S M, D), for rows that have all mask tokens, in their order.
         """
-        states_of_row = {}
-        for row in range(len(ids)):
-            positions = self.positions(ids[row])
-            if positions is not None:
-                before = torch.tensor(positions, device=states.device) - 1
-                states_of_row[row] = states[row][before]  # a state predicts the token behind it
-        return states_of_row
-
-    def positions(self, ids: Tensor) -> list[int] | None:
-        """Return the position of each mask token in ids (L,), or None if one is missing."""
-        positions = []
-        for token in range(self.first, self.first + MASK_TOKEN_COUNT):
-            matches = (ids == token).nonzero().flatten().tolist()
-            if not matches:
-                return None
-            positions.append(matches[0])
-        in_order = positions == sorted(positions)
-        return positions if in_order and positions[0] > 0 else None
+        is_token = ids[:, None] == self.ids[:, None]  # (B, S M, L)
+        positions = is_token.int().argmax(-1)  # (B, S M), where each token stands first
+        is_complete = is_token.any(-1).all(-1) & (positions.diff() > 0).all(-1)
+        is_complete &= positions[:, 0] > 0  # a state predicts the token behind it
+        rows = is_complete.nonzero().flatten().tolist()
+        return {row: states[row, positions[row] - 1] for row in rows}

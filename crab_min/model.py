@@ -14,7 +14,6 @@ Shapes: B samples, L length, D width of the LM, V words, T frames or sound segme
 """
 
 import warnings
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -165,9 +164,8 @@ class AVLanguageModel(nn.Module):
 
     def logits(self, batch: Batch, last: int) -> Tensor:
         """Compute the logits (B, last, V) at the last positions alone."""
-        embeddings = self.embed(batch)
         output = self.llm(
-            inputs_embeds=embeddings, attention_mask=batch.attention, logits_to_keep=last
+            inputs_embeds=self.embed(batch), attention_mask=batch.attention, logits_to_keep=last
         )
         return output.logits
 
@@ -210,8 +208,19 @@ class AVLanguageModel(nn.Module):
     def arrange(
         self, parts: list[PromptPart], media: list[MediaFeatures]
     ) -> tuple[list[PromptPart], list[MediaFeatures]]:
-        """Return the parts and the media of a prompt as the LM is shown them."""
-        return attach_side_channels(parts, media)
+        """Return the parts and the media of a prompt as the LM is shown them.
+
+        Each side channel is taken out and attached to the video before it.
+        """
+        media_parts = [part for part in parts if part.kind != "text"]
+        in_prompt: list[MediaFeatures] = []
+        for part, features in zip(media_parts, media):
+            if part.side:
+                sides = {**in_prompt[-1].sides, part.side: features}
+                in_prompt[-1] = replace(in_prompt[-1], sides=sides)
+            else:
+                in_prompt.append(features)
+        return [part for part in parts if not part.side], in_prompt
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
@@ -274,23 +283,15 @@ class AVLanguageModel(nn.Module):
         Rows often ask different questions about one clip, or try different answers to one question.
         Their features are then the same tensors in memory.
         """
-        # which media are computed, and for each medium of the batch which of these it is
-        unique: list[int] = []  # positions in batch.media
-        source: list[int] = []  # positions in unique
-        for i, medium in enumerate(batch.media):
-            for number, j in enumerate(unique):
-                same_index = batch.media_index[i] == batch.media_index[j]
-                if same_index and same_tensors(medium, batch.media[j]):
-                    source.append(number)
-                    break
-            else:
-                source.append(len(unique))
-                unique.append(i)
-
-        # the tokens of those, handed to all
-        media = [batch.media[i] for i in unique]
-        tokens = self.tokens(media, [batch.media_index[i] for i in unique])
-        return [tokens[number] for number in source]
+        # one medium stands for all that have the same tensors and index
+        keys = []
+        unique: dict[tuple, tuple[MediaFeatures, int]] = {}
+        for medium, index in zip(batch.media, batch.media_index):
+            keys.append((index, tensor_ids(medium)))
+            unique.setdefault(keys[-1], (medium, index))
+        media, indices = zip(*unique.values())
+        tokens = dict(zip(unique, self.tokens(list(media), list(indices))))
+        return [tokens[key] for key in keys]
 
     def token_losses(self, batch: Batch) -> Tensor:
         """Compute the loss (B, longest answer) of each answer token, 0 for no token."""
@@ -392,26 +393,10 @@ class AVLanguageModel(nn.Module):
             if name in parts or is_chosen_connector:
                 module.requires_grad_(True)
 
-    # --- files (trained_parts.py)
-    def save_trained(self, folder: Path) -> None:
-        """Write adapter/ and parts/ into a folder: the model's share of a run folder."""
-        trained_parts.save_trained(self, Path(folder))
-
-    def load_trained(self, folder: Path) -> None:
-        """Put a new adapter and the parts of a run folder onto a fresh model.
-
-        Raises:
-            ModelError: nothing to load, or weights that do not fit.
-        """
-        trained_parts.load_trained(self, Path(folder))
-
-    def restore_trained(self, folder: Path) -> None:
-        """Put the values of a run folder into the adapter and the parts that are there.
-
-        Raises:
-            ModelError: weights that do not fit.
-        """
-        trained_parts.restore_trained(self, Path(folder))
+    # --- files; `model.save_trained(folder)` writes what learned, the others read it
+    save_trained = trained_parts.save_trained
+    load_trained = trained_parts.load_trained
+    restore_trained = trained_parts.restore_trained
 
     def parts_to_save(self) -> list[str]:
         """Return the parts that differ from the base: they learn, or were loaded."""
@@ -446,22 +431,12 @@ class AVLanguageModel(nn.Module):
 
 def peft_config(config: AdapterConfig) -> PeftConfig | None:
     """Return the PEFT config of an adapter on all linears of the LM, or None."""
-    if config.adapter == "ilora":
-        return ILoraConfig(
-            r=config.r,
-            alpha=config.alpha,
-            heads=config.heads,
-            dropout=config.dropout,
-            target_modules=LLM_LINEARS,
-        )
+    if config.adapter == "none":
+        return None
+    shared = {"r": config.r, "target_modules": LLM_LINEARS}
     if config.adapter == "lora":
-        return LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=LLM_LINEARS,
-        )
-    return None
+        return LoraConfig(lora_alpha=config.alpha, lora_dropout=config.dropout, **shared)
+    return ILoraConfig(alpha=config.alpha, heads=config.heads, dropout=config.dropout, **shared)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -476,36 +451,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(predictions, targets, ignore_index=NO_LABEL, reduction="none")
 
 
-def attach_side_channels(
-    parts: list[PromptPart], media: list[MediaFeatures]
-) -> tuple[list[PromptPart], list[MediaFeatures]]:
-    """Take side channels out of a prompt and attach each to the video before it."""
-    media_parts = [part for part in parts if part.kind != "text"]
-    in_prompt: list[MediaFeatures] = []
-    for part, features in zip(media_parts, media):
-        if part.side:
-            sides = {**in_prompt[-1].sides, part.side: features}
-            in_prompt[-1] = replace(in_prompt[-1], sides=sides)
-        else:
-            in_prompt.append(features)
-    return [part for part in parts if not part.side], in_prompt
-
-
 def index_by_kind(media: list[MediaFeatures]) -> list[int]:
     """Return for each medium of a prompt how many of its kind come before it."""
-    before = Counter()
-    indices = []
-    for medium in media:
-        indices.append(before[medium.kind])
-        before[medium.kind] += 1
-    return indices
+    kinds = [medium.kind for medium in media]
+    return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
 
 
-def same_tensors(one: MediaFeatures, other: MediaFeatures) -> bool:
-    """Whether two media are the same tensors in memory, side channels included."""
-    if one.features is not other.features or one.sides.keys() != other.sides.keys():
-        return False
-    return all(side.features is other.sides[name].features for name, side in one.sides.items())
+def tensor_ids(medium: MediaFeatures) -> tuple:
+    """Return what two media have alike if they are the same tensors in memory, sides included."""
+    sides = [(name, id(side.features)) for name, side in sorted(medium.sides.items())]
+    return id(medium.features), *sides
 
 
 def bf16_autocast(wanted: bool = True) -> torch.autocast:

@@ -38,11 +38,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from crab_min.errors import ModelError
 
-# Qwen2-VL's rotary positions: of the 64 frequencies of a head of 128, how many turn with the time,
-# the row and the column
-ROPE_SECTIONS = (16, 24, 24)
-ROPE_BASE = 1e4
-
 
 @dataclass
 class PatchConfig:
@@ -156,49 +151,12 @@ class Patch(nn.Module):
 
         angles = None
         if self.config.rope:
-            angles = self.rope_angles(frames, queries, side.shape[2], steps, index)
+            angles = rope_angles(self.config, queries, side.shape[2], steps, index)
 
         x = self.video(video).flatten(0, 1)  # (B T, Q, C)
         for block in self.blocks:
             x = block(x, keys, key_valid, angles)
         return self.norm(self.out(x)).unflatten(0, (batch, frames))  # (B, T, Q, D)
-
-    def rope_angles(
-        self, frames: int, queries: int, side_tokens: int, steps: list[int], index: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the angles (B T, Q, 64) of the queries and (B T, K, 64) of the keys.
-
-        The square grid of a side step is spread over the grid of a frame, and the frames over the
-        side steps. All positions are whole numbers, as released.
-
-        Args:
-            index: the side steps of each frame (B, T, most), see `neighbourhood`.
-        """
-        grid, side_grid = math.isqrt(queries), math.isqrt(side_tokens)
-        head_width = self.config.hidden // self.config.heads
-        square = grid**2 == queries and side_grid**2 == side_tokens
-        if not square or self.config.hidden != 128 * self.config.heads:
-            raise ModelError(
-                f"rope: needs square grids and heads of 128; got {queries} tokens per frame, "
-                f"{side_tokens} per side step, heads of {head_width}"
-            )
-
-        # rows (and columns) of the side tokens on the grid of a frame; a single one in its middle
-        if side_grid > 1:
-            spread = torch.linspace(0, grid - 1, side_grid).long()
-        else:
-            spread = torch.tensor([grid // 2])
-
-        # the time of each frame, counted in side steps
-        times = []
-        for count in steps:
-            times.append(torch.linspace(0, max(count, frames) - 1, frames).long())
-        times = torch.stack(times)  # (B, T)
-
-        device = index.device
-        of_queries = positions(times.flatten()[:, None], torch.arange(grid))  # (B T, Q, 3)
-        of_keys = positions(index.flatten(0, 1).cpu(), spread)  # (B T, K, 3)
-        return angles_of(of_queries.to(device)), angles_of(of_keys.to(device))
 
 
 # --- N(k): which side tokens belong to which frame ------------------------------------------------
@@ -216,33 +174,28 @@ def neighbourhood(
 
     Returns:
         The side tokens of each frame (B T, K, C), K = most * S; which of them are tokens (B T, K);
-        and their side steps (B, T, most), -1 where a frame has fewer than the most.
+        and their side steps (B T, most), -1 where a frame has fewer than the most.
     """
     if min(steps) < frames:
         side, valid = lengthen_short(side, valid, steps, frames)
 
     # the steps of each frame, padded with -1 to the frame that has most
-    parts = [partition_steps(max(count, frames), frames) for count in steps]
-    most = max(part.shape[1] for part in parts)
-    parts = [F.pad(part, (0, most - part.shape[1]), value=-1) for part in parts]
-    index = torch.stack(parts).to(side.device)  # (B, T, most)
+    parts: list[Tensor] = []
+    for count in steps:
+        parts += partition_steps(max(count, frames), frames)
+    index = pad_sequence(parts, batch_first=True, padding_value=-1).to(side.device)  # (B T, most)
 
-    # gather them: frame t of sample b takes side[b, index[b, t]]
-    sample = torch.arange(len(steps), device=side.device)[:, None, None]
+    # gather them: frame t of sample b takes side[b, index[b T + t]]
+    sample = torch.arange(len(steps), device=side.device).repeat_interleave(frames)[:, None]
     step = index.clamp(min=0)
-    keys = side[sample, step]  # (B, T, most, S, C)
-    key_valid = valid[sample, step] & (index >= 0)[..., None]  # (B, T, most, S)
-    return keys.flatten(2, 3).flatten(0, 1), key_valid.flatten(2, 3).flatten(0, 1), index
+    keys = side[sample, step]  # (B T, most, S, C)
+    key_valid = valid[sample, step] & (index >= 0)[..., None]  # (B T, most, S)
+    return keys.flatten(1, 2), key_valid.flatten(1, 2), index
 
 
-def partition_steps(steps: int, frames: int) -> Tensor:
-    """Share out side steps to frames in contiguous parts, the first ones one longer.
-
-    Returns:
-        (frames, most), the side steps of each frame, -1 where a frame has fewer than the most.
-    """
-    parts = torch.arange(steps).tensor_split(frames)
-    return pad_sequence(parts, batch_first=True, padding_value=-1)
+def partition_steps(steps: int, frames: int) -> tuple[Tensor, ...]:
+    """Share out side steps to frames in contiguous parts, the first ones one longer."""
+    return torch.arange(steps).tensor_split(frames)
 
 
 def lengthen_short(
@@ -266,26 +219,59 @@ def interpolate_time(x: Tensor, length: int) -> Tensor:
     return F.interpolate(x, size=length, mode="linear", align_corners=True).permute(2, 0, 1)
 
 
-# --- rotary positions -----------------------------------------------------------------------------
-def positions(times: Tensor, grid: Tensor) -> Tensor:
-    """List time, row and column of tokens in time-major order.
+# --- rotary positions, which one released patch has -----------------------------------------------
+# Qwen2-VL's: of the 64 frequencies of a head of 128, how many turn with the time, the row and the
+# column
+ROPE_SECTIONS = (16, 24, 24)
+ROPE_BASE = 1e4
+
+
+def rope_angles(
+    config: PatchConfig, queries: int, side_tokens: int, steps: list[int], index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the angles (B T, Q, 64) of the queries and (B T, K, 64) of the keys.
+
+    The square grid of a side step is spread over the grid of a frame, and the frames over the side
+    steps. All positions are whole numbers, as released.
+
+    Args:
+        index: the side steps of each frame (B T, most), see `neighbourhood`.
+    """
+    grid, side_grid = math.isqrt(queries), math.isqrt(side_tokens)
+    square = grid**2 == queries and side_grid**2 == side_tokens
+    if not square or config.hidden != 128 * config.heads:
+        raise ModelError(
+            f"rope: needs square grids and heads of 128; got {queries} tokens per frame, "
+            f"{side_tokens} per side step, heads of {config.hidden // config.heads}"
+        )
+
+    # the time of each frame, counted in side steps
+    frames = len(index) // len(steps)
+    times = [torch.linspace(0, max(count, frames) - 1, frames).long() for count in steps]
+    of_queries = angles_at(torch.cat(times)[:, None], torch.arange(grid))
+
+    # rows (and columns) of the side tokens on the grid of a frame; a single one in its middle
+    spread = torch.tensor([grid // 2])
+    if side_grid > 1:
+        spread = torch.linspace(0, grid - 1, side_grid).long()
+    of_keys = angles_at(index.cpu(), spread)
+    return of_queries.to(index.device), of_keys.to(index.device)
+
+
+def angles_at(times: Tensor, grid: Tensor) -> Tensor:
+    """Compute the angles of tokens in time-major order, from their time, row and column.
 
     Args:
         times: (N, steps).
         grid: rows, and columns, of a time step (G,).
 
     Returns:
-        (N, steps * G * G, 3).
+        (N, steps * G * G, 64).
     """
     time, row, column = torch.broadcast_tensors(times[:, :, None, None], grid[:, None], grid)
-    return torch.stack([time, row, column], -1).flatten(1, 3)
-
-
-def angles_of(position: Tensor) -> Tensor:
-    """Compute the angles (N, K, 64) of positions (N, K, 3)."""
-    sections = torch.tensor(ROPE_SECTIONS, device=position.device)
-    frequency = ROPE_BASE ** (-torch.arange(64, device=position.device) / 64)  # (64,)
-    return position.repeat_interleave(sections, -1) * frequency
+    positions = torch.stack([time, row, column], -1).flatten(1, 3)  # (N, steps G G, 3)
+    frequencies = ROPE_BASE ** (-torch.arange(64) / 64)  # (64,)
+    return positions.repeat_interleave(torch.tensor(ROPE_SECTIONS), -1) * frequencies
 
 
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
@@ -319,35 +305,22 @@ class Patches(nn.ModuleDict):
         Raises:
             ModelError: features of another shape or width than a patch takes.
         """
-        patched = []
-        for z, g in zip(tokens, self.updates(videos, sides)):
-            patched.append(z if g is None else z + g)  # z' = z + g(v, s)
-        return patched
+        # videos that share a side channel and a shape go through its patch together
+        groups = defaultdict(list)
+        for i, (video, side) in enumerate(zip(videos, sides)):
+            for name in side.keys() & self.keys():
+                groups[name, video.shape[:2]].append(i)
 
-    def updates(self, videos: list[Tensor], sides: list[dict]) -> list[Tensor | None]:
-        """Compute g(v, s) (T, Q, D) per video, summed over its patches; None without."""
-        updates: list[Tensor | None] = [None] * len(videos)
-        for name, chosen in self.group(videos, sides):
+        patched = list(tokens)
+        for (name, _), chosen in sorted(groups.items()):
             patch = self[name]
             channel = [sides[i][name] for i in chosen]
             check_side_channel(name, channel, patch.config.side)
             side, valid, steps = pad_side_channels(channel, videos[0].device)
             video = torch.stack([videos[i] for i in chosen])  # (B, T, Q, V)
             for i, update in zip(chosen, patch(video, side, steps, valid)):
-                updates[i] = update if updates[i] is None else updates[i] + update
-        return updates
-
-    def group(self, videos: list[Tensor], sides: list[dict]) -> list[tuple[str, list[int]]]:
-        """Group the videos, by index, that share a side channel and a shape."""
-        groups = defaultdict(list)
-        for i, (video, side) in enumerate(zip(videos, sides)):
-            for name in side.keys() & self.keys():
-                groups[name, video.shape[:2]].append(i)
-        return [(name, chosen) for (name, _), chosen in sorted(groups.items())]
-
-    def add(self, name: str, config: PatchConfig) -> None:
-        """Add a new patch for the side channel `name`."""
-        self[name] = Patch(config)
+                patched[i] = patched[i] + update  # z' = z + g(v, s)
+        return patched
 
 
 def check_side_channel(name: str, channel: list[tuple], width: int) -> None:
@@ -377,14 +350,13 @@ def pad_side_channels(
         The tokens (B, U, S, W) in float32, which of them are real (B, U, S), and the side steps of
         each video.
     """
-    most_steps = max(features.shape[0] for features, _ in channel)
     most_tokens = max(features.shape[1] for features, _ in channel)
     tokens, valid = [], []
     for features, mask in channel:
-        steps, count, _ = features.shape
         if mask is None:
-            mask = torch.ones(steps, count, dtype=torch.bool)
-        padding = (0, most_tokens - count, 0, most_steps - steps)  # the last axis first
-        tokens.append(F.pad(features.to(device, torch.float32), (0, 0, *padding)))
-        valid.append(F.pad(mask.to(device), padding))
-    return torch.stack(tokens), torch.stack(valid), [len(features) for features, _ in channel]
+            mask = torch.ones(features.shape[:2], dtype=torch.bool)
+        missing = most_tokens - features.shape[1]
+        tokens.append(F.pad(features.to(device, torch.float32), (0, 0, 0, missing)))
+        valid.append(F.pad(mask.to(device), (0, missing)))
+    steps = [len(features) for features in tokens]
+    return pad_sequence(tokens, batch_first=True), pad_sequence(valid, batch_first=True), steps

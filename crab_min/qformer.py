@@ -44,6 +44,7 @@ class QFormerConfig:
     heads: int = 12
     intermediate: int = 3072  # width of the feed-forward
     mlp_depth: int = 2  # linears of the MLP at the end
+    cross_every: int = 1  # every how many layers there is a cross-attention, from the first on
 
 
 class QFormerConnector(nn.Module):
@@ -54,7 +55,7 @@ class QFormerConnector(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(config.width_in)
         self.query = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden))
-        self.qformer = blip2_qformer(config, cross_every=1)
+        self.qformer = blip2_qformer(config)
         self.mlp = make_mlp(config)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -74,13 +75,8 @@ class QFormerConnector(nn.Module):
         return encode_per_step(self.qformer, self.query, self.norm(features), mask)
 
 
-def blip2_qformer(config, cross_every: int) -> Blip2QFormerModel:
-    """Build a Q-Former of random weights, without dropout.
-
-    Args:
-        config: a QFormerConfig, or a config with the same fields.
-        cross_every: every how many layers there is a cross-attention, starting with the first.
-    """
+def blip2_qformer(config: QFormerConfig) -> Blip2QFormerModel:
+    """Build a Q-Former of random weights, without dropout."""
     return Blip2QFormerModel(
         Blip2QFormerConfig(
             attn_implementation=ATTENTION,
@@ -89,14 +85,14 @@ def blip2_qformer(config, cross_every: int) -> Blip2QFormerModel:
             num_attention_heads=config.heads,
             intermediate_size=config.intermediate,
             encoder_hidden_size=config.width_in,
-            cross_attention_frequency=cross_every,
+            cross_attention_frequency=config.cross_every,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
     )
 
 
-def make_mlp(config) -> nn.Sequential:
+def make_mlp(config: QFormerConfig) -> nn.Sequential:
     """Build the MLP to the LM's width: `mlp_depth` linears with GELUs in between."""
     layers = [nn.Linear(config.hidden, config.width_out)]
     for _ in range(config.mlp_depth - 1):

@@ -5,6 +5,7 @@ behind its video. PAVE adds it to the video's tokens, and CREMA fuses it with th
 """
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,10 +138,7 @@ def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:
 
 def count_missing(samples: list[Sample], names: list[str]) -> dict[str, int]:
     """Count, by side channel, the samples that lack it."""
-    missing = dict.fromkeys(names, 0)
+    present = Counter()
     for sample in samples:
-        present = {part.side for part in sample.media}
-        for name in names:
-            if name not in present:
-                missing[name] += 1
-    return missing
+        present.update({part.side for part in sample.media})
+    return {name: len(samples) - present[name] for name in names}

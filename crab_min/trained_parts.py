@@ -59,12 +59,13 @@ def save_part(folder: Path, name: str, state: dict[str, Tensor], config: dict) -
     save_file(state, folder / "parts" / f"{name}.safetensors", header)
 
 
-def load_trained(model, folder: Path) -> None:
+def load_trained(model, folder: Path | str) -> None:
     """Put a new adapter and the parts of a run folder onto a fresh model.
 
     Raises:
         ModelError: nothing to load, or weights that do not fit.
     """
+    folder = Path(folder)
     if (folder / "adapter").is_dir():
         config = PeftConfig.from_pretrained(str(folder / "adapter"))
         model.llm = get_peft_model(model.llm, config)

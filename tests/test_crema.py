@@ -30,13 +30,13 @@ WIDTHS = {"rgb": 24, "flow": 24, "audio": 20, "norm": 24}
 def tiny(*names: str, trained: bool = True) -> MultimodalQFormer:
     """Build a small Q-Former with these modalities; trained: B is not zero."""
     torch.manual_seed(0)
-    config = MultimodalConfig(36, 24, queries=5, hidden=32, layers=4, heads=4, intermediate=64)
+    config = MultimodalConfig(24, 36, queries=5, hidden=32, layers=4, heads=4, intermediate=64)
     config.rank = 8
     model = MultimodalQFormer(config)
     for name in names:
         model.add(name, WIDTHS[name])
     if trained:
-        for pair in model.pairs().values():
+        for pair in model.adapted_linears():
             for B in pair.B.values():
                 nn.init.normal_(B.weight)
     return model
@@ -61,13 +61,13 @@ def is_low_rank(name: str) -> bool:
 # --- MMQA -----------------------------------------------------------------------------------------
 def test_parameter_counts_are_the_papers():
     with torch.device("meta"):
-        model = MultimodalQFormer(MultimodalConfig(2048))
+        model = MultimodalQFormer(MultimodalConfig())
         model.add("rgb", 1408)
         model.add("audio", 768)
-        assert count(model.own("rgb").values()) == 3_961_600
-        assert count(model.own("audio").values()) == 5_044_352
+        assert count(model.parameters_of("rgb").values()) == 3_961_600
+        assert count(model.parameters_of("audio").values()) == 5_044_352
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert trained == model.own("rgb").keys() | model.own("audio").keys()
+        assert trained == model.parameters_of("rgb").keys() | model.parameters_of("audio").keys()
         sizes = [count(SelfGatedFusion(list("afdn")[:n], 2048).parameters()) for n in (1, 2, 3, 4)]
         assert sizes == [4_196_352, 8_390_656, 12_584_960, 16_779_264]
 
@@ -87,7 +87,7 @@ def test_a_fresh_modality_gives_what_the_frozen_qformer_gives():
         states = frozen(queries, encoder_hidden_states=flat).last_hidden_state
         expected = part.out(states).unflatten(0, (2, 3))
         assert torch.equal(model("rgb", x), expected)
-        value = model.pairs()["qformer.encoder.layer.3.attention.attention.value"]
+        value = model.qformer.encoder.layer[3].attention.attention.value
         nn.init.ones_(value.B["rgb"].weight)
         assert not torch.allclose(model("rgb", x), expected)
         assert torch.equal(model("rgb", x, adapted=False), expected)
@@ -96,7 +96,7 @@ def test_a_fresh_modality_gives_what_the_frozen_qformer_gives():
 def test_no_modality_acts_outside_of_the_forward():
     model = tiny("rgb", "audio")
     model("rgb", features("rgb"))
-    assert {pair.modality for pair in model.pairs().values()} == {None}
+    assert {pair.modality for pair in model.adapted_linears()} == {None}
 
 
 def test_a_masked_token_is_not_read():
@@ -110,7 +110,7 @@ def test_a_step_on_a_modality_changes_it_and_the_fusion_alone():
     qformer, fusion = tiny("rgb", "flow", "audio"), SelfGatedFusion(["flow", "audio"], 36)
     model = nn.ModuleDict({"multimodal": qformer, "fusion": fusion})
     before = copy.deepcopy(model.state_dict())
-    stepped = {f"multimodal.{name}": p for name, p in qformer.own("audio").items()}
+    stepped = {f"multimodal.{name}": p for name, p in qformer.parameters_of("audio").items()}
     stepped |= {f"fusion.{name}": p for name, p in fusion.named_parameters()}
 
     tokens = {name: qformer(name, features(name)) for name in ("rgb", "flow", "audio")}
@@ -159,10 +159,8 @@ def test_fusion_gates_a_linear_of_what_is_there():
     # a missing modality counts as zeros
     silent = fusion({"flow": flow, "audio": torch.zeros_like(flow)})
     assert torch.equal(fusion({"flow": flow}), silent)
-    # in a sample that lacks it too, whatever stands in its place
-    nothing = torch.full_like(audio[1], torch.nan)
-    present = {"audio": torch.tensor([True, False])}
-    half = fusion({"flow": flow, "audio": torch.stack([audio[0], nothing])}, present)
+    # in a sample that lacks it too
+    half = fusion({"flow": flow, "audio": torch.stack([audio[0], torch.zeros_like(audio[1])])})
     assert torch.equal(half, torch.stack([fused[0], silent[1]]))
 
 
@@ -180,9 +178,9 @@ def test_a_modality_exits_when_its_gradient_outgrows_its_mean():
     for norm_of_epoch in [1.0] * (FIRST_EXIT + 1) + [2.0]:
         assert exits.live == ["audio"]
         for step, norm_of_step in enumerate((norm_of_epoch - 0.5, norm_of_epoch + 0.5)):
-            exits.note("audio", norm_of_step)
+            exits.add_norm("audio", norm_of_step)
             exits.end_step(last=step == 1)
-    assert exits.live == [] and exits.exits == {"audio": FIRST_EXIT + 1}
+    assert exits.live == [] and exits.exit_epochs == {"audio": FIRST_EXIT + 1}
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def test_unknown_modalities_and_wrong_features_are_named():
     for call in (
         lambda: model("depth", x),
         lambda: model.remove("depth"),
-        lambda: model.own("depth"),
+        lambda: model.parameters_of("depth"),
     ):
         with pytest.raises(ModelError, match=known):
             call()
@@ -305,7 +303,7 @@ def test_released_crema_there_and_back():
 
 
 def test_released_names_at_the_papers_sizes():
-    config, widths = MultimodalConfig(2048), {"rgb": 1408, "audio": 768}
+    config, widths = MultimodalConfig(), {"rgb": 1408, "audio": 768}
     with torch.device("meta"):
         qformer = MultimodalQFormer(config)
         for name, width in widths.items():

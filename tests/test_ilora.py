@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from crab_min.ilora import (
     ILoraConfig,
     ILoraError,
-    ILoraLayer,
+    ILoraLinear,
     MergeError,
     loop_form,
     record_routing,
@@ -69,7 +69,7 @@ def test_a_fresh_adapter_changes_nothing():
 
 def test_it_is_the_equation_head_by_head():
     base, x = nn.Linear(10, 7), torch.randn(3, 5, 10)
-    layer = stir(ILoraLayer(base, "default", ILoraConfig(r=4, alpha=6, heads=3)))
+    layer = stir(ILoraLinear(base, "default", ILoraConfig(r=4, alpha=6, heads=3)))
     A = layer.ilora_A["default"].weight
     R = layer.ilora_router["default"].weight
     B = layer.ilora_B["default"].weight
@@ -114,7 +114,7 @@ def test_one_head_is_lora():
 
 
 def test_the_router_sees_the_input_without_dropout():
-    layer = stir(ILoraLayer(nn.Linear(10, 7), "default", ILoraConfig(r=4, dropout=0.5))).train()
+    layer = stir(ILoraLinear(nn.Linear(10, 7), "default", ILoraConfig(r=4, dropout=0.5))).train()
     x = torch.randn(4, 10)
     with record_routing(layer) as first:
         y = layer(x)

@@ -62,7 +62,7 @@ def with_modalities(model, samples, names, config=CONFIG):
     model.configure(config)
     for name in names:
         model.add_side_channel(name, width_of(name, samples, features), config)
-    for pair in model.multimodal.pairs().values():
+    for pair in model.multimodal.adapted_linears():
         for B in pair.B.values():
             nn.init.normal_(B.weight, std=0.1)
     if model.fusion is not None:
@@ -146,7 +146,7 @@ def test_a_step_on_a_modality_changes_it_and_the_fusion_alone(shows, weights, fu
 
         torch.optim.AdamW(learned, lr=1e-2).step()
         model.zero_grad()
-        own = {f"multimodal.{key}" for key in model.multimodal.own(name)}
+        own = {f"multimodal.{key}" for key in model.multimodal.parameters_of(name)}
         fused = {"fusion.linear.weight", "fusion.linear.bias"}
         assert changed(before, model.state_dict()) <= own | fused
 
@@ -229,7 +229,7 @@ def test_a_modality_without_its_adapter_is_as_the_frozen_qformer_gives_it(shows)
     skipped = model.token_losses(batch)
     assert not torch.equal(adapted, skipped)
 
-    for pair in model.multimodal.pairs().values():
+    for pair in model.multimodal.adapted_linears():
         pair.B["flow"].weight.data.zero_()
     model.skipped_modalities = set()
     assert torch.equal(model.token_losses(batch), skipped)

@@ -64,7 +64,7 @@ def naive_patch(v, side):
     added, weights_of_frames = [], []
     for frame, steps in zip(v, partition_steps(len(side), len(v))):
         x = patch.video(frame)  # (Q, C)
-        s = patch.side(side[steps[steps >= 0]].flatten(0, 1))  # (K, C)
+        s = patch.side(side[steps].flatten(0, 1))  # (K, C)
         for block in patch.blocks:
             heads = block.query(x), block.key(s), block.value(s)
             q, k, value = [y.unflatten(-1, (block.heads, -1)).transpose(0, 1) for y in heads]

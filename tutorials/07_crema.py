@@ -86,7 +86,7 @@ for step in range(14):  # two make an epoch
             model.set_active_modalities([name])
             logits = logits_of(model, probe, [media[i] for i in chosen])
             torch.nn.BCEWithLogitsLoss()(logits, gold[chosen]).backward()
-            exits.note(name, model.gradient_norm(name))
+            exits.add_norm(name, model.gradient_norm(name))
             optimizer.step()
             optimizer.zero_grad()
     exits.end_step(last=step % 2 == 1)
@@ -97,17 +97,17 @@ for kept in ([], ["flow"], ["depth"], SIDES):
     print(f"rgb {kept}: found in new clips {trembles:.2f} that tremble, {near:.2f} that are near")
 
 # The three equations in naive lines
-linear = next(iter(model.multimodal.pairs().values()))
+linear = model.multimodal.adapted_linears()[0]
 A, B, x = linear.A["flow"].weight, linear.B["flow"].weight, torch.randn(3, 128)
-with model.multimodal.adapted_to("flow"):
-    assert torch.allclose(linear(x), linear.base(x) + x @ A.T @ B.T, atol=1e-5)
+linear.modality = "flow"  # as in the Q-Former's forward
+assert torch.allclose(linear(x), linear.base(x) + x @ A.T @ B.T, atol=1e-5)
 Z = {name: torch.randn(4, 192) for name in SIDES}
 F = model.fusion.linear(torch.cat(list(Z.values()), -1))
 assert torch.allclose(model.fusion(Z), F.sigmoid() * F, atol=1e-6)
 axes = new_figure(6, 3).subplots()
 for name, norms in exits.norms.items():
     grown = [e for e in range(5, len(norms)) if norms[e] > 0.7 * sum(norms[:e]) / e]
-    assert exits.exits.get(name) == next(iter(grown), None)
+    assert exits.exit_epochs.get(name) == next(iter(grown), None)
     axes.plot(norms, label=f"{name} exits after epoch {grown[0]}" if grown else name)
 axes.legend()
 save(axes.figure, Path("answers/tutorial_07.png"))

@@ -242,7 +242,7 @@ class CremaModel(AVLanguageModel):
         self.fusion_mode = config.fusion
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
-        for linear in self.multimodal.pairs().values():
+        for linear in self.multimodal.adapted_linears():
             linear.add("rgb", config.modality_rank)
 
     def add_side_channel(
@@ -257,8 +257,8 @@ class CremaModel(AVLanguageModel):
             ModelError: a name that is taken, or that cannot be one.
         """
         self.multimodal.add(name, width)
-        rgb = self.multimodal.of("rgb").state_dict()  # without an input projection
-        self.multimodal.of(name).load_state_dict(rgb, strict=False)
+        rgb = self.multimodal.module_of("rgb").state_dict()  # without an input projection
+        self.multimodal.module_of(name).load_state_dict(rgb, strict=False)
         self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:
@@ -283,7 +283,7 @@ class CremaModel(AVLanguageModel):
     # --- what is trained
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
         """Return what a step on one modality trains: its own parameters and the fusion."""
-        parameters = list(self.multimodal.own(name).values())
+        parameters = list(self.multimodal.parameters_of(name).values())
         if self.fusion is not None:
             parameters += self.fusion.parameters()
         return parameters
@@ -312,7 +312,7 @@ class CremaModel(AVLanguageModel):
     def gradient_norm(self, name: str) -> float:
         """Return the L2 norm of the gradient of a modality's adapter, all its A and B."""
         norms = []
-        for key, parameter in self.multimodal.own(name).items():
+        for key, parameter in self.multimodal.parameters_of(name).items():
             in_adapter = not key.startswith("parts.")  # queries, norm and projection
             if in_adapter and parameter.grad is not None:
                 norms.append(parameter.grad.norm())
@@ -321,7 +321,9 @@ class CremaModel(AVLanguageModel):
     def trainable_modules(self) -> dict[str, nn.Module]:
         modules = super().trainable_modules()
         for name in ["rgb", *self.side_names]:
-            modules[f"modality_{name}"] = nn.ParameterList(self.multimodal.own(name).values())
+            modules[f"modality_{name}"] = nn.ParameterList(
+                self.multimodal.parameters_of(name).values()
+            )
         if self.fusion is not None:
             modules["fusion"] = self.fusion
         return modules
@@ -346,7 +348,7 @@ class CremaModel(AVLanguageModel):
             state = self.multimodal.qformer.state_dict(prefix="qformer.")
             return {k: v for k, v in state.items() if ".A." not in k and ".B." not in k}
         if name.startswith("modality_"):
-            parameters = self.multimodal.own(name.removeprefix("modality_"))
+            parameters = self.multimodal.parameters_of(name.removeprefix("modality_"))
             return {key: parameter.data for key, parameter in parameters.items()}
         return super().part_state(name)
 
@@ -355,7 +357,7 @@ class CremaModel(AVLanguageModel):
             return {"names": self.side_names, "mode": self.fusion_mode, "aligned": self.aligned}
         if name.startswith("modality_"):
             name = name.removeprefix("modality_")
-            return {"width": self.multimodal.of(name).width, "rank": self.rank_of(name)}
+            return {"width": self.multimodal.module_of(name).width, "rank": self.rank_of(name)}
         return super().part_config(name)
 
     def prepare_part(self, part: SavedPart) -> None:
@@ -374,15 +376,14 @@ class CremaModel(AVLanguageModel):
         """Make a modality of this width and rank, unless it is there."""
         self.multimodal.config.rank = rank
         if name in self.multimodal.parts:
-            if (self.multimodal.of(name).width, self.rank_of(name)) == (width, rank):
+            if (self.multimodal.module_of(name).width, self.rank_of(name)) == (width, rank):
                 return
             self.multimodal.remove(name)
         self.multimodal.add(name, width)
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a modality's adapter in the Q-Former."""
-        linears = list(self.multimodal.pairs().values())
-        return linears[0].A[name].out_features
+        return self.multimodal.adapted_linears()[0].A[name].out_features
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def from_base(base: ComposedModel) -> CremaModel:
     sizes = MultimodalConfig(**asdict(connector.config), cross_every=1)
     multimodal = MultimodalQFormer(sizes, connector.qformer)
     multimodal.add("rgb", sizes.width_in)
-    rgb = multimodal.of("rgb")
+    rgb = multimodal.module_of("rgb")
     rgb.query.data.copy_(connector.query)
     rgb.norm.load_state_dict(connector.norm.state_dict())
     rgb.out.load_state_dict(connector.mlp.state_dict())
@@ -434,7 +435,7 @@ def from_blip2(
     )
     multimodal = MultimodalQFormer(sizes, blip.qformer.float())
     multimodal.add("rgb", vision.width)
-    rgb = multimodal.of("rgb")
+    rgb = multimodal.module_of("rgb")
     rgb.query.data.copy_(blip.query_tokens)
     rgb.norm.load_state_dict(blip.vision_model.post_layernorm.state_dict())
     rgb.out[0].load_state_dict(blip.language_projection.state_dict())

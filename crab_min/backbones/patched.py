@@ -9,7 +9,7 @@ from crab_min import trained_parts
 from crab_min.config import SideChannelConfig
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel
-from crab_min.pave import PatchConfig, Patches
+from crab_min.pave import Patch, PatchConfig, Patches
 from crab_min.trained_parts import SavedPart
 
 
@@ -31,7 +31,7 @@ class PatchedModel(AVLanguageModel):
     def add_side_channel(self, name: str, width: int, settings: SideChannelConfig) -> None:
         """Add a new patch for the side channel `name`, of features `width` wide."""
         video_width, lm_width = self.patch_widths
-        patch = PatchConfig(
+        sizes = PatchConfig(
             video=video_width,
             side=width,
             out=lm_width,
@@ -40,7 +40,7 @@ class PatchedModel(AVLanguageModel):
             shared_kv=settings.shared_kv,
             rope=settings.rope,
         )
-        self.patches.add(name, patch)
+        self.patches[name] = Patch(sizes)
         self.patches.to(self.device)
 
     def load_patch(self, file: Path | str) -> None:
@@ -76,5 +76,5 @@ class PatchedModel(AVLanguageModel):
             )
         name = part.name.removeprefix("patch_")
         if name not in self.patches or self.patches[name].config != config:
-            self.patches.add(name, config)
+            self.patches[name] = Patch(config)
             self.patches.to(self.device)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from crab_min.errors import ModelError
-from crab_min.ilora import ILoraLayer, record_routing
+from crab_min.ilora import ILoraLinear, record_routing
 from crab_min.model import AVLanguageModel, Batch
 
 # Kinds of tokens: the text of the prompt, the media in it, and the answer
@@ -88,7 +88,7 @@ def adapted_linears(llm: nn.Module) -> dict[str, tuple[int, str]]:
     linears = {}
     for name, module in llm.named_modules():
         match = IN_LAYER.match(name)
-        if isinstance(module, ILoraLayer) and match:
+        if isinstance(module, ILoraLinear) and match:
             linears[name] = int(match["layer"]), match["linear"]
     return linears
 

@@ -77,7 +77,7 @@ class SequentialStep(Step):
                 # backward, note the norm of the modality's gradient, update
                 model.set_active_modalities([name])
                 result = backward(model, batches, config.bf16)
-                self.exits.note(name, model.gradient_norm(name))
+                self.exits.add_norm(name, model.gradient_norm(name))
                 result.grad_norm = update(optimizer, config.max_grad_norm)
         result.active = "+".join(self.exits.live)
         return result
