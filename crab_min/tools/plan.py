@@ -320,7 +320,7 @@ def side_features(
     has_beats = getattr(model, "audio", None) is not None
     if name == "audio" and has_beats:
         return encode_black(model, PromptPart("audio"))
-    shape = recipe.side_shape(name)
+    shape = recipe.side_shape(name, settings)
     if shape:
         return MediaFeatures(name, torch.empty(shape, device="meta"))
     return encode_black(model, PromptPart("view", frames=settings.data.frames or Task.frames))
