@@ -132,12 +132,11 @@ def side_shape(name: str, settings: PaveSettings) -> tuple[int, int, int] | None
     """Return the shape of a side channel's features for --plan, which reads no data.
 
     Returns:
-        (steps, tokens per step, width), for a pretrained LLaVA-OneVision those that the released
-        patches read, else those of the built-in world; None for pictures, which the model's vision
-        encoder encodes.
+        (steps, tokens per step, width), for pretrained weights as the released patches read them,
+        else as the built-in world has them; None for pictures, which the model's vision encoder
+        encodes.
     """
-    backbone = settings.backbone
-    if backbone.backbone == "llava_onevision" and backbone.weights != "tiny-random":
+    if settings.backbone.weights not in ("", "tiny-random"):
         return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
     return SHAPES.get(name)
 

@@ -456,8 +456,10 @@ def memory_lines(result: Plan) -> list[str]:
         sizes = [getattr(memory, name) / 1e9 for memory in columns]
         lines.append(table_row(title, [f"{size:.2f}" for size in sizes]))
     for gpu in GPUS:
-        fits = ["yes" if memory.fits(gpu) else "no" for memory in columns]
-        lines.append(table_row(f"fits {gpu} GB", fits))
+        answers = []
+        for memory in columns:
+            answers.append("yes" if memory.fits(gpu) else "no")
+        lines.append(table_row(f"fits {gpu} GB", answers))
     return lines
 
 
