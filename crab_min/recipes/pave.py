@@ -138,7 +138,7 @@ def side_shape(name: str, settings: PaveSettings) -> tuple[int, int, int] | None
     """
     if settings.backbone.weights not in ("", "tiny-random"):
         return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
-    return SHAPES.get(name)
+    return {"audio": RELEASED_SHAPES["audio"], **SHAPES}.get(name)
 
 
 def add_trained_parts(
