@@ -9,7 +9,7 @@ decoder. It holds the part's weights and, in its header, the settings that the p
     part_config(name)   its settings
     prepare_part(part)  makes the part where the model lacks it, or refuses it
 
-The end of this file reads what earlier versions wrote, which tools/convert.py still writes.
+The end of this file reads what earlier versions wrote.
 """
 
 import json

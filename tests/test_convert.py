@@ -1,5 +1,7 @@
 """Released checkpoints by our names, with every name accounted for, and as run folders."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
@@ -275,6 +277,14 @@ def test_crab_there_and_back(tmp_path):
     run = tmp_path / "run"
     flags = ["--out", str(run), "--preset", "crab-tiny"]
     assert command.main(["crab", str(tmp_path / "weights.bin"), *flags]) == 0
+    assert files_of(run) == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "config.json",
+        "metrics.json",
+        "parts/audio_qformer.safetensors",
+        "parts/visual_qformer.safetensors",
+    }
     model.load_trained(run)
     query = released[PEFT + "model.al_projector.audio_query_tokens"]
     assert torch.equal(model.audio_qformer.query, query)
@@ -288,6 +298,10 @@ def test_crab_there_and_back(tmp_path):
     kept = {name: weight for name, weight in connectors.items() if not is_for_text(name)}
     assert_same(revert(state, "crab-pretrain"), kept)
     assert convert(connectors, "crab").keys() == state.keys()
+
+
+def files_of(run: Path) -> set[str]:
+    return {str(file.relative_to(run)) for file in run.rglob("*.*") if file.is_file()}
 
 
 def is_for_text(name: str) -> bool:
@@ -336,6 +350,11 @@ def test_files_that_cannot_be_used_are_named(tmp_path, capsys):
         assert command.main([paper, *files, "--out", str(run)]) == 2
         assert reason in capsys.readouterr().err
         assert not run.exists()
+
+
+def test_a_preset_of_another_paper_is_refused(capsys):
+    assert command.main(["crema", "weights.pth", "--preset", "pave-7b"]) == 2
+    assert "--preset pave-7b: files of crema want one of crema-tiny" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path, capsys):

@@ -20,7 +20,7 @@ from crab_min.crema import (
     over_frames,
 )
 from crab_min.errors import ModelError
-from crab_min.tools.released.weights import convert, from_blip2, missing_modalities
+from crab_min.tools.released.weights import convert, missing_modalities
 from crab_min.trained_parts import check_fit
 
 # `norm` (surface normals) is the name of a module too
@@ -224,19 +224,15 @@ def test_a_fusion_of_other_modalities_or_shapes_is_refused():
 FIRST_QUERY = "Qformer.bert.encoder.layer.0.attention.self.query.weight"
 
 
-def bert_shapes(c: MultimodalConfig, wrapper: str) -> dict[str, tuple]:
-    """Return names and shapes of the Q-Former in a checkpoint.
-
-    wrapper: what stands behind the self-attention's query and value, .w in CREMA's checkpoints and
-    nothing in BLIP-2's.
-    """
+def bert_shapes(c: MultimodalConfig) -> dict[str, tuple]:
+    """Return names and shapes of the Q-Former in a checkpoint."""
     h = c.hidden
     shapes = {**norm("embeddings.LayerNorm", h), "embeddings.position_ids": (1, 512)}
     for n in range(c.layers):
         layer = f"encoder.layer.{n}."
-        shapes |= linear(f"{layer}attention.self.query{wrapper}", h, h)
+        shapes |= linear(f"{layer}attention.self.query.w", h, h)
         shapes |= linear(f"{layer}attention.self.key", h, h)
-        shapes |= linear(f"{layer}attention.self.value{wrapper}", h, h)
+        shapes |= linear(f"{layer}attention.self.value.w", h, h)
         shapes |= linear(f"{layer}attention.output.dense", h, h)
         shapes |= norm(f"{layer}attention.output.LayerNorm", h)
         if n % c.cross_every == 0:
@@ -251,22 +247,15 @@ def bert_shapes(c: MultimodalConfig, wrapper: str) -> dict[str, tuple]:
     return {f"Qformer.bert.{name}": shape for name, shape in shapes.items()}
 
 
-def modality_shapes(c: MultimodalConfig, end: str, norm_name: str) -> dict[str, tuple]:
-    """Return names and shapes of queries, projection and norm of a modality."""
-    return {
-        f"query_tokens{end}": (1, c.queries, c.hidden),
-        **linear(f"t5_proj{end}", c.hidden, c.width_out),
-        **norm(norm_name, c.width_in),
-    }
-
-
 def crema_shapes(c: MultimodalConfig, widths: dict[str, int]) -> dict[str, tuple]:
     """Return names and shapes of a released checkpoint, modalities by width."""
-    shapes = bert_shapes(c, ".w")
+    shapes = bert_shapes(c)
     shapes |= linear("fusion.0", c.width_out * (len(widths) - 1), c.width_out)
     shapes["t5_model.shared.weight"] = (3, 2)
     for name, width in widths.items():
-        shapes |= modality_shapes(c, f"_{name}", f"ln_{name}")
+        shapes[f"query_tokens_{name}"] = (1, c.queries, c.hidden)
+        shapes |= linear(f"t5_proj_{name}", c.hidden, c.width_out)
+        shapes |= norm(f"ln_{name}", c.width_in)
         shapes[f"{name}_gradsel_embed"] = (1, 9)
         if width != c.width_in:
             shapes |= linear(f"projection_{name}", width, c.width_in)
@@ -280,7 +269,7 @@ def crema_shapes(c: MultimodalConfig, widths: dict[str, int]) -> dict[str, tuple
 
 def kept(released: dict) -> set[str]:
     """Return the names that a conversion does not drop."""
-    ends, starts = ("_gradsel_embed", "position_ids"), ("t5_model", "visual_encoder")
+    ends, starts = ("_gradsel_embed", "position_ids"), ("t5_model",)
     return {name for name in released if not name.endswith(ends) and not name.startswith(starts)}
 
 
@@ -326,16 +315,3 @@ def test_missing_modalities_are_reported():
     assert missing == {"rgb": everything, "flow": everything}
     without_norm = {name: w for name, w in state.items() if ".norm." not in name}
     assert missing_modalities(without_norm, ["audio"]) == {"audio": ["norm"]}
-
-
-def test_blip2_is_the_start_of_a_visual_modality():
-    qformer = tiny("rgb", "flow", trained=False)
-    shapes = bert_shapes(qformer.config, "")
-    shapes |= modality_shapes(qformer.config, "", "ln_vision")
-    shapes["visual_encoder.pos_embed"] = (1, 3, 2)
-    released = random_weights(shapes)
-    model = nn.ModuleDict({"multimodal": qformer})
-    report = model.load_state_dict(from_blip2(released, "flow"), strict=False)
-    assert not report.unexpected_keys
-    assert all(is_low_rank(name) or ".parts.rgb." in name for name in report.missing_keys)
-    assert_reverted(revert(convert(released, "blip2"), "blip2"), released)

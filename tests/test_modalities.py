@@ -412,8 +412,12 @@ def test_crema_xl_trains_answers_and_goes_to_released_names_and_back(small_world
     assert convert_main(["crema", str(file), "--side", "rgb,audio,flow", "--out", str(back)]) == 0
     before = {part.name: part for part in read_parts(run)}
     after = {part.name: part for part in read_parts(back)}
+    files = {file.stem for file in (back / "parts").iterdir()}
+    assert files == after.keys() and not list(back.glob("*.safetensors"))
     assert after.keys() - before.keys() <= {"shared_qformer"}
     for name, part in before.items():
+        released = {"aligned": False} if name == "fusion" else {}
+        assert after[name].config == part.config | released
         for key, value in part.state.items():
             assert torch.equal(value, after[name].state[key]), (name, key)
     assert load_saved_run(back).settings.crema.modalities == "rgb,audio,flow"

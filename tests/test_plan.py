@@ -23,6 +23,7 @@ from crab_min.tools import measure
 from crab_min.tools.measure import Prompt, activation_bytes, cache_bytes, fill, without_values
 from crab_min.tools.plan import Plan, build_model, count_parts, plan, report
 from crab_min.trainer import collate_answers
+from crab_min.world.side_channels import CHANNELS, build_side_world
 
 ADAPTER = "adapter in the language model"
 TINY = ["crab_plus-tiny", "crab-tiny --stage visual", "crab-tiny --stage masks"]
@@ -70,6 +71,21 @@ def test_the_counted_model_is_the_one_that_trains(command):
     assert count_parts(empty) == count_parts(model)
     assert [p.dtype for p in empty.parameters()] == [p.dtype for p in model.parameters()]
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+@pytest.mark.parametrize("command", ["pave-tiny --side ", "crema-tiny --modalities rgb,"])
+def test_side_channels_have_the_shapes_of_the_built_in_world(command, tmp_path):
+    recipe, settings = recipe_and_settings(command + ",".join(CHANNELS))
+    _, sides = build_model(recipe, settings)
+
+    # what a run on the world encodes
+    rows = build_side_world("", 1, 1, 0, list(CHANNELS), tmp_path, together=True)
+    (sample, *_) = recipe.prepare_samples(read_samples(rows, [], "train"), settings)
+    (media,) = Features(recipe.load_model(settings))([sample])
+    names = [part.side for part in sample.media]
+    encoded = {name: medium.features.shape for name, medium in zip(names, media) if name}
+
+    assert {name: medium.features.shape for name, medium in sides.items()} == encoded
 
 
 def test_a_stage_of_crab_trains_its_connector_alone():
@@ -224,8 +240,8 @@ def test_a_patch_costs_a_thousandth_of_its_base(preset, patch, lora, tflops, sha
     6272 x (512 x 1024 + 1024 x 3584). Together 46.5 billion: 0.093 TFLOPs.
     """
     result = plan_of(preset)
-    cost = result.patches["audio"]
-    assert cost.parameters == result.parts["patch for audio"].trained == patch
+    operations = result.patch_operations["audio"]
+    assert result.parts["patch for audio"].trained == patch
     assert result.parts[ADAPTER].trained == lora
-    assert cost.operations / 1e12 == pytest.approx(tflops, rel=0.02)
-    assert cost.operations / result.base_operations == pytest.approx(share, abs=5e-5)
+    assert operations / 1e12 == pytest.approx(tflops, rel=0.02)
+    assert operations / result.base_operations == pytest.approx(share, abs=5e-5)

@@ -22,7 +22,7 @@ from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import add_side_channels, count_missing, limit_frames
 from crab_min.trainer import Step, StepResult, backward, update
-from crab_min.world.side_channels import CHANNELS, build_side_world
+from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
 def train(settings: CremaSettings, preset: str) -> dict:
@@ -144,14 +144,14 @@ def subset_table(subsets: dict[str, dict[str, float]]) -> str:
 # --- what infer.py and --plan call ---------------------------------------------------------------
 
 
-def side_shape(name: str) -> tuple[int, int, int] | None:
+def side_shape(name: str, settings: CremaSettings) -> tuple[int, int, int] | None:
     """Return the shape of a modality's features for --plan, which reads no data.
 
     Returns:
         (steps, tokens per step, width), for audio of BEATs on ten windows of a sound; None for
         pictures, which the model's vision encoder encodes.
     """
-    return {"audio": (10, 48, 768), "points": (1, 64, 96)}.get(name)
+    return {"audio": (10, 48, 768), **SHAPES}.get(name)
 
 
 def run_settings(settings: CremaSettings) -> CremaSettings:

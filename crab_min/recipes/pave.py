@@ -18,7 +18,7 @@ from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import difference, load_saved_run
 from crab_min.side_channels import add_side_channels, limit_frames
-from crab_min.world.side_channels import CHANNELS, build_side_world
+from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
 def train(settings: PaveSettings, preset: str) -> dict:
@@ -119,9 +119,17 @@ RELEASED_SHAPES = {
 }
 
 
-def side_shape(name: str) -> tuple[int, int, int]:
-    """Return the shape of a side channel's features for --plan, which reads no data."""
-    return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
+def side_shape(name: str, settings: PaveSettings) -> tuple[int, int, int] | None:
+    """Return the shape of a side channel's features for --plan, which reads no data.
+
+    Returns:
+        (steps, tokens per step, width), for pretrained weights as the released patches read them,
+        else as the built-in world has them; None for pictures, which the model's vision encoder
+        encodes.
+    """
+    if settings.backbone.weights not in ("", "tiny-random"):
+        return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])
+    return {"audio": RELEASED_SHAPES["audio"], **SHAPES}.get(name)
 
 
 def add_trained_parts(

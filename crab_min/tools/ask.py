@@ -6,6 +6,7 @@ import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -177,18 +178,27 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
         return samples
 
     # a sample of the built-in world
-    settings = run.settings
-    world = replace(settings.world, things=given.things or settings.world.things)
-    training = replace(settings.training, seed=given.seed)
-    root = run.recipe.built_in_data(replace(settings, world=world, training=training))
-    if root.suffix == ".jsonl":
-        root = root.with_name("test.jsonl")
+    root = built_in_data(run, given.things, given.seed, "test")
     task = chosen_task(given, default="s4" if run.model.predicts_masks else "avqa")
     split = "test" if "test" in task.splits else "train"
     sample = read_samples(root, [task.name], split, limit=1 + given.index)[-1]
     if not given.json:
         print(f"no clip given: {sample.id} of the built-in world, {sample.media[0].path}")
     return [sample]
+
+
+def built_in_data(run: LoadedRun, things: str, seed: int, split: str) -> Path:
+    """Build the built-in world of a run, and return the path of the data of a split.
+
+    Args:
+        things: as for train.py; "" for those of the run.
+    """
+    settings = run.settings
+    world = replace(settings.world, things=things or settings.world.things)
+    training = replace(settings.training, seed=seed)
+    root = run.recipe.built_in_data(replace(settings, world=world, training=training))
+    # with side channels there is a file per split, else one folder
+    return root.with_name(f"{split}.jsonl") if root.suffix == ".jsonl" else root
 
 
 def chosen_task(given: Namespace, default: str = "avqa") -> Task:
@@ -205,12 +215,10 @@ def chosen_task(given: Namespace, default: str = "avqa") -> Task:
         if len(names) != 1:
             raise DataError(f"--task takes one task, got {given.task!r}; with --eval use --tasks")
         return TASKS[names[0]]
-    media = list(given.clip)
-    if given.image:
-        media.append(given.image)
-    if media and not given.ask:
+    file = given.clip[0] if given.clip else given.image
+    if file and not given.ask:
         raise DataError(
-            f'what about {media[0]}? give --ask "..." or --task, one of: {", ".join(TASKS)}'
+            f'what about {file}? give --ask "..." or --task, one of: {", ".join(TASKS)}'
         )
     return TASKS[default]
 
@@ -237,7 +245,7 @@ def mask_maker(given: Namespace, model: AVLanguageModel) -> MakeMasks | None:
         sam2 = Sam2(given.sam2) if given.masks == "sam2" else None
         return lambda features, samples, texts: masks_from_boxes(samples, texts, sam2)
     if model.predicts_masks:
-        return lambda features, samples, texts: predict_masks(model, features, samples, texts)
+        return partial(predict_masks, model)
     return None
 
 
@@ -281,11 +289,8 @@ def ask(given: Namespace) -> None:
     # an answer is printed while it is generated
     for sample in samples:
         if not given.json:
-            print(
-                f"model: {run.folder}\nprompt: {describe_prompt(sample)}\nanswer: ",
-                end="",
-                flush=True,
-            )
+            prompt = " ".join(prompt_text(sample.parts).split())  # on one line
+            print(f"model: {run.folder}\nprompt: {prompt}\nanswer: ", end="", flush=True)
         reply = reply_to(sample, given, run, features, make_masks)
         if not reply.no_mask:
             reply.no_mask = no_mask
@@ -341,11 +346,6 @@ def save_mask(mask: np.ndarray, file: Path) -> None:
 
 
 # --- printing ------------------------------------------------------------------------------------
-
-
-def describe_prompt(sample: Sample) -> str:
-    """Return a prompt on one line, with <video clip.mp4> for a medium."""
-    return " ".join(prompt_text(sample.parts).split())
 
 
 def fields_of(answer: Answer) -> dict:

@@ -3,8 +3,8 @@
     python -m crab_min.tools.convert crab_plus finetune_weights.bin --out runs/released
 
 The tables of names stand in `released/`, one module per paper, and `released/weights.py` applies
-them. This module sorts the weights into the parts of a run: adapter, patches, modalities, and
-other trained modules.
+them. This module sorts the weights into the files of a run, as train.py writes them: adapter/ and
+parts/NAME.safetensors.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from crab_min.cli import Parser, run_command
 from crab_min.config import RECIPES, Settings, with_values
 from crab_min.errors import ModelError
 from crab_min.model import peft_config
-from crab_min.pave import Patch, PatchConfig, Patches
+from crab_min.pave import Patch, PatchConfig
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, atomic_write
 from crab_min.tools.released.weights import (
@@ -30,9 +30,8 @@ from crab_min.tools.released.weights import (
     convert,
     missing_modalities,
     read_state_dict,
-    select_ending,
 )
-from crab_min.trained_parts import check_fit, save_part
+from crab_min.trained_parts import ADAPTER_FILE, SavedPart, check_fit, save_part
 
 # the preset whose backbone the released weights belong to
 DEFAULT_PRESETS = {
@@ -43,7 +42,10 @@ DEFAULT_PRESETS = {
     "crema": "crema-xl",
 }
 
-PATCH_HEADS = 4  # of all released patches; the weights do not show it
+# what the weights do not show: the heads of all released patches, and how CREMA fuses modalities
+PATCH_HEADS = 4
+# fused tokens follow the video's; the steps of a modality are averaged, not aligned with frames
+RELEASED_FUSION = {"mode": "concat", "aligned": False}
 
 # CREMA's names of modalities where ours differ
 OUR_MODALITY_NAMES = {"norm": "normals", "pc": "points"}
@@ -51,42 +53,33 @@ OUR_MODALITY_NAMES = {"norm": "normals", "pc": "points"}
 MODALITY_IN_NAME = re.compile(r"(?P<before>\.(?:parts|A|B)\.)(?P<modality>\w+)(?=\.)")
 
 
-# --- parts of a run ------------------------------------------------------------------------------
-@dataclass
-class ModalitiesHeader:
-    """Header of modalities.safetensors, by which `CremaModel` builds what the weights need."""
-
-    widths: dict[str, int]  # width of the features of each modality
-    fused: list[str]  # modalities that the fusion takes, in the order of its columns
-    rank: int  # of the low-rank pairs
-    join: str = "concat"  # fused tokens follow the video's, as released
-    aligned: bool = False  # a modality of other steps than the video's is averaged, as released
-
-
 @dataclass
 class ReleasedModel:
-    """Released weights by our names, sorted into the parts of a run."""
+    """Released weights by our names, sorted into what a run folder holds.
 
-    # adapter
-    adapter: dict[str, Tensor]  # by the names of PEFT
+    Attributes:
+        adapter: by the names of PEFT; without an adapter empty.
+        rank, heads: sizes of the adapter; 0 heads are plain LoRA.
+        encoder_tensors: how many adapter tensors of the encoders are left out.
+        parts: what else is trained, by name.
+        sides: the side channels that have a patch (PAVE), or the modalities, rgb first (CREMA).
+    """
+
+    adapter: dict[str, Tensor]
     rank: int
-    heads: int  # 0: plain LoRA
-    encoder_tensors: int  # adapter tensors of the encoders, which are left out
-
-    # other trained parts
-    patches: Patches  # PAVE
-    modalities: ModalitiesHeader | None  # CREMA; `modules` go to modalities.safetensors then
-    modules: dict[str, Tensor]  # connectors (Crab), Q-Former and fusion (CREMA)
+    heads: int
+    encoder_tensors: int
+    parts: dict[str, SavedPart]
+    sides: list[str]
 
     def describe(self) -> str:
-        """Return one line that counts the parts."""
+        """Return one line that names the parts."""
         text = "no adapter"
         if self.adapter:
             heads = f", {self.heads} heads" if self.heads else ""
             text = f"{len(self.adapter)} adapter tensors (r {self.rank}{heads})"
-        if self.patches:
-            text += f", {len(self.patches)} patches ({', '.join(self.patches)})"
-        text += f", {len(self.modules)} other tensors"
+        if self.parts:
+            text += f", {', '.join(self.parts)}"
         if self.encoder_tensors:
             text += f"; {self.encoder_tensors} tensors in the encoders left out, their B is zero"
         return text
@@ -105,31 +98,35 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
         ModelError: parts are missing, do not fit together, or do not fit `sides`.
     """
     adapter = {name: w for name, w in weights.items() if "lora_" in name}
-    modules = {name: w for name, w in weights.items() if "lora_" not in name}
+    others = {name: w for name, w in weights.items() if "lora_" not in name}
 
     # adapter of the LM, and its sizes
     lm_adapter = drop_encoder_adapters(adapter)
     rank, heads = read_adapter_sizes(lm_adapter)
 
-    # parts that only PAVE and CREMA have
-    patches = take_patches(modules, sides)
-    modalities = None
+    # is all there that `sides` names?
+    check_patches(others, sides)
     if paper == "crema":
-        modules = rename_modalities(modules)
-        modalities = read_modalities(modules, sides)
-        modules = keep_modalities(modules, sides)
+        others = rename_modalities(others)
+        check_modalities(others, sides)
+        check_fusion(others, sides)
+
+    # the other parts, with what their files say of them
+    parts = {}
+    for name, state in group_by_part(others, sides).items():
+        parts[name] = SavedPart(name, state, part_config(name, state, sides), "the released files")
 
     return ReleasedModel(
         adapter=lm_adapter,
         rank=rank,
         heads=heads,
         encoder_tensors=len(adapter) - len(lm_adapter),
-        patches=patches,
-        modalities=modalities,
-        modules=modules,
+        parts=parts,
+        sides=[side for side in sides if {f"patch_{side}", f"modality_{side}"} & parts.keys()],
     )
 
 
+# --- adapter -------------------------------------------------------------------------------------
 def read_adapter_sizes(adapter: dict[str, Tensor]) -> tuple[int, int]:
     """Read (r, heads) from an adapter's shapes; heads is 0 for plain LoRA, r is 0 for none.
 
@@ -164,33 +161,42 @@ def drop_encoder_adapters(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w for name, w in adapter.items() if name not in encoders}
 
 
-# --- patches (PAVE) ------------------------------------------------------------------------------
-def take_patches(modules: dict[str, Tensor], sides: list[str]) -> Patches:
-    """Build the patches 0, 1, ... from their weights, which are removed from `modules`.
-
-    Raises:
-        ModelError: there are more patches than sides, or one is not whole.
-    """
-    # number of a patch -> its weights by their names in a patch
-    weights: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for name in list(modules):
-        if name.startswith("patches."):
-            _, number, rest = name.split(".", 2)
-            weights[int(number)][rest] = modules.pop(name)
-
-    if weights and max(weights) >= len(sides):
-        raise ModelError(
-            f"more patches ({max(weights) + 1}) than names in --side {','.join(sides)}; name the "
-            "side channel of each, the first patch first"
-        )
-    patches = Patches()
-    for number, state in sorted(weights.items()):
-        patches[sides[number]] = build_patch(state)
-    return patches
+# --- other parts ---------------------------------------------------------------------------------
+def group_by_part(weights: dict[str, Tensor], sides: list[str]) -> dict[str, dict[str, Tensor]]:
+    """Return part -> its weights by their names in it, without modalities that are not wanted."""
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, weight in weights.items():
+        part, key = name.split(".", 1)
+        if part == "patches":  # patches.0.side.weight
+            number, key = key.split(".", 1)
+            part = f"patch_{sides[int(number)]}"
+        elif part == "multimodal":  # multimodal.parts.rgb.query, or a weight of all modalities
+            match = MODALITY_IN_NAME.search(name)
+            if match and match["modality"] not in sides:
+                continue
+            part = f"modality_{match['modality']}" if match else "shared_qformer"
+        states[part][key] = weight
+    return states
 
 
-def build_patch(state: dict[str, Tensor]) -> Patch:
-    """Build a released patch; its sizes are read from the shapes of its weights.
+def part_config(name: str, state: dict[str, Tensor], sides: list[str]) -> dict:
+    """Return what a part's file says of it beside its weights, by which a model makes the part."""
+    if name.startswith("patch_"):
+        return asdict(read_patch_config(state))
+    if name.startswith("modality_"):
+        modality = name.removeprefix("modality_")
+        # features pass the input projection if their width is not the Q-Former's, else the norm
+        norm = state[f"parts.{modality}.norm.weight"]
+        first = state.get(f"parts.{modality}.input.weight", norm)
+        ranks = [len(weight) for key, weight in state.items() if f".A.{modality}." in key]
+        return {"width": first.shape[-1], "rank": ranks[0]}
+    if name == "fusion":
+        return {"names": sides[1:], **RELEASED_FUSION}
+    return {}
+
+
+def read_patch_config(state: dict[str, Tensor]) -> PatchConfig:
+    """Read the sizes of a released patch from the shapes of its weights.
 
     Raises:
         ModelError: weights are missing, or their shapes do not fit together.
@@ -213,13 +219,21 @@ def build_patch(state: dict[str, Tensor]) -> Patch:
         layers=len(blocks),
         shared_kv=True,
     )
-    patch = Patch(config)
-    check_fit(state, patch.state_dict(), "the released patch")
-    patch.load_state_dict(state)
-    return patch
+    check_fit(state, Patch(config).state_dict(), "the released patch")
+    return config
 
 
-# --- modalities (CREMA) --------------------------------------------------------------------------
+def check_patches(weights: dict[str, Tensor], sides: list[str]) -> None:
+    """Raise ModelError if there are more patches (PAVE) than names of side channels."""
+    numbers = [int(name.split(".")[1]) for name in weights if name.startswith("patches.")]
+    count = max(numbers, default=-1) + 1
+    if count > len(sides):
+        raise ModelError(
+            f"more patches ({count}) than names in --side {','.join(sides)}; name the "
+            "side channel of each, the first patch first"
+        )
+
+
 def rename_modalities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give CREMA's modalities our names."""
 
@@ -228,40 +242,6 @@ def rename_modalities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return match["before"] + OUR_MODALITY_NAMES.get(modality, modality)
 
     return {MODALITY_IN_NAME.sub(our_name, name): w for name, w in weights.items()}
-
-
-def keep_modalities(weights: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-    """Return the weights of these modalities, and those that belong to no single modality."""
-    kept = {}
-    for name, weight in weights.items():
-        match = MODALITY_IN_NAME.search(name)
-        if match is None or match["modality"] in wanted:
-            kept[name] = weight
-    return kept
-
-
-def read_modalities(weights: dict[str, Tensor], names: list[str]) -> ModalitiesHeader:
-    """Read from released weights what their model looks like.
-
-    Args:
-        weights: the weights by our names.
-        names: the modalities of the model: rgb, then the others in the order of the fusion.
-
-    Raises:
-        ModelError: a modality is not whole, or the fusion is for another number of them.
-    """
-    check_modalities(weights, names)
-    check_fusion(weights, names)
-
-    widths = {}
-    for name in names:
-        # features pass the input projection if their width is not the Q-Former's, else the norm
-        norm = weights[f"multimodal.parts.{name}.norm.weight"]
-        first = weights.get(f"multimodal.parts.{name}.input.weight", norm)
-        widths[name] = first.shape[-1]
-    pairs = select_ending(weights, ".query.A.rgb.weight")  # one per layer, each (rank, in)
-    rank = len(next(iter(pairs.values())))
-    return ModalitiesHeader(widths, names[1:], rank)
 
 
 def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
@@ -314,10 +294,15 @@ def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: l
         A summary in one line.
 
     Raises:
-        ModelError: the folder is not empty, or the files cannot be used.
+        ModelError: the folder is not empty, the preset is another paper's, or the files cannot be
+            used.
     """
     if out.exists() and any(out.iterdir()):
         raise ModelError(f"{out}: exists and is not empty; choose another --out or remove it")
+    recipe = PRESETS[DEFAULT_PRESETS[paper]].recipe
+    if PRESETS[preset].recipe != recipe:
+        names = [name for name, other in PRESETS.items() if other.recipe == recipe]
+        raise ModelError(f"--preset {preset}: files of {paper} want one of {', '.join(names)}")
     weights = read_files(paper, files)
     try:
         model = sort_weights(weights, paper, sides)
@@ -359,21 +344,20 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
     values = PRESETS[preset].values | {"adapter": "none"}
     if model.adapter:
         values = PRESETS[preset].values | {"r": model.rank}
-    if model.adapter and model.heads:
+    if model.heads:
         # Crab and Crab+ both scale the update by alpha / r = 2
         values |= {"heads": model.heads, "alpha": 2 * model.rank}
 
     recipe = PRESETS[preset].recipe
+    sides = ",".join(model.sides)
     if recipe == "crab":
         values |= {"stage": "unified"}
-    if recipe == "pave":
-        values |= {"side": ",".join(model.patches) or "none"}
-    if model.modalities:
-        values |= {
-            "modalities": ",".join(model.modalities.widths),
-            "fusion": model.modalities.join,
-            "modality_rank": model.modalities.rank,
-        }
+    elif recipe == "pave":
+        values |= {"side": sides or "none"}
+    elif recipe == "crema":
+        rank = model.parts["modality_rgb"].config["rank"]
+        fusion = RELEASED_FUSION["mode"]
+        values |= {"modalities": sides, "modality_rank": rank, "fusion": fusion}
     return with_values(RECIPES[recipe](), **values)
 
 
@@ -383,27 +367,17 @@ def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) ->
     out.mkdir(parents=True, exist_ok=True)
 
     # weights
-    for name, patch in model.patches.items():
-        save_part(out, f"patch_{name}", patch.state_dict(), asdict(patch.config))
     if model.adapter:
         peft_config(settings.adapter).save_pretrained(out / "adapter")
-        save_weights(model.adapter, out / "adapter" / "adapter_model.safetensors")
-    if model.modalities:
-        header = {"crema": json.dumps(asdict(model.modalities))}
-        save_weights(model.modules, out / "modalities.safetensors", header)
-    elif model.modules:
-        save_weights(model.modules, out / "modules.safetensors")
+        adapter = {name: weight.contiguous() for name, weight in model.adapter.items()}
+        save_file(adapter, out / "adapter" / ADAPTER_FILE, {"format": "pt"})
+    for part in model.parts.values():
+        save_part(out, part.name, part.state, part.config)
 
     # settings
     SavedRun(preset, PRESETS[preset].recipe, settings).save(out)
     metrics = {"tasks": {}, "seconds": 0, "steps": 0, "converted": [str(file) for file in files]}
     atomic_write(out / "metrics.json", json.dumps(metrics))
-
-
-def save_weights(weights: dict[str, Tensor], file: Path, header: dict[str, str] | None = None):
-    """Write weights as safetensors, with more fields in the file's header."""
-    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(contiguous, file, {"format": "pt", **(header or {})})
 
 
 # --- command -------------------------------------------------------------------------------------

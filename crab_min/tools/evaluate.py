@@ -2,7 +2,6 @@
 
 import json
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 from crab_min.data import Sample, pick_tasks, read_samples
@@ -15,7 +14,14 @@ from crab_min.features import Features
 from crab_min.interface import load_prompts
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import count_missing
-from crab_min.tools.ask import LoadedRun, apply_model_flags, load_run, mask_maker, prepare
+from crab_min.tools.ask import (
+    LoadedRun,
+    apply_model_flags,
+    built_in_data,
+    load_run,
+    mask_maker,
+    prepare,
+)
 
 
 def evaluate_split(given: Namespace) -> None:
@@ -100,10 +106,7 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
     if given.data:
         root = Path(given.data)
     else:
-        world = replace(settings.world, things=given.things or settings.world.things)
-        root = run.recipe.built_in_data(replace(settings, world=world))
-        if root.suffix == ".jsonl":
-            root = root.with_name(f"{given.split}.jsonl")
+        root = built_in_data(run, given.things, settings.training.seed, given.split)
 
     # samples
     tasks = pick_tasks(given.task or given.tasks)

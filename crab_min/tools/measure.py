@@ -157,36 +157,25 @@ def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
 # --- memory --------------------------------------------------------------------------------------
 
 
-class Saved:
-    """The storages of tensors that autograd keeps, by their number."""
-
-    def __init__(self):
-        self.storages: dict[int, torch.UntypedStorage] = {}
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
-@contextmanager
-def saved_for_backward(model: nn.Module, bf16: bool) -> Iterator[Saved]:
-    """Collect what a forward inside keeps for its backward pass; parameters are not counted.
+def bytes_kept(model: nn.Module, forward: Callable, bf16: bool) -> int:
+    """Count what a forward keeps for its backward pass; parameters are not counted.
 
     Args:
         bf16: matrix products in bfloat16, as trainer.backward computes them on a GPU.
     """
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved = Saved()
+    kept: dict[int, torch.UntypedStorage] = {}  # by their number
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in parameters:
-            saved.storages[storage._cdata] = storage
+            kept[storage._cdata] = storage
         return tensor
 
     hooks = saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        yield saved
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def activation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
@@ -203,22 +192,20 @@ def activation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
             model.trainable_modules()[f"modality_{name}"].requires_grad_(False)
     total = lm_activation_bytes(model, settings, prompt.tokens)
 
-    # tokens of one row and of two: what is kept of weights is kept once
-    kept = []
-    for rows in (1, 2):
-        with saved_for_backward(model, bf16) as saved:
-            model.tokens(rows * prompt.media, rows * index_by_kind(prompt.media))
-        kept.append(saved.bytes)
-    total += kept[0] + (batch - 1) * (kept[1] - kept[0])
+    # tokens of one row, and of two: what is kept of weights is kept once
+    def tokens(rows: int) -> list[Tensor]:
+        return model.tokens(rows * prompt.media, rows * index_by_kind(prompt.media))
+
+    one = bytes_kept(model, lambda: tokens(1), bf16)
+    two = bytes_kept(model, lambda: tokens(2), bf16)
+    total += one + (batch - 1) * (two - one)
 
     # masks, one per row, where the prompt has an image
     images = [medium for medium in prompt.media if medium.scales]
     if images:
         states = torch.zeros(batch, MASK_TOKEN_COUNT, lm_width(model))  # (B, tokens, D)
         features = [scale.expand(batch, -1, -1) for scale in images[-1].scales]  # (B, S, W) each
-        with saved_for_backward(model, bf16=False) as saved:
-            model.mask_branch(states, features)
-        total += saved.bytes
+        total += bytes_kept(model, lambda: model.mask_branch(states, features), bf16=False)
     return total
 
 
@@ -233,12 +220,10 @@ def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int)
     """
     training = settings.training
 
-    def kept() -> int:
-        with saved_for_backward(model, training.bf16) as saved:
-            lm_loss(model, training.batch_size, length)
-        return saved.bytes
+    def loss() -> Tensor:
+        return lm_loss(model, training.batch_size, length)
 
-    rest, layer = measure_layer(model, kept)
+    rest, layer = measure_layer(model, lambda: bytes_kept(model, loss, training.bf16))
     depth = len(lm_layers(model)[0])
     if not training.gradient_checkpointing:
         return rest + depth * layer
@@ -254,7 +239,7 @@ def cache_bytes(model: AVLanguageModel) -> int:
     return 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * lm_dtype(model).itemsize
 
 
-def eval_rows(settings: Settings) -> int:
+def answered_together(settings: Settings) -> int:
     """Return how many prompts evaluation answers together."""
     return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
 
@@ -262,7 +247,7 @@ def eval_rows(settings: Settings) -> int:
 def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
     """Compute what evaluation takes beside the weights for a batch of such prompts.
 
-    Counted are the keys and values of all layers, of `eval_rows` prompts with answers of
+    Counted are the keys and values of all layers, of `answered_together` prompts with answers of
     DEFAULT_LIMIT tokens, and the widest moment while the prompts are read. That is an MLP (gate, up
     and their product, beside the hidden states before and after the layer), or it is the logits: of
     one token per row; of whole prompts, where the LM cannot keep fewer (Qwen2.5-Omni); or of ANSWER
@@ -270,7 +255,7 @@ def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
     """
     lm, itemsize = lm_of(model), lm_dtype(model).itemsize
     config = lm.config.get_text_config()
-    rows, length = eval_rows(settings), prompt.tokens - ANSWER
+    rows, length = answered_together(settings), prompt.tokens - ANSWER
     cache = rows * (length + DEFAULT_LIMIT) * cache_bytes(model)
 
     # what is there beside the cache, at most
@@ -302,10 +287,10 @@ def operations_of(forward: Callable) -> int:
 def lm_operations(model: AVLanguageModel, length: int) -> int:
     """Count the operations of the LM on a row of `length` tokens."""
 
-    def operations() -> int:
-        return operations_of(lambda: lm_loss(model, 1, length))
+    def loss() -> Tensor:
+        return lm_loss(model, 1, length)
 
-    rest, layer = measure_layer(model, operations)
+    rest, layer = measure_layer(model, lambda: operations_of(loss))
     return rest + len(lm_layers(model)[0]) * layer
 
 

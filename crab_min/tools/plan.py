@@ -32,7 +32,7 @@ from crab_min.tools.measure import (
     ANSWER,
     Prompt,
     activation_bytes,
-    eval_rows,
+    answered_together,
     evaluation_bytes,
     fill,
     lm_dtype,
@@ -47,7 +47,6 @@ CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio 
 SLOT_TEXT = "Which of the things that are seen in the video is heard before the bell rings?"
 
 GPUS = (16, 24, 48, 80)  # GB
-YES_NO = {True: "yes", False: "no"}
 # dense bfloat16 operations per second at most
 PEAK = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12}
 SHARE = 0.3  # of the peak that training is taken to use: a guess
@@ -62,14 +61,6 @@ class Count:
 
     trained: int = 0
     frozen: int = 0
-
-
-@dataclass
-class PatchCost:
-    """What a patch adds to the model, and to its forward on the longest prompt."""
-
-    parameters: int
-    operations: int
 
 
 @dataclass
@@ -97,18 +88,26 @@ class Memory:
 
 @dataclass
 class Plan:
-    """All that `report` prints."""
+    """All that `report` prints.
 
+    Attributes:
+        parts: parameters by part.
+        whole_qformers: parameters of a whole Q-Former per modality; 0 without modalities.
+        tokens: of a sample, by task.
+        operations: of the LM in a training step, for a sample of the mean length.
+        base_operations: of the frozen model's forward on the longest prompt, if it has patches.
+        patch_operations: what each patch adds to them.
+        memory: by the precision of the LM's weights.
+    """
+
+    settings: Settings
     parts: dict[str, Count]
-    tokens: dict[str, int]  # of a sample, by task
-    operations: float  # of the LM in a training step, for a sample of the mean length
-    memory: dict[str, Memory]  # by the precision of the LM's weights
-    base_operations: int  # of the frozen model's forward on the longest prompt
-    patches: dict[str, PatchCost]
-    batch_size: int
-    eval_rows: int
-    checkpointing: bool
     whole_qformers: int
+    tokens: dict[str, int]
+    operations: float
+    base_operations: int
+    patch_operations: dict[str, int]
+    memory: dict[str, Memory]
 
     @property
     def trained(self) -> int:
@@ -130,9 +129,9 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
         DataError: no task has a prompt with the run's side channels.
     """
     settings = recipe.run_settings(settings)
-    training = settings.training
     model, sides = build_model(recipe, settings)
-    parts, qformers = count_parts(model), whole_qformers(model)
+    parts = count_parts(model)
+    qformers = whole_qformers(model)
 
     # the prompts of its tasks; the longest one decides about memory
     prompts = example_prompts(model, recipe, settings, sides)
@@ -140,7 +139,7 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
     longest = max(prompts.values(), key=lambda prompt: prompt.tokens)
     # a product and its sum for each weight: forward, backward to the inputs, and with
     # checkpointing the forward again
-    passes = 6 if training.gradient_checkpointing else 4
+    passes = 6 if settings.training.gradient_checkpointing else 4
     multiplied = sum(linear.weight.numel() for linear in lm_linears(model))
     operations = passes * multiplied * sum(tokens.values()) / len(tokens)
 
@@ -149,18 +148,16 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
         fill(model)
         longest.media = [without_values(medium) for medium in longest.media]
         memory = memory_by_precision(model, settings, longest)
-        base_operations, patches = patch_costs(model, longest, parts)
+        base_operations, patch_operations = count_patch_operations(model, longest)
     return Plan(
+        settings=settings,
         parts=parts,
+        whole_qformers=qformers,
         tokens=tokens,
         operations=operations,
-        memory=memory,
         base_operations=base_operations,
-        patches=patches,
-        batch_size=training.batch_size,
-        eval_rows=eval_rows(settings),
-        checkpointing=training.gradient_checkpointing,
-        whole_qformers=qformers,
+        patch_operations=patch_operations,
+        memory=memory,
     )
 
 
@@ -320,7 +317,7 @@ def side_features(
     has_beats = getattr(model, "audio", None) is not None
     if name == "audio" and has_beats:
         return encode_black(model, PromptPart("audio"))
-    shape = recipe.side_shape(name)
+    shape = recipe.side_shape(name, settings)
     if shape:
         return MediaFeatures(name, torch.empty(shape, device="meta"))
     return encode_black(model, PromptPart("view", frames=settings.data.frames or Task.frames))
@@ -362,23 +359,21 @@ def memory_by_precision(
     return columns
 
 
-def patch_costs(
-    model: AVLanguageModel, longest: Prompt, parts: dict[str, Count]
-) -> tuple[int, dict[str, PatchCost]]:
-    """Count what patches cost in a forward on the longest prompt.
+def count_patch_operations(model: AVLanguageModel, longest: Prompt) -> tuple[int, dict[str, int]]:
+    """Count the operations of a forward on the longest prompt.
 
     Returns:
-        the operations of the frozen model, and the cost of each patch by its side channel.
+        those of the frozen model, and what each patch adds, by its side channel; (0, {}) for a
+        model without patches.
     """
-    names = [name for name in model.side_names if f"patch for {name}" in parts]
-    if not names:
+    patches = list(getattr(model, "patches", []))
+    if not patches:
         return 0, {}
-    alone = token_operations(model, longest.media, [])
-    costs = {}
-    for name in names:
-        operations = token_operations(model, longest.media, [name]) - alone
-        costs[name] = PatchCost(parts[f"patch for {name}"].trained, operations)
-    return alone + lm_operations(model, longest.tokens), costs
+    without = token_operations(model, longest.media, [])
+    added = {}
+    for name in patches:
+        added[name] = token_operations(model, longest.media, [name]) - without
+    return without + lm_operations(model, longest.tokens), added
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -416,13 +411,14 @@ def token_lines(result: Plan) -> list[str]:
 
 def cost_lines(result: Plan) -> list[str]:
     lines = []
-    for name, cost in result.patches.items():
+    for name, operations in result.patch_operations.items():
+        parameters = result.parts[f"patch for {name}"].trained
         lines.append(
-            f"patch for {name}: {cost.parameters:,} parameters, {cost.operations / 1e12:.3f} "
-            f"TFLOPs for the longest sample, {cost.parameters / result.frozen:.2%} and "
-            f"{cost.operations / result.base_operations:.2%} of the base"
+            f"patch for {name}: {parameters:,} parameters, {operations / 1e12:.3f} "
+            f"TFLOPs for the longest sample, {parameters / result.frozen:.2%} and "
+            f"{operations / result.base_operations:.2%} of the base"
         )
-    if result.patches:
+    if result.patch_operations:
         lines.append(
             f"the frozen base: {result.frozen:,} parameters, "
             f"{result.base_operations / 1e12:.3f} TFLOPs for the longest sample"
@@ -438,10 +434,11 @@ def cost_lines(result: Plan) -> list[str]:
 
 def memory_lines(result: Plan) -> list[str]:
     longest = max(result.tokens.values())
-    checkpointing = "on" if result.checkpointing else "off"
+    training = result.settings.training
+    checkpointing = "on" if training.gradient_checkpointing else "off"
     lines = [
         "",
-        f"memory in GB, {result.batch_size} samples of {longest} tokens a step, gradient "
+        f"memory in GB, {training.batch_size} samples of {longest} tokens a step, gradient "
         f"checkpointing {checkpointing}:",
         table_row("", list(result.memory)),
     ]
@@ -452,15 +449,17 @@ def memory_lines(result: Plan) -> list[str]:
         "optimizer": "optimizer (AdamW)",
         "activations": "activations",
         "training": "training, together",
-        "evaluation": f"evaluation, {result.eval_rows} samples",
+        "evaluation": f"evaluation, {answered_together(result.settings)} samples",
     }
     columns = result.memory.values()
     for name, title in titles.items():
         sizes = [getattr(memory, name) / 1e9 for memory in columns]
         lines.append(table_row(title, [f"{size:.2f}" for size in sizes]))
     for gpu in GPUS:
-        fits = [memory.fits(gpu) for memory in columns]
-        lines.append(table_row(f"fits {gpu} GB", [YES_NO[answer] for answer in fits]))
+        answers = []
+        for memory in columns:
+            answers.append("yes" if memory.fits(gpu) else "no")
+        lines.append(table_row(f"fits {gpu} GB", answers))
     return lines
 
 

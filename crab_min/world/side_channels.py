@@ -57,6 +57,8 @@ QUESTIONS = {
 CHANNELS = tuple(QUESTIONS)
 # Channel: end of its file's name after that of the scene; _CHANNEL.npy for the others.
 FILE_ENDINGS = {"audio": ".mp4", "fast": ".mp4", "view": "_view.mp4", "points": "_points.npz"}
+# Channels that no encoder encodes: (steps, tokens per step, width) of their features.
+SHAPES = {"fast": (250, 4, 192), "points": (10, 64, 96)}
 MAP_SIZE = 32  # pixels of a map's side
 VIEW_FPS = 2  # frames per second of the second camera
 FLASH = 0.12  # seconds

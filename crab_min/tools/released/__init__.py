@@ -7,7 +7,7 @@ to check them. BEATs needs no table: `beats.load_beats` takes the published name
 
 from crab_min.tools.released.crab import CONNECTORS, CRAB, CRAB_PRETRAIN, ILORA, MASK_DECODER
 from crab_min.tools.released.crab_plus import CRAB_PLUS
-from crab_min.tools.released.crema import BLIP2, CREMA
+from crab_min.tools.released.crema import CREMA
 from crab_min.tools.released.pave import PATCH, PAVE
 
 TABLES = {
@@ -17,7 +17,6 @@ TABLES = {
     "crab_plus": CRAB_PLUS,
     "pave": PAVE,
     "crema": CREMA,
-    "blip2": BLIP2,
     # single modules
     "ilora": ILORA,
     "qformer": CONNECTORS,

@@ -1,8 +1,8 @@
-"""CREMA (2402.05889) and BLIP-2 as LAVIS publishes it: names in their checkpoints.
+"""CREMA (2402.05889): names in its checkpoints.
 
-Both hold the Q-Former as BERT with cross-attention. Only queries pass through it, so the half of
-it that reads text serves nothing. CREMA wraps query and value of the self-attention: query.w is
-BLIP-2's linear, and query.w_a_{modality} and query.w_b_{modality} are a modality's low-rank pair.
+The Q-Former is BERT with cross-attention. Only queries pass through it, so the half of it that
+reads text serves nothing. CREMA wraps query and value of the self-attention: query.w is BLIP-2's
+linear, and query.w_a_{modality} and query.w_b_{modality} are a modality's low-rank pair.
 """
 
 from crab_min.tools.released.patterns import DROPPED
@@ -57,43 +57,6 @@ CREMA = {
     "{modality}_gradsel_embed": DROPPED,
 
     # frozen encoders and LM, which are loaded from files of their own
-    "visual_encoder.{rest}": DROPPED,
-    "audio_encoder.{rest}": DROPPED,
-    "t5_model.{rest}": DROPPED,
-}
-
-BLIP2 = {
-    # Q-Former
-    "Qformer.bert.encoder.layer.{n}.attention.self.query.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.attention.attention.query.base.{rest}",
-    "Qformer.bert.encoder.layer.{n}.attention.self.key.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.attention.attention.key.{rest}",
-    "Qformer.bert.encoder.layer.{n}.attention.self.value.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.attention.attention.value.base.{rest}",
-    "Qformer.bert.encoder.layer.{n}.attention.output.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.attention.output.{rest}",
-    "Qformer.bert.encoder.layer.{n}.crossattention.self.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.crossattention.attention.{rest}",
-    "Qformer.bert.encoder.layer.{n}.crossattention.output.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.crossattention.output.{rest}",
-    "Qformer.bert.encoder.layer.{n}.intermediate_query.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.intermediate_query.{rest}",
-    "Qformer.bert.encoder.layer.{n}.output_query.{rest}":
-        "multimodal.qformer.encoder.layer.{n}.output_query.{rest}",
-    "Qformer.bert.embeddings.LayerNorm.{rest}": "multimodal.qformer.layernorm.{rest}",
-
-    # the Q-Former's half for text
-    "Qformer.bert.embeddings.{rest}": DROPPED,
-    "Qformer.bert.encoder.layer.{n}.intermediate.{rest}": DROPPED,
-    "Qformer.bert.encoder.layer.{n}.output.{rest}": DROPPED,
-    "Qformer.cls.{rest}": DROPPED,
-
-    # BLIP-2 has one modality, pictures; CREMA starts its visual modalities from it
-    "query_tokens": "multimodal.parts.rgb.query",
-    "t5_proj.{rest}": "multimodal.parts.rgb.out.0.{rest}",
-    "ln_vision.{rest}": "multimodal.parts.rgb.norm.{rest}",
-
-    # frozen encoders and LM
     "visual_encoder.{rest}": DROPPED,
     "audio_encoder.{rest}": DROPPED,
     "t5_model.{rest}": DROPPED,

@@ -286,20 +286,3 @@ def missing_modalities(state: dict[str, Tensor], wanted: list[str]) -> dict[str,
         if absent:
             missing[modality] = absent
     return missing
-
-
-def from_blip2(state: dict[str, Tensor], modality: str) -> dict[str, Tensor]:
-    """Convert BLIP-2's weights into the start of a visual modality of CREMA.
-
-    Args:
-        state: BLIP-2's weights by their released names.
-        modality: the name of the modality that gets its queries, norm and projection.
-
-    Returns:
-        These and the frozen Q-Former by our names.
-
-    Raises:
-        ModelError: a name that the table does not know.
-    """
-    converted = convert(state, "blip2")
-    return {name.replace(".parts.rgb.", f".parts.{modality}."): w for name, w in converted.items()}

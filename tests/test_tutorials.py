@@ -1,0 +1,38 @@
+"""Every tutorial runs as a script, prints what its page shows and draws its picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.py"))
+# what a reader of each page gets to see
+PRINTED = {
+    "01_unified_interface": "A row of ave/train.json:",
+    "02_encoders_and_qformer": "features (clip, steps, S, width): (1, 10, 144, 128)",
+    "03_ilora": "the most one-sided router of each task",
+    "04_world_and_reasoning": "frames (10, 96, 96, 3)",
+    "05_segmentation": "answers about 5 pictures, such as",
+    "06_pave": "with a gradient: ['norm.weight', 'norm.bias']",
+    "07_crema": "rgb ['flow']: found in new clips",
+    "08_train_your_own": "15 clips: making a dog bark",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One folder for all pages, several of which use the same world."""
+    return tmp_path_factory.mktemp("tutorials")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs(page, folder):
+    command = [sys.executable, str(page)]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert PRINTED[page.stem] in run.stdout
+    picture = f"answers/tutorial_{page.stem[:2]}.png"
+    if picture in page.read_text(encoding="utf-8"):
+        assert (folder / picture).exists()
