@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraLinear, record_routing
-from crab_min.model import AVLanguageModel, Batch
+from crab_min.model import NO_LABEL, AVLanguageModel, Batch
 
 # Kinds of tokens: the text of the prompt, the media in it, and the answer
 KINDS = ("text", "video", "image", "audio", "answer")
@@ -95,7 +95,7 @@ def adapted_linears(llm: nn.Module) -> dict[str, tuple[int, str]]:
 
 def token_kinds(model: AVLanguageModel, batch: Batch) -> Tensor:
     """Return the kind of each token of a batch: (B, L) indices of KINDS, or PADDING."""
-    in_prompt = batch.labels == -100
+    in_prompt = batch.labels == NO_LABEL
     kinds = torch.where(in_prompt, KINDS.index("text"), KINDS.index("answer"))  # (B, L)
     for kind, tokens in model.media_tokens.items():
         kinds[batch.ids == tokens.placeholder] = KINDS.index(kind)

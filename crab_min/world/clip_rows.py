@@ -26,7 +26,7 @@ Rows = dict[str, list[dict]]  # folder -> rows
 EMOTION_FIELD = dict(
     meld="Emotion", cremad="emotion", mafw="emotion", dfew="emotion", mer24="discrete"
 )
-ENDINGS = {"video": "mp4", "audio": "mp3"}
+ENDINGS = {"video": "mp4", "audio": "wav"}
 # folder: the medium that is given, and the medium of which one of two is to be chosen
 MATCHES = {"a2v": ("audio", "video"), "v2a": ("video", "audio")}
 
