@@ -392,7 +392,7 @@ class CremaModel(AVLanguageModel):
 def from_base(base: ComposedModel) -> CremaModel:
     """Make a model of the tiny base, whose visual connector all modalities share."""
     connector = base.visual_qformer
-    sizes = MultimodalConfig(**asdict(connector.config), cross_every=1)
+    sizes = MultimodalConfig(**asdict(connector.config))
     multimodal = MultimodalQFormer(sizes, connector.qformer)
     multimodal.add("rgb", sizes.width_in)
     rgb = multimodal.module_of("rgb")
