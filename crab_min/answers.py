@@ -1,4 +1,4 @@
-"""Crab+'s unified output interface: one grammar for the answers of all tasks.
+"""The output half of Crab+'s unified interface: one grammar for all answers.
 
 Crab+ (arXiv 2603.04128) trains every task as text, with one vocabulary and one loss. A target text
 begins with explicit reasoning (Crab, arXiv 2503.13068): prose that says what happens, where and

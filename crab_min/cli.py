@@ -179,6 +179,11 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     # the run's settings
     given = parser.parse_args(arguments)
     values |= {f.name: getattr(given, f.name) for f in flags_of(groups).values()}
+    flags = given_flags(arguments)
+    if "epochs" in flags:
+        if "steps" in flags:
+            parser.error("--steps and --epochs both say how long the run is; give one of them")
+        values["steps"] = 0  # those of the preset
     try:
         return given, with_values(RECIPES[preset.recipe](), **values)
     except RunError as error:

@@ -4,9 +4,9 @@ Paper: CREMA (2402.05889). Three parts, in the paper's order:
 
 1. Multimodal Q-Former with modality-adaptive modules (MMQA). All modalities share one frozen
    Q-Former. A modality m brings queries, a norm, a projection to the LM, and low-rank pairs inside
-   the queries and values of every self-attention:
+   the query and value projections of every self-attention:
 
-       W x + b + B_m A_m x              B_m = 0 at the start: a new modality changes nothing
+       W x + b + B_m A_m x              B_m = 0: the Q-Former first acts as the frozen one
 
 2. Self-gated multimodal query fusion. The tokens Z_1 .. Z_M-1 of all modalities but the video
    become one stream, so that the LM reads as many tokens with seven modalities as with two:

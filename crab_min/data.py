@@ -141,14 +141,16 @@ def make_sample(
 
     # test rows with a mask have no boxes: they are those of the mask's objects
     if split == "test" and task.mask_head == "binary" and "gold_boxes" not in row:
-        mask = read_mask(mask_path(root / task.name / row["visual_path"], task.name, row))
+        image = next(part.path for part in parts if part.kind == "image")
+        mask = read_mask(mask_path(Path(image), task.name, row))
         boxes = [mask_box(object_mask) for object_mask in mask_objects(mask, task.name)]
         row = {**row, "gold_boxes": boxes}
     gold = task.gold_answer(row, split)
 
     # what is learned: the annotated reasoning, or without one the label alone
-    text = row.get(task.target, "") if split == "train" else ""
+    text = ""
     if split == "train":
+        text = row.get(task.target) or ""
         if not isinstance(text, str):
             raise DataError(f"field {task.target!r} must be text, got {text!r}")
         text = text or task.format(gold)
@@ -214,13 +216,13 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
             f"{path}: {error}; --data takes a .jsonl file or the folder that holds ave/, avqa/, "
             "... (AVUIE_2)"
         ) from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: no lines; a line is {ROW_FORM}")
 
     # each line by itself, so that an error names it
     rows = []
-    for number, line in enumerate(lines[: limit or None], 1):
+    for number, line in lines[: limit or None]:
         try:
             rows.append(read_jsonl_line(line, path.parent))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -246,10 +248,9 @@ def read_jsonl_line(line: str, folder: Path) -> tuple[dict, list[PromptPart], st
         raise ValueError("the last of two or more messages must be the assistant's")
     sides = row.get("sides") or {}
     row["sides"] = {name: str(folder / file) for name, file in sides.items()}
-    files = {
-        kind: [str(folder / file) for file in row.get(kind + "s") or []]
-        for kind in ("video", "audio", "image")
-    }
+    files = {}
+    for kind in ("video", "audio", "image"):
+        files[kind] = [str(folder / file) for file in row.get(f"{kind}s") or []]
     return row, jsonl_parts("\n".join(texts[:-1]), files), texts[-1]
 
 
@@ -263,20 +264,22 @@ def jsonl_parts(text: str, files: dict[str, list[str]]) -> list[PromptPart]:
         ValueError: a kind has some tags, but not as many as files.
     """
     # files of a kind that has no tag stand before the text
+    untagged = ""
     for kind, paths in files.items():
         tags = text.count(f"<{kind}>")
         if tags == 0:
-            text = f"<{kind}>" * len(paths) + text
+            untagged += f"<{kind}>" * len(paths)
         elif tags != len(paths):
             raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s")
+    text = untagged + text
 
     # tags become media, in order; what is between them stays text
     parts = []
-    left = {kind: iter(paths) for kind, paths in files.items()}
+    remaining = {kind: iter(paths) for kind, paths in files.items()}
     for piece in MEDIA_TAG.split(text):
         if MEDIA_TAG.fullmatch(piece):
             kind = piece.strip("<>")
-            parts.append(PromptPart(kind, path=next(left[kind])))
+            parts.append(PromptPart(kind, path=next(remaining[kind])))
         elif piece:
             parts.append(text_part(piece))
     if not parts or parts[-1].kind != "text":
@@ -307,15 +310,15 @@ def load_media(part: PromptPart, size: int) -> tuple:
 
     Returns:
         Its arrays and its length in seconds: of video, image, view, flow and fast frames
-        (T, size, size, 3) uint8; of audio a list of waves (N,); of array and points features as
-        the file has them.
+        (T, size, size, 3) uint8, and so of an array file of pictures; of audio a list of waves
+        (N,); of other arrays and of points features (U, S, W).
 
     Raises:
         MediaError: the file cannot be read.
     """
     if part.path == BLACK:
         frames = part.frames if part.kind == "video" else 1
-        return np.zeros((frames, size, size, 3), np.uint8), float(part.frames)
+        return np.zeros((frames, size, size, 3), np.uint8), float(frames)
     if part.kind == "array":
         return read_array(part.path, part.frames, size), 0.0
     if part.kind == "points":

@@ -143,6 +143,10 @@ class VisionEncoder(nn.Module):
         self.register_buffer("mean", mean[:, None, None], persistent=False)  # (3, 1, 1)
         self.register_buffer("std", std[:, None, None], persistent=False)
 
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stay in evaluation mode: what a frozen encoder gives does not depend on chance."""
+        return super().train(False)
+
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames (B, T, H, W, 3) uint8 of any size on any device to (B, T, S, D)."""
         return self.hidden(frames, [self.layer])[0]
@@ -238,6 +242,10 @@ class AudioEncoder(nn.Module):
         self.width = self.beats.config.encoder_embed_dim
         # samples of one row of patches: 400 of a frame's window, and 160 for each further frame
         self.shortest = 400 + 160 * (self.beats.config.input_patch_size - 1)
+
+    def train(self, mode: bool = True) -> "AudioEncoder":
+        """Stay in evaluation mode, as VisionEncoder."""
+        return super().train(False)
 
     def forward(
         self, segments: list[Tensor] | Tensor, lengths: Tensor | None = None

@@ -24,8 +24,8 @@ from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 
-GROUP = 8  # media that are decoded and encoded together
-FEW = 32  # so many files are decoded without workers and without a progress bar
+ENCODED_TOGETHER = 8  # media
+FILES_WITHOUT_WORKERS = 32  # at most; starting workers costs more than decoding so few files
 
 SampleBatch = tuple[list[Sample], list[list[MediaFeatures]]]
 
@@ -67,9 +67,9 @@ class Features:
         parts -= self.cache.keys() | self.unreadable.keys()
         self.announced += len(parts)
         if self.keep:
-            self.encode_all(sorted(parts, key=reading_order), strict)
+            self.encode_all(sorted(parts, key=decoding_order), strict)
         else:
-            for part in sorted(parts, key=reading_order):
+            for part in sorted(parts, key=decoding_order):
                 if part.path != BLACK and not os.path.exists(part.path):
                     reason = f"{part.path}: no such file; fetch it, or correct the annotation"
                     self.skip(part, reason, strict)
@@ -137,11 +137,11 @@ class Features:
 
     def encode_all(self, parts: list[PromptPart], strict: bool) -> None:
         """Put the features of parts into the cache; many are decoded by workers, with a bar."""
-        # starting workers costs more than decoding a few files
-        groups = [parts[i : i + GROUP] for i in range(0, len(parts), GROUP)]
-        few = len(parts) <= FEW
-        loader = decode_ahead(groups, self.model.frame_size, 0 if few else self.workers)
-        quiet = len(parts) < FEW or processes.rank() > 0
+        starts = range(0, len(parts), ENCODED_TOGETHER)
+        groups = [parts[start : start + ENCODED_TOGETHER] for start in starts]
+        workers = self.workers if len(parts) > FILES_WITHOUT_WORKERS else 0
+        loader = decode_ahead(groups, self.model.frame_size, workers)
+        quiet = len(parts) <= FILES_WITHOUT_WORKERS or processes.rank() > 0
         with tqdm(
             total=len(parts), desc="decoding and encoding", unit="file", disable=quiet
         ) as bar:
@@ -184,7 +184,7 @@ class Features:
         return self.model.encode(kind, arrays, [medium.seconds for medium in media])
 
 
-def reading_order(part: PromptPart) -> tuple:
+def decoding_order(part: PromptPart) -> tuple:
     """Sort key of parts that are decoded together."""
     return part.kind, part.path, part.index
 
@@ -211,8 +211,8 @@ class Mixer:
     rows ** exponent; within a task every row comes once before any comes twice.
 
     Args:
-        lengths: sample id -> length. If given, batches hold samples of about one length, out of as
-            many as fill WINDOW batches, which come in random order.
+        lengths: sample id -> length. If given, the samples of WINDOW batches are sorted by length
+            and cut into batches again, which come in random order.
     """
 
     WINDOW = 16

@@ -1,4 +1,4 @@
-"""Crab+'s unified input interface: from an annotation row to a prompt.
+"""The input half of Crab+'s unified interface: from an annotation row to a prompt.
 
 Crab+ (arXiv 2603.04128) asks all tasks in one way: first the media, each after a marker in words,
 then an instruction. `build_prompt` returns them as a list of PromptPart; its docstring shows one.

@@ -1,4 +1,4 @@
-"""PAVE's patch: a side channel is added to the tokens of a video.
+"""PAVE's patch: temporal-aligned cross-attention from a video to a side channel.
 
 Paper: PAVE (2503.19794), "Temporal-aligned cross-attention". A side channel is a second signal of
 the same clip, such as its sound, more frames per second, depth, or another camera. A patch g adds

@@ -82,11 +82,19 @@ def restore_trained(model, folder: Path) -> None:
     """
     if (folder / "adapter").is_dir() and isinstance(model.llm, PeftModel):
         file = folder / "adapter" / ADAPTER_FILE
-        state = load_file(file)
+        state = read_weights(file)
         own = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
         check_fit(state, own, file)
         set_peft_model_state_dict(model.llm, state)
     load_parts(model, read_parts(folder))
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a file of weights. Raises ModelError: not there, or not whole."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be read ({error}); copy the run folder again") from None
 
 
 def load_parts(model, parts: list[SavedPart]) -> None:
@@ -183,7 +191,7 @@ def read_old_parts(folder: Path) -> list[SavedPart]:
     configs: dict[str, dict] = {}
     modules, modalities = folder / "modules.safetensors", folder / "modalities.safetensors"
     if modules.exists():
-        weights |= load_file(modules)
+        weights |= read_weights(modules)
     if modalities.exists():
         state, about = read_with_header(modalities, "crema", "the modalities of a run of train.py")
         weights |= state

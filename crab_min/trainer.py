@@ -46,7 +46,7 @@ FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
 class StepResult:
     """The numbers of a step, over all processes; of several updates those of the last one."""
 
-    loss: float  # mean cross-entropy per answer token
+    loss: float  # mean cross-entropy per answer token; of Crab's mask stage with the masks' loss
     answer_tokens: int
     rows: int
     padded_tokens: int  # all tokens that the LM computed on
@@ -160,42 +160,42 @@ def fit(
     settings: Settings,
     folder: Path,
     steps: range,
-    step: Step | None = None,
+    train_step: Step | None = None,
     collate: Callable = collate_answers,
     evaluate: Callable[[], float] | None = None,
-    resumed: Callable[[], None] | None = None,
+    before_first_step: Callable[[], None] | None = None,
 ) -> None:
     """Train from the newest checkpoint in the run folder to the end of `steps`.
 
     Args:
         steps: the span of the learning-rate schedule. Crab's two phases are range(0, a), which
             leaves a checkpoint, and range(a, b), which continues there.
-        step: learns from the batches of a step; a JointStep by default.
+        train_step: learns from the batches of a step; a JointStep by default.
         collate: (model, samples, features of their media) -> Batch.
         evaluate: returns the metric on held-out rows, every `eval_every` steps.
-        resumed: called before the first step, when the checkpoint has been restored.
+        before_first_step: called when a checkpoint, if there is one, has been restored.
     """
     training, run = settings.training, settings.run
-    step, optimizer = step or JointStep(), make_optimizer(model, training)
-    progress = resume(folder, model, optimizer, step, training.seed)
-    if resumed:
-        resumed()
+    train_step, optimizer = train_step or JointStep(), make_optimizer(model, training)
+    progress = resume(folder, model, optimizer, train_step, training.seed)
+    if before_first_step:
+        before_first_step()
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     model.train()
     with open_log(folder, progress.step, steps.stop) as log, stop_requested() as stop:
-        while progress.step < steps.stop and not step.finished:
+        while progress.step < steps.stop and not train_step.finished:
             # read: the samples of this step as padded batches, without unreadable ones
             began = time.time()
             taken = list(itertools.islice(batches, training.grad_accum))
             waited = time.time() - began
-            micro_batches = [collate(model, *batch) for batch in taken if batch[0]]
+            micro_batches = [collate(model, rows, media) for rows, media in taken if rows]
 
             # learn
             set_learning_rate(optimizer, progress.step, steps, training.warmup)
             with naming_samples(progress.step + 1, micro_batches):
-                result = step(model, micro_batches, optimizer, training)
-            step.end(progress.step + 1)
-            progress = advanced(progress, step, training)
+                result = train_step(model, micro_batches, optimizer, training)
+            train_step.end(progress.step + 1)
+            progress = advanced(progress, train_step, training)
             seconds = time.time() - began
 
             # evaluate
@@ -207,7 +207,7 @@ def fit(
             lr = optimizer.param_groups[0]["lr"]
             log(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
             stopped = any(processes.gather(bool(stop)))
-            last = progress.step == steps.stop or step.finished
+            last = progress.step == steps.stop or train_step.finished
             if last or stopped or progress.step % run.save_every == 0:
                 save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
             if stopped and not last:
@@ -218,21 +218,21 @@ def fit(
 
 
 def resume(
-    folder: Path, model: AVLanguageModel, optimizer: Optimizer, step: Step, seed: int
+    folder: Path, model: AVLanguageModel, optimizer: Optimizer, train_step: Step, seed: int
 ) -> Progress:
-    """Seed this process, restore the newest checkpoint if there is one, make processes agree."""
+    """Restore the newest checkpoint if there is one, and make processes agree."""
     if processes.rank():
         torch.manual_seed(seed + processes.rank())  # other dropout on every process
     progress = load_checkpoint(folder, model, optimizer)
-    step.restore(progress.step_state)
+    train_step.restore(progress.step_state)
     processes.broadcast_parameters(trained_parameters(model))
     return progress
 
 
-def advanced(progress: Progress, step: Step, config: TrainingConfig) -> Progress:
+def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:
     """Return the progress after one more step."""
     batches = progress.batches + config.grad_accum * processes.count()
-    return Progress(progress.step + 1, batches, progress.best, step.state())
+    return Progress(progress.step + 1, batches, progress.best, train_step.state())
 
 
 def keep_best(
@@ -289,12 +289,12 @@ def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, i
 
 def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: float) -> None:
     """Set the learning rate of a step: linear warm-up, then cosine to zero over `steps`."""
-    factor = learning_rate(step - steps.start, len(steps), warmup)
+    factor = rate_factor(step - steps.start, len(steps), warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
 
-def learning_rate(step: int, steps: int, warmup: float) -> float:
+def rate_factor(step: int, steps: int, warmup: float) -> float:
     """Return the factor on the peak learning rate at step t, counted from 0.
 
     min((t + 1) / r, (1 + cos(pi (t - r) / (N - r))) / 2)        r = warmup N

@@ -49,7 +49,7 @@ from crab_min.features import Features
 from crab_min.interface import load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
-from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, save_trained
+from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
 from crab_min.side_channels import add_side_channels, limit_frames
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
@@ -109,14 +109,16 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Callable) -> None:
+def load_rows(
+    run: Run, built_in_data: Callable[[Settings], Path], prepare_samples: Callable
+) -> None:
     """Read the rows of a run and encode their media.
 
     An unreadable training file is skipped and counted. A missing test file is an error.
 
     Args:
         built_in_data: makes the data of a run without --data and returns its path.
-        prepare: (samples, settings) -> samples in the form of the paper.
+        prepare_samples: (samples, settings) -> samples in the form of the paper.
     """
     settings = run.settings
     data = settings.data
@@ -137,8 +139,8 @@ def load_rows(run: Run, built_in_data: Callable[[Settings], Path], prepare: Call
 
     # features of the frozen encoders
     run.features = Features(run.model, data.cache_features, data.max_bad, data.workers)
-    run.test_rows = run.features.prepare(prepare(test, settings))
-    train = run.features.prepare(prepare(train, settings), strict=False)
+    run.test_rows = run.features.prepare(prepare_samples(test, settings))
+    train = run.features.prepare(prepare_samples(train, settings), strict=False)
 
     # with --eval-every some random rows are not trained on
     run.held_out = []
@@ -185,7 +187,8 @@ def side_channel_widths(run: Run) -> dict[str, int]:
         present = {part.side for part in sample.media}
         if any(name in present and name not in widths for name in names):
             for part, medium in zip(sample.media, run.features([sample])[0]):
-                widths.setdefault(part.side, medium.features.shape[-1])
+                if part.side:
+                    widths[part.side] = medium.features.shape[-1]
     for name in names:
         if name not in widths:
             raise RunError(
@@ -201,8 +204,11 @@ def side_channel_widths(run: Run) -> dict[str, int]:
 def begin(run: Run) -> None:
     """Set what learns, lock the run folder, write config.json, and score before training.
 
-    New parts add nothing yet, because their last weights are zero. So the baseline is the score of
-    the frozen model, or with --init-from that of the run from which training starts.
+    A new adapter or patch adds nothing yet, because its last weights are zero. So the baseline is
+    the score of the frozen model, or with --init-from that of the run from which training starts.
+
+    Raises:
+        RunError: nothing learns, or another process uses the folder.
     """
     model = run.model
     training = run.settings.training
@@ -213,6 +219,11 @@ def begin(run: Run) -> None:
     model.set_trainable(training.parts)
     if training.gradient_checkpointing:
         model.llm.activation_checkpointing_enable({"use_reentrant": False})
+    if not trained_parameters(model):
+        raise RunError(
+            f"--adapter {run.settings.adapter.adapter} --trainable {training.trainable}: nothing "
+            "of the model learns; name a part, or an adapter"
+        )
     learned = describe_trained(model)
     if training.fsdp:
         processes.shard(model.llm)
@@ -262,8 +273,8 @@ def evaluate_baseline(run: Run) -> None:
 def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
     """Return `count` random rows of each task, the same ones each time; all rows for 0."""
     chosen = []
-    for of_task in by_task(rows).values():
-        samples = [sample for (sample,) in of_task]
+    for task in by_task(rows):
+        samples = [sample for sample in rows if sample.task is task]
         if 0 < count < len(samples):
             samples = random.Random(0).sample(samples, count)
         chosen += samples
@@ -285,7 +296,7 @@ def train_model(run: Run, **options) -> None:
     with training_errors(run):
         fit(run.model, run.features, run.train_rows, folder=run.folder, **options)
     if processes.rank() == 0:
-        save_trained(run.folder, run.model)
+        write_trained(run.folder, run.model)
 
 
 def held_out_metric(run: Run) -> float:

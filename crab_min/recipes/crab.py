@@ -167,7 +167,7 @@ def train_masks(run: common.Run) -> None:
     # second phase: masks
     options = {"collate": collate_with_masks}
     if learns_decoder_alone(settings):
-        options["resumed"] = lambda: cache_answers(run)
+        options["before_first_step"] = lambda: cache_answers(run)
     if not learns_tokens(settings):
         # the many small products of the decoder gain nothing from bfloat16
         settings = with_values(settings, bf16=False)

@@ -39,10 +39,10 @@ def train(settings: CremaSettings, preset: str) -> dict:
     common.begin(run)
     if settings.sequential:
         steps_per_epoch = math.ceil(len(run.train_rows) / common.samples_per_step(settings))
-        step = SequentialStep(settings.crema, steps_per_epoch)
-        common.train_model(run, step=step)
+        train_step = SequentialStep(settings.crema, steps_per_epoch)
+        common.train_model(run, train_step=train_step)
         if processes.rank() == 0:
-            atomic_write(run.folder / "exits.json", json.dumps(step.state(), indent=1))
+            atomic_write(run.folder / "exits.json", json.dumps(train_step.state(), indent=1))
     else:
         common.train_model(run)
 

@@ -62,7 +62,9 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     name = f"{preset}-{side}"
     with_patch = with_values(settings, compare_lora=False)
     out = f"{out}-without" if out else ""
-    without = with_values(with_patch, side="none", patch_questions=side, out=out)
+    without = with_values(
+        with_patch, side="none", patch_questions=",".join(settings.patch.channels), out=out
+    )
 
     # LoRA alone is not trained again if a command before this one was interrupted
     lora = train_once(without, f"{name}-without")

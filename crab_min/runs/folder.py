@@ -226,7 +226,7 @@ class Progress:
     step_state: dict = field(default_factory=dict)
 
 
-def save_trained(folder: Path, model: nn.Module) -> None:
+def write_trained(folder: Path, model: nn.Module) -> None:
     """Write the trained parts of a model into its run folder; each appears whole."""
     atomic_replace(folder / "trained", model.save_trained)
     for new in (folder / "trained").iterdir():
