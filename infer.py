@@ -1,4 +1,4 @@
-"""Ask about a clip, or score a whole split.
+"""The command to ask about a clip, or to score a whole split.
 
     python infer.py clip.mp4 --ask "..."    a question
     python infer.py clip.mp4 --task ave     one of the tasks

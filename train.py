@@ -1,4 +1,4 @@
-"""Train: `python train.py [PRESET] [--flag value ...]`.
+"""The command to train: `python train.py [PRESET] [--flag value ...]`.
 
 Without arguments it builds the audio-visual world and trains I-LoRA on the shipped tiny base, for
 all tasks of Crab+ (arXiv 2603.04128). At the end it prints the scores of the frozen base, the

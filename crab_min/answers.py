@@ -51,7 +51,10 @@ class ParseError(ValueError):
 
 @dataclass(slots=True)
 class Answer:
-    """The label of one sample, predicted or gold. Each output form fills its own fields."""
+    """The label of one sample, predicted or gold.
+
+    Each output form fills its own fields.
+    """
 
     choice: str | None = None
     exists: bool | None = None  # EXISTS: whether the object is in the image
@@ -188,7 +191,10 @@ def normalize_label(label: str | int, choices: tuple = ()) -> str:
 
 
 def find_option(label: str, options: tuple[str, ...]) -> str:
-    """Return a label in canonical form; raise ParseError unless it is one of the options."""
+    """Return a label in canonical form.
+
+    Raises ParseError unless it is one of the options.
+    """
     canonical = normalize_label(label)
     if canonical not in options:
         raise ParseError(f"answer {canonical!r}, expected {' or '.join(options)}")
@@ -316,7 +322,10 @@ def check_box(box: Iterable[float]) -> Box:
 
 
 def parse_boxes(text: str, with_points: bool = True) -> Answer:
-    """Parse one or more boxes, each with the points that follow it unless these are ignored."""
+    """Parse one or more boxes, each with the points that follow it.
+
+    Points are ignored with `with_points=False`.
+    """
     answer = Answer()
     last_box = 0  # index of the box that was named last
     for brackets in BRACKETS.findall(text):

@@ -173,7 +173,7 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, H, S, D / H)."""
+        """Split the heads: (B, S, D) -> (B, H, S, D / H)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 

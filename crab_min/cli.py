@@ -42,7 +42,7 @@ for old in PRESET_ONLY:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line and names the command that helps."""
+    """An ArgumentParser that reports an error in one line, with a command that helps."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -72,7 +72,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def given_flags(arguments: list[str]) -> list[str]:
-    """Return the names of the flags among command-line arguments; `--no-x` and `--x=1` give x."""
+    """Return the names of the flags among command-line arguments.
+
+    `--no-x` and `--x=1` give x.
+    """
     flags = [argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")]
     return [flag.removeprefix("no-") for flag in flags]
 
@@ -83,7 +86,7 @@ def flag_name(field_name: str) -> str:
 
 
 def flags_of(groups: dict[str, type]) -> dict[str, Field]:
-    """Return the fields of groups of settings that are flags, by flag without dashes in front."""
+    """Return the fields of groups that are flags, by flag without dashes in front."""
     found = [f for group in groups.values() for f in flag_fields(group)]
     return {flag_name(f.name): f for f in found}
 
@@ -191,7 +194,10 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
 
 
 def command_parser(description: str = "") -> Parser:
-    """Return a parser of train.py that knows the preset and COMMANDS, but no settings yet."""
+    """Return a parser of train.py that knows the preset and COMMANDS.
+
+    It knows no settings yet.
+    """
     presets = "presets: " + ", ".join(PRESETS)
     parser = Parser(prog="train.py", description=description, epilog=presets, add_help=False)
     parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")

@@ -1,8 +1,8 @@
-"""The settings of a run: one dataclass per concern, and one class per recipe that groups them.
+"""The settings of a run: one dataclass per concern, one class per recipe.
 
-A field made with `flag` is a flag of train.py or infer.py: `batch_size` is `--batch-size`. Other
-fields are set by presets and converters alone. Nothing here imports torch, so `--help` and a wrong
-flag are answered at once.
+A recipe's class groups the dataclasses. A field made with `flag` is a flag of train.py or infer.py:
+`batch_size` is `--batch-size`. Other fields are set by presets and converters alone. Nothing here
+imports torch, so `--help` and a wrong flag are answered at once.
 """
 
 import os
@@ -13,7 +13,7 @@ from crab_min.errors import RunError
 
 
 def flag(default, text: str):
-    """Make a dataclass field that is also a command-line flag, with its explanation in the help."""
+    """Make a dataclass field that is also a flag, with its explanation in the help."""
     return field(default=default, metadata={"help": text})
 
 
@@ -22,7 +22,7 @@ def flag(default, text: str):
 
 @dataclass
 class DataConfig:
-    """Which rows a run learns, and how their media are read."""
+    """The rows that a run learns, and the way their media are read."""
 
     data: str = flag(
         "", "AV-UIE folder (AVUIE_2) or a .jsonl file of your own; without it the built-in world"
@@ -130,7 +130,7 @@ class TrainingConfig:
 
     @property
     def parts(self) -> list[str]:
-        """The names of `trainable`."""
+        """Return the names of `trainable`."""
         return [name.strip() for name in self.trainable.split(",") if name.strip()]
 
 
@@ -169,12 +169,12 @@ class Settings:
 
     @property
     def side_channels(self) -> list[str]:
-        """The side channels of a video, by name."""
+        """Return the side channels of a video, by name."""
         return []
 
     @property
     def sequential(self) -> bool:
-        """Whether the video and each side channel are trained in updates of their own."""
+        """Tell whether the video and each side channel are trained in separate updates."""
         return False
 
 
@@ -229,7 +229,7 @@ class SideChannelConfig:
 
     @property
     def channels(self) -> list[str]:
-        """The names of `side`, without "none"."""
+        """Return the names of `side`, without "none"."""
         names = [name.strip() for name in self.side.split(",")]
         return [name for name in names if name not in ("", "none")]
 
@@ -267,7 +267,7 @@ class ModalityConfig:
 
     @property
     def names(self) -> list[str]:
-        """The names of `modalities`, rgb first."""
+        """Return the names of `modalities`, rgb first."""
         return [name.strip() for name in self.modalities.split(",")]
 
 
@@ -307,7 +307,7 @@ class CremaSettings(Settings):
 
 @dataclass
 class BaseConfig:
-    """How long each stage of the tiny base lasts."""
+    """The length of each stage of the tiny base."""
 
     see_steps: int = flag(1100, "steps of stage see (64 pictures each)")
     hear_steps: int = flag(700, "steps of stage hear (24 clips each)")
@@ -408,7 +408,10 @@ def groups_of(settings: type) -> dict[str, type]:
 
 
 def flag_fields(group: type) -> list[Field]:
-    """Return the fields of a group that are flags; over all groups their names are unique."""
+    """Return the fields of a group that are flags.
+
+    Their names are unique over all groups.
+    """
     return [f for f in fields(group) if "help" in f.metadata]
 
 

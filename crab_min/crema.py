@@ -52,7 +52,7 @@ from crab_min.qformer import QFormerConfig, blip2_qformer, encode_per_step, make
 # --- 1. multimodal Q-Former, MMQA -----------------------------------------------------------------
 @dataclass
 class MultimodalConfig(QFormerConfig):
-    """Sizes of the Q-Former (the defaults are BLIP-2's) and of its modalities (CREMA's)."""
+    """Sizes of the Q-Former (defaults: BLIP-2's) and of its modalities (CREMA's)."""
 
     width_in: int = 1408  # W
     width_out: int = 2048  # D
@@ -66,7 +66,7 @@ class MMQAModule(nn.Module):
     """The parts of one modality, beside its low-rank pairs in the Q-Former."""
 
     def __init__(self, config: MultimodalConfig, width: int):
-        """width: of the modality's features; a linear `input` leads from there to W."""
+        """Make the parts for features of `width`; a linear `input` leads from there to W."""
         super().__init__()
         self.width = width
         self.query = nn.Parameter(0.02 * torch.randn(1, config.queries, config.hidden))
@@ -114,7 +114,7 @@ class MultimodalQFormer(nn.Module):
     """One frozen Q-Former for all modalities: features -> tokens (B, T, Q, D)."""
 
     def __init__(self, config: MultimodalConfig, qformer: Blip2QFormerModel | None = None):
-        """qformer: the one to share, whose linears are wrapped; None: a random one."""
+        """Wrap the linears of a shared `qformer`; None makes a random one."""
         super().__init__()
         self.config = config
         self.parts = nn.ModuleDict()  # modality -> MMQAModule
@@ -319,7 +319,7 @@ class EarlyExit:
 
     @property
     def live(self) -> list[str]:
-        """The modalities that are still trained."""
+        """Return the modalities that are still trained."""
         return [name for name in self.norms if name not in self.exit_epochs]
 
     def add_norm(self, name: str, norm: float) -> None:

@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def media(self) -> list[PromptPart]:
-        """The parts of the prompt that are not text."""
+        """Return the parts of the prompt that are not text."""
         return [part for part in self.parts if part.kind != "text"]
 
 
@@ -241,7 +241,10 @@ def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
 
 
 def read_jsonl_line(line: str, folder: Path) -> tuple[dict, list[PromptPart], str]:
-    """Return the row of a line, its prompt and its answer. Raises ValueError and its like."""
+    """Return the row of a line, its prompt and its answer.
+
+    Raises ValueError and its like.
+    """
     row = json.loads(line)
     texts = [message["content"].strip() for message in row["messages"]]
     if len(texts) < 2 or row["messages"][-1]["role"] != "assistant":
@@ -338,7 +341,10 @@ def load_media(part: PromptPart, size: int) -> tuple:
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
-    """Decode the windows of a sound that a task uses; returns waves and the file's seconds."""
+    """Decode the windows of a sound that a task uses.
+
+    Returns waves and the seconds of the file.
+    """
     # only the stretch of the file that holds all windows is decoded
     windows = audio_windows(part.window, media_seconds(part.path), part.index)
     first = min(start for start, _ in windows)
@@ -355,7 +361,7 @@ def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
 
 @dataclass
 class LoadedMedia:
-    """What a worker sends back: arrays and seconds, or the reason why there are none."""
+    """The result of a worker: arrays and seconds, or the reason why there are none."""
 
     part: PromptPart
     arrays: object = None
@@ -385,7 +391,10 @@ class MediaSet:
 def decode_ahead(
     groups: Iterable[list[PromptPart]], size: int, workers: int, decode: bool = True
 ) -> DataLoader:
-    """Decode groups of parts in worker processes; yields a list of LoadedMedia per group."""
+    """Decode groups of parts in worker processes.
+
+    Yields a list of LoadedMedia per group.
+    """
     return DataLoader(
         MediaSet(size, decode),
         batch_sampler=groups,

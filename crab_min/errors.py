@@ -1,8 +1,14 @@
-"""The errors that a user can cause; commands print their text as one line and exit with 2."""
+"""The errors that a user can cause.
+
+Commands print their text as one line and exit with 2.
+"""
 
 
 class UserError(ValueError):
-    """Something that the user can mend: names the value, what was expected and what to do."""
+    """An error that the user can mend.
+
+    It names the value, what was expected and what to do.
+    """
 
 
 class DataError(UserError):

@@ -1,9 +1,10 @@
-"""Samples -> media -> features -> batches: what stands between annotation files and a model.
+"""Samples -> media -> features -> batches.
 
-`Features` decodes media in worker processes and encodes them with the model's frozen encoders. It
-either keeps the features, so that a clip that many questions share is decoded and encoded once
-(small models, small data), or works some batches ahead of the model and keeps nothing. `Mixer`
-decides before that which samples make a batch, so that nothing depends on the number of workers.
+This stands between annotation files and a model. `Features` decodes media in worker processes and
+encodes them with the model's frozen encoders. It either keeps the features, so that a clip that
+many questions share is decoded and encoded once (small models, small data), or works some batches
+ahead of the model and keeps nothing. `Mixer` decides before that which samples make a batch, so
+that nothing depends on the number of workers.
 """
 
 import itertools
@@ -76,7 +77,7 @@ class Features:
         return self.readable(samples)
 
     def batches(self, plan: Iterable[list[Sample]], strict: bool = True) -> Iterator[SampleBatch]:
-        """Yield the batches of `plan` in order, each with the features of its samples' media.
+        """Yield the batches of `plan` in order, with the features of their media.
 
         Args:
             strict: an unreadable file is an error; else its samples are left out of the batch.
@@ -136,7 +137,10 @@ class Features:
     # --- decoding and encoding
 
     def encode_all(self, parts: list[PromptPart], strict: bool) -> None:
-        """Put the features of parts into the cache; many are decoded by workers, with a bar."""
+        """Put the features of parts into the cache.
+
+        Workers decode them if they are many, with a progress bar.
+        """
         starts = range(0, len(parts), ENCODED_TOGETHER)
         groups = [parts[start : start + ENCODED_TOGETHER] for start in starts]
         workers = self.workers if len(parts) > FILES_WITHOUT_WORKERS else 0
@@ -185,12 +189,15 @@ class Features:
 
 
 def decoding_order(part: PromptPart) -> tuple:
-    """Sort key of parts that are decoded together."""
+    """Return the sort key of parts that are decoded together."""
     return part.kind, part.path, part.index
 
 
 def encoded_as(medium: LoadedMedia) -> str:
-    """Return the kind as which a medium is encoded: flow, and arrays of pictures, as a view."""
+    """Return the kind as which a medium is encoded.
+
+    Flow and arrays of pictures are encoded as a view.
+    """
     kind = medium.part.kind
     pictures = kind == "array" and medium.arrays.dtype == np.uint8
     return "view" if kind == "flow" or pictures else kind
@@ -205,7 +212,7 @@ def own_encoder(part: PromptPart) -> str:
 
 
 class Mixer:
-    """Which samples make the batch of each step: a function of seed and step alone.
+    """The samples in the batch of each step, as a function of seed and step alone.
 
     A resumed run therefore continues where it was. A task is drawn with probability proportional to
     rows ** exponent; within a task every row comes once before any comes twice.

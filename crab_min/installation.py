@@ -1,4 +1,4 @@
-"""Check that the installed libraries work together, before a command imports them.
+"""A check that the installed libraries work together, before they are imported.
 
 torch, torchaudio and torchvision are built for one another. If one of them is of another release or
 build, the others cannot be imported. transformers and peft change their interfaces from release to
@@ -16,7 +16,7 @@ SAME_VERSION = ["transformers", "peft"]
 
 
 def require_installation() -> None:
-    """Exit with code 2 and one line of explanation if the installed libraries cannot work."""
+    """Exit with code 2 and a one-line explanation if the libraries cannot work."""
     fault = installation_fault()
     if fault:
         print(f"error: {fault}", file=sys.stderr)
@@ -70,7 +70,10 @@ def wanted_versions() -> dict[str, str]:
 
 
 def installed_version(name: str) -> str:
-    """Return the version of an installed distribution without its build tag, or "missing"."""
+    """Return the version of an installed distribution without its build tag.
+
+    It is "missing" if there is none.
+    """
     try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:

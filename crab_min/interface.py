@@ -39,7 +39,7 @@ class PromptPart:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How every prompt of a model is laid out, around the parts that build_prompt makes.
+    """The layout of every prompt of a model, around the parts of build_prompt.
 
     A run keeps it in its config.json, so that it is asked in the form in which it was trained.
     """
@@ -54,7 +54,7 @@ class PromptLayout:
 def build_prompt(
     task: Task, row: dict, root: str = "", prompts: dict[str, str] | None = None
 ) -> list[PromptPart]:
-    r"""Return the prompt of one row: each medium after its marker, then the instruction.
+    r"""Return the prompt of one row: media after their markers, then the instruction.
 
     Args:
         task: the row of TASKS.
@@ -92,7 +92,10 @@ def build_prompt(
 
 @lru_cache(maxsize=1024)
 def text_part(text: str) -> PromptPart:
-    """Return a text part. The cache lets 200,000 rows share the few different texts there are."""
+    """Return a text part.
+
+    The cache lets 200,000 rows share the few different texts there are.
+    """
     return PromptPart("text", text=text)
 
 
@@ -109,7 +112,10 @@ def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
 
 
 def fill_slots(task: Task, instruction: str, row: dict) -> str:
-    """Put the row's texts in the place of the instruction's placeholders, options as a list."""
+    """Put the row's texts in the place of the instruction's placeholders.
+
+    Options become a list.
+    """
     slot_values = {}
     for name, fields in task.slots.items():
         value = task.read_field(row, fields, f"the {name}")
@@ -201,9 +207,10 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
 
 
 def frame_index(task: Task, row: dict, window: str) -> int:
-    """Return which fifth or tenth of the sound goes with the image, 0 where a task uses all of it.
+    """Return which fifth or tenth of the sound goes with the image.
 
-    The number is in the field frame_idx or idx, else in the image's file name (s4 in training).
+    It is 0 where a task uses all of the sound. The number is in the field frame_idx or idx, else in
+    the image's file name (s4 in training).
 
     Raises:
         DataError: the number is missing or too large.

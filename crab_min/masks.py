@@ -74,7 +74,7 @@ class Attention(nn.Module):
     """Multi-head attention whose queries, keys and values are given apart."""
 
     def __init__(self, width: int, heads: int, inner: int):
-        """inner: width of the heads together."""
+        """Make the linears; inner: width of the heads together."""
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, inner)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, n, C), k and v (B, m, C) -> (B, n, C)."""
+        """Attend from q (B, n, C) to k and v (B, m, C): (B, n, C)."""
         q = self.split_heads(self.query(q))
         k = self.split_heads(self.key(k))
         v = self.split_heads(self.value(v))
@@ -91,12 +91,12 @@ class Attention(nn.Module):
         return self.out(attended.transpose(1, 2).flatten(2))  # (B, n, C)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, n, inner) -> (B, heads, n, inner / heads)."""
+        """Split the heads: (B, n, inner) -> (B, heads, n, inner / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GeneratorLayer(nn.Module):
-    """Queries attend to each other, then to the prompt; post-norm.
+    """A layer in which queries attend to each other, then to the prompt; post-norm.
 
     A prompt is a single key, whose attention weight is 1, so all queries take the same from it.
     """
@@ -111,7 +111,7 @@ class GeneratorLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, queries: Tensor, prompt: Tensor) -> Tensor:
-        """queries (B, Q, C), prompt (B, 1, C) -> (B, Q, C)."""
+        """Update queries (B, Q, C) with a prompt (B, 1, C): (B, Q, C)."""
         norm_self, norm_cross, norm_mlp = self.norms
         queries = norm_self(queries + self.self_attention(q=queries, k=queries, v=queries))
         queries = norm_cross(queries + self.cross_attention(q=queries, k=prompt, v=prompt))
@@ -122,7 +122,10 @@ class TwoWayLayer(nn.Module):
     """A layer in which the queries attend to the image, and the image to the queries."""
 
     def __init__(self, config: MaskConfig, first: bool):
-        """first: self-attention replaces the queries, without positional encoding."""
+        """Make the layer; first: self-attention replaces the queries.
+
+        There it has no positional encoding.
+        """
         super().__init__()
         width, heads = config.width, config.heads
         self.first = first
@@ -177,7 +180,7 @@ class TwoWay(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, queries: Tensor, image: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
-        """queries (B, Q, C), image (B, hw, C), its encoding (hw, C) -> queries, image."""
+        """Update queries (B, Q, C) and image (B, hw, C); image_pe: encoding (hw, C)."""
         query_pe = queries  # the queries as they were at the start
         for layer in self.layers:
             queries, image = layer(queries, image, query_pe, image_pe)
@@ -219,7 +222,7 @@ class PositionalEncoding(nn.Module):
 
 
 def relu_stack(layer: Callable, *widths: int) -> nn.Sequential:
-    """Layers from each of the widths to the next, with ReLUs in between."""
+    """Make layers from each of the widths to the next, with ReLUs in between."""
     modules = []
     for width, out in zip(widths, widths[1:]):
         modules += [layer(width, out), nn.ReLU()]
@@ -416,7 +419,7 @@ class ExtendedEmbedding(nn.Module):
     """An LM's embeddings with rows for further tokens, which can be trained alone."""
 
     def __init__(self, words: nn.Embedding, rows: nn.Parameter, first: int):
-        """first: id of the token of the first row."""
+        """Put rows behind those of the LM; first: id of the token of the first row."""
         super().__init__()
         self.words = words
         self.rows = rows
@@ -437,7 +440,7 @@ class ExtendedHead(nn.Module):
     """An LM's output layer with logits for further tokens."""
 
     def __init__(self, head: nn.Linear, rows: nn.Parameter, first: int):
-        """first: id of the token of the first row."""
+        """Put rows behind those of the LM; first: id of the token of the first row."""
         super().__init__()
         self.head = head
         self.rows = rows
@@ -460,7 +463,7 @@ class MaskBranch(nn.Module):
     """The segmentation branch: rows of the mask tokens in an LM, and the decoder."""
 
     def __init__(self, config: MaskConfig, llm: nn.Module, first: int):
-        """first: the id of <mask_0>. The LM's embeddings and output layer are extended."""
+        """Extend the LM's embeddings and output layer; first: the id of <mask_0>."""
         super().__init__()
         self.first = first
         words, head = llm.get_input_embeddings(), llm.get_output_embeddings()
@@ -477,7 +480,7 @@ class MaskBranch(nn.Module):
 
     @property
     def ids(self) -> Tensor:
-        """The ids of the mask tokens."""
+        """Return the ids of the mask tokens."""
         return torch.arange(self.first, self.first + MASK_TOKEN_COUNT, device=self.read.device)
 
     def calibrate(self, states: Tensor) -> None:

@@ -53,7 +53,7 @@ class MediaTokens:
 
 @dataclass
 class Batch:
-    """Samples as the LM takes them, padded on the left."""
+    """A batch of samples as the LM takes them, padded on the left."""
 
     ids: Tensor  # (B, L)
     attention: Tensor  # (B, L), 0 for padding
@@ -71,22 +71,22 @@ class Batch:
 
     @property
     def rows(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
         return len(self.ids)
 
     @property
     def padded_tokens(self) -> int:
-        """The number of tokens that the LM computes on, padding included."""
+        """Return the number of tokens that the LM computes on, padding included."""
         return self.ids.numel()
 
     @property
     def answer_tokens(self) -> int:
-        """The number of tokens that are learned."""
+        """Return the number of tokens that are learned."""
         return int((self.labels != NO_LABEL).sum())
 
     @property
     def longest_answer(self) -> int:
-        """The number of learned tokens of the row that has most."""
+        """Return the number of learned tokens of the row that has most."""
         return int((self.labels != NO_LABEL).sum(1).max())
 
 
@@ -132,7 +132,7 @@ class AVLanguageModel(nn.Module):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids after which an answer ends."""
+        """Return the token ids after which an answer ends."""
         return [self.eos_id]
 
     # --- what a backbone defines
@@ -326,7 +326,7 @@ class AVLanguageModel(nn.Module):
     # --- side channels (PAVE, CREMA)
     @property
     def side_names(self) -> list[str]:
-        """The side channels of a video that it reads."""
+        """Return the side channels of a video that the model takes."""
         return []
 
     def add_side_channel(self, name: str, width: int, settings) -> None:
@@ -458,7 +458,10 @@ def index_by_kind(media: list[MediaFeatures]) -> list[int]:
 
 
 def tensor_ids(medium: MediaFeatures) -> tuple:
-    """Return what two media have alike if they are the same tensors in memory, sides included."""
+    """Return a key that two media share if they are the same tensors in memory.
+
+    Their sides are included.
+    """
     sides = [(name, id(side.features)) for name, side in sorted(medium.sides.items())]
     return id(medium.features), *sides
 

@@ -97,7 +97,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x))
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(N, Q, C) -> (N, heads, Q, C / heads)."""
+        """Split the heads: (N, Q, C) -> (N, heads, Q, C / heads)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
@@ -259,7 +259,9 @@ def rope_angles(
 
 
 def angles_at(times: Tensor, grid: Tensor) -> Tensor:
-    """Compute the angles of tokens in time-major order, from their time, row and column.
+    """Compute the angles of tokens in time-major order.
+
+    They follow from time, row and column of a token.
 
     Args:
         times: (N, steps).

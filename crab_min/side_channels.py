@@ -1,4 +1,6 @@
-"""Side channels of a video in its prompt: sound, flow, depth, a dense stream (PAVE, CREMA).
+"""Side channels of a video in its prompt (PAVE, CREMA).
+
+They are sound, flow, depth, a dense stream.
 
 In these two papers the prompt has no sound of its own. A side channel is a named prompt part right
 behind its video. PAVE adds it to the video's tokens, and CREMA fuses it with them.
@@ -85,7 +87,10 @@ def side_files(
 
 
 def without_sound(parts: list[PromptPart]) -> list[PromptPart]:
-    """Return a prompt without its sounds, their markers, and side channels added earlier."""
+    """Return a prompt without its sounds and their markers.
+
+    Side channels that were added earlier are left out too.
+    """
     kept = []
     for index, part in enumerate(parts):
         following = parts[index + 1].kind if index + 1 < len(parts) else ""
@@ -99,7 +104,10 @@ def without_sound(parts: list[PromptPart]) -> list[PromptPart]:
 def side_part(
     name: str, path: str, pictures: list[PromptPart], sounds: list[PromptPart]
 ) -> PromptPart:
-    """Make the prompt part of a side channel; its kind follows from its name and its file."""
+    """Make the prompt part of a side channel.
+
+    Its kind follows from its name and its file.
+    """
     suffix = Path(path).suffix
     frames = pictures[0].frames if pictures else Task.frames
 

@@ -1,4 +1,6 @@
-"""The datasets: one row of TASKS says all that crab_min has to know about a dataset.
+"""The datasets, one row of TASKS each.
+
+A row says all that crab_min has to know about a dataset.
 
 Crab+ (arXiv 2603.04128) puts all its tasks behind one unified interface: media and an instruction
 go in, explicit reasoning and a label come out. What differs between datasets is data, not code:
@@ -86,12 +88,15 @@ class Task:
 
     @property
     def slots(self) -> dict[str, tuple[str, ...]]:
-        """The placeholders of the instruction, and the fields that may hold their texts."""
+        """Return the instruction's placeholders, and fields that may hold their texts."""
         names = re.findall(r"\{(\w+)\}", self.instruction)
         return {name: SLOT_FIELDS.get(name, (name,)) for name in names}
 
     def parse(self, text: str) -> Answer:
-        """Read a model's text. Where it does not parse, `error` says why; nothing is raised."""
+        """Read a model's text.
+
+        Where it does not parse, `error` says why. Nothing is raised.
+        """
         try:
             answer = self.form.parse(text)
             if self.options:

@@ -44,7 +44,10 @@ FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
 
 @dataclass
 class StepResult:
-    """The numbers of a step, over all processes; of several updates those of the last one."""
+    """The numbers of a step, over all processes.
+
+    Of several updates they are those of the last one.
+    """
 
     loss: float  # mean cross-entropy per answer token; of Crab's mask stage with the masks' loss
     answer_tokens: int
@@ -102,7 +105,10 @@ def update(optimizer: Optimizer, max_grad_norm: float) -> float:
 
 
 class Step:
-    """What the loop calls once per step; a paper that trains otherwise has a subclass."""
+    """A callable that the loop calls once per step.
+
+    A paper that trains otherwise has a subclass.
+    """
 
     finished = False  # nothing is left to train
 
@@ -266,7 +272,10 @@ def own_batches(
     progress: Progress,
     steps: range,
 ) -> Iterator[list[Sample]]:
-    """Return the samples of this process's batches: process r of n takes r, r + n, r + 2n, ..."""
+    """Return the samples of this process's batches.
+
+    Process r of n takes r, r + n, r + 2n, ...
+    """
     lengths = prompt_lengths(model, samples) if config.group_by_length else None
     exponent = config.task_sampling_exponent
     order = Mixer(samples, config.batch_size, config.seed, exponent, lengths)
@@ -288,7 +297,10 @@ def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, i
 
 
 def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: float) -> None:
-    """Set the learning rate of a step: linear warm-up, then cosine to zero over `steps`."""
+    """Set the learning rate of a step: linear warm-up, then cosine to zero.
+
+    The schedule spans `steps`.
+    """
     factor = rate_factor(step - steps.start, len(steps), warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
@@ -305,7 +317,10 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def make_optimizer(model: AVLanguageModel, config: TrainingConfig) -> AdamW:
-    """Make AdamW on what is trained: the LM's adapter at `lr`, all else at `connector_lr`."""
+    """Make AdamW on what is trained.
+
+    The LM's adapter is trained at `lr`, all else at `connector_lr`.
+    """
     adapter, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

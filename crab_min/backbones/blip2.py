@@ -94,7 +94,7 @@ class CremaModel(AVLanguageModel):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the LM reads the prompt with an encoder (T5)."""
+        """Tell whether the LM reads the prompt with an encoder (T5)."""
         return self.llm.config.is_encoder_decoder
 
     # sounds through BEATs, all else as pictures: (T, S, W) each
@@ -103,7 +103,7 @@ class CremaModel(AVLanguageModel):
     # --- prompts
     @property
     def appends_fused(self) -> bool:
-        """Whether fused tokens have places of their own behind the video's."""
+        """Tell whether fused tokens have places of their own behind the video's."""
         return self.fusion is not None and self.fusion_mode == "concat"
 
     def token_count(self, medium: MediaFeatures) -> int:

@@ -1,4 +1,4 @@
-"""What backbones share: pretrained weights, and sound through BEATs."""
+"""Common code of the backbones: pretrained weights, and sound through BEATs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -40,7 +40,7 @@ VISUAL, AUDIO = ("video", "image"), ("audio",)
 
 @dataclass
 class ModelConfig:
-    """What a composed model is made of; plain values, so that it travels as JSON."""
+    """The parts of a composed model, as plain values that can be written as JSON."""
 
     vision: dict | str  # transformers config of a CLIP or SigLIP vision model, or a path or hub id
     audio: dict | str  # BEATs config, or the path of a published checkpoint

@@ -51,7 +51,10 @@ def find_config(name: str, config_class: type[PreTrainedConfig]) -> PreTrainedCo
 
 
 def beats_sizes(path: str) -> dict:
-    """Return the config of a BEATs checkpoint; without the file, that of all published ones."""
+    """Return the config of a BEATs checkpoint.
+
+    Without the file it is {}, which stands for that of all published ones.
+    """
     return read_file(path)["cfg"] if Path(path).is_file() else {}
 
 

@@ -57,7 +57,7 @@ class LlavaModel(PatchedModel):
 
     @property
     def llava(self) -> nn.Module:
-        """The transformers model without its head, with or without an adapter inside."""
+        """Return the transformers model without its head, with or without an adapter."""
         wrapped = hasattr(self.llm, "get_base_model")
         return self.llm.get_base_model().model if wrapped else self.llm.model
 

@@ -27,7 +27,7 @@ from crab_min.model import NO_LABEL, Batch, cross_entropy
 
 @dataclass
 class AnswerStates:
-    """What training the mask decoder takes from a frozen LM: its states at one answer."""
+    """The states of a frozen LM at one answer, on which the mask decoder is trained."""
 
     mask_states: Tensor | None  # (S M, D) that predict the mask tokens; None without these
     states: Tensor  # (n, D) that predict n of its tokens
@@ -65,7 +65,7 @@ class MaskingModel(ComposedModel):
 
     @property
     def stop_ids(self) -> list[int]:
-        """Token ids after which an answer ends: the end token, and the last mask token."""
+        """Return the token ids that end an answer: the end and the last mask token."""
         return [self.eos_id, self.mask_token_ids[-1]]
 
     def answer_ids(self, text: str) -> list[int]:
@@ -78,7 +78,7 @@ class MaskingModel(ComposedModel):
     # --- media
     @property
     def mask_layers(self) -> list[int]:
-        """The vision encoder's layers that the decoder takes: 14 and 22 of CLIP-L's 24."""
+        """Return the vision layers that the decoder takes: 14 and 22 of CLIP-L's 24."""
         depth = self.vision.model.config.num_hidden_layers
         return [round(depth * 14 / 24), round(depth * 22 / 24)]
 

@@ -74,7 +74,7 @@ class OmniModel(PatchedModel):
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
-        """The transformers model, with or without an adapter around it."""
+        """Return the transformers model, with or without an adapter around it."""
         return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
 
     # --- media
@@ -223,7 +223,10 @@ class OmniModel(PatchedModel):
 
 
 class EmptyOmniModel(OmniModel):
-    """An OmniModel whose encoders are counted and do not run: they look at the values of grids."""
+    """An OmniModel whose encoders are counted and do not run.
+
+    They do not run because they look at the values of grids.
+    """
 
     def encoder_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
         width = self.thinker.config.text_config.hidden_size

@@ -58,7 +58,10 @@ def qwen2(
 
 
 def qwen_omni(lm: dict) -> dict:
-    """Return the config of a Qwen2.5-Omni thinker, whose encoders are as large in all sizes."""
+    """Return the config of a Qwen2.5-Omni thinker.
+
+    Its encoders are as large in all sizes.
+    """
     return {
         "text_config": lm,
         "vision_config": {"hidden_size": 1280, "out_hidden_size": lm["hidden_size"]},

@@ -1,4 +1,4 @@
-"""Ablation of a modality: the same questions with other sounds, or with black pictures."""
+"""Ablation of a modality: the same questions with other sounds or black pictures."""
 
 from collections.abc import Iterable
 from dataclasses import replace

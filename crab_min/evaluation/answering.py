@@ -42,7 +42,7 @@ class Decoding:
 
 
 def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
-    """Return the token limit of each task: the length of its longest target, and a margin."""
+    """Return the token limit of each task: its longest target and a margin."""
     limits: dict[str, int] = {}
     for sample in samples:
         tokens = len(model.encode_text(sample.target)) + MARGIN
@@ -127,14 +127,20 @@ def answer_batch(
 
 
 def options(sample: Sample) -> list[str]:
-    """Return the options of a question as a model writes them; none for an open question."""
+    """Return the options of a question as a model writes them.
+
+    There are none for an open question.
+    """
     choices = sample.row.get("options") or sample.row.get("multi_choice") or []
     return [sample.task.format(Answer(choice=str(choice))) for choice in choices]
 
 
 @torch.no_grad()
 def rank_options(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
-    """Return the likeliest option of each sample: the greatest sum of token log-probabilities."""
+    """Return the likeliest option of each sample.
+
+    It has the greatest sum of token log-probabilities.
+    """
     # the loss of each option, summed over its tokens
     pairs = [(i, text) for i, sample in enumerate(samples) for text in options(sample)]
     losses: list[float] = []

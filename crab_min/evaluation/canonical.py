@@ -1,4 +1,4 @@
-"""Canonical forms of answers: what metrics compare instead of the text that a model wrote."""
+"""Canonical forms of answers, which metrics compare instead of a model's text."""
 
 import re
 from functools import lru_cache
@@ -51,7 +51,10 @@ def seconds_by_class(events: list[Event]) -> dict[str, set[int]]:
 
 
 def label_per_second(answer: Answer, end_inclusive: bool = False) -> list[str | None]:
-    """Return for each second the canonical label of the only event, None where it is absent."""
+    """Return the canonical label of the only event for each second.
+
+    It is None where the event is absent.
+    """
     [(label, spans)] = answer.events
     canonical_label = normalize_label(label)
     labels: list[str | None] = [None] * SECONDS

@@ -101,9 +101,10 @@ def hard(masks: np.ndarray, gold: np.ndarray) -> dict[str, float]:
 
 
 def null_s(masks: np.ndarray, of_background: bool = False) -> float:
-    """Return S of masks (N, H, W) that should be empty (the null split of Ref-AVS); 0 is right.
+    """Return S of masks (N, H, W) that should be empty; 0 is right.
 
-    S of a frame is the square root of the share of pixels in the mask.
+    This is the null split of Ref-AVS. S of a frame is the square root of the share of pixels in the
+    mask.
 
     of_background: take the pixels in the mask over those outside it, as the released Crab+ does,
     and leave out frames that the mask covers; Ref-AVS and Crab divide by all pixels.

@@ -1,4 +1,7 @@
-"""Masks of answers and their scores; masks come from a mask decoder, SAM2 or the box itself."""
+"""Masks of answers, and their scores.
+
+Masks come from a mask decoder, SAM2 or the box itself.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Strict metrics of answers, one function each: (prediction, gold) -> numbers in [0, 1].
+"""Strict metrics of answers: functions (prediction, gold) -> numbers in [0, 1].
 
     key          main number
     accuracy     1 where the canonical labels are equal
@@ -158,7 +158,10 @@ def labelled_spans(answer: Answer) -> list[tuple[str, int, int]]:
 
 
 def span_overlaps(predicted: list[tuple], gold: list[tuple]) -> list[tuple[float, int, int]]:
-    """Return (IoU, index in predicted, index in gold) for the spans of one label that overlap."""
+    """Return (IoU, index in predicted, index in gold) for spans that overlap.
+
+    Only spans of one label are paired.
+    """
     overlaps = []
     for i, (label, start, end) in enumerate(predicted):
         for j, (gold_label, gold_start, gold_end) in enumerate(gold):
@@ -170,7 +173,7 @@ def span_overlaps(predicted: list[tuple], gold: list[tuple]) -> list[tuple[float
 
 
 def match_one_to_one(overlaps: list[tuple[float, int, int]]) -> list[float]:
-    """Match predictions to golds, the largest IoU first, and return the IoUs of the matches.
+    """Match predictions to golds, the largest IoU first, and return these IoUs.
 
     overlaps: (IoU, index of the prediction, index of the gold); each index is matched once.
     """
@@ -185,7 +188,9 @@ def match_one_to_one(overlaps: list[tuple[float, int, int]]) -> list[float]:
 
 
 def av_event_f(prediction: Answer, gold: Answer) -> dict[str, float]:
-    """Return AVVP's segment and event F, as avvp_eval_metrics.py of Crab and Crab+ does.
+    """Return AVVP's segment and event F.
+
+    They are computed as in avvp_eval_metrics.py of Crab and Crab+.
 
     metric: "type@AV" of segments, the mean of their audio, visual and audio-visual F.
     """
@@ -246,7 +251,9 @@ def area(x1: float, y1: float, x2: float, y2: float) -> float:
 
 
 def first_box(prediction: Answer, gold: Answer) -> dict[str, float]:
-    """Return the IoU of the first box with the gold box, the best one where the mask has several.
+    """Return the IoU of the first box with the gold box.
+
+    If the mask has several boxes, the best IoU counts.
 
     For ARIG as VGG-SS scores it: iou_at_50, whose mean is the share of IoUs of .5 or more (cIoU),
     and auc, the area under this share as a function of the threshold 0, .05, ..., 1.
@@ -262,7 +269,10 @@ def first_box(prediction: Answer, gold: Answer) -> dict[str, float]:
 
 
 def all_boxes(prediction: Answer, gold: Answer) -> dict[str, float]:
-    """Match boxes one to one and return the sum of their IoUs over the larger number of boxes."""
+    """Match boxes one to one and return their summed IoUs over the number of boxes.
+
+    This is the larger number, of predicted or of gold boxes.
+    """
     overlaps = []
     for i, predicted_box in enumerate(prediction.boxes):
         for j, gold_box in enumerate(gold.boxes):
@@ -272,7 +282,7 @@ def all_boxes(prediction: Answer, gold: Answer) -> dict[str, float]:
 
 
 def exists_box(prediction: Answer, gold: Answer) -> dict[str, float]:
-    """Return the IoU where the object exists and 1 where it does not, if the answer knows which.
+    """Return the IoU where the object exists, and 1 where it does not.
 
     An answer that is wrong about the existence scores 0.
     """
@@ -309,7 +319,7 @@ def exact_match(prediction: Answer, gold: Answer) -> dict[str, float]:
 
 
 def cider(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
-    """Return CIDEr-D (Vedantam et al. 2015) of captions with one reference each, times 10.
+    """Return CIDEr-D (Vedantam et al. 2015) times 10, with one reference each.
 
     CIDEr-D is the cosine of tf-idf vectors of n-grams, averaged over n = 1 to 4. The weight of a
     predicted n-gram is clipped at its weight in the reference, and a Gaussian punishes differences
@@ -436,7 +446,10 @@ def score(
 
 
 def has_known_labels(answer: Answer, classes: set[str]) -> bool:
-    """Tell whether all events have labels of `classes`; every label does if `classes` is empty."""
+    """Tell whether all events have labels of `classes`.
+
+    Every label does if `classes` is empty.
+    """
     return not classes or all(normalize_label(label) in classes for label, _ in answer.events)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: an answer with its media, scores and curves of a run, a sheet of answers, routing.
+"""Pictures: an answer with its media, a sheet of answers, scores, curves, routing.
 
 Functions that take `axes` draw into them; functions that take `path` write a PNG file. A medium is
 (name, kind, arrays, seconds) with kind "image", "video" or "audio", as `load_for_figure` gives it.
@@ -43,9 +43,10 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def wrapped(text: str, columns: int) -> str:
-    """Return a model's text in lines of at most `columns` characters, without control characters.
+    """Return a model's text in lines of at most `columns` characters.
 
-    A dollar sign stays one; matplotlib would begin a formula with it.
+    Control characters are left out. A dollar sign stays one; matplotlib would begin a formula with
+    it.
     """
     for character in set(text):
         if not character.isprintable() and character not in "\n\t":
@@ -55,7 +56,10 @@ def wrapped(text: str, columns: int) -> str:
 
 # --- media ----------------------------------------------------------------------------------------
 def load_for_figure(sample: Sample) -> list[tuple]:
-    """Decode the media of a sample that can be drawn; return (name, kind, arrays, seconds) each."""
+    """Decode the media of a sample that can be drawn.
+
+    Returns (name, kind, arrays, seconds) of each.
+    """
     media = []
     for part in sample.media:
         if part.kind in ("fast", "points"):
@@ -112,7 +116,9 @@ def draw_box(axes: Axes, box: Box, colour: str, **line) -> None:
 
 
 def draw_masked(axes: Axes, image: np.ndarray, mask: np.ndarray | None, left: int = 0) -> None:
-    """Draw an image (H, W, 3) on the grid and a mask (h, w) over it, in one colour per class.
+    """Draw an image (H, W, 3) on the grid, and a mask (h, w) over it.
+
+    The mask has one colour per class.
 
     mask: integer classes, where 0 is left as it is; or truth values or scores, drawn above .5.
     """
@@ -148,7 +154,10 @@ def draw_answer(path: Path, sample: Sample, answer: Answer, text: str) -> None:
 
 
 def draw_sheet(path: Path, answers: list[tuple[Sample, str, np.ndarray | None]]) -> None:
-    """Draw answers (sample, text, mask or None) on one page, with their golds and scores."""
+    """Draw answers (sample, text, mask or None) on one page.
+
+    Golds and scores are drawn with them.
+    """
     columns = min(3, len(answers))
     rows = -(-len(answers) // columns)
     figure = new_figure(6 * columns, 4 * rows)
@@ -167,9 +176,9 @@ def draw_on(
     text: str,
     gold: Answer | None = None,
 ) -> None:
-    """Draw one answer, with a time line of its events; or with the gold answer and the score.
+    """Draw one answer, with a time line of its events, or with the gold answer.
 
-    Then the text is green if the score is above a half.
+    The score is drawn with the gold answer. Then the text is green if the score is above a half.
     """
     # One row for each medium, and one for the time line
     media = load_for_figure(sample)
@@ -201,7 +210,10 @@ def draw_on(
 
 
 def event_rows(answer: Answer) -> list[Event]:
-    """Return the events of an answer; for AVVP the labels say whether they are visual or audio."""
+    """Return the events of an answer.
+
+    For AVVP the labels say whether they are visual or audio.
+    """
     rows = list(answer.events)
     rows += [(f"{label} (visual)", spans) for label, spans in answer.visual_events]
     rows += [(f"{label} (audio)", spans) for label, spans in answer.audio_events]
@@ -223,7 +235,7 @@ def draw_events(axes: Axes, rows: list[Event], seconds: float) -> None:
 
 # --- numbers of a run -----------------------------------------------------------------------------
 def draw_scores(path: Path, results: dict[str, dict]) -> None:
-    """Draw three bars per task: the best constant answer, the frozen base, the trained model.
+    """Draw three bars per task: best constant answer, frozen base, trained model.
 
     results: {task: numbers} as in metrics.json under "tasks".
     """
@@ -248,7 +260,9 @@ def draw_scores(path: Path, results: dict[str, dict]) -> None:
 
 
 def draw_curves(path: Path, log: Path) -> None:
-    """Draw the course of a run from its log.csv; nothing where it has fewer than two rows.
+    """Draw the course of a run from its log.csv.
+
+    Nothing is drawn where it has fewer than two rows.
 
     Four plots: the loss, the metric on held-out rows (the gradient norm where it was not measured),
     the learning rate, the speed.

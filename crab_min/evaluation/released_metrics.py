@@ -25,7 +25,7 @@ def segment_accuracy_released(prediction: Answer, gold: Answer) -> float:
 
 
 def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
-    """Score MUSIC-AVQA as MokA's avqa_eval.py does: is the gold label part of the answer?
+    """Score MUSIC-AVQA as MokA's avqa_eval.py: is the gold label part of the answer?
 
     "piano" is right for "no". Answers outside the vocabulary, here the gold labels of the set, are
     left out; `counted_released` is the share of the answers that are not. PAVE's calculate_acc.py
@@ -43,7 +43,7 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[s
 
 
 def part_of_gold(prediction: Answer, gold: Answer) -> bool:
-    """Score MUSIC-AVQA as CREMA's task `gqa` does: is the answer part of the gold label?
+    """Score MUSIC-AVQA as CREMA's task `gqa`: is the answer part of the gold label?
 
     "guitar" is right for "acoustic guitar", and "a" for "piano". A missing answer is compared as
     "unanswerable". Labels are in canonical form, where CREMA writes 1 to 10 as words and the
@@ -53,10 +53,11 @@ def part_of_gold(prediction: Answer, gold: Answer) -> bool:
 
 
 def refined(prediction: Answer, gold: Answer) -> bool:
-    """Score ScanQA and SQA3D by the refined exact match of PAVE's scanqa_evaluator.py, from LEO.
+    """Score ScanQA and SQA3D by refined exact match.
 
-    Without spaces, a gold text is part of the answer or the answer is part of a gold text. "no" is
-    right for "piano", and so is an empty answer, which is part of everything.
+    It is that of PAVE's scanqa_evaluator.py, which comes from LEO. Without spaces, a gold text is
+    part of the answer or the answer is part of a gold text. "no" is right for "piano", and so is an
+    empty answer, which is part of everything.
     """
     predicted_text = without_spaces(prediction.text)
     gold_texts = [without_spaces(text) for text in gold.choices or (gold.text,)]
@@ -68,11 +69,11 @@ def without_spaces(text: str) -> str:
 
 
 def substring_of_gold(prediction: Answer, gold: Answer) -> bool:
-    """Score SQA3D as CREMA's task `sqa3d` does under the name EM: is the answer part of the gold?
+    """Score SQA3D as CREMA's task `sqa3d`: is the answer part of the gold text?
 
-    "a" is right for "table", and so is an empty answer. Only the first gold text counts. Of the
-    answer only the first line counts, and where the gold text is one word only the last word of
-    this line; it is compared in lower case, without commas, with 1 to 10 as words.
+    CREMA calls this EM. "a" is right for "table", and so is an empty answer. Only the first gold
+    text counts. Of the answer only the first line counts, and where the gold text is one word only
+    the last word of this line; it is compared in lower case, without commas, with 1 to 10 as words.
     """
     line = prediction.text.replace(",", "").strip().split("\n")[0].rstrip().lower()
     gold_is_one_word = " " not in gold.text

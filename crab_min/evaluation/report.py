@@ -1,4 +1,7 @@
-"""An evaluation at the end of training, or of `infer.py --eval`: answers, scores, what to draw."""
+"""An evaluation at the end of training, or of `infer.py --eval`.
+
+It holds answers, scores, and what to draw.
+"""
 
 import random
 from dataclasses import dataclass, field

@@ -1,7 +1,8 @@
-"""Statistics of I-LoRA's routing: the mean weight of each head by kind of token, layer and linear.
+"""Statistics of I-LoRA's routing: mean weights of the heads.
 
-Crab (2503.13068) and Crab+ (2603.04128) show as pictures which heads of I-LoRA serve which tokens.
-For the tokens t of one kind and the routing weights w_k(t) of one adapted linear, this is
+There is one mean per kind of token, layer and linear. Crab (2503.13068) and Crab+ (2603.04128) show
+as pictures which heads of I-LoRA serve which tokens. For the tokens t of one kind and the routing
+weights w_k(t) of one adapted linear, this is
 
     share_k = mean over t of w_k(t)
 

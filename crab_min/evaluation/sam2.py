@@ -1,7 +1,8 @@
-"""SAM2 as the second stage of segmentation in Crab+ (2603.04128): box and points -> mask.
+"""SAM2, the second stage of segmentation in Crab+ (2603.04128).
 
-The LM answers with a box and three points for each object, as text on the 224 x 224 grid. SAM2
-(2408.00714) turns them into masks, zero-shot. It is the unmodified model of transformers.
+It turns a box and points into a mask. The LM answers with a box and three points for each object,
+as text on the 224 x 224 grid. SAM2 (2408.00714) turns them into masks, zero-shot. It is the
+unmodified model of transformers.
 
 As in the released Crab+: every point is positive, SAM2 gives one mask for each object
 (`multimask_output=False`), and the paper's checkpoint is SAM2.1 Hiera-L. What differs:
@@ -25,7 +26,10 @@ from crab_min.backbones.common import named_weights
 
 
 def box_mask(answer: Answer, height: int, width: int) -> np.ndarray:
-    """Return the filled boxes of an answer as a mask (height, width) bool, to compare SAM2 with."""
+    """Return the filled boxes of an answer as a mask (height, width) bool.
+
+    SAM2 is compared with it.
+    """
     mask = np.zeros((height, width), bool)
     for x1, y1, x2, y2 in answer.boxes:
         # Every pixel that the box touches: the start is rounded down, the end up

@@ -142,7 +142,10 @@ def training_table(results: dict[str, dict]) -> str:
 
 
 def evaluation_table(results: dict[str, dict]) -> str:
-    """Format the table of `infer.py --eval`, with further numbers and types of questions."""
+    """Format the table of `infer.py --eval`.
+
+    It has further numbers and types of questions.
+    """
     lines = ["task      metric             score  parsed     n"]
     for task, r in results.items():
         # one line per task

@@ -1,7 +1,8 @@
-"""A test of whether masks follow the sound, on pictures of one sounding and one silent thing.
+"""A test of whether masks follow the sound.
 
-Rows of the built-in world's s4 name the box of the silent thing ("silent"), and a sound that it
-makes ("swapped"). With the swapped sound the mask has to move to the other thing.
+The pictures show one sounding and one silent thing. Rows of the built-in world's s4 name the box of
+the silent thing ("silent"), and a sound that it makes ("swapped"). With the swapped sound the mask
+has to move to the other thing.
 """
 
 from dataclasses import replace
@@ -41,7 +42,10 @@ def covered(mask: np.ndarray | None, box: tuple) -> int:
 
 
 def swap_audio(samples: list[Sample]) -> list[Sample]:
-    """Return the samples that have a swapped sound, with this sound and its thing as the gold."""
+    """Return the samples that have a swapped sound.
+
+    They get this sound, and its thing as the gold.
+    """
     changed = []
     for sample in samples:
         sound = sample.row.get("swapped")

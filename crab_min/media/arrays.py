@@ -1,4 +1,6 @@
-"""Reading features, pictures and 3D points from array files (.npy, .npz, .pt, .safetensors).
+"""Reading features, pictures and 3D points from array files.
+
+The files are .npy, .npz, .pt and .safetensors.
 
 Shapes: U steps in time, S tokens per step, W wide; N points.
 """
@@ -154,7 +156,9 @@ def load_npz_points(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def point_code(xyz: np.ndarray, features: np.ndarray | None = None, most: int = 5000) -> np.ndarray:
-    """Encode points as tokens: features + 0.01 * the sines and cosines of their coordinates.
+    """Encode points as tokens: features + 0.01 * the code of their coordinates.
+
+    The code is made of sines and cosines.
 
     As in CREMA, except that of too many points some are taken evenly, there at random.
 

@@ -9,7 +9,9 @@ FULL_COLOUR = 6 / 96  # part of the picture's width; what moves as far has the f
 
 
 def optical_flow(first: list[np.ndarray], second: list[np.ndarray]) -> np.ndarray:
-    """Estimate the flow between pairs of grey images with OpenCV's dense inverse search.
+    """Estimate the flow between pairs of grey images.
+
+    It uses OpenCV's dense inverse search.
 
     Args:
         first: T images (H, W) uint8.

@@ -81,7 +81,10 @@ def read_video(
 
 
 def read_folder(path: str | Path, frames: int, size: int | None) -> Video:
-    """Read frames from a folder of pictures, one per second, in the order of their numbers."""
+    """Read frames from a folder of pictures, one per second.
+
+    They are in the order of their numbers.
+    """
     pictures = [p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not pictures:
         advice = "name one with the frames of a clip, or a video"
@@ -98,7 +101,9 @@ def numbers_in_name(path: Path) -> tuple[list[int], str]:
 
 
 def read_flow(path: str | Path, frames: int = 10, size: int = 224) -> Video:
-    """Read optical flow as pictures: the hue is the direction, white is at rest (flow.py).
+    """Read optical flow as pictures.
+
+    The hue is the direction, white is at rest (flow.py).
 
     Args:
         frames: number of times, spread evenly over the clip. Flow is that of 0.09 s from there on.
@@ -131,7 +136,10 @@ def spread_times(start: float, end: float, count: int) -> np.ndarray:
 def images_at(
     track: VideoTrack, times: np.ndarray, size: int | None, pixel_format: str
 ) -> list[np.ndarray]:
-    """Return upright images, (H, W, 3) of "rgb24" or (H, W) of "gray", at rising times."""
+    """Return upright images at rising times.
+
+    They are (H, W, 3) of "rgb24" or (H, W) of "gray".
+    """
     scaler = VideoReformatter()
     options = {"interpolation": "BICUBIC", "threads": 1}
     images: list[np.ndarray] = []
@@ -201,13 +209,19 @@ def read_audio(path: str | Path, rate: int = 16000, window: Window | None = None
 
 
 def media_seconds(path: str | Path) -> float:
-    """Return the length of a video or sound file, without decoding it. Raises MediaError."""
+    """Return the length of a video or sound file, without decoding it.
+
+    Raises MediaError.
+    """
     with open_clip(path) as clip:
         return clip.seconds()
 
 
 def check_window(path: str | Path, window: Window | None, seconds: float) -> Window:
-    """Return a window, None being the whole file. Raises MediaError for an empty or outside one."""
+    """Return a window; None becomes the whole file.
+
+    Raises MediaError for an empty window or one outside the file.
+    """
     start, end = (0.0, seconds) if window is None else window
     if not (-math.inf < start < end < math.inf and start < seconds and end > 0):
         reason = f"the window {start} to {end} s is empty or outside"

@@ -1,4 +1,6 @@
-"""Opening a media file, its clock, and seeking in one of its streams (with PyAV and its FFmpeg).
+"""Opening a media file, its clock, and seeking in one of its streams.
+
+Files are read with PyAV and its FFmpeg.
 
     with open_clip(path) as clip:             # Clip: the streams of a file, its zero, its length
         track = VideoTrack(clip)              # its first video stream
@@ -50,7 +52,10 @@ def check_file(path: str | Path) -> None:
 
 @contextmanager
 def open_clip(path: str | Path) -> Iterator["Clip"]:
-    """Open a video or sound file. What FFmpeg raises inside the block becomes a MediaError."""
+    """Open a video or sound file.
+
+    What FFmpeg raises inside the block becomes a MediaError.
+    """
     check_file(path)
     try:
         check_riff_size(path)
@@ -66,7 +71,10 @@ def open_clip(path: str | Path) -> Iterator["Clip"]:
 
 
 def check_riff_size(path: str | Path) -> None:
-    """Raise MediaError for a WAV or AVI file that is cut short, which FFmpeg does not report."""
+    """Raise MediaError for a WAV or AVI file that is cut short.
+
+    FFmpeg does not report this.
+    """
     with open(path, "rb") as file:
         mark = file.read(4)
         stated = int.from_bytes(file.read(4), "little")
@@ -170,7 +178,10 @@ class Track:
         self.reached = 0.0
 
     def decode(self) -> Iterator[TimedFrame]:
-        """Yield (time, frame) from here to the end. Raises MediaError if that comes too early."""
+        """Yield (time, frame) from here to the end.
+
+        Raises MediaError if that comes too early.
+        """
         # If the stream states no length, only the packets of all streams tell if the file is whole.
         streams = [] if self.stated is None else [self.stream]
         for packet in self.clip.container.demux(*streams):
@@ -208,7 +219,9 @@ class Track:
 
 
 class VideoTrack(Track):
-    """The first video stream of a clip, with jumps to keyframes where they save decoding.
+    """The first video stream of a clip.
+
+    It jumps to keyframes where this saves decoding.
 
     Attributes:
         shown: (time, frame) on the screen at the time that was asked for last.
@@ -274,7 +287,10 @@ class VideoTrack(Track):
         return packet.decode()
 
     def jump_pays(self, now: float, time: float) -> bool:
-        """Tell if a keyframe lies between two times: seeking then decodes less than going on."""
+        """Tell if a keyframe lies between two times.
+
+        Seeking then decodes less than going on.
+        """
         index = self.stream.index_entries
         # without an index, or with one of a part of the file, guess
         if not self.has_index or index[-1].timestamp < self.to_stamp(now):
@@ -301,7 +317,7 @@ class AudioTrack(Track):
     kind = "audio"
 
     def segments(self, rate: int, end: float) -> Iterator[tuple[float, np.ndarray]]:
-        """Yield (start in seconds, wave (N,) at `rate` Hz) of each piece of sound up to `end`.
+        """Yield (start in seconds, wave (N,) at `rate` Hz) of each piece up to `end`.
 
         A gap or another sample format begins another piece.
         """
@@ -322,7 +338,10 @@ class AudioTrack(Track):
 
 
 class Segment:
-    """A piece of sound without gaps and in one sample format, mixed to mono and resampled."""
+    """A piece of sound without gaps and in one sample format.
+
+    It is mixed to mono and resampled.
+    """
 
     def __init__(self, start: float, frame: av.AudioFrame, rate: int):
         self.start = start

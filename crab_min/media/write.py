@@ -27,7 +27,9 @@ def write_video(
     fps: float = 25,
     rate: int = 16000,
 ) -> None:
-    """Write an MP4: H.264 (yuv420p, a keyframe every 25 frames or sooner) and mono AAC.
+    """Write an MP4: H.264 and mono AAC.
+
+    The pictures are yuv420p, with a keyframe every 25 frames or sooner.
 
     Args:
         frames: (T, H, W, 3) uint8, RGB, with even H and W.

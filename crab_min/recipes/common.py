@@ -1,4 +1,6 @@
-"""The steps that all recipes share: open a run, load its rows, score the baseline, train, finish.
+"""The steps that all recipes share.
+
+They open a run, load its rows, score the baseline, train and finish.
 
 A recipe calls, in this order:
 
@@ -152,10 +154,11 @@ def load_rows(
 
 
 def steps_of(settings: Settings, rows: int) -> int:
-    """Return the optimizer steps of a run: as given, by epochs, or three passes over the rows.
+    """Return the optimizer steps of a run.
 
-    The three passes are bounded by what a laptop does in ten minutes. The bound is higher where
-    pictures and sounds are new to the tiny base.
+    They are as given, by epochs, or three passes over the rows. The three passes are bounded by
+    what a laptop does in ten minutes. The bound is higher where pictures and sounds are new to the
+    tiny base.
 
     Args:
         rows: number of training rows.
@@ -176,7 +179,9 @@ def samples_per_step(settings: Settings) -> int:
 
 
 def side_channel_widths(run: Run) -> dict[str, int]:
-    """Return the feature width of each side channel, read from the first row that has it.
+    """Return the feature width of each side channel.
+
+    It is read from the first row that has the channel.
 
     Raises:
         RunError: no training row has a side channel of the run.
@@ -202,7 +207,7 @@ def side_channel_widths(run: Run) -> dict[str, int]:
 
 
 def begin(run: Run) -> None:
-    """Set what learns, lock the run folder, write config.json, and score before training.
+    """Set what learns, lock the folder, write config.json, score before training.
 
     A new adapter or patch adds nothing yet, because its last weights are zero. So the baseline is
     the score of the frozen model, or with --init-from that of the run from which training starts.
@@ -261,7 +266,10 @@ def describe_trained(model: AVLanguageModel) -> str:
 
 
 def evaluate_baseline(run: Run) -> None:
-    """Score the test rows before training and write base.json, unless it exists already."""
+    """Score the test rows before training and write base.json.
+
+    Nothing is done if it exists already.
+    """
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
     rows = rows_of_each_task(run.test_rows, run.settings.run.baseline_rows)
@@ -271,7 +279,10 @@ def evaluate_baseline(run: Run) -> None:
 
 
 def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
-    """Return `count` random rows of each task, the same ones each time; all rows for 0."""
+    """Return `count` random rows of each task, all rows for 0.
+
+    They are the same ones each time.
+    """
     chosen = []
     for task in by_task(rows):
         samples = [sample for sample in rows if sample.task is task]
@@ -335,7 +346,7 @@ def evaluate_test_rows(run: Run) -> Evaluation:
 
 
 def finish(run: Run, evaluation: Evaluation) -> dict:
-    """Write predictions, pictures and metrics.json, print the tables, and unlock the folder.
+    """Write predictions, pictures and metrics.json, print tables, unlock the folder.
 
     Returns:
         The numbers of metrics.json; {} on all processes but the first.
@@ -383,7 +394,10 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
 
 
 def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) -> None:
-    """Add to each task's result what the base model, a constant answer and guessing score."""
+    """Add reference scores to each task's result.
+
+    They are those of the base model, a constant answer and guessing.
+    """
     constant = constants(run.train_rows, run.test_rows)
     chances = chance(run.test_rows)
     for task, result in results.items():
@@ -394,7 +408,10 @@ def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) ->
 
 
 def types_of(task: str, result: dict) -> dict[str, dict]:
-    """Return the scores of a task by type of question; all under its name if it has no types."""
+    """Return the scores of a task by type of question.
+
+    All are under its name if it has no types.
+    """
     return result.get("types") or {task: result}
 
 

@@ -1,4 +1,6 @@
-"""Crab (2503.13068): connectors aligned per modality, then all tasks, then the mask decoder.
+"""Crab (2503.13068): aligned connectors, then all tasks, then the mask decoder.
+
+The connectors are aligned per modality.
 
 python train.py crab-tiny --stage visual     align the visual Q-Former on captions, LM frozen
 python train.py crab-tiny --stage audio      align the audio Q-Former
@@ -241,7 +243,7 @@ def keep_modality(samples: list[Sample], kind: str, caption: str) -> list[Sample
 
 
 def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sample]:
-    """Give samples their mask files, and put mask tokens behind answers that name a box.
+    """Give samples their mask files, and put mask tokens behind answers with a box.
 
     One set of tokens stands for all objects that are meant, as one mask of MS3 does. Samples of
     tasks without masks stay as they are.

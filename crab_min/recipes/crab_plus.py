@@ -13,7 +13,7 @@ from crab_min.world.folders import build_world
 
 
 def train(settings: Settings, preset: str) -> dict:
-    """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
+    """Train a run, by default in runs/PRESET, and return its metrics.json."""
     run = common.open_run("crab_plus", preset, settings)
 
     # the frozen audio-visual LM, and the rows of all tasks, with answers as text

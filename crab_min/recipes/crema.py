@@ -1,4 +1,6 @@
-"""CREMA (2402.05889): any modality through one Q-Former, self-gated fusion, sequential training.
+"""CREMA (2402.05889): self-gated fusion and sequential training.
+
+Any modality goes through one Q-Former.
 
 python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
 
@@ -26,7 +28,7 @@ from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
 def train(settings: CremaSettings, preset: str) -> dict:
-    """Train a run, by default in runs/PRESET, and return the numbers of its metrics.json."""
+    """Train a run, by default in runs/PRESET, and return its metrics.json."""
     settings = run_settings(settings)
     run = common.open_run("crema", preset, settings)
 
@@ -54,10 +56,11 @@ def train(settings: CremaSettings, preset: str) -> dict:
 
 
 class SequentialStep(Step):
-    """A step of modality-sequential training: one update per modality on the same batches.
+    """A step of modality-sequential training: one update per modality.
 
-    An update trains the modality's own parameters and the fusion. A modality exits when its
-    gradient has grown (modality-adaptive early exit); the others go on.
+    All updates take the same batches. An update trains the modality's own parameters and the
+    fusion. A modality exits when its gradient has grown (modality-adaptive early exit); the others
+    go on.
     """
 
     def __init__(self, config: ModalityConfig, steps_per_epoch: int):
@@ -66,7 +69,7 @@ class SequentialStep(Step):
 
     @property
     def finished(self) -> bool:
-        """Whether all modalities have exited."""
+        """Tell whether all modalities have exited."""
         return not self.exits.live
 
     def __call__(
@@ -129,7 +132,10 @@ def metric_by_type(results: dict[str, dict]) -> dict[str, float]:
 
 
 def subset_table(subsets: dict[str, dict[str, float]]) -> str:
-    """Format the metric of each subset of the modalities (rows) and type of question (columns)."""
+    """Format the metric by subset of the modalities (rows) and type of question.
+
+    The types are the columns.
+    """
     types = sorted({name for scores in subsets.values() for name in scores})
     widths = {name: max(9, len(name) + 2) for name in types}
     title_width = max(len(title) for title in subsets) + 2
@@ -189,7 +195,9 @@ def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
 def add_trained_parts(
     model: AVLanguageModel, settings: CremaSettings, widths: dict[str, int]
 ) -> None:
-    """Add what learns: the parts of each modality, their fusion, and an adapter on the LM if any.
+    """Add what learns: the parts of each modality and their fusion.
+
+    If the run has an adapter on the LM, this is added too.
 
     Args:
         widths: feature width of each side modality.
@@ -203,7 +211,9 @@ def add_trained_parts(
 def prepare_samples(
     samples: list[Sample], settings: CremaSettings, side_channels: list[str] | None = None
 ) -> list[Sample]:
-    """Put samples into CREMA's form: no sound in the prompt, modalities behind the video.
+    """Put samples into CREMA's form.
+
+    The prompt has no sound, and the modalities stand behind the video.
 
     Args:
         side_channels: names that replace those of the run.

@@ -1,4 +1,6 @@
-"""PAVE (2503.19794): a patch adds a side channel to the video tokens of a frozen video LLM.
+"""PAVE (2503.19794): a patch on a frozen video LLM.
+
+It adds a side channel to the video tokens.
 
 python train.py pave-tiny --side audio
 
@@ -33,7 +35,7 @@ def train(settings: PaveSettings, preset: str) -> dict:
 
 
 def train_patch(settings: PaveSettings, name: str) -> dict:
-    """Train one run, by default in runs/NAME, and return the numbers of its metrics.json."""
+    """Train one run, by default in runs/NAME, and return its metrics.json."""
     run = common.open_run("pave", name, settings)
 
     # the frozen video LLM; prompts without sound, with the side channels of the video
@@ -51,9 +53,10 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
 
 
 def compare(settings: PaveSettings, preset: str) -> dict:
-    """Train LoRA alone, then LoRA with the patch, and print both beside the frozen model.
+    """Train LoRA alone, then LoRA with the patch, and print a table.
 
-    Both runs answer the same questions, which only the side channel settles.
+    It shows both beside the frozen model. Both runs answer the same questions, which only the side
+    channel settles.
 
     Returns:
         The numbers of metrics.json of the run with the patch.
@@ -75,7 +78,7 @@ def compare(settings: PaveSettings, preset: str) -> dict:
 
 
 def train_once(settings: PaveSettings, name: str) -> dict:
-    """Train a run, or return the metrics of the same run if an earlier command finished it."""
+    """Train a run, or return its metrics if an earlier command finished it."""
     folder = Path(settings.run.out or f"runs/{name}")
     if (folder / "metrics.json").exists():
         if not difference(load_saved_run(folder).settings, settings):
@@ -84,10 +87,10 @@ def train_once(settings: PaveSettings, name: str) -> dict:
 
 
 def comparison_table(lora: dict, patch: dict) -> str:
-    """Format the scores of guessing, frozen model, LoRA alone and patch, by type of question.
+    """Format the scores of guessing, frozen model, LoRA alone and patch.
 
-    Guessing is one over the number of options, or the best constant answer where there are none.
-    The frozen model is the same in both runs.
+    They are by type of question. Guessing is one over the number of options, or the best constant
+    answer where there are none. The frozen model is the same in both runs.
 
     Args:
         lora, patch: the numbers of metrics.json of both runs.
@@ -150,7 +153,9 @@ def add_trained_parts(
 def prepare_samples(
     samples: list[Sample], settings: PaveSettings, side_channels: list[str] | None = None
 ) -> list[Sample]:
-    """Put samples into PAVE's form: no sound in the prompt, side channels behind the video.
+    """Put samples into PAVE's form.
+
+    The prompt has no sound, and the side channels stand behind the video.
 
     Args:
         side_channels: names that replace those of the run.
@@ -160,7 +165,9 @@ def prepare_samples(
 
 
 def built_in_data(settings: PaveSettings) -> Path:
-    """Build the world whose questions only the side channels settle; return its train.jsonl.
+    """Build the world whose questions only the side channels settle.
+
+    Returns its train.jsonl.
 
     Raises:
         RunError: the built-in world has no such side channel.

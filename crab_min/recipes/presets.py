@@ -1,4 +1,4 @@
-"""The presets of train.py: each names a recipe, and values that differ from its defaults."""
+"""The presets of train.py: recipes with values that differ from their defaults."""
 
 from dataclasses import dataclass, field
 

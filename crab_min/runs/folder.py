@@ -1,4 +1,6 @@
-"""The run folder: choosing and locking it, and the checkpoints from which a killed run continues.
+"""The run folder: its choice, its lock, and its checkpoints.
+
+A killed run continues from a checkpoint.
 
 checkpoints/step_N/ holds all that the next step depends on: trained weights, optimizer moments, the
 random state of every process, and how many batches were taken. Files and folders appear whole or
@@ -43,7 +45,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, flush it to the disk and rename it to `final`.
+    """Let `write` fill a temporary folder, flush it to disk, rename it to `final`.
 
     Raises:
         RunError: the disk is full or cannot be written; `final` stays as it was.
@@ -123,7 +125,10 @@ def load_saved_run(folder: Path) -> SavedRun:
 
 
 def difference(old: Settings, new: Settings) -> str:
-    """Name the first setting in which two runs differ, with both values; "" if none differs."""
+    """Name the first setting in which two runs differ, with both values.
+
+    Returns "" if none differs.
+    """
     old_groups, new_groups = asdict(old), asdict(new)
     for group, values in new_groups.items():
         for name, value in values.items():
@@ -137,10 +142,11 @@ def difference(old: Settings, new: Settings) -> str:
 
 
 def choose_folder(settings: Settings, name: str) -> Path:
-    """Find the folder of a run: a new one, or that of the same command if it was interrupted.
+    """Find the folder of a run: a new one, or that of an interrupted run.
 
-    Nothing is written. Without --out the folder is runs/NAME, or the next free runs/NAME-2, ...
-    An interrupted run with other settings, which is passed over, is named in one line.
+    The interrupted run must be of the same command. Nothing is written. Without --out the folder is
+    runs/NAME, or the next free runs/NAME-2, ... An interrupted run with other settings, which is
+    passed over, is named in one line.
 
     Raises:
         RunError: --out names a finished run, a run with other settings, or a folder without a run.
@@ -185,7 +191,9 @@ def choose_folder(settings: Settings, name: str) -> Path:
 
 
 def lock_run(folder: Path) -> TextIO:
-    """Make the folder and lock it; return the lock file, which unlocks the folder when it closes.
+    """Make the folder, lock it, and return the lock file.
+
+    The lock file unlocks the folder when it closes.
 
     Raises:
         RunError: another process has locked the folder, or it cannot be written.

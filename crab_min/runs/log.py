@@ -36,10 +36,10 @@ class LogRow:
 
 @contextmanager
 def open_log(folder: Path, done: int, steps: int) -> Iterator[Callable[[LogRow], None]]:
-    """Open log.csv and the progress bar of a run; yield a function that adds a row to both.
+    """Open log.csv and the progress bar of a run.
 
-    Every line is written as soon as its step ends. A run that continues drops the lines after its
-    last checkpoint.
+    Yields a function that adds a row to both. Every line is written as soon as its step ends. A run
+    that continues drops the lines after its last checkpoint.
 
     Args:
         done: steps before this start of the run.
@@ -89,7 +89,10 @@ def cell(value) -> str:
 
 
 def memory() -> int:
-    """Return the peak memory so far, in bytes: of the GPU, or of this process if it has none."""
+    """Return the peak memory so far, in bytes.
+
+    It is that of the GPU, or of this process if there is none.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -97,7 +100,10 @@ def memory() -> int:
 
 @contextmanager
 def stop_requested() -> Iterator[list[bool]]:
-    """Yield a list that is empty until Ctrl-C is pressed; pressed again, it interrupts at once."""
+    """Yield a list that is empty until Ctrl-C is pressed.
+
+    Pressed again, it interrupts at once.
+    """
     requested: list[bool] = []
 
     def handler(number, frame):

@@ -1,4 +1,6 @@
-"""Several processes on one training run, one per GPU: `torchrun --nproc-per-node N train.py ...`.
+"""Several processes on one training run, one per GPU.
+
+They are started by `torchrun --nproc-per-node N train.py ...`.
 
 Every process has the whole model and takes its share of the batches of a step. The trained parts
 are small (adapters, connectors), so the model is not wrapped. After the last backward pass of a
@@ -86,7 +88,10 @@ def gather(value) -> list:
 
 
 def on_first(make: Callable):
-    """Let the first process make a value while the others wait; return the value on all."""
+    """Let the first process make a value while the others wait.
+
+    Returns the value on all processes.
+    """
     values = [make() if rank() == 0 else None]
     if count() > 1:
         dist.broadcast_object_list(values)

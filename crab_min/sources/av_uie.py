@@ -48,7 +48,10 @@ def read_list(path: Path) -> list[dict]:
 
 
 def find_rows(content):
-    """Return the list of rows in the content of a JSON file, or what is there instead of it."""
+    """Return the list of rows in the content of a JSON file.
+
+    Without a list, returns what is there instead of it.
+    """
     if not isinstance(content, dict):
         return content
     if {"images", "annotations", "categories"} <= content.keys():
@@ -57,7 +60,10 @@ def find_rows(content):
 
 
 def join_lvis(content: dict) -> list[dict]:
-    """Return the annotations of an LVIS file, each with its image and the name of its category."""
+    """Return the annotations of an LVIS file.
+
+    Each has its image and the name of its category.
+    """
     images = {image["id"]: image for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
     return [
@@ -79,7 +85,10 @@ def mask_path(frame: Path, task: str, row: dict) -> Path:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Read a mask (H, W, 3) uint8: black is nothing, a colour is an object. Raises DataError."""
+    """Read a mask (H, W, 3) uint8: black is nothing, a colour is an object.
+
+    Raises DataError.
+    """
     try:
         return np.asarray(Image.open(path).convert("RGB"))
     except OSError as error:
@@ -88,7 +97,9 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def mask_classes(mask: np.ndarray) -> np.ndarray:
-    """Return the classes (H, W) int64 of an AVSS mask (H, W, 3); -1 where a colour is no class.
+    """Return the classes (H, W) int64 of an AVSS mask (H, W, 3).
+
+    The class is -1 where a colour is no class.
 
     The colours are the palette of PASCAL VOC: bit i of a class is bit 7 - i // 3 of channel i % 3.
     """
@@ -120,10 +131,10 @@ def mask_objects(mask: np.ndarray, task: str) -> list[np.ndarray]:
 
 
 def box_and_points(mask: np.ndarray) -> tuple[Box, list[Point]]:
-    """Return the box and three points of a mask (H, W) that is not empty, on the 224 x 224 grid.
+    """Return the box and three points of a mask (H, W), on the 224 x 224 grid.
 
-    The points lie in the columns where the mask reaches a quarter, a half and three quarters of its
-    area, midway down each column.
+    The mask must not be empty. The points lie in the columns where the mask reaches a quarter, a
+    half and three quarters of its area, midway down each column.
     """
     height, width = mask.shape
     ys, xs = np.nonzero(mask)

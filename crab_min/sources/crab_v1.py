@@ -1,4 +1,6 @@
-"""The annotation files of AV-UIE v1 (Crab, 2503.13068): a released row -> rows as in AV-UIE v2.
+"""The annotation files of AV-UIE v1 (Crab, 2503.13068).
+
+A released row becomes rows as in AV-UIE v2.
 
 Each function takes the folder of a source, one of its rows, and whether it is for training. It
 yields the rows that this one becomes: none if it is left out, several if a clip has several
@@ -64,9 +66,10 @@ def audiocaps(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def find_below(folder: Path, path: str) -> str:
-    """Return `path` if it exists, else the file below `folder` that matches the end of it.
+    """Return `path` if it exists, else a file below `folder`.
 
-    The released rows hold absolute paths of the authors' machines.
+    This is the file that matches the end of `path`. The released rows hold absolute paths of the
+    authors' machines.
     """
     parts = Path(path.lstrip("/")).parts
     below = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
@@ -96,7 +99,10 @@ def s4(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def ms3(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert a clip of AVSBench MS3: several sounding objects, trained on all five frames."""
+    """Convert a clip of AVSBench MS3: several sounding objects.
+
+    All five frames are trained on.
+    """
     yield from avsbench_rows("ms3", folder / "v1m", range(5), {**row, "window": "fifths"}, train)
 
 
@@ -165,7 +171,10 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def read_frame(task: str, clip: Path, number: int, row: dict) -> tuple[dict, str]:
-    """Return the row of one frame of a clip, and the text of the boxes and points of its mask."""
+    """Return the row of one frame of a clip, and the text of its mask.
+
+    The text has the boxes and points of the mask.
+    """
     image = (clip / "frames" / f"{number}.jpg").absolute()
     row = {
         **row,

@@ -1,4 +1,6 @@
-"""The annotation files of PAVE's (2503.19794) and CREMA's (2402.05889) tasks -> AV-UIE v2 rows.
+"""The annotation files of PAVE's (2503.19794) and CREMA's (2402.05889) tasks.
+
+Their rows become AV-UIE v2 rows.
 
 Each function takes the folder of a source, one of its rows, and whether it is for training, and
 yields the rows that this one becomes. Where the folders lie: RELEASED_LAYOUTS in rows.py. A folder
@@ -28,9 +30,10 @@ SIDE_CHANNELS = {
 
 
 def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert a dialogue of AVSD: a question follows all turns before it, with gold answers.
+    """Convert a dialogue of AVSD to questions, each after all turns before it.
 
-    A dialogue has about ten turns. The last one is tested; each is a sample for training.
+    These turns have their gold answers. A dialogue has about ten turns. The last one is tested;
+    each is a sample for training.
     """
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
@@ -51,7 +54,10 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def scene(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert a question of ScanQA or SQA3D about a 3D scene; its first answer is trained on."""
+    """Convert a question of ScanQA or SQA3D about a 3D scene.
+
+    Its first answer is trained on.
+    """
     question = row["question"].lower().lstrip()
     matching = [word for word in QUESTION_TYPES if question.startswith(word)]
     yield {

@@ -1,4 +1,6 @@
-"""Rows of a task and split, from AV-UIE v2 or from another release, as it was released.
+"""Rows of a task and split, from AV-UIE v2 or another release.
+
+The other release is read as it was released.
 
     rows = read_rows(Path("data"), "ave", "train")  # data/ave/train.json, or Crab's files of AVE
 
@@ -19,7 +21,7 @@ from crab_min.sources.av_uie import read_list
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a release keeps the rows of a task, and how they are converted."""
+    """The place of a task's rows in a release, and the function that converts them."""
 
     task: str
     convert: Callable[[Path, dict, bool], Iterator[dict]]  # (folder, row, train) -> rows as in v2
@@ -56,9 +58,9 @@ RELEASED_LAYOUTS = (
 
 
 def find_layout(root: Path, task: str, split: str) -> tuple[Path | None, Layout | None]:
-    """Return the file with the rows of a task and split, and its layout (None: AV-UIE v2).
+    """Return the file with the rows of a task and split, and its layout.
 
-    The file is None where there is none.
+    The layout is None for AV-UIE v2. The file is None where there is none.
     """
     path = root / task / f"{split}.json"
     if path.is_file():

@@ -1,4 +1,6 @@
-"""True statements about a scene: the text from which the tiny base learns what its encoders report.
+"""True statements about a scene.
+
+From this text the tiny base learns what its encoders report.
 
 No statement is an instruction, a question or an answer of a task, and none carries a tag (make.py).
 A statement is a sentence made of one clause. Clauses are grouped by form: a form tells one thing by
@@ -138,7 +140,9 @@ def audio_facts(
 
 
 def av_facts(visible: list[Object], audible: list[Object], seconds: range, fixed: bool) -> Facts:
-    """Collect what only picture and sound together tell: what is seen and heard, where it sounds.
+    """Collect what only picture and sound together tell.
+
+    This is what is seen and heard, and where it sounds.
 
     Args:
         seconds: the seconds of the sound that is heard.
@@ -182,7 +186,10 @@ def shown_clause(obj: Object, visible: bool) -> str:
 
 
 def comparisons(objects: list[Object]) -> list[str]:
-    """Compare every two objects by how long they are heard, then by which is heard earlier."""
+    """Compare every two objects by how long and how early they are heard.
+
+    The lengths come first.
+    """
     heard = [obj for obj in objects if obj.heard]
     clauses = []
     for comparison, comparable in ((LONGER, objects), (EARLIER, heard)):
@@ -263,7 +270,7 @@ def pair_statements(
     rng: random.Random,
     forms: tuple[str, ...] = (),
 ) -> list[str]:
-    """Sample true statements about two media of one kind and a third medium of the other kind.
+    """Sample true statements about two media of one kind and a third of the other.
 
     Args:
         scenes: the two scenes; their media are numbered one and two.
@@ -306,9 +313,10 @@ def sample_statements(
     fewest: int = 3,
     most: int = 8,
 ) -> list[str]:
-    """Sample at most four clauses of one form, or `fewest` to `most` of any form, as sentences.
+    """Sample clauses of one form or of any form, as sentences.
 
-    One of `forms` is used if any of them has clauses, otherwise all forms are.
+    They are at most four of one form, or `fewest` to `most` of any form. One of `forms` is used if
+    any of them has clauses, otherwise all forms are.
     """
     by_form, mixture = defaultdict(list), []
     for group in groups:

@@ -1,4 +1,4 @@
-"""Check of the finished tiny base: how well it completes the beginning of a clause.
+"""A check of the finished tiny base: its completions of the beginning of a clause.
 
 The scenes are of split "base" but were in no stage of its training. A figure is a share of right
 completions, or a mean intersection over union of boxes or of seconds.
@@ -120,7 +120,10 @@ def first_match(renderer: Renderer, scene: Scene, check: Check) -> re.Match | No
 def mean_score(
     model: ComposedModel, examples: list[Example], clauses: list[re.Match], score: Callable
 ) -> float:
-    """Let the model complete the clauses and return its mean score, 0 where there are none."""
+    """Let the model complete the clauses and return its mean score.
+
+    It is 0 where there are none.
+    """
     if not clauses:
         return 0.0
 

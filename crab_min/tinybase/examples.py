@@ -1,4 +1,6 @@
-"""Examples for the tiny base's LM: scenes shown as prompts with media, in different views.
+"""Examples for the tiny base's LM: scenes as prompts with media.
+
+They are shown in different views.
 
 Shapes: T frames or pieces of sound, N samples of a piece.
 """
@@ -34,7 +36,7 @@ class Example:
 
 
 class Recorder:
-    """Records scenes with a little noise, as the parts and the media of a prompt."""
+    """A recorder of scenes, with a little noise, as the parts and media of a prompt."""
 
     def __init__(self, renderer: Renderer, rng: random.Random):
         self.renderer, self.rng = renderer, rng
@@ -160,7 +162,10 @@ def make_copy_example(tokenizer, rng: random.Random) -> Example:
 
 
 def encode_examples(model: ComposedModel, examples: list[Example]) -> None:
-    """Replace the media of some examples by their features, those of one shape in one pass."""
+    """Replace the media of some examples by their features.
+
+    Those of one shape are encoded in one pass.
+    """
     groups = defaultdict(list)  # (kind, shape) -> where the media are: (example, index)
     for example in examples:
         for i, (kind, array) in enumerate(example.media):

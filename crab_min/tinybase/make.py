@@ -1,4 +1,6 @@
-"""The tiny base: a small CLIP, BEATs, two Q-Formers and a Llama, trained on the built-in world.
+"""The tiny base: a small CLIP, BEATs, two Q-Formers and a Llama.
+
+They are trained on the built-in world.
 
 `python train.py tiny-base` makes it from nothing in three stages: see and hear
 (pretrain_encoders.py), then read (pretrain_lm.py), in which the LM learns to put into words what
@@ -38,7 +40,7 @@ MERGES = 1000  # of the tokenizer; its other tokens are 256 bytes and the specia
 
 @dataclass
 class Progress:
-    """What is done of a base: base.json, by which an interrupted run continues."""
+    """The progress of a base: base.json, by which an interrupted run continues."""
 
     config: dict
     stages: list[str] = field(default_factory=list)
@@ -51,9 +53,10 @@ class Progress:
 
 
 def train_base(config: BaseConfig) -> None:
-    """Make the base and write it to its folder, with base.json: figures, time, and the log.
+    """Make the base and write it to its folder, with base.json.
 
-    An interrupted run continues with the same command after its last finished stage.
+    This has figures, time and the log. An interrupted run continues with the same command after its
+    last finished stage.
 
     Raises:
         ModelError: the folder holds a finished base, or an interrupted one with other settings.

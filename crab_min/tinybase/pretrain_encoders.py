@@ -1,4 +1,6 @@
-"""Pre-training of the tiny base's encoders: two stages, each supervised through small probes.
+"""Pre-training of the tiny base's encoders in two stages.
+
+Each stage is supervised through small probes.
 
   see    vision encoder + visual Q-Former: what is where in a picture
   hear   BEATs + audio Q-Former: which things sound in a piece of sound, and how a voice feels
@@ -103,7 +105,10 @@ def probe(width: int, outputs: int) -> nn.Module:
 def sample_scenes(
     renderer: Renderer, kinds: tuple[str, ...], step: int, count: int, seed: int
 ) -> list[Scene]:
-    """Return `count` scenes of split "base" that no other step has, their kinds taking turns."""
+    """Return `count` scenes of split "base" that no other step has.
+
+    Their kinds take turns.
+    """
     scenes = []
     for i in range(count):
         scenes.append(renderer.scene("base", kinds[i % len(kinds)], step * count + i, seed))
@@ -111,9 +116,10 @@ def sample_scenes(
 
 
 def augment(media: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change brightness and noise of frames (uint8), loudness and hiss of a wave (float32).
+    """Change frames (uint8) or a wave (float32).
 
-    Files of the world are clean, those of users are not.
+    Frames change in brightness and noise, the wave in loudness and hiss. Files of the world are
+    clean, those of users are not.
     """
     if media.dtype == np.uint8:
         noise = rng.normal(0, rng.uniform(0, 4), media.shape).astype(np.float32)
@@ -125,7 +131,9 @@ def augment(media: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def emotion_labels(scenes: list[Scene], visible: bool = False) -> Tensor:
-    """Return the index (B,) of each scene's emotion, len(EMOTIONS) where there is none.
+    """Return the index (B,) of each scene's emotion.
+
+    It is len(EMOTIONS) where there is none.
 
     Args:
         visible: leave out the emotions of masked faces, which cannot be seen.
@@ -169,7 +177,7 @@ def train_see(model: ComposedModel, renderer: Renderer, config: BaseConfig, log:
 def visual_targets(
     renderer: Renderer, scenes: list[Scene], times: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what the cells and then the patches of B frames show, and the frames as a whole.
+    """Return what B frames show: cells, then patches, then the frames as a whole.
 
     Returns:
         The index of the thing (B, Q + S), C where there is none, and its whole box (B, Q + S, 4)
@@ -306,7 +314,7 @@ def train_hear(model: ComposedModel, renderer: Renderer, config: BaseConfig, log
 
 
 def sounding_things(scene: Scene, things: int, seconds: int) -> Tensor:
-    """Return which things sound in each piece of `seconds` s of a scene: 0 or 1, (T, C)."""
+    """Return which things sound in each piece of `seconds` s: 0 or 1, (T, C)."""
     sounding = torch.zeros(SECONDS // seconds, things)
     if scene.kind == "face":
         return sounding  # a voice is no thing

@@ -1,4 +1,6 @@
-"""Pre-training of the tiny base's LM: it learns to state what the connectors' tokens show.
+"""Pre-training of the tiny base's LM.
+
+It learns to state what the connectors' tokens show.
 
 The curriculum has four parts: copying random words; statements of all forms (captions.py); lessons
 that look things up by name, one or two forms at a time ("The dog is on the left. The cat is in the
@@ -33,7 +35,10 @@ from crab_min.world.rendering import Renderer
 # --- the lessons ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Lesson:
-    """Statements of one form about each thing that is shown, in any order, and nothing else."""
+    """Statements of one form about each thing that is shown.
+
+    They are in any order, and there is nothing else.
+    """
 
     steps: int  # at most
     scenes: int  # per step
@@ -116,7 +121,7 @@ class Curriculum:
         self.name_ids = torch.tensor(name_ids)
 
     def lesson_losses(self, practice: float) -> Iterator[tuple[Tensor, Figures]]:
-        """Yield the losses of each lesson, until its steps are made or its loss is reached."""
+        """Yield the losses of each lesson, until its steps or its loss are reached."""
         steps = itertools.count()
         for number, lesson in enumerate(LESSONS):
             recent_losses: deque[float] = deque(maxlen=20)
@@ -131,9 +136,10 @@ class Curriculum:
     def loss(
         self, step: int, lesson: Lesson, earlier: tuple[Lesson, ...]
     ) -> tuple[Tensor, Figures]:
-        """Return the loss per token of a batch of `lesson`, one time in four of an earlier one.
+        """Return the loss per token of a batch of `lesson`.
 
-        The figures are the loss under the name of the lesson; there are none for an earlier one.
+        One time in four the batch is of an earlier lesson. The figures are the loss under the name
+        of the lesson; there are none for an earlier one.
         """
         # the lesson itself or an earlier one, and the examples that it practises on
         practised, count = lesson, lesson.scenes

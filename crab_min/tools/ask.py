@@ -1,4 +1,4 @@
-"""Answer questions about clips: the work of infer.py."""
+"""Answers to questions about clips: the work of infer.py."""
 
 import importlib
 import json
@@ -131,7 +131,10 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
 
 
 def with_side_files(sample: Sample, names: list[str], files: dict[str, str]) -> Sample:
-    """Name the files of side channels in a sample's row; by default its own sound or video."""
+    """Name the files of side channels in a sample's row.
+
+    By default they are its own sound or video.
+    """
     sides = {}
     for name in names:
         kind = "audio" if name == "audio" else "video"
@@ -141,7 +144,10 @@ def with_side_files(sample: Sample, names: list[str], files: dict[str, str]) -> 
 
 
 def row_of(given: Namespace, clip: str | None) -> dict:
-    """Make an annotation row from the command line; build_prompt reports what is missing."""
+    """Make an annotation row from the command line.
+
+    build_prompt reports what is missing.
+    """
     # by default the sound is that of the clip
     sounds = given.audio
     if not sounds and clip:
@@ -166,7 +172,10 @@ def row_of(given: Namespace, clip: str | None) -> dict:
 
 
 def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
-    """Return one sample per clip of the command line, or a test sample of the built-in world."""
+    """Return one sample per clip of the command line.
+
+    Without a clip it is a test sample of the built-in world.
+    """
     # clips, or one image
     if given.clip or given.image:
         task = chosen_task(given)
@@ -227,7 +236,9 @@ def chosen_task(given: Namespace, default: str = "avqa") -> Task:
 
 
 def mask_maker(given: Namespace, model: AVLanguageModel) -> MakeMasks | None:
-    """Return the function that makes masks of answers, by --masks or by the model's decoder.
+    """Return the function that makes masks of answers.
+
+    It uses --masks or the model's decoder.
 
     Returns:
         None without --masks if the model has no decoder.

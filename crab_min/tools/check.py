@@ -1,4 +1,6 @@
-"""Check a copy of AV-UIE before training: missing and unreadable files, lengths, labels.
+"""A check of a copy of AV-UIE before training.
+
+It reports missing and unreadable files, lengths and labels.
 
 python -m crab_min.tools.check --data AVUIE_2
 """

@@ -1,4 +1,4 @@
-"""Write a run folder from the authors' released files, for `infer.py --run`.
+"""Conversion of the authors' released files to a run folder for `infer.py --run`.
 
     python -m crab_min.tools.convert crab_plus finetune_weights.bin --out runs/released
 
@@ -128,7 +128,9 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
 
 # --- adapter -------------------------------------------------------------------------------------
 def read_adapter_sizes(adapter: dict[str, Tensor]) -> tuple[int, int]:
-    """Read (r, heads) from an adapter's shapes; heads is 0 for plain LoRA, r is 0 for none.
+    """Read (r, heads) from an adapter's shapes.
+
+    heads is 0 for plain LoRA, r is 0 for none.
 
     Raises:
         ModelError: an I-LoRA adapter is not whole.
@@ -163,7 +165,10 @@ def drop_encoder_adapters(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # --- other parts ---------------------------------------------------------------------------------
 def group_by_part(weights: dict[str, Tensor], sides: list[str]) -> dict[str, dict[str, Tensor]]:
-    """Return part -> its weights by their names in it, without modalities that are not wanted."""
+    """Return part -> its weights by their names in it.
+
+    Modalities that are not wanted are left out.
+    """
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, weight in weights.items():
         part, key = name.split(".", 1)
@@ -180,7 +185,10 @@ def group_by_part(weights: dict[str, Tensor], sides: list[str]) -> dict[str, dic
 
 
 def part_config(name: str, state: dict[str, Tensor], sides: list[str]) -> dict:
-    """Return what a part's file says of it beside its weights, by which a model makes the part."""
+    """Return what a part's file says of it beside its weights.
+
+    By this a model makes the part.
+    """
     if name.startswith("patch_"):
         return asdict(read_patch_config(state))
     if name.startswith("modality_"):

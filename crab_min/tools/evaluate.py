@@ -1,4 +1,4 @@
-"""Answer and score a whole split: `python infer.py --eval`."""
+"""Answers and scores of a whole split: `python infer.py --eval`."""
 
 import json
 from argparse import Namespace

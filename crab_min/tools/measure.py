@@ -1,4 +1,6 @@
-"""Memory and operations of a model, measured on tensors without values (for plan.py).
+"""Memory and operations of a model, for plan.py.
+
+They are measured on tensors without values.
 
 A model without weights (backbones/empty.py) cannot run on the meta device, since attention chooses
 its kernel by device. Inside of a FakeTensorMode `fill` therefore gives it CPU tensors that have
@@ -40,7 +42,10 @@ class Prompt:
 
 
 def fill(model: AVLanguageModel) -> None:
-    """Replace the meta tensors of a model, inside of a FakeTensorMode; what is tied stays tied."""
+    """Replace the meta tensors of a model, inside of a FakeTensorMode.
+
+    What is tied stays tied.
+    """
     filled: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -75,7 +80,10 @@ def lm_of(model: AVLanguageModel) -> nn.Module:
 
 
 def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
-    """Return the LM's decoder, and before it its encoder if it has one; without the head."""
+    """Return the LM's decoder, and before it its encoder if it has one.
+
+    The head is left out.
+    """
     lm = lm_of(model)
     return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
 
@@ -179,7 +187,7 @@ def bytes_kept(model: nn.Module, forward: Callable, bf16: bool) -> int:
 
 
 def activation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
-    """Count what a training step on a batch of such prompts keeps for its backward pass.
+    """Count what a training step on such prompts keeps for its backward pass.
 
     Nothing is derived from the architecture: the code that trains runs, and hooks see each tensor
     that autograd keeps. Counted are the LM, what makes tokens of features (connectors, patches,
@@ -295,7 +303,10 @@ def lm_operations(model: AVLanguageModel, length: int) -> int:
 
 
 def token_operations(model: AVLanguageModel, media: list[MediaFeatures], sides: list[str]) -> int:
-    """Count the operations that make tokens of media, with these of their side channels."""
+    """Count the operations that make tokens of media.
+
+    Of their side channels those in `sides` count.
+    """
     chosen = []
     for medium in media:
         kept = {name: side for name, side in medium.sides.items() if name in sides}

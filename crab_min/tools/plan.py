@@ -1,4 +1,6 @@
-"""What a run needs, before anything is downloaded: `python train.py PRESET --plan`.
+"""The needs of a run, before anything is downloaded.
+
+The command is `python train.py PRESET --plan`.
 
 The run's own model is asked. Its recipe builds it as for training, under the flags that were given,
 but on the meta device: every tensor has a shape and a precision, and none has memory.
@@ -76,12 +78,15 @@ class Memory:
 
     @property
     def training(self) -> int:
-        """All that is there in a training step."""
+        """Return the bytes of all that is there in a training step."""
         weights = self.frozen + self.trained
         return weights + self.gradients + self.optimizer + self.activations
 
     def fits(self, gigabytes: int) -> bool:
-        """Whether a GPU holds it, with a gigabyte for CUDA and a twentieth lost between blocks."""
+        """Tell whether a GPU holds it.
+
+        It needs a gigabyte more for CUDA, and a twentieth is lost between blocks.
+        """
         needed = max(self.training, self.evaluation)
         return needed / 1e9 * 1.05 + 1 < gigabytes * 2**30 / 1e9
 
@@ -209,7 +214,10 @@ def part_of(name: str) -> tuple[int, str]:
 
 
 def count_parts(model: AVLanguageModel) -> dict[str, Count]:
-    """Count the parameters of each part; a head that is tied to the embeddings has none."""
+    """Count the parameters of each part.
+
+    A head that is tied to the embeddings has none.
+    """
     counts: dict[str, Count] = {}
     by_place = sorted(model.named_parameters(), key=lambda named: part_of(named[0])[0])
     for name, parameter in by_place:
@@ -222,10 +230,10 @@ def count_parts(model: AVLanguageModel) -> dict[str, Count]:
 
 
 def whole_qformers(model: AVLanguageModel) -> int:
-    """Count the parameters of one whole Q-Former per modality, with which CREMA compares itself.
+    """Count the parameters of one whole Q-Former per modality.
 
-    Its queries, norm and projection are counted, and no adapters and no fusion. 0 for a model
-    without modalities.
+    CREMA compares itself with this. Its queries, norm and projection are counted, and no adapters
+    and no fusion. 0 for a model without modalities.
     """
     shared = own = 0
     for name, parameter in model.named_parameters():
@@ -313,7 +321,10 @@ def encode_black(model: AVLanguageModel, part: PromptPart) -> MediaFeatures:
 def side_features(
     model: AVLanguageModel, recipe: ModuleType, settings: Settings, name: str
 ) -> MediaFeatures:
-    """Return features of a side channel: of the model's encoders, or as a file would have them."""
+    """Return features of a side channel.
+
+    They are of the model's encoders, or as a file would have them.
+    """
     has_beats = getattr(model, "audio", None) is not None
     if name == "audio" and has_beats:
         return encode_black(model, PromptPart("audio"))

@@ -1,4 +1,6 @@
-"""Clauses about the objects of a scene: the material of evidence and of the tiny base's captions.
+"""Clauses about the objects of a scene.
+
+Evidence and the tiny base's captions are made of them.
 
 A clause has no capital and no full stop. Examples in the docstrings are of a dog that is on the
 left and heard from second 2 to 7.
@@ -133,7 +135,10 @@ def clause_compared(a: Object, b: Object, comparison: Comparison) -> str:
 
 
 def unique_minimum(objects: Sequence[Object], key: Callable[[Object], int]) -> Object | None:
-    """Return the object with the smallest key; None where no object or several have it."""
+    """Return the object with the smallest key.
+
+    It is None where no object or several have it.
+    """
     ranked = sorted(objects, key=key)
     if not ranked or (len(ranked) > 1 and key(ranked[0]) == key(ranked[1])):
         return None

@@ -102,7 +102,7 @@ def all_heard(objects: list[Object]) -> str:
 
 # --- events ---------------------------------------------------------------------------------------
 def ave_row(scene: Scene) -> dict:
-    """AVE: the one event that is both seen and heard."""
+    """Make a row of AVE: the one event that is both seen and heard."""
     (event,) = seen_while_heard(scene)
     ((start, end),) = event.heard
     tag = event_tag("event", event.label, event.heard)
@@ -118,7 +118,7 @@ def ave_row(scene: Scene) -> dict:
 
 
 def unav_row(scene: Scene) -> dict:
-    """UnAV: all events that are both seen and heard."""
+    """Make a row of UnAV: all events that are both seen and heard."""
     tags = []
     for obj in seen_while_heard(scene):
         tags.append(event_tag("event", obj.label, overlap(obj.seen, obj.heard)))
@@ -127,7 +127,7 @@ def unav_row(scene: Scene) -> dict:
 
 
 def avvp_row(scene: Scene) -> dict:
-    """AVVP: what is seen and what is heard, each with its seconds."""
+    """Make a row of AVVP: what is seen and what is heard, each with its seconds."""
     seen, heard = scene.seen, scene.heard
     tags = [event_tag("visual_event", obj.label, obj.seen) for obj in seen]
     tags += [event_tag("audio_event", obj.label, obj.heard) for obj in heard]
@@ -151,7 +151,7 @@ def raw_event(label: str, spans: list[Span]) -> str:
 
 
 def avcap_row(scene: Scene) -> dict:
-    """AVCap: a caption of the picture and one of the sound."""
+    """Make a row of AVCap: a caption of the picture and one of the sound."""
     names = join_with_and([f"a {obj.label}" for obj in scene.seen])
     verb = "are" if len(scene.seen) > 1 else "is"
     seen = sentence(f"{names} {verb} seen, the place is {scene.place}")
@@ -167,7 +167,7 @@ def avcap_row(scene: Scene) -> dict:
 
 # --- questions ------------------------------------------------------------------------------------
 def avqa_row(scene: Scene, question: Question, number: int) -> dict:
-    """MUSIC-AVQA: an open question."""
+    """Make a row of MUSIC-AVQA: an open question."""
     return {
         **clip_paths(scene),
         "video_id": scene.name,
@@ -180,7 +180,7 @@ def avqa_row(scene: Scene, question: Question, number: int) -> dict:
 
 
 def avqa_thu_row(scene: Scene, question: Question, number: int) -> dict:
-    """AVQA (Tsinghua): a multiple-choice question."""
+    """Make a row of AVQA (Tsinghua): a multiple-choice question."""
     return {
         **clip_paths(scene),
         "video_name": scene.name,
@@ -197,7 +197,7 @@ def avqa_thu_row(scene: Scene, question: Question, number: int) -> dict:
 
 # --- actions and emotions -------------------------------------------------------------------------
 def ks_row(scene: Scene, renderer: Renderer) -> dict:
-    """Kinetics-Sounds: which action makes the sound."""
+    """Make a row of Kinetics-Sounds: which action makes the sound."""
     moving = scene.objects[0]
     action = renderer.things[moving.thing].action
     evidence = sentence(f"the {moving.label} is seen", clause_heard(moving))
@@ -206,14 +206,17 @@ def ks_row(scene: Scene, renderer: Renderer) -> dict:
 
 
 def ucf_row(scene: Scene) -> dict:
-    """UCF: which movement is seen."""
+    """Make a row of UCF: which movement is seen."""
     evidence = sentence(f"the {scene.objects[0].label} {MOVES[scene.movement]}")
     text = reasoned(evidence, answer_tag(scene.movement))
     return {**clip_paths(scene), "label": scene.movement.title(), "text": text}
 
 
 def emotion_row(scene: Scene, field: str) -> dict:
-    """MELD, CREMA-D, MAFW, DFEW, MER24: the emotion of a face and a voice."""
+    """Make a row of MELD, CREMA-D, MAFW, DFEW or MER24: the emotion of a clip.
+
+    A face and a voice show it.
+    """
     face = "the mouth is hidden" if scene.masked else f"the face looks {scene.emotion}"
     evidence = sentence(face, f"the voice sounds {scene.emotion}")
     text = reasoned(evidence, answer_tag(scene.emotion))
@@ -222,10 +225,11 @@ def emotion_row(scene: Scene, field: str) -> dict:
 
 # --- matching -------------------------------------------------------------------------------------
 def match_rows(scenes: list[Scene], rng: random.Random, count: int) -> Rows:
-    """Make rows of a2v and v2a: which of two videos a sound belongs to, or of two sounds a video.
+    """Make rows of a2v and v2a.
 
-    In each of the scenes one thing is seen and heard. Nothing that is heard in one scene of a pair
-    is seen in the other.
+    They ask which of two videos a sound belongs to, or which of two sounds a video. In each of the
+    scenes one thing is seen and heard. Nothing that is heard in one scene of a pair is seen in the
+    other.
 
     Args:
         count: rows per folder, if so many pairs are found in 20 tries per row.
@@ -254,7 +258,9 @@ def confusable(sound: Scene, video: Scene) -> bool:
 
 
 def match_row(folder: str, asked: Scene, pair: tuple[Scene, Scene], right: int) -> dict:
-    """A2V or V2A: a sound or video, and which of two media of the other kind belongs to it.
+    """Make a row of a2v or v2a: a sound or video, and two media of the other kind.
+
+    The answer is which of them belongs to it.
 
     The evidence tells in which of the two each object is: only the event of the scene is in one.
     """

@@ -56,12 +56,18 @@ SPEECHES = {
 
 
 def mouth_opening(scene: Scene, t: float) -> int:
-    """Return how far the mouth is open at second t, 0 to 3: in step with the syllables."""
+    """Return how far the mouth is open at second t, from 0 to 3.
+
+    It opens in step with the syllables.
+    """
     return round(3 * abs(math.sin(math.pi * t * SPEECHES[scene.emotion].rate / 2)))
 
 
 class FaceCanvas:
-    """A large picture that is drawn on in face units: (50, 50) is the centre of the face."""
+    """A large picture that is drawn on in face units.
+
+    (50, 50) is the centre of the face.
+    """
 
     def __init__(self, background: Image.Image, scene: Scene):
         # Four times as large as the frame, to be averaged at the end: smooth edges.
@@ -97,7 +103,10 @@ def draw_face(background: Image.Image, scene: Scene, opening: int) -> np.ndarray
 
 
 def draw_eye(canvas: FaceCanvas, face: Expression, direction: int) -> None:
-    """Draw an eye with its pupil and brow; direction: -1 for the left one, 1 for the right one."""
+    """Draw an eye with its pupil and brow.
+
+    direction: -1 for the left one, 1 for the right one.
+    """
     x = 50 + direction * 17
     canvas.ellipse(x, 44, 8, face.eye, fill="#ffffff", outline="#000000", width=4)
     canvas.ellipse(x, 44, 4, min(face.eye, 4), fill="#101010")

@@ -1,4 +1,6 @@
-"""Folder of the built-in world: annotations and media files in the AV-UIE v2 layout.
+"""Folder of the built-in world: annotations and media files.
+
+It has the AV-UIE v2 layout.
 
 Train rows carry a reasoned target, test rows only the gold fields, both under the released field
 names. All folders point into `ave/video` and `ave/audio`, as the released annotations do with
@@ -39,10 +41,10 @@ SHARES = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
 def build_world(
     config: WorldConfig, seed: int, cache: str | Path = "data/world", still: bool = False
 ) -> Path:
-    """Return the world's folder in the AV-UIE v2 layout; build it where it is not there yet.
+    """Return the world's folder in the AV-UIE v2 layout.
 
-    Building takes about a minute on two cores. The folder's name tells version, seed, sizes and
-    things. The folder appears whole or not at all.
+    It is built where it is not there yet. Building takes about a minute on two cores. The folder's
+    name tells version, seed, sizes and things. The folder appears whole or not at all.
 
     Args:
         still: only the folders whose rows show one frame, without videos, which are most of the
@@ -70,7 +72,10 @@ def build_world(
 
 
 def things_suffix(things: str, renderer: Renderer) -> str:
-    """Return the end of a world's name for the things of a folder; "" for the drawn ones."""
+    """Return the end of a world's name for the things of a folder.
+
+    It is "" for the drawn ones.
+    """
     if not things:
         return ""
     digest = hashlib.sha256()
@@ -143,7 +148,10 @@ def release_row(folder: str, split: str, row: dict) -> dict:
 # --- files ----------------------------------------------------------------------------------------
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a folder to fill. It takes its place at `final` when the block has ended well."""
+    """Yield a folder to fill.
+
+    It takes its place at `final` when the block has ended well.
+    """
     making = final.with_name(f"{final.name}.making-{os.getpid()}")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -156,7 +164,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def write_in_processes(write: Callable, clips: list) -> None:
-    """Call `write` with each clip, in a worker process per core and with a progress bar."""
+    """Call `write` with each clip, in a worker process per core.
+
+    There is a progress bar.
+    """
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
         written = pool.map(write, clips, chunksize=8)

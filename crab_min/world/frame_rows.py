@@ -1,4 +1,6 @@
-"""Rows of the AV-UIE v2 folders that show one frame, with the frames and masks that they name.
+"""Rows of the AV-UIE v2 folders that show one frame.
+
+Frames and masks that they name are written with them.
 
 S4 and ARIG ask for the one thing that sounds, MS3 for all things that sound, Ref-AVS for the thing
 that a phrase refers to. Rows are made as in clip_rows.py.
@@ -24,7 +26,10 @@ from crab_min.world.things import SECONDS
 
 
 class Frame:
-    """One frame of a scene, with the objects that a row asks for (the targets) and their masks."""
+    """One frame of a scene, with the objects that a row asks for and their masks.
+
+    These objects are the targets.
+    """
 
     def __init__(self, renderer: Renderer, scene: Scene, time: float, targets: list[Object]):
         self.scene, self.time, self.targets = scene, time, targets
@@ -61,7 +66,9 @@ class Frame:
 def frame_rows(
     renderer: Renderer, scenes: Scenes, rng: random.Random, root: Path, still: bool = False
 ) -> Rows:
-    """Make the rows of all folders that show one frame; write frames and masks below `root`.
+    """Make the rows of all folders that show one frame.
+
+    Writes frames and masks below `root`.
 
     still: S4 has the training pictures of two things twice, with the sound of either.
     """
@@ -128,7 +135,10 @@ def sounding_row(frame: Frame, sound: Frame, root: Path, folder: str) -> dict:
 
 
 def arig_row(frame: Frame, s4_row: dict) -> dict:
-    """ARIG: the box of the thing that sounds, in the picture of a row of S4."""
+    """Make a row of ARIG: the box of the thing that sounds.
+
+    The picture is that of a row of S4.
+    """
     box, _ = box_and_points(frame.masks[0])
     return {
         "audio_path": s4_row["audio_path"],
@@ -143,9 +153,9 @@ def arig_row(frame: Frame, s4_row: dict) -> dict:
 
 # --- the same picture, another sound --------------------------------------------------------------
 def choose_other_sound(frame: Frame, frames: list[Frame], rng: random.Random) -> Frame | None:
-    """Choose a frame around which the first silent thing is heard, and no other one in sight.
+    """Choose a frame around which the first silent thing is heard.
 
-    None where no sound fits, or no thing is silent.
+    No other thing in sight is heard there. None where no sound fits, or no thing is silent.
     """
     if not frame.others:
         return None
@@ -160,7 +170,7 @@ def choose_other_sound(frame: Frame, frames: list[Frame], rng: random.Random) ->
 
 
 def note_other_sound(row: dict, frame: Frame, sound: Frame | None, renderer: Renderer) -> None:
-    """Add to a test row the boxes of the silent things, and a sound of the first of them.
+    """Add the boxes of the silent things, and a sound of the first, to a test row.
 
     They measure whether a mask follows the sound, see evaluation/swaps.py.
     """
@@ -177,7 +187,10 @@ def note_other_sound(row: dict, frame: Frame, sound: Frame | None, renderer: Ren
 
 # --- Ref-AVS --------------------------------------------------------------------------------------
 def ref_avs_row(renderer: Renderer, scene: Scene, rng: random.Random, root: Path) -> dict:
-    """Write a frame and its mask and return its row of Ref-AVS: does a phrase refer to a thing?"""
+    """Write a frame and its mask, and return its row of Ref-AVS.
+
+    The question is: does a phrase refer to a thing?
+    """
     index = rng.randrange(SECONDS)
     time = index + 0.5
     phrase, targets = choose_phrase(renderer, scene, time, rng)

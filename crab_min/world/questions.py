@@ -97,7 +97,7 @@ def audio_visual_questions(seen: list[Object], heard: list[Object]) -> Iterator[
 
 
 def left_right_questions(left: Object, right: Object) -> Iterator[Question]:
-    """Yield questions that compare the sounds of the thing on the left and that on the right."""
+    """Yield questions that compare the sounds of the left and the right thing."""
     clauses = [clause_at_position(left), clause_at_position(right)]
     if seconds_heard(left) != seconds_heard(right):
         text = "Is the thing on the left heard longer than the thing on the right?"
@@ -134,9 +134,10 @@ Pair = tuple[Scene, Question]
 
 
 def balanced(pairs: list[Pair], count: int, rng: random.Random) -> list[Pair]:
-    """Choose about `count` questions: kinds alike, and every answer of a kind equally often.
+    """Choose about `count` questions, kinds alike.
 
-    Answers are equally frequent within each stratum too.
+    Every answer of a kind is equally frequent. Answers are equally frequent within each stratum
+    too.
     """
     by_kind = defaultdict(list)
     for scene, question in pairs:
@@ -157,9 +158,9 @@ def balanced(pairs: list[Pair], count: int, rng: random.Random) -> list[Pair]:
 
 
 def sets_of_answers(pairs: list[Pair], rng: random.Random) -> list[tuple[Pair, ...]]:
-    """Group the questions of one kind in sets of one per answer, each set of one stratum.
+    """Group the questions of one kind in sets of one per answer.
 
-    Questions that cannot be completed to a set are left out.
+    Each set is of one stratum. Questions that cannot be completed to a set are left out.
     """
     answers = sorted({question.answer for _, question in pairs})
     strata: dict = defaultdict(lambda: defaultdict(list))
@@ -181,9 +182,10 @@ def sets_of_answers(pairs: list[Pair], rng: random.Random) -> list[tuple[Pair, .
 
 
 def stratum(scene: Scene, question: Question) -> tuple:
-    """Return what eyes or ears alone can count, where it takes both to answer a question.
+    """Return what eyes or ears alone can count.
 
-    Scenes of one stratum look alike to somebody with one sense only.
+    It is for questions that take both. Scenes of one stratum look alike to somebody with one sense
+    only.
     """
     if question.modality != "Audio-Visual":
         return ()

@@ -28,7 +28,10 @@ Pose = tuple[int, int, int, int]  # x and y of the centre, size (pixels), angle 
 
 
 class Renderer:
-    """Turns scenes into frames, masks and sound. Holds the things and the backgrounds."""
+    """A renderer of scenes as frames, masks and sound.
+
+    It holds the things and the backgrounds.
+    """
 
     def __init__(self, folder: str | None = None):
         """Take the things of a folder (see load_things), or the drawn ones."""
@@ -71,7 +74,10 @@ class Renderer:
         return frame
 
     def cutout(self, thing: int, size: int, angle: int) -> np.ndarray:
-        """Return a thing's RGBA picture (h, w, 4), its longer side `size` pixels, then turned."""
+        """Return a thing's RGBA picture (h, w, 4).
+
+        Its longer side has `size` pixels, then it is turned.
+        """
         picture = self.things[thing].sprite
         scale = size / max(picture.size)
         width = max(1, round(picture.width * scale))
@@ -93,7 +99,10 @@ class Renderer:
         return np.where(silhouette[..., 0] > 127, 255, 0).astype(np.uint8)
 
     def wave(self, scene: Scene) -> np.ndarray:
-        """Mix the sound track (160000,) float32: every heard span of every object, and a hiss."""
+        """Mix the sound track (160000,) float32.
+
+        It has every heard span of every object, and a hiss.
+        """
         rng = np.random.default_rng([3, SPLITS[scene.split], KINDS[scene.kind], scene.index])
         track = rng.standard_normal(SECONDS * RATE).astype(np.float32) * 0.002
         if scene.kind == "face":
@@ -121,7 +130,10 @@ def paint_place(sky: tuple, ground: tuple) -> Image.Image:
 
 
 def appearance(scene: Scene, t: float) -> Hashable:
-    """Return all that a frame depends on: the mouth of a face, or (thing, pose) of all in sight."""
+    """Return all that a frame depends on.
+
+    This is the mouth of a face, or (thing, pose) of all in sight.
+    """
     if scene.kind == "face":
         return mouth_opening(scene, t)
     visible = [obj for obj in scene.objects if obj.seen_at(t)]
@@ -157,9 +169,9 @@ def pose(scene: Scene, obj: Object, t: float) -> Pose:
 
 
 def blend(frame: np.ndarray, cutout: np.ndarray, x: int, y: int) -> None:
-    """Paint an RGBA cut-out (h, w, 4) onto a frame (H, W, 3) in place, centred at (x, y).
+    """Paint an RGBA cut-out (h, w, 4) onto a frame (H, W, 3) in place.
 
-    What reaches over the border is cut off.
+    Its centre is at (x, y). What reaches over the border is cut off.
     """
     # Where the cut-out lies in the frame, and the part of this that is within the border.
     height, width = cutout.shape[:2]

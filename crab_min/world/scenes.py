@@ -56,7 +56,7 @@ class Object:
 
     @property
     def position(self) -> str:
-        """The third of the picture that holds its centre: left, middle or right."""
+        """Return the third of the picture that holds its centre: left, middle or right."""
         if self.x < SIZE / 3:
             return "left"
         return "right" if self.x >= 2 * SIZE / 3 else "middle"
@@ -64,7 +64,7 @@ class Object:
 
 @dataclass
 class Scene:
-    """What is true of one clip."""
+    """The facts of one clip."""
 
     split: str
     kind: str
@@ -81,17 +81,17 @@ class Scene:
 
     @property
     def name(self) -> str:
-        """The name of its files."""
+        """Return the name of its files."""
         return f"{self.split}_{self.kind}_{self.index:05d}"
 
     @property
     def seen(self) -> list[Object]:
-        """The objects that are seen at any time, from left to right."""
+        """Return the objects that are seen at any time, from left to right."""
         return sorted((obj for obj in self.objects if obj.seen), key=lambda obj: obj.x)
 
     @property
     def heard(self) -> list[Object]:
-        """The objects that are heard at any time, in the order in which they begin."""
+        """Return the objects that are heard at any time, in the order of their start."""
         return sorted((obj for obj in self.objects if obj.heard), key=lambda obj: obj.heard)
 
 
@@ -118,7 +118,10 @@ def make_scene(
 
 
 def add_person(scene: Scene, rng: np.random.Generator) -> None:
-    """Give a scene a face and a voice; emotions take turns, so that all are equally frequent."""
+    """Give a scene a face and a voice.
+
+    Emotions take turns, so that all are equally frequent.
+    """
     scene.emotion = EMOTIONS[scene.index % len(EMOTIONS)]
     scene.masked = bool(rng.random() < 0.15)
     scene.voice = int(rng.choice([105, 125, 190, 225]))
@@ -142,7 +145,10 @@ def add_moving_thing(scene: Scene, things: list[Thing], rng: np.random.Generator
 
 
 def add_things(scene: Scene, things: list[Thing], rng: np.random.Generator) -> None:
-    """Give a scene up to four things: seen and heard, seen and silent, or heard off-screen."""
+    """Give a scene up to four things.
+
+    They are seen and heard, seen and silent, or heard off-screen.
+    """
     # How many things are seen, heard, and both; which leaves at most four things in all.
     seen_count, heard_count = (int(count) for count in rng.choice([1, 2, 2, 3, 3], 2))
     if scene.kind == "one":

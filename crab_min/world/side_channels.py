@@ -75,9 +75,9 @@ def build_side_world(
     cache: str | Path = "data/world",
     together: bool = False,
 ) -> Path:
-    """Return the train.jsonl with one question per clip and channel; test.jsonl lies beside it.
+    """Return the train.jsonl with one question per clip and channel.
 
-    Clips are rendered where they are not there yet.
+    test.jsonl lies beside it. Clips are rendered where they are not there yet.
 
     Args:
         things: folder of things (see load_things), or "" for the drawn ones.
@@ -199,7 +199,10 @@ def video_frames(
 
 
 def view_frames(span: Span, rng: np.random.Generator) -> np.ndarray:
-    """Draw what the second camera sees (20, 96, 96, 3): noise, and a star during `span`."""
+    """Draw the frames of the second camera (20, 96, 96, 3).
+
+    They are noise, and a star during `span`.
+    """
     empty = Image.fromarray(rng.integers(60, 90, (SIZE, SIZE, 3), dtype=np.uint8))
     star = empty.copy()
     x, y = rng.integers(30, 66, 2)
@@ -242,7 +245,10 @@ def channel_maps(
 
 
 def flow_map(thing: np.ndarray, scene: Scene, obj: Object, t: float) -> np.ndarray:
-    """Draw optical flow (32, 32, 3): the thing moves from frame to frame, the rest is still."""
+    """Draw optical flow (32, 32, 3).
+
+    The thing moves from frame to frame, the rest is still.
+    """
     x, y, *_ = pose(scene, obj, t)
     later_x, later_y, *_ = pose(scene, obj, t + FLOW_GAP - 0.01)  # frames are 0.04 s apart
     moved = (later_x - x, later_y - y)  # pixels to the right and down
@@ -251,7 +257,10 @@ def flow_map(thing: np.ndarray, scene: Scene, obj: Object, t: float) -> np.ndarr
 
 
 def normals_map(thing: np.ndarray, aside: bool) -> np.ndarray:
-    """Draw surface normals (32, 32, 3): the thing faces the camera or aside, the ground up."""
+    """Draw surface normals (32, 32, 3).
+
+    The thing faces the camera or aside, the ground up.
+    """
     thing_normal = (-0.8, 0, 0.6) if aside else (0, 0, 1)
     normals = np.where(thing[..., None], thing_normal, (0, 0.8, 0.6))  # (32, 32, 3)
     return (127.5 * (normals + 1)).astype(np.uint8)
@@ -271,7 +280,10 @@ def thermal_map(thing: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def touch_map(rough: bool, rng: np.random.Generator) -> np.ndarray:
-    """Draw the picture of a touch sensor (32, 32): ridges in a random direction, or a plane."""
+    """Draw the picture of a touch sensor (32, 32).
+
+    It shows ridges in a random direction, or a plane.
+    """
     rows, columns = np.mgrid[:MAP_SIZE, :MAP_SIZE]
     if rough:
         height = np.sin((columns * np.cos(rng.uniform(0, 3)) + rows) * 1.6)

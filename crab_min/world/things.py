@@ -1,4 +1,6 @@
-"""The things of the built-in world. A thing has a picture, a sound and words for it.
+"""The things of the built-in world.
+
+A thing has a picture, a sound and words for it.
 
 Twelve things are drawn and synthesised here, so that the world needs no file. `--things FOLDER`
 takes cut-out pictures and recordings instead.
@@ -25,7 +27,7 @@ EXPECTED = "--things takes a folder with a NAME.png and a NAME.ogg, .wav or .mp3
 
 @dataclass
 class Thing:
-    """One thing: its name, what somebody does who makes it sound, its picture and its sound."""
+    """One thing: its name, the action that makes it sound, its picture, its sound."""
 
     label: str
     action: str
@@ -151,17 +153,21 @@ def synthesise(label: str, timbre: Timbre) -> np.ndarray:
 
 
 def equalise(wave: np.ndarray) -> np.ndarray:
-    """Scale a wave to the level of all things, a root mean square of 0.1; silence stays silence."""
+    """Scale a wave to the level of all things, a root mean square of 0.1.
+
+    Silence stays silence.
+    """
     level = max(float(np.sqrt(np.mean(wave**2))), 1e-4)
     return np.clip(wave * (0.1 / level), -1, 1).astype(np.float32)
 
 
 # --- things from files ----------------------------------------------------------------------------
 def load_things(folder: str) -> list[Thing]:
-    """Load things from NAME.png (with transparency) and NAME.ogg, .wav or .mp3 in a folder.
+    """Load things from the files of a folder.
 
-    Labels and kinds stand in its things.json where it has one: {"NAME": {"label", "kind"}}.
-    Raises DataError where fewer than four things have a picture and a sound that can be read.
+    They are NAME.png (with transparency) and NAME.ogg, .wav or .mp3. Labels and kinds stand in its
+    things.json where it has one: {"NAME": {"label", "kind"}}. Raises DataError where fewer than
+    four things have a picture and a sound that can be read.
     """
     root = Path(folder)
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""Names of the weights in the authors' released files, and the names that they have here.
+"""Names of the weights in the authors' released files, and our names for them.
 
 One module per paper holds its tables, `patterns` says how to read a row, and `weights` applies a
 table to a state dict. The names are those of the authors' code; no released file has been opened

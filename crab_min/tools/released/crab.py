@@ -1,4 +1,6 @@
-"""Crab (2503.13068): names in its released files, and in I-LoRA, connectors and mask decoder.
+"""Crab (2503.13068): names in its released files, and our names for them.
+
+Our names are those of I-LoRA, the connectors and the mask decoder.
 
 Crab publishes finetune_weights.bin (connectors and I-LoRA, after the unified stage), the
 connectors of its aligning stages, and the mask decoders avs_ and avss_finetune_weights.bin.

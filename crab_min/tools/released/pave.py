@@ -1,4 +1,7 @@
-"""PAVE (2503.19794): names in adapter_model.bin (LoRA) and non_lora_trainables.bin (patches)."""
+"""PAVE (2503.19794): names in its released files.
+
+The files are adapter_model.bin (LoRA) and non_lora_trainables.bin (patches).
+"""
 
 from crab_min.tools.released.patterns import DROPPED, under
 
