@@ -102,7 +102,7 @@ class TrainingConfig:
     init_from: str = flag("", "run folder whose trained parts are the starting point")
     steps: int = flag(
         0,
-        "optimizer steps (0: three passes over the rows, at least 300, at most 760, or 1300 with "
+        "optimizer steps (0: three passes over the rows, at least 300, at most 600, or 1300 with "
         "--things or --data)",
     )
     epochs: float = flag(0, "passes over the training rows, instead of a number of steps")

@@ -58,7 +58,7 @@ from crab_min.trainer import fit, trained_parameters
 
 # bounds on the steps of a run that names neither steps nor epochs
 LEAST_STEPS = 300
-MOST_STEPS = 760
+MOST_STEPS = 600
 MOST_STEPS_UNKNOWN = 1300  # where pictures and sounds are new to the tiny base
 
 
