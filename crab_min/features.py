@@ -141,8 +141,7 @@ class Features:
 
         Workers decode them if they are many, with a progress bar.
         """
-        starts = range(0, len(parts), ENCODED_TOGETHER)
-        groups = [parts[start : start + ENCODED_TOGETHER] for start in starts]
+        groups = cut(parts, ENCODED_TOGETHER)
         workers = self.workers if len(parts) > FILES_WITHOUT_WORKERS else 0
         loader = decode_ahead(groups, self.model.frame_size, workers)
         quiet = len(parts) <= FILES_WITHOUT_WORKERS or processes.rank() > 0
@@ -218,8 +217,9 @@ class Mixer:
     rows ** exponent; within a task every row comes once before any comes twice.
 
     Args:
-        lengths: sample id -> length. If given, the samples of WINDOW batches are sorted by length
-            and cut into batches again, which come in random order.
+        lengths: sample id -> length. If given, the samples of WINDOW steps are sorted by length and
+            cut into steps again, which come in random order.
+        step_batches: batches of a step, over all processes.
     """
 
     WINDOW = 16
@@ -231,8 +231,10 @@ class Mixer:
         seed: int,
         exponent: float = 0.5,
         lengths: dict[str, int] | None = None,
+        step_batches: int = 1,
     ):
-        self.batch_size, self.seed, self.lengths = batch_size, seed, lengths
+        self.batch_size, self.seed = batch_size, seed
+        self.lengths, self.step_batches = lengths, step_batches
         self.rows: dict[str, list[Sample]] = {}
         for sample in samples:
             self.rows.setdefault(sample.task.name, []).append(sample)
@@ -245,14 +247,15 @@ class Mixer:
         if self.lengths is None:
             yield from mixed
             return
-        # sort a window of batches by length, cut it anew, and shuffle the new batches
+        # sort a window of steps by length and cut it anew: into steps, which are shuffled, and
+        # these into batches, so that smaller batches and more of them make the same steps
         for number in itertools.count():
-            window = itertools.chain(*itertools.islice(mixed, self.WINDOW))
+            window = itertools.chain(*itertools.islice(mixed, self.WINDOW * self.step_batches))
             samples = sorted(window, key=lambda sample: self.lengths[sample.id])
-            starts = range(0, len(samples), self.batch_size)
-            batches = [samples[start : start + self.batch_size] for start in starts]
-            random.Random(f"{self.seed}/{number}").shuffle(batches)
-            yield from batches
+            steps = cut(samples, self.batch_size * self.step_batches)
+            random.Random(f"{self.seed}/{number}").shuffle(steps)
+            for step in steps:
+                yield from cut(step, self.batch_size)
 
     def mixed(self) -> Iterator[list[Sample]]:
         """Yield batches of any length."""
@@ -275,3 +278,8 @@ class Mixer:
         rows = list(self.rows[name])
         random.Random(f"{self.seed}/{name}/{epoch}").shuffle(rows)
         return rows
+
+
+def cut(items: list, size: int) -> list[list]:
+    """Cut a list into lists of `size` items; the last one may be shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -278,10 +278,11 @@ def own_batches(
     """
     lengths = prompt_lengths(model, samples) if config.group_by_length else None
     exponent = config.task_sampling_exponent
-    order = Mixer(samples, config.batch_size, config.seed, exponent, lengths)
+    step_batches = config.grad_accum * processes.count()
+    order = Mixer(samples, config.batch_size, config.seed, exponent, lengths, step_batches)
     first = progress.batches + processes.rank()
-    left = max(0, steps.stop - progress.step) * config.grad_accum * processes.count()
-    return itertools.islice(order, first, first + left, processes.count())
+    remaining = max(0, steps.stop - progress.step) * step_batches
+    return itertools.islice(order, first, first + remaining, processes.count())
 
 
 def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:

@@ -276,7 +276,7 @@ def test_smaller_batches_and_more_of_them_make_the_same_steps(small_world, tmp_p
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert [row["rows"] for row in parts] == [row["rows"] for row in whole] == ["6"] * 3
     padded = [sum(int(row["padded_tokens"]) for row in rows) for rows in logs]
-    assert padded[1] < padded[0]  # less padding in smaller batches
+    assert padded[1] <= padded[0]  # no more padding in smaller batches
 
 
 @pytest.mark.slow
