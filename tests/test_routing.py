@@ -1,5 +1,7 @@
 """Statistics of I-LoRA's routing, by kind of token."""
 
+import json
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from crab_min.evaluation.pictures import draw_routing
 from crab_min.evaluation.routing import KINDS, routing_stats
 from crab_min.features import Features
 from crab_min.ilora import record_routing
-from crab_min.model import AdapterConfig
+from crab_min.model import ASSETS, AdapterConfig
+from crab_min.tools import heads
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,35 @@ def test_every_token_counts_once_per_batch_and_its_mean_weights_are_the_routers(
 def test_a_model_without_ilora_has_no_routing(tiny_model):
     with pytest.raises(ModelError, match="no I-LoRA adapter"):
         routing_stats(tiny_model, [])
+
+
+# --- what each head is worth ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_heads_that_are_left_out_add_nothing_and_come_back(model, batch):
+    for name, parameter in model.llm.named_parameters():
+        if "ilora_B" in name:
+            parameter.normal_(std=0.02)
+    whole = model.token_losses(batch)
+    with heads.heads_kept(model, {0, 2}):
+        two = model.token_losses(batch)
+    with heads.heads_kept(model, set()):
+        none = model.token_losses(batch)
+    with model.llm.disable_adapter():
+        frozen = model.token_losses(batch)
+    assert torch.equal(model.token_losses(batch), whole)
+    assert torch.allclose(none, frozen, atol=1e-5)
+    assert not torch.allclose(two, whole, atol=1e-3) and not torch.allclose(two, none, atol=1e-3)
+
+
+def test_the_heads_of_a_run_are_scored_one_by_one(small_world, tmp_path, capsys):
+    run = str(ASSETS / "crab_plus-tiny")
+    flags = ["--run", run, "--data", str(small_world), "--rows", "1", "--out", str(tmp_path)]
+    assert heads.main(flags) == 0
+    metrics = json.loads((tmp_path / "heads.json").read_text())
+    titles = ["all", "without 0", "without 1", "without 2", "0 alone", "1 alone", "2 alone", "none"]
+    assert list(metrics) == titles
+    assert sum(metrics["all"].values()) > sum(metrics["none"].values())
+    assert (tmp_path / "routing.png").stat().st_size > 20_000
+    assert "without 0" in capsys.readouterr().out
