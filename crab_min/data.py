@@ -345,15 +345,19 @@ def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
 
     Returns waves and the seconds of the file.
     """
-    # only the stretch of the file that holds all windows is decoded
-    windows = audio_windows(part.window, media_seconds(part.path), part.index)
-    first = min(start for start, _ in windows)
-    last = max(end for _, end in windows)
-    audio = read_audio(part.path, window=(first, last))
 
-    # cut the windows out of it
+    def windows(seconds: float) -> list[tuple[float, float]]:
+        return audio_windows(part.window, seconds, part.index)
+
+    def span(seconds: float) -> tuple[float, float]:
+        starts, ends = zip(*windows(seconds))
+        return min(starts), max(ends)
+
+    # only the part of the file that holds all windows is decoded; they are cut out of it
+    audio = read_audio(part.path, window=span)
+    first, _ = span(audio.seconds)
     waves = []
-    for start, end in windows:
+    for start, end in windows(audio.seconds):
         begin, stop = round((start - first) * SAMPLE_RATE), round((end - first) * SAMPLE_RATE)
         waves.append(audio.wave[begin:stop])
     return waves, audio.seconds

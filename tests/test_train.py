@@ -29,7 +29,7 @@ from crab_min.recipes import crab
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, choose_folder, lock_run
 from crab_min.tasks import TASKS
-from crab_min.tools import check, convert
+from crab_min.tools import check, convert, heads
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--steps 6 --batch-size 4 --save-every 2 --r 4 --alpha 8".split()
@@ -592,6 +592,8 @@ def test_every_command_of_the_readme_has_flags_that_exist_and_values_that_fit_to
             check.make_parser().parse_args(after(command, "crab_min.tools.check"))
         elif "crab_min.tools.convert" in command:
             convert.make_parser().parse_args(after(command, "crab_min.tools.convert"))
+        elif "crab_min.tools.heads" in command:
+            heads.make_parser().parse_args(after(command, "crab_min.tools.heads"))
         else:
             assert (ROOT / command[1]).exists()
     assert {"crab_plus-tiny", "crab-tiny", "pave-tiny", "crema-tiny"} <= presets

@@ -16,6 +16,7 @@ Shapes: T frames, H x W pixels, N samples of sound.
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,20 +177,25 @@ def turn_upright(image: np.ndarray, frame) -> np.ndarray:
 # --- sound ----------------------------------------------------------------------------------------
 
 
-def read_audio(path: str | Path, rate: int = 16000, window: Window | None = None) -> Audio:
+def read_audio(
+    path: str | Path, rate: int = 16000, window: Window | Callable[[float], Window] | None = None
+) -> Audio:
     """Read the sound of any file, mono: the mean of its channels.
 
     Args:
         path: a sound or video file. A video without a sound track gives silence and says so.
         rate: samples per second (Hz).
-        window: (start, end) in seconds; None: all of it. The wave always has
-            round((end - start) * rate) samples: where a window leaves the file there is silence.
+        window: (start, end) in seconds, or a function that returns it for the file's length in
+            seconds; None: all of it. The wave always has round((end - start) * rate) samples: where
+            a window leaves the file there is silence.
 
     Raises:
         MediaError: a file that is missing, broken or has neither, or a window outside of it.
     """
     with open_clip(path) as clip:
         seconds = clip.seconds()
+        if callable(window):
+            window = window(seconds)
         start, end = check_window(path, window, seconds)
         wave = np.zeros(round((end - start) * rate), np.float32)  # (N,)
         if clip.streams["video"] and not clip.container.streams.audio:

@@ -34,6 +34,9 @@ WRAPPED = 60.0  # seconds after the end from which a stamp means that MPEG-TS's 
 JUMP_FROM = 3.0  # seconds to the next wanted frame from which we seek without an index of keyframes
 UNSKIPPED = 4  # frames before a wanted one that are all decoded, also those that no other refers to
 
+# A .wav says all in its header: FFmpeg need not decode 5 MB of it first, nor in pieces of 4 kB.
+WAV_OPTIONS = {"probesize": "32768", "max_size": "16384"}
+
 TimedFrame = tuple[float, av.VideoFrame | av.AudioFrame]  # (seconds, frame)
 
 
@@ -59,7 +62,8 @@ def open_clip(path: str | Path) -> Iterator["Clip"]:
     check_file(path)
     try:
         check_riff_size(path)
-        with av.open(f"file:{path}", metadata_errors="ignore") as container:
+        options = WAV_OPTIONS if str(path).lower().endswith(".wav") else {}
+        with av.open(f"file:{path}", metadata_errors="ignore", options=options) as container:
             name = container.format.name
             if name in ("image2", "tty") or name.endswith("_pipe"):
                 advice = "use read_image or name a video or sound file"

@@ -148,15 +148,20 @@ def study_heads(given: argparse.Namespace) -> None:
     print(f"{len(samples)} test rows; routing.png and heads.json are in {out}/")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code."""
+def make_parser() -> Parser:
+    """Make the parser of the command."""
     parser = Parser(prog="-m crab_min.tools.heads", description=__doc__.split("\n")[0])
     parser.add_argument("--run", default="", help="run folder (default: the newest finished run)")
     parser.add_argument("--data", default="", help="AV-UIE folder (default: the run's world)")
     parser.add_argument("--rows", type=int, default=25, help="test rows per task (0: all)")
     parser.add_argument("--out", default="", help="folder (default: RUN/heads)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    given = make_parser().parse_args(arguments)
     return run_command(lambda: study_heads(given), given.debug)
 
 
