@@ -128,7 +128,7 @@ class Task:
         # Read them. A value of another type fails in many ways.
         try:
             answer = reader(*values)
-            if self.options:
+            if self.options:  # only a check: a gold label is in canonical form already
                 answers.find_option(answer.choice, self.options)
             return answer
         except (ValueError, TypeError, AttributeError, OverflowError) as reason:

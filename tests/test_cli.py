@@ -256,3 +256,13 @@ def test_old_settings_say_which_paper_they_are_of():
     assert recipe == "crema" and settings.crema.names == ["rgb", "audio", "flow"]
     assert settings.crema.fusion == "add" and settings.crema.exit_threshold == 0
     assert settings.backbone.backbone == "blip2" and settings.crema.modality_sequential
+
+
+def test_epochs_take_the_place_of_a_presets_steps(capsys):
+    _, settings = parse_train(["pave-tiny"])
+    assert settings.training.steps == 400
+    _, settings = parse_train(["pave-tiny", "--epochs", "2"])
+    assert (settings.training.steps, settings.training.epochs) == (0, 2)
+    with pytest.raises(SystemExit):
+        parse_train(["pave-tiny", "--epochs", "2", "--steps", "5"])
+    assert "give one of them" in capsys.readouterr().err

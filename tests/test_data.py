@@ -146,6 +146,37 @@ def test_batches_of_about_one_length(small_world):
     assert ids_of(resumed) == grouped[20:24]
 
 
+def test_lines_of_a_jsonl_are_counted_as_an_editor_does_and_media_keep_their_order(tmp_path):
+    path = tmp_path / "x.jsonl"
+    row = {
+        "messages": [
+            {"role": "user", "content": "Why?\u2028Tell me."},
+            {"role": "assistant", "content": "<answer>so</answer>"},
+        ],
+        "videos": ["a.mp4"],
+        "audios": ["a.wav"],
+    }
+    line = json.dumps(row, ensure_ascii=False)  # with a separator that is no end of line
+    path.write_text(f"{line}\n\n{{broken\n", encoding="utf-8")
+    with pytest.raises(DataError, match="x.jsonl, line 3: "):
+        read_samples(path, [], "train")
+    path.write_text(line, encoding="utf-8")
+    [sample] = read_samples(path, [], "train")
+    assert [part.kind for part in sample.media] == ["video", "audio"]
+
+
+def test_a_test_row_may_name_its_image_as_training_rows_do(small_world, tmp_path):
+    shutil.copytree(small_world, tmp_path / "data", symlinks=True)
+    file = tmp_path / "data" / "s4" / "test.json"
+    rows = json.loads(file.read_text())
+    before = read_samples(small_world, ["s4"], "test")
+    for row in rows:
+        row["image_path"] = row.pop("visual_path")
+    file.write_text(json.dumps(rows))
+    after = read_samples(tmp_path / "data", ["s4"], "test")
+    assert [sample.gold for sample in after] == [sample.gold for sample in before]
+
+
 # --- features -------------------------------------------------------------------------------------
 
 

@@ -279,3 +279,19 @@ def test_weights_that_do_not_fit_are_told_apart(tmp_path):
         "a module this model does not have: eyes; it has visual_qformer, audio_qformer, time, "
         "number, embeddings"
     )
+
+
+def test_frozen_encoders_stay_in_evaluation_mode():
+    model = load_base()
+    model.train()
+    assert model.llm.training
+    assert not any(module.training for module in model.vision.modules())
+    assert not any(module.training for module in model.audio.modules())
+
+
+def test_an_adapter_that_was_cut_off_is_named(tmp_path):
+    shutil.copytree(ASSETS / "crab_plus-tiny", tmp_path / "run")
+    file = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="adapter_model.safetensors: cannot be read"):
+        load_base().load_trained(tmp_path / "run")

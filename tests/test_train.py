@@ -134,6 +134,12 @@ def test_a_run_leaves_its_trained_parts_and_a_line_per_step(finished):
     assert not (finished / "checkpoints").exists() and not (finished / "trained").exists()
 
 
+def test_a_run_in_which_nothing_learns_is_refused(small_world, tmp_path, capsys):
+    flags = few_rows(small_world, "--adapter", "none", "--trainable", "adapter", "--steps", "1")
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "nothing of the model learns" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
     before = (finished / "metrics.json").read_bytes()
     data = ["--data", str(small_world), "--tasks", "ave,avqa,s4"]

@@ -19,11 +19,13 @@ from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, rea
 from crab_min.tasks import TASKS
 from crab_min.world import folders, side_channels
 from crab_min.world.clip_rows import clip_rows, match_rows, overlap
-from crab_min.world.folders import TRAIN_ONLY, WorldConfig, build_world
+from crab_min.world.folders import WorldConfig, build_world
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import FPS
 from crab_min.world.side_channels import build_side_world
 from crab_min.world.things import SECONDS
+
+TRAIN_ONLY = ("mer24", "unav", "avcap")  # folders without a test split
 
 SMALL = WorldConfig(world_clips=24, world_test=4)  # the size of `small_world`, which has seed 0
 

@@ -457,7 +457,7 @@ def prepare_samples(
     """Give the media of samples the frames that the settings name.
 
     Args:
-        side_channels: the side channels of patches that infer.py --patch has loaded.
+        side_channels: those that infer.py --side names, for patches that --patch has loaded.
     """
     if side_channels:
         samples = add_side_channels(samples, side_channels)

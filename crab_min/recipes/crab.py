@@ -211,7 +211,7 @@ def prepare_samples(
     """Put samples into the form that a stage learns.
 
     Args:
-        side_channels: the side channels of patches that infer.py --patch has loaded.
+        side_channels: those that infer.py --side names, for patches that --patch has loaded.
     """
     if settings.stages.stage in ALIGN:
         samples = keep_modality(samples, *ALIGN[settings.stages.stage])

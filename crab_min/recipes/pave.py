@@ -4,7 +4,7 @@ It adds a side channel to the video tokens.
 
 python train.py pave-tiny --side audio
 
-Other side channels are fast, depth and view. At full size: pave-0.5b and pave-7b. With
+The paper's other side channels are fast, depth and view. At full size: pave-0.5b and pave-7b. With
 --compare-lora LoRA alone is trained first, on the same questions without the side channel.
 """
 
@@ -128,9 +128,9 @@ def side_shape(name: str, settings: PaveSettings) -> tuple[int, int, int] | None
     """Return the shape of a side channel's features for --plan, which reads no data.
 
     Returns:
-        (steps, tokens per step, width), for pretrained weights as the released patches read them,
-        else as the built-in world has them; None for pictures, which the model's vision encoder
-        encodes.
+        (steps, tokens per step, width): for pretrained weights as the released patches read them,
+        else as the built-in world has them, except that audio is the released one's; None for
+        pictures, which the model's vision encoder encodes.
     """
     if settings.backbone.weights not in ("", "tiny-random"):
         return RELEASED_SHAPES.get(name, RELEASED_SHAPES["audio"])

@@ -8,7 +8,8 @@ in two ways of a finished run:
     routing.png    mean weight of each head by task, kind of token, layer and linear
     heads.json     metric of each task with all heads, without head k, with head k alone
 
-A head that is left out has its weight w_k set to zero; the weights of the others stay as they are.
+A head that is left out has its weight w_k set to zero. The weights of the others stay as they are,
+so that a head alone adds no more than its share of the update, not what it could do with all of it.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from crab_min.cli import Parser, run_command
 from crab_min.data import Sample, evaluation_data, read_samples
 from crab_min.errors import ModelError
-from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding, generate_answers, plan_batches
+from crab_min.evaluation.answering import Decoding, generate_answers, plan_batches
 from crab_min.evaluation.pictures import draw_routing
 from crab_min.evaluation.routing import RoutingStats, routing_stats
 from crab_min.evaluation.scores import by_task, score_all
@@ -141,8 +142,7 @@ def study_heads(given: argparse.Namespace) -> None:
     draw_routing(out / "routing.png", routing_by_task(run.model, features, samples))
 
     # what each is worth
-    limits = {task: run.saved.token_limits.get(task, DEFAULT_LIMIT) for task in TASKS}
-    metrics = score_heads(run.model, features, samples, Decoding(limits))
+    metrics = score_heads(run.model, features, samples, Decoding(run.saved.token_limits))
     atomic_write(out / "heads.json", json.dumps(metrics, indent=1))
     print(table(metrics))
     print(f"{len(samples)} test rows; routing.png and heads.json are in {out}/")

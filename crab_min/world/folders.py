@@ -26,6 +26,7 @@ from tqdm import tqdm
 from crab_min.config import WorldConfig
 from crab_min.media.workers import exit_with_parent
 from crab_min.media.write import write_audio, write_video
+from crab_min.tasks import TASKS
 from crab_min.world.clip_rows import Rows, clip_rows, match_rows
 from crab_min.world.frame_rows import frame_rows
 from crab_min.world.rendering import Renderer
@@ -33,7 +34,6 @@ from crab_min.world.scenes import FPS, VERSION, Scene, Scenes
 from crab_min.world.things import RATE, SECONDS
 
 ROWS_VERSION = 4  # a change of rows alone needs a new number here, and no new tiny base
-TRAIN_ONLY = ("mer24", "unav", "avcap")  # folders without a test split
 # Kind of scene: its share of the training clips.
 SHARES = {"one": 1 / 4, "many": 5 / 12, "action": 1 / 6, "face": 1 / 6}
 
@@ -43,7 +43,7 @@ def build_world(
 ) -> Path:
     """Return the world's folder in the AV-UIE v2 layout.
 
-    It is built where it is not there yet. Building takes about a minute on two cores. The folder's
+    It is built where it is not there yet. The folder's
     name tells version, seed, sizes and things. The folder appears whole or not at all.
 
     Args:
@@ -99,12 +99,6 @@ def make_scenes(
 
 
 # --- annotations ----------------------------------------------------------------------------------
-# Folder: the field of a training row's target text. "label" in the others.
-TARGET_FIELD = {
-    "ucf": "new_label",
-    "ref_avs": "output",
-    **dict.fromkeys(("ave", "unav", "avvp", "avcap", "s4", "ms3", "arig"), "label_content"),
-}
 # Folder: fields that its rows of one split do not have.
 TRAIN_HIDES = {"arig": ["top_left", "bottom_right", "frame_idx"], "ref_avs": ["split"]}
 TEST_HIDES = {
@@ -128,7 +122,7 @@ def write_rows(
         rows |= match_rows(scenes["one"], rng, count)
     rows |= frame_rows(renderer, scenes, rng, root, still)
     for folder, items in rows.items():
-        if items and not (split == "test" and folder in TRAIN_ONLY):
+        if items and split in TASKS[folder].splits:
             (root / folder).mkdir(exist_ok=True)
             released = [release_row(folder, split, row) for row in items]
             (root / folder / f"{split}.json").write_text(json.dumps(released, indent=1))
@@ -137,7 +131,7 @@ def write_rows(
 def release_row(folder: str, split: str, row: dict) -> dict:
     """Return a row with the released field names of its split."""
     if split == "train":
-        released = {**row, TARGET_FIELD.get(folder, "label"): row["text"]}
+        released = {**row, TASKS[folder].target: row["text"]}
         hidden = TRAIN_HIDES.get(folder, [])
     else:
         released = {TEST_NAMES.get(name, name): value for name, value in row.items()}
