@@ -29,6 +29,7 @@ BASIC = """
 
 # removed flag -> what replaces it
 REMOVED = {
+    "batch-size": "infer.py has --eval-batch-tokens",
     "about": "the built-in world asks about the channels of --side",
     "depth": "tutorials/07_crema.py registers a depth encoder",
     "encoder-adapters": "the released ones never trained",
@@ -241,6 +242,14 @@ def run_command(command: Callable[[], None], debug: bool) -> int:
         if debug:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        # torch is not imported here, and does not count this among its user's errors
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = str(error).split(".")[0]
+        advice = "fewer --frames and --load-in-4bit need less; --plan says what the parts need"
+        print(f"error: out of memory ({reason}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)

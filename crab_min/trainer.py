@@ -27,11 +27,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from crab_min.config import Settings, TrainingConfig
+from crab_min.config import RunConfig, Settings, TrainingConfig
 from crab_min.data import Sample
+from crab_min.devices import bf16_autocast
 from crab_min.errors import RunError
 from crab_min.features import Features, Mixer
-from crab_min.model import AVLanguageModel, Batch, bf16_autocast
+from crab_min.interface import PromptPart
+from crab_min.model import AVLanguageModel, Batch
 from crab_min.runs import processes
 from crab_min.runs.folder import Progress, load_checkpoint, save_best, save_checkpoint
 from crab_min.runs.log import LogRow, open_log, stop_requested
@@ -74,16 +76,33 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
     )
     loss = 0.0
     for batch in batches:
-        with bf16_autocast(bf16):
+        with bf16_autocast(model.device, bf16):
             batch_loss = model(batch)  # summed over the batch's answer tokens
         (batch_loss / answer_tokens).backward()
         loss += batch_loss.item() / answer_tokens
+    if processes.is_sharded(model):
+        run_with_the_others(model, len(batches), bf16)
     processes.add_gradients(trained_parameters(model))
 
     (loss,) = processes.sum_all(loss)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss}")
     return StepResult(loss, answer_tokens, rows, padded_tokens)
+
+
+def run_with_the_others(model: AVLanguageModel, passes: int, bf16: bool) -> None:
+    """Run the LM as often as the process that has most batches; the gradient stays as it is.
+
+    A process whose samples cannot be read has fewer, and gathers no shares for the others then.
+
+    Args:
+        passes: of this process.
+    """
+    for _ in range(max(processes.gather(passes)) - passes):
+        batch = model.collate([[PromptPart("text", text="?")]], [[]], [""])
+        with bf16_autocast(model.device, bf16):
+            loss = model(batch)
+        (0 * loss).backward()
 
 
 def update(optimizer: Optimizer, max_grad_norm: float) -> float:
@@ -187,6 +206,7 @@ def fit(
     if before_first_step:
         before_first_step()
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
+    saved_at = time.time()
     model.train()
     with open_log(folder, progress.step, steps.stop) as log, stop_requested() as stop:
         while progress.step < steps.stop and not train_step.finished:
@@ -214,8 +234,9 @@ def fit(
             log(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
             stopped = any(processes.gather(bool(stop)))
             last = progress.step == steps.stop or train_step.finished
-            if last or stopped or progress.step % run.save_every == 0:
+            if last or stopped or is_time_to_save(run, progress.step, saved_at):
                 save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
+                saved_at = time.time()
             if stopped and not last:
                 raise KeyboardInterrupt
 
@@ -233,6 +254,17 @@ def resume(
     train_step.restore(progress.step_state)
     processes.broadcast_parameters(trained_parameters(model))
     return progress
+
+
+def is_time_to_save(run: RunConfig, step: int, saved_at: float) -> bool:
+    """Tell whether a checkpoint is due; by minutes the first process decides for all.
+
+    Args:
+        saved_at: time of the last checkpoint, in seconds.
+    """
+    if run.save_minutes:
+        return processes.on_first(lambda: time.time() - saved_at > 60 * run.save_minutes)
+    return step % run.save_every == 0
 
 
 def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:

@@ -58,7 +58,7 @@ def evaluate(
 
     # masks
     if make_masks is None and model.predicts_masks:
-        make_masks = partial_function(predict_masks, model)
+        make_masks = partial_function(predict_masks, model, decoding.budget)
     if make_masks is None:
         return evaluation
     evaluation.masks = make_masks(features, samples, texts)

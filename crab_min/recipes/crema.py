@@ -11,6 +11,8 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from crab_min.config import CremaSettings, ModalityConfig, TrainingConfig
 from crab_min.crema import EarlyExit
 from crab_min.data import Sample
@@ -33,7 +35,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
     run = common.open_run("crema", preset, settings)
 
     # the frozen video LM; prompts without sound, with the modalities of the video
-    run.model = load_model(settings).to(run.device)
+    common.load_backbone(run, load_model)
     common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: an adapter in the Q-Former, queries and a projection per modality; the fusion
@@ -175,11 +177,14 @@ def run_settings(settings: CremaSettings) -> CremaSettings:
     return settings
 
 
-def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
+def load_model(
+    settings: CremaSettings, empty: bool = False, device: torch.device | str = "cpu"
+) -> AVLanguageModel:
     """Load the frozen backbone.
 
     Args:
         empty: build it without weights, on the meta device.
+        device: where it is loaded to.
 
     Raises:
         RunError: the backbone has no Q-Former for several modalities.
@@ -189,7 +194,7 @@ def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return common.load_model(settings, empty)
+    return common.load_model(settings, empty, device)
 
 
 def add_trained_parts(

@@ -9,7 +9,6 @@ shapes and no values. The code that trains runs on them in a second, whatever th
 Shapes: B samples, L tokens of a prompt with its answer, D width of the LM, V words.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from crab_min.config import Settings
 from crab_min.encoders import MediaFeatures
 from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.masks import MASK_TOKEN_COUNT
 from crab_min.model import AVLanguageModel, index_by_kind
 
@@ -74,17 +74,12 @@ def without_values(medium: MediaFeatures) -> MediaFeatures:
 # --- the LM --------------------------------------------------------------------------------------
 
 
-def lm_of(model: AVLanguageModel) -> nn.Module:
-    """Return the LM without PEFT's wrapper; an adapter stays inside."""
-    return model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
-
-
 def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
     """Return the LM's decoder, and before it its encoder if it has one.
 
     The head is left out.
     """
-    lm = lm_of(model)
+    lm = model.base_lm
     return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
 
 
@@ -118,7 +113,7 @@ def lm_dtype(model: AVLanguageModel) -> torch.dtype:
 
 def lm_loss(model: AVLanguageModel, rows: int, length: int) -> Tensor:
     """Run the LM, and the loss on ANSWER tokens of each row, as token_losses does."""
-    lm = lm_of(model)
+    lm = model.base_lm
     x = torch.zeros(rows, length, lm_width(model), dtype=lm_dtype(model), requires_grad=True)
     labels = torch.zeros(rows, ANSWER, dtype=torch.long)
     if lm.config.is_encoder_decoder:
@@ -241,15 +236,20 @@ def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int)
 
 def cache_bytes(model: AVLanguageModel) -> int:
     """Compute the bytes of the keys and values of one token in all layers of the LM."""
-    config = lm_of(model).config.get_text_config()
+    config = model.base_lm.config.get_text_config()
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_width = getattr(config, "head_dim", None) or lm_width(model) // config.num_attention_heads
     return 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * lm_dtype(model).itemsize
 
 
-def answered_together(settings: Settings) -> int:
-    """Return how many prompts evaluation answers together."""
-    return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+def answered_together(settings: Settings, tokens: int) -> int:
+    """Return how many prompts of so many tokens evaluation answers together.
+
+    Args:
+        tokens: of a prompt with its answer.
+    """
+    most = RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+    return TokenBudget(settings.run.eval_batch_tokens).rows(most * [tokens], most)
 
 
 def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
@@ -258,24 +258,20 @@ def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
     Counted are the keys and values of all layers, of `answered_together` prompts with answers of
     DEFAULT_LIMIT tokens, and the widest moment while the prompts are read. That is an MLP (gate, up
     and their product, beside the hidden states before and after the layer), or it is the logits: of
-    one token per row; of whole prompts, where the LM cannot keep fewer (Qwen2.5-Omni); or of ANSWER
-    tokens, also in float32, where options are ranked.
+    one token per row, or of ANSWER tokens, also in float32, where options are ranked.
     """
-    lm, itemsize = lm_of(model), lm_dtype(model).itemsize
-    config = lm.config.get_text_config()
-    rows, length = answered_together(settings), prompt.tokens - ANSWER
+    itemsize = lm_dtype(model).itemsize
+    config = model.base_lm.config.get_text_config()
+    length = prompt.tokens - ANSWER
+    rows = answered_together(settings, length + DEFAULT_LIMIT)
     cache = rows * (length + DEFAULT_LIMIT) * cache_bytes(model)
 
     # what is there beside the cache, at most
     mlp_width = max(linear.out_features for linear in lm_linears(model))
     mlp = rows * length * (3 * mlp_width + 2 * lm_width(model)) * itemsize
-    keeps_last = "logits_to_keep" in inspect.signature(lm.forward).parameters
+    logits = rows * config.vocab_size * itemsize
     if settings.run.eval_mode == "rank":
         logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
-    elif keeps_last or lm.config.is_encoder_decoder:
-        logits = rows * config.vocab_size * itemsize
-    else:
-        logits = rows * length * config.vocab_size * itemsize
     return cache + max(mlp, logits)
 
 
