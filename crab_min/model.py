@@ -178,7 +178,10 @@ class AVLanguageModel(nn.Module):
     def logits(self, batch: Batch, last: int) -> Tensor:
         """Compute the logits (B, last, V) at the last positions alone."""
         output = self.llm(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention, logits_to_keep=last
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            logits_to_keep=last,
+            use_cache=False,
         )
         return output.logits
 

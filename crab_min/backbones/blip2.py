@@ -161,7 +161,10 @@ class CremaModel(AVLanguageModel):
         if not self.is_encoder_decoder:
             return super().token_losses(batch)
         output = self.llm(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention, labels=batch.labels
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            labels=batch.labels,
+            use_cache=False,
         )
         logits = output.logits.mT.float()  # (B, V, longest answer)
         return F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL, reduction="none")

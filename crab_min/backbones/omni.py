@@ -234,6 +234,7 @@ class OmniModel(PatchedModel):
             inputs_embeds=self.embed(batch),
             attention_mask=batch.attention,
             **self.extra_lm_inputs(batch),
+            use_cache=False,
         )
         return self.thinker.lm_head(output.last_hidden_state[:, -last:])
 
