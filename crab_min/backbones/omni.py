@@ -26,6 +26,7 @@ from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import OMNI_TOKENS, omni_processor, tiny_omni
 from crab_min.config import BackboneConfig
+from crab_min.devices import bf16_autocast
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import Batch, MediaTokens
@@ -105,16 +106,17 @@ class OmniModel(PatchedModel):
             # at least a second, as in the release
             waves.append(np.pad(wave, (0, max(0, RATE - len(wave)))))
         extractor = self.processor.feature_extractor
-        mel = extractor(
-            waves,
-            sampling_rate=RATE,
-            return_attention_mask=True,
-            truncation=False,
-            max_length=max(map(len, waves)) + extractor.n_fft,
-            padding="max_length",
-            return_tensors="pt",
-            device=str(self.media_device),
-        )
+        with bf16_autocast(self.media_device, wanted=False):  # a logarithm wants float32
+            mel = extractor(
+                waves,
+                sampling_rate=RATE,
+                return_attention_mask=True,
+                truncation=False,
+                max_length=max(map(len, waves)) + extractor.n_fft,
+                padding="max_length",
+                return_tensors="pt",
+                device=str(self.media_device),
+            )
         frames = mel["input_features"].mT  # (M, longest F, 128)
         return [x[: int(mask.sum())] for x, mask in zip(frames, mel["attention_mask"])]
 
