@@ -29,7 +29,6 @@ BASIC = """
 
 # removed flag -> what replaces it
 REMOVED = {
-    "batch-size": "infer.py has --eval-batch-tokens",
     "about": "the built-in world asks about the channels of --side",
     "depth": "tutorials/07_crema.py registers a depth encoder",
     "encoder-adapters": "the released ones never trained",

@@ -16,6 +16,7 @@ from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.recipes.presets import PRESETS
 from crab_min.tools.ask import load_run
+from crab_min.tools.measure import lm_linears
 from crab_min.tools.plan import side_features
 from crab_min.trainer import trained_parameters
 
@@ -108,15 +109,17 @@ def test_every_backbone_trains_and_answers_in_the_precision_of_a_gpu(
 ):
     run = tmp_path / "run"
     tasks = "s4" if "mask" in backbone else "avqa"
-    command = f"{TINY_RANDOM[backbone]} --data {small_world} --tasks {tasks} --steps 2 --batch-size 2 --test-rows 2"
+    command = f"{TINY_RANDOM[backbone]} --data {small_world} --tasks {tasks} --test-rows 2"
+    command += " --steps 2 --batch-size 2"
     assert train.main([*command.split(), checkpointing, "--out", str(run)]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["loss"]["last"] < 20 and metrics["tasks"][tasks]["n"] == 2
 
     split = ["--eval", "--data", str(small_world), "--tasks", tasks, "--test-rows", "2"]
     assert infer.main([*split, "--run", str(run), "--max-new-tokens", "4"]) == 0
+    assert len(as_on_a_gpu) == 2
     for model in as_on_a_gpu:
-        assert model.base_lm.dtype == torch.bfloat16 and len(as_on_a_gpu) == 2
+        assert {linear.weight.dtype for linear in lm_linears(model)} == {torch.bfloat16}
         assert all(p.dtype == torch.float32 for p in trained_parameters(model))
 
 

@@ -461,7 +461,7 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
 ):
     tasks = ["ave", "avqa", "s4"]
     command = ["--eval", "--data", str(small_world), "--tasks", ",".join(tasks)]
-    command += ["--test-rows", "3", "--batch-size", "2", "--max-new-tokens", "12"]
+    command += ["--test-rows", "3", "--max-new-tokens", "12"]
     command += ["--run", str(finished)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert infer.main([*command, "--out", str(whole)]) == 0
@@ -470,7 +470,7 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
 
     def killed(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return generate(self, *arguments, **options)
 
@@ -478,20 +478,20 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     assert infer.main([*command, "--out", str(cut)]) == 130
     partial = cut / "answers.partial.jsonl"
     lines = partial.read_text().splitlines()
-    assert len(lines) == 3 and not (cut / "metrics.json").exists()
+    assert len(lines) == 2 and not (cut / "metrics.json").exists()
 
-    # its third line is cut; two batches are done
-    partial.write_text("\n".join([*lines[:2], lines[2][:20]]))
+    # its second line is cut; the batch of one task is done
+    partial.write_text("\n".join([lines[0], lines[1][:20]]))
     calls[:] = [1] * 10
     assert infer.main([*command, "--out", str(cut)]) == 0
-    batches = plan_batches(read_samples(small_world, tasks, "test", limit=3), 2)
-    assert len(calls) - 10 == len(batches) - 2
+    batches = plan_batches(read_samples(small_world, tasks, "test", limit=3))
+    assert len(calls) - 10 == len(batches) - 1 == 2
     for file in sorted((whole / "predictions").iterdir()):
         assert file.read_bytes() == (cut / "predictions" / file.name).read_bytes()
     assert {path.stem for path in (cut / "sheets").iterdir()} == set(tasks)
     assert not partial.exists()
     decoding = json.loads((cut / "metrics.json").read_text())["decoding"]
-    assert decoding["batch_size"] == 2
+    assert decoding["eval_batch_tokens"] == 16384
 
 
 def test_eval_with_a_modality_taken_away(finished, small_world, tmp_path):

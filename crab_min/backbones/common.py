@@ -81,7 +81,6 @@ def load_pretrained(
         ModelError: bitsandbytes is missing or does not work here, or the weights are quantized
             otherwise, not downloaded, or not those of such a model.
     """
-    refuse_unusable(name)
     quantization = None
     if load_in_4bit:
         try:
@@ -99,6 +98,7 @@ def load_pretrained(
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=not_in_4_bits,
         )
+    refuse_unusable(name)
     try:
         model, report = model_class.from_pretrained(
             name,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from crab_min.answers import Answer
 from crab_min.data import Sample
 from crab_min.evaluation.budget import TokenBudget
-from crab_min.features import Features
+from crab_min.features import Features, cut
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
@@ -56,7 +56,7 @@ def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int
     return limits
 
 
-def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[list[Sample]]:
+def plan_batches(samples: list[Sample]) -> list[list[Sample]]:
     """Make batches of samples of one task and of similar length, the longest first."""
 
     def longest_first(sample: Sample) -> tuple:
@@ -66,7 +66,7 @@ def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[li
     ordered = sorted(samples, key=longest_first)
     for _, group in groupby(ordered, key=lambda sample: sample.task.name):
         of_task = list(group)
-        batches += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
+        batches += cut(of_task, BATCH_SIZE)
     return batches
 
 
