@@ -44,7 +44,6 @@ from crab_min.cli import parse_train
 from crab_min.config import WorldConfig
 from crab_min.data import Sample, gold_mask, load_media, read_samples
 from crab_min.evaluation.pictures import (
-    GOLD_BOX,
     RED,
     TEAL,
     YELLOW,
@@ -306,7 +305,9 @@ def pave() -> None:
     axes.tick_params(which="minor", length=0)
     axes.set(xlabel="step j of the side channel", ylabel="frame k of the video")
     axes.set_title("z′(k) = z(k) + g(v(k), {s(j): j ∈ N(k)})")
-    lines = [f"{n} frames attend to {size} step{'s' * (size > 1)} each" for size, n in sizes.items()]
+    lines = [
+        f"{n} frames attend to {size} step{'s' * (size > 1)} each" for size, n in sizes.items()
+    ]
     axes.text(57, 2, "\n".join(lines), ha="right", va="top", color=DARK)
     save_picture(figure, "pave")
 
@@ -332,7 +333,9 @@ def crema() -> None:
         box(axes, i * 18, 28, 17, 9, f"$v_{i + 1} + Z_{i + 1}$", fused)
     for left, row in ((92, 10.5), (74, 32.5)):
         axes.text(left, row, "text", va="center", color=GREY)
-    axes.text(0, 41, "$Z = \\sigma(F) \\odot F$,  $F = W [Z_{m}; ...] + b$", va="center", color=DARK)
+    axes.text(
+        0, 41, "$Z = \\sigma(F) \\odot F$,  $F = W [Z_{m}; ...] + b$", va="center", color=DARK
+    )
 
     axes = bottom.subplots()
     colours = [TEAL, RED, YELLOW, PAPERS["PAVE"]]
@@ -346,7 +349,9 @@ def crema() -> None:
             axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
     axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log", ylim=(3e-4, None))
     axes.legend(ncols=2, loc="lower left", frameon=False)
-    axes.set_title(f"circle: exit, $g_e$ above the dashed $\\tau \\cdot$ mean (tau {exits.threshold})")
+    axes.set_title(
+        f"circle: exit, $g_e$ above the dashed $\\tau \\cdot$ mean (tau {exits.threshold})"
+    )
     save_picture(figure, "crema")
 
 
@@ -382,14 +387,17 @@ def scores() -> None:
     figure = new_figure(WIDTH, 6.4)
     axes = figure.subplots()
     rows = np.arange(len(results))
-    for i, (key, label, colour) in enumerate(
-        (("metric", "trained", TEAL), ("base", "frozen base", YELLOW), ("constant", "constant", GREY))
-    ):
+    bars = (
+        ("metric", "trained", TEAL),
+        ("base", "frozen base", YELLOW),
+        ("constant", "best constant", GREY),
+    )
+    for i, (key, label, colour) in enumerate(bars):
         values = [result[key] for result in results.values()]
         axes.barh(rows + 0.27 * (i - 1), values, 0.27, label=label, color=colour)
     axes.set_yticks(rows, [f"{TASKS[task].family}  {task}" for task in results])
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="score on test clips")
-    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.4, 1.07), frameon=False)
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.35, 1.07), frameon=False)
     axes.grid(axis="x", alpha=0.3)
     save_picture(figure, "scores")
 
