@@ -14,7 +14,7 @@ from crab_min.evaluation.pictures import new_figure
 HERE = Path(__file__).parent
 WIDTH = 6.0  # inches; with text of 11 points a picture can be read on a phone
 DPI = 150
-COLOURS = 128  # per file; a palette makes it small
+COLOURS = 256  # per file; a palette makes it small
 DARK, GREY, PALE = "#22272e", "#8a919c", "#eef0f3"
 # one colour per paper, in every picture
 PAPERS = {"Crab": "#b23a48", "Crab+": "#00798c", "PAVE": "#30638e", "CREMA": "#9a6700"}
@@ -56,6 +56,7 @@ def box(
         (left, top), width, height, boxstyle=style, facecolor=tint, edgecolor=colour, linewidth=1.5
     )
     axes.add_patch(frame)
+    frame.set_clip_on(False)  # the whole line where the box touches the edge
     middle = (left + width / 2, top + height / 2)
     axes.text(*middle, text, ha="center", va="center", fontsize=size, color=DARK)
 

@@ -280,8 +280,8 @@ def draw_layer(axes) -> None:
     for k, top in enumerate((15, 26.5, 38), 1):
         box(axes, 48, top, 18, 8, f"$w_{k}\\,B_{k}$", colour)
         arrow(axes, (28, 31), (48, top + 4))
-        axes.plot([66, 78], [top + 4, 29], color=DARK, lw=1.2)
-    axes.plot([66, 78], [5, 27], color=DARK, lw=1.2)
+        axes.plot([66, 78], [top + 4, 28], color=DARK, lw=1.2)
+    axes.plot([66, 78], [5, 28], color=DARK, lw=1.2)
     axes.text(81, 28, "$+$", ha="center", va="center", fontsize=16)
     arrow(axes, (84, 28), (92, 28))
     axes.text(95, 28, "$y$", va="center", fontsize=14)
@@ -305,9 +305,7 @@ def pave() -> None:
     axes.tick_params(which="minor", length=0)
     axes.set(xlabel="step j of the side channel", ylabel="frame k of the video")
     axes.set_title("z′(k) = z(k) + g(v(k), {s(j): j ∈ N(k)})")
-    lines = [
-        f"{n} frames attend to {size} step{'s' * (size > 1)} each" for size, n in sizes.items()
-    ]
+    lines = [f"{n} frames with {size} of {steps} steps each" for size, n in sizes.items()]
     axes.text(57, 2, "\n".join(lines), ha="right", va="top", color=DARK)
     save_picture(figure, "pave")
 
@@ -333,9 +331,7 @@ def crema() -> None:
         box(axes, i * 18, 28, 17, 9, f"$v_{i + 1} + Z_{i + 1}$", fused)
     for left, row in ((92, 10.5), (74, 32.5)):
         axes.text(left, row, "text", va="center", color=GREY)
-    axes.text(
-        0, 41, "$Z = \\sigma(F) \\odot F$,  $F = W [Z_{m}; ...] + b$", va="center", color=DARK
-    )
+    axes.text(0, 41, "Z = sigmoid(F) · F,  F = W [$Z_1$; $Z_2$; ...] + b", va="center")
 
     axes = bottom.subplots()
     colours = [TEAL, RED, YELLOW, PAPERS["PAVE"]]
@@ -349,9 +345,7 @@ def crema() -> None:
             axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
     axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log", ylim=(3e-4, None))
     axes.legend(ncols=2, loc="lower left", frameon=False)
-    axes.set_title(
-        f"circle: exit, $g_e$ above the dashed $\\tau \\cdot$ mean (tau {exits.threshold})"
-    )
+    axes.set_title(f"circle: exit, above the dashed tau · mean (tau = {exits.threshold})")
     save_picture(figure, "crema")
 
 
@@ -462,8 +456,10 @@ def memory() -> None:
     for gpu in (16, 24, 48):
         size = gpu * 2**30 / 1e9
         axes.axhline(size, color=GREY, lw=0.8)
-        axes.text(17, size, f"{gpu} GB\nGPU", va="center", color=GREY)
-    axes.set(xticks=sizes, xlabel="samples per batch", ylabel="GB in training", ylim=(0, 72))
+        axes.text(17, size, f"{gpu} GB", va="center", color=GREY)
+    axes.set(
+        xticks=sizes, xlabel="samples per batch", ylabel="GB in training; lines: GPUs", ylim=(0, 72)
+    )
     axes.set_title("Crab+ on Qwen2.5-Omni: estimated, not measured")
     axes.legend(ncols=2, loc="upper left", frameon=False)
     save_picture(figure, "memory")
