@@ -129,6 +129,8 @@ def test_pictures_are_small_have_a_text_and_are_shown():
     assert max(sizes.values()) < 150_000, sizes
     assert sum(sizes.values()) < 1_200_000
     assert not [name for name in sizes if f"figures/{name}" not in shown]
+    made = re.search(r"^ALL = \((.+)\)$", text_of(FIGURES / "make.py"), re.M)[1].split(", ")
+    assert len(made) == 10 and {f"{name}.png" for name in made} <= set(sizes)
 
 
 # --- names and tables -----------------------------------------------------------------------------

@@ -37,11 +37,13 @@ from drawing import (
     canvas,
     save_picture,
 )
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from crab_min.answers import GRID
 from crab_min.cli import parse_train
 from crab_min.config import WorldConfig
+from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import Sample, gold_mask, load_media, read_samples
 from crab_min.evaluation.pictures import (
     RED,
@@ -71,7 +73,7 @@ WORLD = WorldConfig(world_clips=48, world_test=12)
 
 
 class Shipped:
-    """The shipped adapter, and test samples of a small world that it has never met."""
+    """The shipped adapter, and samples of a small world."""
 
     def __init__(self):
         self.root = build_world(WORLD, seed=0)
@@ -79,9 +81,9 @@ class Shipped:
         self.model = self.run.model
         self.features = Features(self.model, keep=True)
 
-    def samples(self, task: str) -> list[Sample]:
-        """Return the test samples of a task."""
-        return read_samples(self.root, [task], "test")
+    def samples(self, task: str, split: str = "test") -> list[Sample]:
+        """Return the samples of a task and split."""
+        return read_samples(self.root, [task], split)
 
     def answer(self, sample: Sample) -> str:
         """Return the text that the model generates for a sample."""
@@ -98,8 +100,10 @@ def answer() -> None:
     shipped = Shipped()
     for event, place in zip(shipped.samples("ave"), shipped.samples("s4")):
         event_text, place_text = shipped.answer(event), shipped.answer(place)
-        if sample_score(event, event_text) == 1 and "silent" in event.target:
+        if sample_score(event, event_text) == 1 and "silent" in event_text:
             break
+    else:
+        raise SystemExit("answer: no test clip with a silent object is answered right")
     (frames, seconds), (waves, _) = [load_media(part, GRID) for part in event.media]
     label, spans = event.task.parse(event_text).events[0]
 
@@ -188,10 +192,9 @@ def tokens() -> None:
     """Draw the token row of one training sample by kind, with the tokens that are learned."""
     shipped = Shipped()
     model = shipped.model
-    sample = shipped.samples("avqa")[0]
+    sample = shipped.samples("avqa", "train")[0]
     media = shipped.features([sample])
-    target = sample.target or shipped.answer(sample)
-    batch = model.collate([sample.parts], media, [target])
+    batch = model.collate([sample.parts], media, [sample.target])
     kinds = token_kinds(model, batch)[0]
     assert PADDING not in kinds
     learned = (batch.labels[0] != NO_LABEL).numpy()
@@ -215,10 +218,10 @@ def tokens() -> None:
     per_frame = model.visual_qformer.config.queries
     per_segment = model.audio_qformer.config.queries
     meanings = {
-        "text": f'"video:", "audio:", "{question}"',
+        "text": wrap(f'"video:", "audio:", "{question}"', 44),
         "video": f"{len(media[0][0].features)} frames x {per_frame} queries",
         "audio": f"{len(media[0][1].features)} seconds x {per_segment} queries",
-        "answer": wrap(target, 44),
+        "answer": wrap(sample.target, 44),
     }
     table.set(xlim=(0, 100), ylim=(len(meanings) + 0.6, -0.5))
     table.axis("off")
@@ -233,11 +236,14 @@ def tokens() -> None:
 
 # --- I-LoRA ---------------------------------------------------------------------------------------
 def ilora() -> None:
-    """Draw the layer, and the mean weight of its heads by kind of token and layer."""
+    """Draw the layer, and the mean weight of its heads by kind of token and layer.
+
+    The samples are test clips with the answers that the model gives.
+    """
     shipped = Shipped()
     samples = [s for task in ("avqa", "ave", "s4") for s in shipped.samples(task)]
-    targets = [sample.target or shipped.answer(sample) for sample in samples]
     prompts = [sample.parts for sample in samples]
+    targets = [shipped.answer(sample) for sample in samples]
     batch = shipped.model.collate(prompts, shipped.features(samples), targets)
     share = routing_stats(shipped.model, [batch]).share
 
@@ -266,7 +272,7 @@ def ilora() -> None:
     save_picture(figure, "ilora")
 
 
-def draw_layer(axes) -> None:
+def draw_layer(axes: Axes) -> None:
     """Draw a linear with I-LoRA: W, the shared A, one B per head, the router."""
     colour = PAPERS["Crab"]
     axes.set(xlim=(0, 100), ylim=(58, 0))
@@ -316,9 +322,13 @@ def crema() -> None:
     exits = run_tutorial("07_crema.py")["exits"]
     figure = new_figure(WIDTH, 6.0)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
+    draw_layouts(top.subplots())
+    draw_exits(bottom.subplots(), exits)
+    save_picture(figure, "crema")
 
-    # the tokens that the LM reads; Q stands for the queries of a frame
-    axes = top.subplots()
+
+def draw_layouts(axes: Axes) -> None:
+    """Draw the tokens that the LM gets for four frames; a box is the Q tokens of one."""
     axes.set(xlim=(0, 100), ylim=(42, 0))
     axes.axis("off")
     video, fused = PAPERS["PAVE"], PAPERS["CREMA"]
@@ -333,20 +343,21 @@ def crema() -> None:
         axes.text(left, row, "text", va="center", color=GREY)
     axes.text(0, 41, "Z = sigmoid(F) · F,  F = W [$Z_1$; $Z_2$; ...] + b", va="center")
 
-    axes = bottom.subplots()
-    colours = [TEAL, RED, YELLOW, PAPERS["PAVE"]]
+
+def draw_exits(axes: Axes, exits: EarlyExit) -> None:
+    """Draw the gradient norm of each modality by epoch, and tau times its mean so far."""
+    colours = (TEAL, RED, YELLOW, PAPERS["PAVE"])
     for (name, norms), colour in zip(exits.norms.items(), colours):
-        name = name.replace("_", " ")
-        axes.plot(norms, ".-", label=name, color=colour)
-        means = [exits.threshold * np.mean(norms[:e]) for e in range(5, len(norms))]
-        axes.plot(range(5, len(norms)), means, "--", color=colour, lw=1)
-        if name.replace(" ", "_") in exits.exit_epochs:
-            epoch = exits.exit_epochs[name.replace(" ", "_")]
+        axes.plot(norms, ".-", label=name.replace("_", " "), color=colour)
+        epochs = range(FIRST_EXIT, len(norms))
+        limits = [exits.threshold * np.mean(norms[:epoch]) for epoch in epochs]
+        axes.plot(epochs, limits, "--", color=colour, lw=1)
+        if name in exits.exit_epochs:
+            epoch = exits.exit_epochs[name]
             axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
     axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log", ylim=(3e-4, None))
     axes.legend(ncols=2, loc="lower left", frameon=False)
     axes.set_title(f"circle: exit, above the dashed tau · mean (tau = {exits.threshold})")
-    save_picture(figure, "crema")
 
 
 def run_tutorial(name: str) -> dict:
@@ -452,7 +463,8 @@ def memory() -> None:
             _, settings = parse_train([*command.split(), "--batch-size", str(size)])
             memory = next(iter(plan(crab_plus, settings).memory.values()))
             gigabytes.append(memory.training / 1e9)
-        axes.plot(sizes, gigabytes, "o--" if "4 bits" in label else "o-", label=label, color=colour)
+        line = "o--" if "4 bits" in label else "o-"
+        axes.plot(sizes, gigabytes, line, label=label, color=colour)
     for gpu in (16, 24, 48):
         size = gpu * 2**30 / 1e9
         axes.axhline(size, color=GREY, lw=0.8)
@@ -465,21 +477,8 @@ def memory() -> None:
     save_picture(figure, "memory")
 
 
-PICTURES = {
-    picture.__name__: picture
-    for picture in (
-        answer,
-        papers,
-        tokens,
-        ilora,
-        pave,
-        crema,
-        masks,
-        scores,
-        run_folder,
-        memory,
-    )
-}
+ALL = (answer, papers, tokens, ilora, pave, crema, masks, scores, run_folder, memory)
+PICTURES = {picture.__name__: picture for picture in ALL}
 
 
 def main() -> None:
