@@ -102,8 +102,8 @@ class TrainingConfig:
     init_from: str = flag("", "run folder whose trained parts are the starting point")
     steps: int = flag(
         0,
-        "optimizer steps (0: three passes over the rows, at least 300, at most 600, or 2600 with "
-        "--things or --data)",
+        "optimizer steps (0: three passes over the rows, of at least 2,400 samples and at most "
+        "4,800, or 20,800 with --things or --data)",
     )
     epochs: float = flag(0, "passes over the training rows, instead of a number of steps")
     batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes")
