@@ -2,6 +2,7 @@
 
     python benchmarks/transfer.py            # hours on 2 cores; the same command goes on
     python benchmarks/transfer.py --quick    # a few minutes: fewer tasks, rows, seeds and adapters
+    python benchmarks/transfer.py --share 2/2    # side by side with a process that trains 1/2
 
 Crab+ (2603.04128) reports that joint training makes many tasks worse than training on each alone,
 and that explicit reasoning and I-LoRA turn this around. Here both are measured in the built-in
@@ -53,7 +54,7 @@ ADAPTERS = {
 }
 TARGETS = ("reasoning", "label")
 JOINT = "all tasks"
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -335,7 +336,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small study, to try the command")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=256, help="samples per task and arm")
+    parser.add_argument("--samples", type=int, default=192, help="samples per task and arm")
+    parser.add_argument("--share", default="1/1", help="k/n: every n-th arm from the k-th on")
     parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
     parser.add_argument("--out", default=str(ROOT / "runs/transfer"))
     args = parser.parse_args()
@@ -358,15 +360,23 @@ def main() -> None:
             for target in TARGETS:
                 names = [task.name for task in study.tested]
                 arms += [Arm(adapter, target, seed, name) for name in [JOINT, *names]]
-    left = [arm for arm in arms if not study.file(arm).exists()]
+    share, shares_in_all = map(int, args.share.split("/"))
+    own = arms[share - 1 :: shares_in_all]
+    left = [arm for arm in own if not study.file(arm).exists()]
     total = sum(len(study.training_samples(arm)) for arm in left)
-    print(f"{len(arms)} arms, {len(arms) - len(left)} of them ended before")
+    print(f"{len(arms)} arms, {len(own)} in this share, {len(left)} of them to be trained")
     with tqdm(total=total, desc="arms", unit="sample") as bar:
         for arm in left:
             bar.set_postfix_str(arm.name)
             study.run(arm, bar)
 
-    # what came out
+    # what came out, once all shares have ended
+    missing = [arm.name for arm in arms if not study.file(arm).exists()]
+    if missing:
+        print(
+            f"{len(missing)} arms of other shares have not ended; start this again when they have"
+        )
+        return
     summary = summarize(study, seeds, adapters, resamples)
     atomic_write(out / "transfer.json", json.dumps(summary, indent=1))
     atomic_write(out / "transfer.md", markdown(summary))

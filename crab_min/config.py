@@ -113,13 +113,13 @@ class TrainingConfig:
     init_from: str = flag("", "run folder whose trained parts are the starting point")
     steps: int = flag(
         0,
-        "optimizer steps (0: three passes over the rows, at least 300, at most 600, or 1300 with "
-        "--things or --data)",
+        "optimizer steps (0: three passes over the rows, of at least 2,400 samples and at most "
+        "4,800, or 20,800 with --things or --data)",
     )
     epochs: float = flag(0, "passes over the training rows, instead of a number of steps")
     batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes")
     grad_accum: int = flag(1, "batches per step and process")
-    group_by_length: bool = flag(False, "batches of samples of about one length: less padding")
+    group_by_length: bool = flag(False, "steps of samples of one length: faster, learns less")
     lr: float = flag(4e-3, "peak learning rate of the adapter")
     connector_lr: float = flag(5e-4, "peak learning rate of everything else that learns")
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises")

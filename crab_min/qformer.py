@@ -16,10 +16,13 @@ time step is encoded by itself, so that its tokens keep their position in time.
 
 Shapes: B samples, T time steps, S encoder tokens of one, Q queries, W encoder width, D LM width.
 
-The Q-Former itself is transformers' `Blip2QFormerModel`. What differs from the released code: Crab
-vendors a BERT whose text half (word embeddings, a second feed-forward, a vocabulary head) it never
-runs, and keeps those weights in its checkpoints; here they do not exist, and the converter drops
-them. Crab uses a dropout of 0.1 in training (bert-base's config); here there is none.
+The Q-Former itself is transformers' `Blip2QFormerModel`, whose cross-attention is computed in
+another order (`FewQueriesAttention`), because the queries are few and the encoder's tokens many.
+
+What differs from the released code: Crab vendors a BERT whose text half (word embeddings, a second
+feed-forward, a vocabulary head) it never runs, and keeps those weights in its checkpoints; here
+they do not exist, and the converter drops them. Crab uses a dropout of 0.1 in training (bert-base's
+config); here there is none.
 """
 
 from dataclasses import dataclass
@@ -27,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 
 # sdpa's backward is slow on a CPU
 ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
@@ -75,9 +79,74 @@ class QFormerConnector(nn.Module):
         return encode_per_step(self.qformer, self.query, self.norm(features), mask)
 
 
+class FewQueriesAttention(nn.Module):
+    """Cross-attention that makes no key and no value of the encoder's tokens x (S, W).
+
+    Of each head, with queries q (Q, d):
+
+        softmax(q (x K + b)^T / sqrt(d)) (x V + c)  =  softmax((q K^T) x^T / sqrt(d)) x V + c
+
+    b adds one number to all scores of a query, which the softmax does not see; c stays, because the
+    weights of a softmax sum to 1. The left side multiplies S tokens by K and V, the right side Q
+    queries per head: Q / d of the products, a fifth in the tiny base and half in Crab.
+
+    Args:
+        attention: transformers' module, whose linears are taken over.
+    """
+
+    def __init__(self, attention: Blip2QFormerMultiHeadAttention):
+        super().__init__()
+        self.heads = attention.num_attention_heads
+        self.query, self.key, self.value = attention.query, attention.key, attention.value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the states (B, Q, hidden) and the weights (B, heads, Q, S).
+
+        Args:
+            hidden_states: of the queries (B, Q, hidden).
+            attention_mask: of the queries; not used.
+            encoder_hidden_states: x (B, S, W).
+            encoder_attention_mask: (B, 1, Q, S), True for a real token; or what is added to scores.
+        """
+        x = encoder_hidden_states
+        q = self.query(hidden_states).unflatten(-1, (self.heads, -1))  # (B, Q, heads, d)
+        K = self.key.weight.unflatten(0, (self.heads, -1))  # (heads, d, W)
+        V = self.value.weight.unflatten(0, (self.heads, -1))  # (heads, d, W)
+
+        # the scores of all heads in one product
+        queries = torch.einsum("bqhd,hdw->bhqw", q, K) * q.shape[-1] ** -0.5  # (B, heads, Q, W)
+        scores = (queries.flatten(1, 2) @ x.mT).unflatten(1, queries.shape[1:3])  # (B, heads, Q, S)
+        mask = encoder_attention_mask
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1)
+
+        # the means of x by these weights, then V
+        means = (weights.flatten(1, 2) @ x).view_as(queries)  # (B, heads, Q, W)
+        states = torch.einsum("bhqw,hdw->bqhd", means, V).flatten(2)  # (B, Q, hidden)
+        return states + self.value.bias, weights
+
+
+def use_few_queries(qformer: Blip2QFormerModel) -> Blip2QFormerModel:
+    """Compute the cross-attentions of a Q-Former as FewQueriesAttention does; return it."""
+    for layer in qformer.encoder.layer:
+        if layer.has_cross_attention:
+            layer.crossattention.attention = FewQueriesAttention(layer.crossattention.attention)
+    return qformer
+
+
 def blip2_qformer(config: QFormerConfig) -> Blip2QFormerModel:
     """Build a Q-Former of random weights, without dropout."""
-    return Blip2QFormerModel(
+    qformer = Blip2QFormerModel(
         Blip2QFormerConfig(
             attn_implementation=ATTENTION,
             hidden_size=config.hidden,
@@ -90,6 +159,7 @@ def blip2_qformer(config: QFormerConfig) -> Blip2QFormerModel:
             attention_probs_dropout_prob=0.0,
         )
     )
+    return use_few_queries(qformer)
 
 
 def make_mlp(config: QFormerConfig) -> nn.Sequential:

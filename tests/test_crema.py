@@ -20,6 +20,7 @@ from crab_min.crema import (
     over_frames,
 )
 from crab_min.errors import ModelError
+from crab_min.qformer import use_few_queries
 from crab_min.tools.released.weights import convert, missing_modalities
 from crab_min.trained_parts import check_fit
 
@@ -74,7 +75,7 @@ def test_parameter_counts_are_the_papers():
 
 def test_a_fresh_modality_gives_what_the_frozen_qformer_gives():
     model, x = tiny("rgb", "flow", trained=False).eval(), features("rgb")
-    frozen = Blip2QFormerModel(model.qformer.config).eval()
+    frozen = use_few_queries(Blip2QFormerModel(model.qformer.config)).eval()
     weights = {}
     for name, weight in model.qformer.state_dict().items():
         if not is_low_rank(name):

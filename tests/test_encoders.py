@@ -3,16 +3,27 @@
 All are tiny and random. Agreement with the authors' own BEATs is tested in test_goldens.py.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipImageProcessor
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    SiglipImageProcessor,
+)
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from crab_min.backbones.common import encode_sounds
 from crab_min.beats import Beats, BeatsConfig, distance_buckets, fbank, load_beats
 from crab_min.encoders import AudioEncoder, VisionEncoder
 from crab_min.errors import ModelError
+from crab_min.qformer import use_few_queries
 
 BEATS = {
     "embed_dim": 16,
@@ -286,3 +297,52 @@ def test_a_vision_encoder_that_cannot_be_had_says_what_to_do(tmp_path):
         VisionEncoder({"model_type": "bert"})
     with pytest.raises(ModelError, match="layer -5: .* hidden states 0 to 3"):
         VisionEncoder(CLIP, layer=-5)
+
+
+def test_equal_sounds_are_encoded_once_and_each_gives_what_it_gives_alone():
+    encoder = AudioEncoder(BEATS)
+    torch.manual_seed(0)
+    long, short = torch.randn(2, 8000).numpy(), torch.randn(2, 4000).numpy()
+    sounds = [list(long), list(short), list(long.copy())]
+    passes = []
+    encoder.beats.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    with torch.no_grad():
+        encoded = encode_sounds(encoder, sounds)
+        assert passes == [2, 2]  # segments: the long sound, the short one
+        for sound, features in zip(sounds, encoded):
+            alone, mask = encoder([torch.as_tensor(wave) for wave in sound])
+            torch.testing.assert_close(features.features, alone[0])
+            assert torch.equal(features.mask, mask[0])
+
+
+# --- the Q-Former ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_few_queries_attention_gives_what_transformers_attention_gives(attention):
+    """With padded tokens too; values and gradients of queries and features."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16}
+    config = Blip2QFormerConfig(
+        **sizes,
+        num_hidden_layers=2,
+        cross_attention_frequency=1,
+        encoder_hidden_size=20,
+        attn_implementation=attention,
+    )
+    theirs = Blip2QFormerModel(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # biases too
+    ours = use_few_queries(deepcopy(theirs))
+    mask = torch.arange(7)[None] < torch.tensor([[7], [4], [1]])  # (3, 7)
+
+    for real in (None, mask):
+        results = []
+        for model in (theirs, ours):
+            torch.manual_seed(0)
+            query = torch.randn(3, 5, 32, requires_grad=True)
+            x = torch.randn(3, 7, 20, requires_grad=True)
+            states = model(query, encoder_hidden_states=x, encoder_attention_mask=real)
+            states.last_hidden_state.square().sum().backward()
+            results.append((states.last_hidden_state, query.grad, x.grad))
+        for expected, got in zip(*results):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -1,11 +1,8 @@
 """train.py and infer.py as a user meets them, at a small size."""
 
 import csv
-import importlib
 import json
 import multiprocessing
-import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -26,10 +23,7 @@ from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import crab
-from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, choose_folder, lock_run
-from crab_min.tasks import TASKS
-from crab_min.tools import check, convert, heads
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--steps 6 --batch-size 4 --save-every 2 --r 4 --alpha 8".split()
@@ -562,71 +556,6 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(
         assert len(lines) == 1 and "Traceback" not in printed, printed
         assert all(word in lines[0] for word in words), printed
         assert not list(work.iterdir()), arguments
-
-
-# --- the commands of README.md --------------------------------------------------------------------
-
-
-def readme_commands() -> list[list[str]]:
-    """Return the commands in the code blocks of README.md as lists of words."""
-    commands = []
-    for block in (ROOT / "README.md").read_text().split("```")[1::2]:
-        for line in block.splitlines()[1:]:  # the first is the name of a language, or nothing
-            for command in line.split("&&"):
-                if command.split()[:1] in (["python"], ["torchrun"]):
-                    commands.append(shlex.split(command, comments=True))
-    return commands
-
-
-def after(command: list[str], word: str) -> list[str]:
-    """Return the words of a command behind a word."""
-    return command[command.index(word) + 1 :]
-
-
-def test_every_command_of_the_readme_has_flags_that_exist_and_values_that_fit_together():
-    presets = set()
-    for command in readme_commands():
-        if "train.py" in command:
-            given, settings = parse_train(after(command, "train.py"))
-            presets.add(given.preset)
-            recipe = PRESETS[given.preset].recipe
-            if recipe != "tinybase":
-                importlib.import_module(f"crab_min.recipes.{recipe}").run_settings(settings)
-        elif "infer.py" in command:
-            infer.parse_infer(after(command, "infer.py"))
-        elif "crab_min.tools.check" in command:
-            check.make_parser().parse_args(after(command, "crab_min.tools.check"))
-        elif "crab_min.tools.convert" in command:
-            convert.make_parser().parse_args(after(command, "crab_min.tools.convert"))
-        elif "crab_min.tools.heads" in command:
-            heads.make_parser().parse_args(after(command, "crab_min.tools.heads"))
-        else:
-            assert (ROOT / command[1]).exists()
-    assert {"crab_plus-tiny", "crab-tiny", "pave-tiny", "crema-tiny"} <= presets
-
-
-@pytest.mark.slow
-def test_the_first_two_commands_of_the_readme_run_at_a_small_size(tmp_path):
-    """In a folder of their own: training with small numbers, then infer.py without a clip."""
-    commands = readme_commands()
-    assert commands[0] == ["python", "train.py"] and commands[1] == ["python", "infer.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, **options)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    world = ["--world-clips", "24", "--world-test", "2"]
-    printed = run(str(ROOT / "train.py"), *SMALL, *world)
-    rows = [line.split(" ")[0] for line in printed.splitlines()]
-    for task in TASKS.values():
-        expected = 1 if "test" in task.splits and task.v2 else 0
-        assert rows.count(task.name) == expected
-    printed = run(str(ROOT / "infer.py"), "--json", "--max-new-tokens", "8")
-    assert json.loads(printed)["task"] == "avqa"
 
 
 # --- Crab's stages --------------------------------------------------------------------------------

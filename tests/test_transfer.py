@@ -80,7 +80,11 @@ def test_a_study_leaves_its_tables_and_repeats_no_arm(tmp_path, monkeypatch, cap
     times = {file: file.stat().st_mtime_ns for file in arms}
     arms[0].unlink()
     capsys.readouterr()
-    transfer.main()
-    assert "8 arms, 7 of them ended before" in capsys.readouterr().out
+    for share in ("1/2", "2/2"):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--share", share])
+        transfer.main()
+    printed = capsys.readouterr().out
+    assert "8 arms, 4 in this share, 1 of them to be trained" in printed
+    assert "8 arms, 4 in this share, 0 of them to be trained" in printed
     changed = [file for file in arms if file.stat().st_mtime_ns != times[file]]
     assert changed == [arms[0]]

@@ -45,6 +45,7 @@ from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import NO_LABEL, AVLanguageModel, Batch, MediaTokens
+from crab_min.qformer import use_few_queries
 from crab_min.trained_parts import SavedPart
 
 
@@ -442,7 +443,7 @@ def from_blip2(
         intermediate=qformer.intermediate_size,
         cross_every=qformer.cross_attention_frequency,
     )
-    multimodal = MultimodalQFormer(sizes, blip.qformer.float())
+    multimodal = MultimodalQFormer(sizes, use_few_queries(blip.qformer.float()))
     multimodal.add("rgb", vision.width)
     rgb = multimodal.module_of("rgb")
     rgb.query.data.copy_(blip.query_tokens)

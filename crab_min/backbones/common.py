@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -28,18 +29,23 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
             "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
             'give features as files (.npy, .pt) under "sides"'
         )
-    # sounds of one length, and so of one number of tokens, are encoded together
-    by_length: dict[int, list[int]] = {}
+    # sounds of one length, and so of one number of tokens, are encoded together; equal ones once,
+    # because the windows of several tasks are often the same ones of a file
+    by_length: dict[int, dict[tuple, list[int]]] = {}
     for i, waves in enumerate(sounds):
-        by_length.setdefault(max(map(len, waves)), []).append(i)
+        content = tuple(np.asarray(wave).tobytes() for wave in waves)
+        by_length.setdefault(max(map(len, waves)), {}).setdefault(content, []).append(i)
 
     encoded: list = [None] * len(sounds)
-    for numbers in by_length.values():
-        waves = [torch.as_tensor(wave) for i in numbers for wave in sounds[i]]
-        features, mask = encoder(waves)  # (1, sum of T, S, W), (1, sum of T, S)
-        counts = [len(sounds[i]) for i in numbers]
-        for i, x, real in zip(numbers, features[0].split(counts), mask[0].split(counts)):
-            encoded[i] = MediaFeatures("audio", x, real)
+    for equal_sounds in by_length.values():
+        different = [sounds[indices[0]] for indices in equal_sounds.values()]
+        counts = [len(waves) for waves in different]
+        segments = [torch.as_tensor(wave) for waves in different for wave in waves]
+        features, mask = encoder(segments)  # (1, sum of T, S, W), (1, sum of T, S)
+        split = zip(features[0].split(counts), mask[0].split(counts))
+        for indices, (x, real) in zip(equal_sounds.values(), split):
+            for i in indices:
+                encoded[i] = MediaFeatures("audio", x, real)
     return encoded
 
 

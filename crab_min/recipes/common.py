@@ -59,10 +59,10 @@ from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
 
 ANSWERS = "answers.partial.jsonl"  # to the test rows, while they are being answered
-# bounds on the steps of a run that names neither steps nor epochs
-LEAST_STEPS = 300
-MOST_STEPS = 600
-MOST_STEPS_UNKNOWN = 1300  # where pictures and sounds are new to the tiny base
+# bounds on the samples that a run learns which names neither steps nor epochs
+LEAST_SAMPLES = 2400
+MOST_SAMPLES = 4800
+MOST_SAMPLES_UNKNOWN = 20800  # where pictures and sounds are new to the tiny base
 
 
 @dataclass
@@ -178,9 +178,9 @@ def load_rows(
 def steps_of(settings: Settings, rows: int) -> int:
     """Return the optimizer steps of a run.
 
-    They are as given, by epochs, or three passes over the rows. The three passes are bounded by
-    what a laptop does in ten minutes. The bound is higher where pictures and sounds are new to the
-    tiny base.
+    They are as given, by epochs, or three passes over the rows. The samples of three passes are
+    bounded by what a laptop does in five minutes. The bound is higher where pictures and sounds are
+    new to the tiny base.
 
     Args:
         rows: number of training rows.
@@ -191,8 +191,9 @@ def steps_of(settings: Settings, rows: int) -> int:
     if training.epochs:
         return max(1, round(training.epochs * rows / samples_per_step(settings)))
     unknown = settings.world.things or settings.data.data
-    most = MOST_STEPS_UNKNOWN if unknown else MOST_STEPS
-    return max(LEAST_STEPS, min(most, round(3 * rows / samples_per_step(settings))))
+    most = MOST_SAMPLES_UNKNOWN if unknown else MOST_SAMPLES
+    samples = max(LEAST_SAMPLES, min(most, 3 * rows))
+    return max(1, round(samples / samples_per_step(settings)))
 
 
 def samples_per_step(settings: Settings) -> int:

@@ -46,7 +46,7 @@ PRESETS = {
     # on the shipped base
     "crab_plus-tiny": Preset(
         "crab_plus", "Crab+'s recipe on the shipped tiny base: I-LoRA on the built-in world",
-        dict(r=16, alpha=32, dropout=0, group_by_length=True),
+        dict(r=16, alpha=32, dropout=0, batch_size=4, beta2=0.98, baseline_rows=25),
     ),
     "crab-tiny": Preset(
         "crab", "Crab's recipe on the shipped tiny base: --stage visual, audio, unified, masks",
