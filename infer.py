@@ -1,12 +1,14 @@
 """The command to ask about a clip, or to score a whole split.
 
-    python infer.py clip.mp4 --ask "..."    a question
-    python infer.py clip.mp4 --task ave     one of the tasks
-    python infer.py --eval                  a split
+    python infer.py clip.mp4 "What happens?"               a question
+    python infer.py clip.mp4                               questions line by line
+    python infer.py clips/ --questions questions.txt       many questions, answers to a table
+    python infer.py clip.mp4 --task ave                    one of the tasks
+    python infer.py --eval                                 a split
 
-Without a clip it takes one of the built-in world. The model is that of --run, else the newest
-finished run under runs/, else the shipped adapter. The answer appears while it is generated. Then
-its parsed form and the path of a picture are printed.
+The model is that of --run or --model, else the newest finished run under runs/. It is asked in the
+form in which it was trained. The answer appears while it is generated. Then its parsed form and
+the path of a picture are printed.
 """
 
 import os

@@ -21,8 +21,8 @@ from crab_min.recipes.presets import PRESETS
 
 # flags of train.py that --help shows; --help-all shows the others too
 BASIC = """
-    data tasks target frames test_rows things weights load_in_4bit adapter r alpha heads trainable
-    steps epochs batch_size grad_accum lr connector_lr seed out
+    data test tasks target frames test_rows things weights load_in_4bit adapter r alpha heads
+    trainable steps epochs batch_size grad_accum lr connector_lr seed out
     stage side compare_lora modalities fusion modality_sequential exit_threshold
     see_steps hear_steps read_steps
 """.split()
@@ -76,6 +76,8 @@ def given_flags(arguments: list[str]) -> list[str]:
 
     `--no-x` and `--x=1` give x.
     """
+    if "--" in arguments:  # what follows are words, such as a clip named -1.mp4
+        arguments = arguments[: arguments.index("--")]
     flags = [argument[2:].split("=")[0] for argument in arguments if argument.startswith("--")]
     return [flag.removeprefix("no-") for flag in flags]
 
@@ -215,7 +217,12 @@ RENAMED_INFER = {"limit": "max-new-tokens", "without": "ablate"}
 def parse_infer(arguments: list[str]) -> argparse.Namespace:
     """Parse the arguments of infer.py."""
     parser = Parser(prog="infer.py", description="Ask about a clip, or score a split (--eval).")
-    parser.add_argument("clip", nargs="*", help="videos; their own sound is used without --audio")
+    parser.add_argument(
+        "clip",
+        nargs="*",
+        help="videos, sounds, images or folders of them, and the question as the last word; a "
+        "video's own sound is used without --audio",
+    )
     parser.add_argument("--debug", action="store_true", help=COMMANDS["debug"])
     add_flags(parser, INFER, {}, shown=None)
     known = [*flags_of(INFER), "help", "debug"]

@@ -25,7 +25,15 @@ class DataConfig:
     """The rows that a run learns, and the way their media are read."""
 
     data: str = flag(
-        "", "AV-UIE folder (AVUIE_2) or a .jsonl file of your own; without it the built-in world"
+        "",
+        "your own table (.csv: clip,label or clip,question,answer; .jsonl), a folder of class "
+        "folders, or an AV-UIE folder (AVUIE_2); several as PATH:SHARE,PATH:SHARE; without it the "
+        "built-in world",
+    )
+    test: str = flag(
+        "",
+        "test rows, of any form of --data (default: test.csv or test.jsonl beside your own data, "
+        "else a fifth of its clips)",
     )
     tasks: str = flag("all", "comma-separated task names, or all")
     target: Literal["reasoning", "label"] = flag(
@@ -364,15 +372,30 @@ RECIPES = {
 
 @dataclass
 class AskConfig:
-    """A question about a clip; without a clip, about one of the built-in world."""
+    """A question about a clip; without one, each line of the input is asked."""
 
-    ask: str = flag("", "a question about the clip (for ref_avs: what is to be found)")
+    ask: str = flag(
+        "",
+        "the question, if it is not the last word of the command (for ref_avs: what is to be "
+        "found); without any the model stays loaded and answers line by line",
+    )
+    questions: str = flag(
+        "",
+        "a file of questions, one per line, or .csv or .jsonl; each is asked about each clip, and "
+        "--out is the table of answers",
+    )
     task: str = flag("", "a task instead of a question, such as ave; see crab_min/tasks.py")
     audio: list = flag(None, "a sound, or a video whose sound is used; twice for v2a")
     image: str = flag("", "an image, for s4, ms3, ref_avs and arig")
     second_video: str = flag("", "the second video of a2v")
     frame_index: int = flag(0, "which fifth (s4, ms3) or tenth (ref_avs) of the sound it is")
     options: str = flag("", "options of a multiple-choice question, comma-separated")
+    dialogue: str = flag("", "the dialogue about the clip, for avsd")
+    situation: str = flag("", "where one stands in the room, for sqa3d")
+    name: str = flag("", "the object to be found, for lvis")
+    start: float = flag(0, "second at which the part of the clip begins that is asked about")
+    end: float = flag(0, "second at which it ends (0: the end of the clip)")
+    demo: bool = flag(False, "the shipped model of the built-in synthetic world")
     index: int = flag(0, "without a clip: which test sample of the built-in world")
     seed: int = flag(0, "without a clip: seed of the world")
     things: str = flag("", "things of the built-in world, as for train.py (default: the run's)")
@@ -385,7 +408,15 @@ class AskConfig:
 class AnswerConfig:
     """The run that answers, and how."""
 
-    run: str = flag("", "run folder (default: the newest finished one, else the shipped adapter)")
+    run: str = flag("", "run folder (default: the newest finished one under runs/)")
+    model: str = flag(
+        "",
+        "a pretrained model instead of a run: hub id or folder of Qwen2.5-Omni, LLaVA-OneVision "
+        "or BLIP-2, or a preset",
+    )
+    load_in_4bit: bool = flag(
+        False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes"
+    )
     side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
@@ -408,7 +439,7 @@ class ScoreConfig:
     """A whole split that is answered and scored."""
 
     eval: bool = flag(False, "answer and score a split")
-    data: str = flag("", "AV-UIE v2 folder or .jsonl file (default: the run's world)")
+    data: str = flag("", "rows of any form that train.py takes (default: the run's test rows)")
     split: Literal["train", "test"] = flag("test", "which split")
     ablate: Literal["", "audio", "video"] = flag(
         "", "other clips' sounds (audio), or black pictures (video): what do answers rest on?"
@@ -420,7 +451,11 @@ class ScoreConfig:
         "tokens that are answered together, prompts and answers; halved where memory is short",
     )
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
-    out: str = flag("", "where predictions and metrics go (default: RUN/eval_SPLIT)")
+    out: str = flag(
+        "",
+        "where predictions and metrics go (default: RUN/eval_SPLIT); with --questions the .csv or "
+        ".jsonl of answers",
+    )
 
 
 # the flags of infer.py; their values stay in the Namespace of argparse

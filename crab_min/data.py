@@ -1,28 +1,36 @@
 """Annotation rows -> samples -> arrays.
 
-`read_samples` turns each row of an AV-UIE folder, or of a .jsonl file of your own, into a `Sample`:
-a prompt in parts, the text to learn, and the gold answer. Nothing is decoded before it is needed:
-`load_media` turns one part of a prompt into arrays, in a worker process (features.py).
+`read_samples` turns each row of an AV-UIE folder, or of a table, class folders or a .jsonl of your
+own (sources/own.py), into a `Sample`: a prompt in parts, the text to learn, and the gold answer.
+`read_splits` gives the training and the test samples of a run. Nothing is decoded before it is
+needed: `load_media` turns one part of a prompt into arrays, in a worker process (features.py).
 
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
-import json
-import re
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from crab_min.answers import TEXT, Answer, mask_box
+from crab_min.config import DataConfig
 from crab_min.errors import DataError, MediaError
-from crab_min.interface import PromptPart, audio_windows, build_prompt, text_part
+from crab_min.interface import PromptPart, QuestionForm, audio_windows, build_prompt
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import exit_with_parent
 from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
+from crab_min.sources.own import (
+    conversation_parts,
+    is_own,
+    question_form,
+    read_own_rows,
+    split_rows,
+)
 from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
 
@@ -41,6 +49,8 @@ class Sample:
         target: the text to learn; "" where a test row has none.
         row: the annotation row that it was made of.
         mask: file of the gold mask; set by Crab's mask stage (recipes/crab.py).
+        source: where --data names several sources, the path of its own.
+        share: share of its source among the training samples.
     """
 
     id: str
@@ -50,6 +60,8 @@ class Sample:
     gold: Answer
     row: dict
     mask: str = ""
+    source: str = ""
+    share: float = 1.0
 
     @property
     def media(self) -> list[PromptPart]:
@@ -89,8 +101,8 @@ def read_samples(
     """Read the samples of a split, task by task.
 
     Args:
-        root: an AV-UIE folder (v2, or v1 where that has the task), or a .jsonl file, which is read
-            whatever the tasks.
+        root: an AV-UIE folder (v2, or v1 where that has the task), or a table, class folders or a
+            .jsonl of your own, which are read whatever the tasks.
         tasks: names; a task whose folder is not there is left out.
         split: "train" or "test".
         target: "reasoning" (the annotated text) or "label" (its tags alone).
@@ -101,11 +113,14 @@ def read_samples(
         DataError: no rows at all, or a row that cannot be used.
     """
     root = Path(root)
-    if root.suffix == ".jsonl":
-        return read_jsonl(root, split, limit)
+    if is_own(root):
+        rows = read_own_rows(root)
+        rows = [row for row in rows if row.get("split") in (None, "", split)]
+        return own_samples(rows[: limit or None], split)
     if not root.is_dir():
         raise DataError(
-            f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... (AVUIE_2)"
+            f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... "
+            "(AVUIE_2), a table (.csv, .jsonl), or a folder of class folders"
         )
 
     # a task without an annotation file is left out
@@ -185,121 +200,154 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
     return mask[rows[:, None], columns]
 
 
-# --- a .jsonl file of one's own ------------------------------------------------------------------
+# --- rows of your own ----------------------------------------------------------------------------
 
 # A row's "options" make it multiple choice, its "sides" {name: file} name side channels.
 OWN = {"name": "own", "family": "own", "instruction": "", "target": "target"}
 OWN_TEXTS = Task(**OWN, form=TEXT, metric="rouge_l", set_metrics=("cider",))
 OWN_LABELS = Task(**OWN, set_metrics=("by_class",), types=("type",))
-MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
-ROW_FORM = (
-    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], '
-    '"videos": [...], "audios": [...], "images": [...]}'
-)
 
 
-def read_jsonl(path: Path, split: str, limit: int = 0) -> list[Sample]:
-    """Read a .jsonl file of one's own: one JSON object per line, of the form ROW_FORM.
+def own_samples(rows: list[dict], split: str, task: Task | None = None) -> list[Sample]:
+    """Make a sample of each answer in rows of your own; several turns are several samples.
 
-    The last message is what the model should answer, those before it are the prompt. A file takes
-    the place of its tag in the text (<video>, <audio>, <image>), or stands before the text where
-    there is no tag. Paths are relative to the file's folder. If all answers of the file have an
-    <answer> tag they are labels, else they are text.
-
-    Raises:
-        DataError: the file or one of its lines cannot be used; names the line.
+    Args:
+        task: OWN_LABELS or OWN_TEXTS. Without it they are labels if all have an <answer> tag.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: {error}; --data takes a .jsonl file or the folder that holds ave/, avqa/, "
-            "... (AVUIE_2)"
-        ) from None
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise DataError(f"{path}: no lines; a line is {ROW_FORM}")
-
-    # each line by itself, so that an error names it
-    rows = []
-    for number, line in lines[: limit or None]:
-        try:
-            rows.append(read_jsonl_line(line, path.parent))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{path}, line {number}: not {ROW_FORM} ({reason})") from None
-
-    # one answer without a tag makes all of them free text
-    untagged = [answer for *_, answer in rows if OWN_LABELS.parse(answer).error]
-    task = OWN_TEXTS if untagged else OWN_LABELS
+    turns = []
+    for row in rows:
+        turns += [(row, parts, answer) for parts, answer in conversation_parts(row)]
+    if task is None:
+        untagged = [answer for _, _, answer in turns if OWN_LABELS.parse(answer).error]
+        task = OWN_TEXTS if untagged else OWN_LABELS
     samples = []
-    for index, (row, parts, answer) in enumerate(rows):
+    for index, (row, parts, answer) in enumerate(turns):
         target = answer if split == "train" else ""
-        gold = task.gold_answer({"target": answer})
+        gold = task.gold_answer({"target": answer}) if answer else Answer()
         samples.append(Sample(f"own/{split}/{index}", task, parts, target, gold, row))
     return samples
 
 
-def read_jsonl_line(line: str, folder: Path) -> tuple[dict, list[PromptPart], str]:
-    """Return the row of a line, its prompt and its answer.
-
-    Raises ValueError and its like.
-    """
-    row = json.loads(line)
-    texts = [message["content"].strip() for message in row["messages"]]
-    if len(texts) < 2 or row["messages"][-1]["role"] != "assistant":
-        raise ValueError("the last of two or more messages must be the assistant's")
-    sides = row.get("sides") or {}
-    row["sides"] = {name: str(folder / file) for name, file in sides.items()}
-    files = {}
-    for kind in ("video", "audio", "image"):
-        files[kind] = [str(folder / file) for file in row.get(f"{kind}s") or []]
-    return row, jsonl_parts("\n".join(texts[:-1]), files), texts[-1]
+def form_of(samples: list[Sample]) -> QuestionForm | None:
+    """Return the form of the questions of one's own among samples; None without any."""
+    own = [sample for sample in samples if sample.task.name == "own"]
+    if not own:
+        return None
+    return question_form([sample.row for sample in own], own[0].task is OWN_LABELS)
 
 
-def jsonl_parts(text: str, files: dict[str, list[str]]) -> list[PromptPart]:
-    """Make a prompt of a text with tags and of the files that take their places.
+# --- the samples of a run ------------------------------------------------------------------------
+
+
+def read_splits(
+    config: DataConfig, root: str, tasks: list[str], prompts: dict | None, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Read the training and the test samples of a run.
+
+    Test rows are those of --test. Without it they are the test split of an AV-UIE folder, the file
+    test.jsonl (or test.csv, ...) beside rows of your own, or a fifth of their clips.
 
     Args:
-        files: paths by kind: "video", "audio", "image".
+        root: what --data names: a path, or PATH:SHARE of several, with commas between them.
+        prompts: instructions by task name, instead of ours.
+        seed: of the choice of test clips.
 
     Raises:
-        ValueError: a kind has some tags, but not as many as files.
+        DataError: no rows at all, or a row that cannot be used.
     """
-    # files of a kind that has no tag stand before the text
-    untagged = ""
-    for kind, paths in files.items():
-        tags = text.count(f"<{kind}>")
-        if tags == 0:
-            untagged += f"<{kind}>" * len(paths)
-        elif tags != len(paths):
-            raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s")
-    text = untagged + text
+    train: list[Sample] = []
+    test: list[Sample] = []
+    sources = data_sources(root)
+    for path, share in sources:
+        test_path = config.test or evaluation_data(path)
+        if is_own(path) and not test_path:
+            rows = split_rows(read_own_rows(Path(path)), seed)
+            samples = {}
+            for split in ("train", "test"):
+                samples[split] = own_samples([r for r in rows if r["split"] == split], split)
+        else:
+            samples = {"train": read_samples(path, tasks, "train", config.target, prompts)}
+            if not config.test:
+                samples["test"] = read_test(test_path, tasks, config, prompts)
+        if len(sources) > 1:
+            marked = [replace(s, source=path, share=share) for s in samples["train"]]
+            samples["train"] = marked
+        train += samples["train"]
+        test += samples.get("test", [])
+    if config.test:
+        test = read_test(config.test, tasks, config, prompts)
+    if not train:
+        raise DataError(f"{root}: no training rows; where there is a column split, name some train")
+    if len(sources) > 1:  # their samples are counted together
+        train, test = with_ids(train, "train"), with_ids(test, "test")
+    if config.test_rows:
+        test = first_of_each_task(test, config.test_rows)
+    return train, test
 
-    # tags become media, in order; what is between them stays text
-    parts = []
-    remaining = {kind: iter(paths) for kind, paths in files.items()}
-    for piece in MEDIA_TAG.split(text):
-        if MEDIA_TAG.fullmatch(piece):
-            kind = piece.strip("<>")
-            parts.append(PromptPart(kind, path=next(remaining[kind])))
-        elif piece:
-            parts.append(text_part(piece))
-    if not parts or parts[-1].kind != "text":
-        parts.append(text_part("\n"))  # what follows a prompt is expected behind text
-    return parts
+
+def read_test(
+    path: str, tasks: list[str], config: DataConfig, prompts: dict | None
+) -> list[Sample]:
+    """Read test samples; not every task has a test split."""
+    names = [name for name in tasks if "test" in TASKS[name].splits]
+    if not names and not is_own(path):
+        return []
+    return read_samples(path, names, "test", config.target, prompts, config.test_rows)
+
+
+def data_sources(data: str) -> list[tuple[str, float]]:
+    """Return the sources that --data names, and their shares.
+
+    >>> data_sources("mine.csv:0.7,AVUIE_2:0.3")
+    [('mine.csv', 0.7), ('AVUIE_2', 0.3)]
+
+    Raises:
+        DataError: a share that is no positive number.
+    """
+    data = str(data)
+    if Path(data).exists() or "," not in data:
+        return [(data, 1.0)]
+    sources = []
+    for item in data.split(","):
+        path, _, share = item.strip().rpartition(":")
+        if not path:
+            path, share = share, "1"
+        try:
+            sources.append((path, float(share)))
+        except ValueError:
+            raise DataError(f"--data {item}: {share!r} is no share; give PATH:SHARE") from None
+        if not sources[-1][1] > 0:
+            raise DataError(f"--data {item}: a share is greater than 0")
+    return sources
+
+
+def with_ids(samples: list[Sample], split: str) -> list[Sample]:
+    """Give samples of several sources ids of their own."""
+    return [replace(s, id=f"{s.task.name}/{split}/{index}") for index, s in enumerate(samples)]
+
+
+def first_of_each_task(samples: list[Sample], count: int) -> list[Sample]:
+    """Return the first `count` samples of each task."""
+    seen: dict[str, int] = {}
+    first = []
+    for sample in samples:
+        seen[sample.task.name] = seen.get(sample.task.name, 0) + 1
+        if seen[sample.task.name] <= count:
+            first.append(sample)
+    return first
 
 
 def evaluation_data(data: str) -> str:
     """Return the path of the evaluation data for a run that is trained on `data`.
 
-    An AV-UIE folder has its own test split; for a train.jsonl it is the test.jsonl in the same
-    folder, "" if there is none.
+    An AV-UIE folder has its own test split. For a table or a .jsonl it is the file "test" of the
+    same kind in the same folder; "" if there is none.
     """
-    if not data.endswith(".jsonl"):
+    if not is_own(data):
         return data
-    test = Path(data).with_name("test.jsonl")
-    return str(test) if Path(data).name == "train.jsonl" and test.exists() else ""
+    test = Path(data).with_name(f"test{Path(data).suffix}")
+    found = Path(data).is_file() and test.is_file() and Path(data).name != test.name
+    return str(test) if found else ""
 
 
 # --- media ---------------------------------------------------------------------------------------
@@ -330,14 +378,23 @@ def load_media(part: PromptPart, size: int) -> tuple:
         return read_image(part.path, size)[None], 1.0
     if part.kind == "audio":
         return load_audio(part)
+    window = clip_window(part)
     if part.kind == "flow":
-        clip = read_flow(part.path, part.frames, size)
+        clip = read_flow(part.path, part.frames, size, window)
     elif part.kind == "fast":
-        seconds = media_seconds(part.path)
-        clip = read_video(part.path, max(1, round(FAST_RATE * seconds)), FAST_SIZE)
+        seconds = window[1] - window[0] if window else media_seconds(part.path)
+        clip = read_video(part.path, max(1, round(FAST_RATE * seconds)), FAST_SIZE, window)
     else:
-        clip = read_video(part.path, part.frames, size)
-    return clip.frames, clip.seconds
+        clip = read_video(part.path, part.frames, size, window)
+    return clip.frames, window[1] - window[0] if window else clip.seconds
+
+
+def clip_window(part: PromptPart) -> tuple[float, float] | None:
+    """Return the start and end in seconds of a part of a clip; None for the whole clip."""
+    if not part.start and not part.end:
+        return None
+    seconds = 0.0 if os.path.isdir(part.path) else media_seconds(part.path)
+    return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
@@ -347,7 +404,11 @@ def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
     """
 
     def windows(seconds: float) -> list[tuple[float, float]]:
-        return audio_windows(part.window, seconds, part.index)
+        start, end = part.start, min(part.end or seconds, seconds)
+        if end <= start:
+            raise MediaError(f"{part.path}: begins at {start:g} s of its {seconds:.2f} s")
+        pieces = audio_windows(part.window, end - start, part.index)
+        return [(start + first, start + last) for first, last in pieces]
 
     def span(seconds: float) -> tuple[float, float]:
         starts, ends = zip(*windows(seconds))
@@ -360,7 +421,7 @@ def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
     for start, end in windows(audio.seconds):
         begin, stop = round((start - first) * SAMPLE_RATE), round((end - first) * SAMPLE_RATE)
         waves.append(audio.wave[begin:stop])
-    return waves, audio.seconds
+    return waves, min(part.end or audio.seconds, audio.seconds) - part.start
 
 
 @dataclass

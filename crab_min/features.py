@@ -215,7 +215,8 @@ class Mixer:
     """The samples in the batch of each step, as a function of seed and step alone.
 
     A resumed run therefore continues where it was. A task is drawn with probability proportional to
-    rows ** exponent; within a task every row comes once before any comes twice.
+    rows ** exponent; within a task every row comes once before any comes twice. Of several sources
+    each has its share of the samples (--data PATH:SHARE,...).
 
     Args:
         lengths: sample id -> length. If given, the samples of WINDOW steps are sorted by length and
@@ -236,11 +237,22 @@ class Mixer:
     ):
         self.batch_size, self.seed = batch_size, seed
         self.lengths, self.step_batches = lengths, step_batches
+        # the tasks of each source
         self.rows: dict[str, list[Sample]] = {}
         for sample in samples:
-            self.rows.setdefault(sample.task.name, []).append(sample)
+            self.rows.setdefault(sample.source + sample.task.name, []).append(sample)
         self.names = list(self.rows)
         self.weights = [len(self.rows[name]) ** exponent for name in self.names]
+        if len({sample.source for sample in samples}) > 1:
+            self.weights = self.with_shares(self.weights)
+
+    def with_shares(self, weights: list[float]) -> list[float]:
+        """Scale the weights of each source's tasks so that they sum to its share."""
+        firsts = [self.rows[name][0] for name in self.names]
+        sums: Counter[str] = Counter()
+        for first, weight in zip(firsts, weights):
+            sums[first.source] += weight
+        return [first.share * w / sums[first.source] for first, w in zip(firsts, weights)]
 
     def __iter__(self) -> Iterator[list[Sample]]:
         """Yield batches without end; skip those already taken with itertools.islice."""

@@ -35,6 +35,11 @@ class PromptPart:
     window: str = "tenths"  # of a sound, a name of audio_windows
     index: int = 0  # of a sound that goes with one frame: which fifth or tenth of it
     side: str = ""  # name of a side channel of the video before it (PAVE, CREMA)
+    # Of a text in a conversation: "system", or "assistant" for an answer given before.
+    role: str = ""
+    # Of a clip, in seconds: the part of the file that is used. An end of 0 is that of the file.
+    start: float = 0.0
+    end: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,24 @@ class PromptLayout:
     after: str = "\n"  # text between the prompt and the answer
     # Text between two videos or two sounds; the released Crab+ runs them together.
     separate_media: bool = True
+    # Text between an earlier answer and the next question; None: a conversation is not continued.
+    turn: str | None = None
+    system: str = ""  # the system text inside `before`, which one of a row's own replaces
+
+
+@dataclass(frozen=True)
+class QuestionForm:
+    """The form of the questions that a run learned from rows of one's own.
+
+    A run keeps it in its config.json. infer.py puts a question and files into the same form.
+    """
+
+    # Of the user: tags for media (<video>, <audio>, <image>), and {question}.
+    text: str = "{question}"
+    question: str = ""  # where all rows ask the same
+    system: str = ""
+    options: tuple[str, ...] = ()  # where all rows have the same ones
+    is_label: bool = False  # answers stand in <answer> tags
 
 
 # --- from a row to a prompt -----------------------------------------------------------------------
@@ -130,7 +153,7 @@ def prompt_text(parts: list[PromptPart]) -> str:
     pieces = []
     for part in parts:
         if part.kind == "text":
-            pieces.append(part.text)
+            pieces.append(f"\n[{part.role}: {part.text}]\n" if part.role else part.text)
         else:
             pieces.append(f"<{part.side or part.kind} {Path(part.path).name}>")
     return "".join(pieces)

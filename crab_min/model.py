@@ -244,10 +244,16 @@ class AVLanguageModel(nn.Module):
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
-        ids = [*self.bos_ids, *self.encode_layout(self.layout.before)]
+        system = next((part.text for part in parts if part.role == "system"), "")
+        ids = [*self.bos_ids, *self.opening_ids(system)]
         remaining = iter(media)
         for part in parts:
-            if part.kind == "text":
+            if part.role == "assistant":  # an answer given before, and the next question's opening
+                ids += self.encode_layout(self.layout.after) + self.answer_ids(part.text)
+                ids += self.encode_layout(self.layout.turn or "")
+            elif part.role == "system":
+                continue
+            elif part.kind == "text":
                 ids += self.encode_text(part.text)
             elif part.kind not in self.media_tokens:
                 raise ModelError(
@@ -258,6 +264,17 @@ class AVLanguageModel(nn.Module):
             else:
                 ids += self.placeholder_ids(next(remaining))
         return ids + self.encode_layout(self.layout.after)
+
+    def opening_ids(self, system: str) -> list[int]:
+        """Return the token ids before a prompt, with a system text of its own if it has one."""
+        layout = self.layout
+        if not system:
+            return self.encode_layout(layout.before)
+        if not layout.system:  # the template has none: it is the first line of the prompt
+            return [*self.encode_layout(layout.before), *self.encode_text(system + "\n")]
+        before, after = layout.before.split(layout.system)
+        ids = [*self.encode_layout(before), *self.encode_text(system)]
+        return ids + self.encode_layout(after)
 
     def placeholder_ids(self, medium: MediaFeatures) -> list[int]:
         """Return the token ids that stand in a prompt for a medium."""

@@ -15,7 +15,7 @@ from crab_min.devices import choose_device
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.recipes.presets import PRESETS
-from crab_min.tools.ask import load_run
+from crab_min.tools.loading import load_run
 from crab_min.tools.measure import lm_linears
 from crab_min.tools.plan import side_features
 from crab_min.trainer import trained_parameters
@@ -178,7 +178,7 @@ def test_a_run_and_a_patch_are_loaded_onto_one_device(tmp_path, small_world, mon
     patch = run / "parts" / "patch_audio.safetensors"
     copy = patch.rename(tmp_path / "patch_audio.safetensors")
 
-    monkeypatch.setattr("crab_min.tools.ask.choose_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("crab_min.tools.loading.choose_device", lambda *_: torch.device("meta"))
     monkeypatch.setattr("torch.Tensor.copy_", lambda tensor, *_: tensor)  # no values to fill in
     loaded = load_run(str(run))
     loaded.model.load_patch(copy)

@@ -51,7 +51,7 @@ class ModelConfig:
     vision_layer: int = -2  # hidden state given to the Q-Former (Crab: the one below the last)
     time_steps: int = 0  # rows of the time embedding (0: none, as in Crab)
     numbers: int = 0  # rows of the embedding of the first, second ... medium of its kind
-    template: list = field(default_factory=lambda: ["", "\n"])  # PromptLayout's before and after
+    template: list = field(default_factory=lambda: ["", "\n"])  # of PromptLayout, in order
 
 
 class ComposedModel(PatchedModel):

@@ -1,11 +1,14 @@
 """The model that the settings of a run name, frozen and in evaluation mode."""
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from crab_min.backbones.blip2 import load_blip2
+from crab_min.backbones.common import named_weights
 from crab_min.backbones.composed import (
     PLACEHOLDERS,
     ComposedModel,
@@ -22,8 +25,15 @@ from crab_min.config import BackboneConfig, MaskDecoderConfig
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel
 
-# the chat template of Llama 2, around every prompt
-LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/INST] "]
+# the chat template of Llama 2, around every prompt: the values of a PromptLayout
+SYSTEM = "You are a helpful assistant."
+LLAMA_CHAT = [
+    f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n",
+    " [/INST] ",
+    True,
+    "<s>[INST] ",
+    SYSTEM,
+]
 
 
 def load_model(
@@ -90,6 +100,39 @@ def load_composed(
     model.llm.to(torch.bfloat16)
     model.llm.set_attn_implementation("sdpa")
     return model
+
+
+# model_type in the config.json of a model -> the backbone that loads it
+MODEL_TYPES = {
+    "qwen2_5_omni": "omni",
+    "qwen2_5_omni_thinker": "omni",
+    "llava_onevision": "llava_onevision",
+    "blip-2": "blip2",
+}
+
+
+def backbone_of(name: str) -> BackboneConfig:
+    """Return the backbone of a model, as its config.json says.
+
+    Args:
+        name: a hub id, or a folder; also that of a base (tools of the tiny base write one).
+
+    Raises:
+        ModelError: no config.json, or a model of another kind.
+    """
+    if (Path(name) / "tokenizer.json").exists() and (Path(name) / "config.json").exists():
+        base = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        if {"vision", "audio", "llm"} <= base.keys():
+            return BackboneConfig(base=name)
+    with named_weights("model", name):
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    kind = config.get("model_type", "")
+    if kind not in MODEL_TYPES:
+        raise ModelError(
+            f"{name}: a model of type {kind!r} cannot be asked here, only "
+            f"{', '.join(MODEL_TYPES)}; an LM without encoders goes into --llm of train.py"
+        )
+    return BackboneConfig(MODEL_TYPES[kind], weights=name)
 
 
 LOADERS = {

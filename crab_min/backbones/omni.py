@@ -36,6 +36,8 @@ RATE = 16000  # Hz
 QWEN_CHAT = PromptLayout(
     before="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
+    turn="\n<|im_start|>user\n",
+    system="You are a helpful assistant.",
 )
 # kind -> the tokenizer's names of the tokens before a medium, its placeholder, after it
 MARKS = {

@@ -101,7 +101,9 @@ def numbers_in_name(path: Path) -> tuple[list[int], str]:
     return [int(digits) for digits in re.findall(r"\d+", path.stem)], path.name
 
 
-def read_flow(path: str | Path, frames: int = 10, size: int = 224) -> Video:
+def read_flow(
+    path: str | Path, frames: int = 10, size: int = 224, window: Window | None = None
+) -> Video:
     """Read optical flow as pictures.
 
     The hue is the direction, white is at rest (flow.py).
@@ -109,13 +111,14 @@ def read_flow(path: str | Path, frames: int = 10, size: int = 224) -> Video:
     Args:
         frames: number of times, spread evenly over the clip. Flow is that of 0.09 s from there on.
         size: side of the square pictures in pixels.
+        window: (start, end) in seconds; None: the whole clip.
 
     Raises:
         MediaError: as read_video.
     """
     with open_clip(path) as clip:
         track = VideoTrack(clip)
-        start, end = check_window(path, None, track.seconds)
+        start, end = check_window(path, window, track.seconds)
         times = spread_times(start, end, frames)
 
         # the pairs' frames (2 T) are read in the order of their times, then put back into pairs
@@ -221,6 +224,14 @@ def media_seconds(path: str | Path) -> float:
     """
     with open_clip(path) as clip:
         return clip.seconds()
+
+
+def has_sound(path: str | Path) -> bool:
+    """Tell whether a file has a sound track; a folder of frames has none. Raises MediaError."""
+    if os.path.isdir(path):
+        return False
+    with open_clip(path) as clip:
+        return bool(clip.container.streams.audio)
 
 
 def check_window(path: str | Path, window: Window | None, seconds: float) -> Window:

@@ -21,6 +21,7 @@ of the first four stand at the end of this file; a recipe names those that it ta
 import csv
 import json
 import random
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ import torch
 
 from crab_min.backbones import load
 from crab_min.config import Settings
-from crab_min.data import Sample, evaluation_data, pick_tasks, read_samples
+from crab_min.data import Sample, form_of, pick_tasks, read_splits
 from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
@@ -50,12 +51,12 @@ from crab_min.evaluation.scores import (
     write_predictions,
 )
 from crab_min.features import Features
-from crab_min.interface import load_prompts
+from crab_min.interface import QuestionForm, load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
 from crab_min.side_channels import add_side_channels, limit_frames
-from crab_min.tasks import TASKS
+from crab_min.sources.own import clip_of, conversation_parts, split_question
 from crab_min.trainer import fit, trained_parameters
 
 ANSWERS = "answers.partial.jsonl"  # to the test rows, while they are being answered
@@ -75,6 +76,7 @@ class Run:
         began: time at which the run was opened, in seconds.
         model: set by the recipe.
         features, train_rows, test_rows: set by load_rows.
+        form, prompts: how one's own questions and the tasks are worded; set by load_rows.
         held_out: training rows that only choose the best checkpoint; set by load_rows.
         decoding, steps: set by begin.
         lock: the locked file in the run folder; set by begin, on the first process alone.
@@ -91,6 +93,8 @@ class Run:
     train_rows: list[Sample] = field(init=False)
     test_rows: list[Sample] = field(init=False)
     held_out: list[Sample] = field(init=False)
+    form: QuestionForm | None = field(init=False)
+    prompts: dict[str, str] = field(init=False)
     decoding: Decoding = field(init=False)
     steps: range = field(init=False)
     lock: TextIO = field(init=False)
@@ -151,13 +155,14 @@ def load_rows(
     prompts = load_prompts(data.prompts) if data.prompts else None
     root = data.data or processes.on_first(lambda: str(built_in_data(settings)))
 
-    # rows; not every task, and not every folder, has a test split
-    train = read_samples(root, tasks, "train", data.target, prompts)
-    tasks = [name for name in tasks if "test" in TASKS[name].splits]
-    test_root = evaluation_data(root)
-    test = []
-    if tasks and test_root:
-        test = read_samples(test_root, tasks, "test", data.target, prompts, data.test_rows)
+    train, test = read_splits(data, root, tasks, prompts, settings.training.seed)
+    run.form = form_of(train)
+    run.prompts = prompts or {}
+    if not test and processes.rank() == 0:
+        print(
+            f"warning: no test rows in {root}, so the run is not evaluated; name some with --test "
+            "FILE, or in a column split"
+        )
 
     # features of the frozen encoders
     max_bad = 1.0 if data.allow_missing else data.max_bad
@@ -261,8 +266,18 @@ def begin(run: Run) -> None:
     if processes.rank() == 0:
         run.lock = lock_run(run.folder)
         steps = len(run.steps)
-        saved = SavedRun(run.name, run.recipe, run.settings, steps, limits, model.layout)
+        saved = SavedRun(
+            run.name,
+            run.recipe,
+            run.settings,
+            steps,
+            limits,
+            model.layout,
+            run.form,
+            run.prompts,
+        )
         saved.save(run.folder)
+        write_own_rows(run.folder / "test.jsonl", run.test_rows)
         print(
             f"{run.folder}: {len(run.train_rows)} training rows and {len(run.test_rows)} test rows "
             f"of {len(limits)} tasks, {steps} steps of {samples_per_step(run.settings)} samples, "
@@ -271,6 +286,14 @@ def begin(run: Run) -> None:
         print(describe_trained(model))
     if run.settings.run.baseline:
         evaluate_baseline(run)
+
+
+def write_own_rows(file: Path, samples: list[Sample]) -> None:
+    """Write the rows of one's own among test samples to a .jsonl; nothing if there are none."""
+    rows = {id(sample.row): sample.row for sample in samples if sample.task.name == "own"}
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows.values()]
+    if lines:
+        atomic_write(file, "\n".join(lines) + "\n")
 
 
 def describe_trained(model: AVLanguageModel) -> str:
@@ -428,10 +451,31 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     print(
         f"loss per token: {loss['first']:.3f} in the first tenth of the steps, "
         f"{loss['last']:.3f} in the last\n"
-        f"{seconds:.0f} s; everything is in {folder}/. Ask about a clip: "
-        f'python infer.py CLIP.mp4 --ask "..." --run {folder}'
+        f"{seconds:.0f} s; everything is in {folder}/. Ask about a clip:\n"
+        f"{asking_command(run)}"
     )
     return metrics
+
+
+def asking_command(run: Run) -> str:
+    """Return a command that asks the run about one of its test clips, as it was trained."""
+    words = []
+    for sample in run.test_rows or run.train_rows:
+        row, slots = sample.row, list(sample.task.slots)
+        kinds = [part.kind for part in sample.media if not part.side]
+        if sample.task.name == "own":
+            # the run knows the question if all of its rows share one
+            _, question = split_question(conversation_parts(row)[0][0])
+            words = [clip_of(row), *([question] if question != run.form.question else [])]
+            for sound in set(row.get("audios") or []) - {clip_of(row)}:
+                words += ["--audio", sound]
+            break
+        if run.settings.data.data and kinds.count("video") == 1 and slots in ([], ["question"]):
+            words = [next(part.path for part in sample.media if part.kind == "video")]
+            words += ["--task", sample.task.name]
+            words += ["--ask", row["question"]] if slots else []
+            break
+    return shlex.join(["python", "infer.py", *words, "--run", str(run.folder)])
 
 
 def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 
 from crab_min.config import RECIPES, Settings, settings_from, settings_from_old
 from crab_min.errors import RunError
-from crab_min.interface import PromptLayout
+from crab_min.interface import PromptLayout, QuestionForm
 from crab_min.runs import processes
 
 # settings that do not change the result: a run may continue with other values of these
@@ -87,6 +87,8 @@ class SavedRun:
         steps: optimizer steps of the whole run.
         token_limits: maximum number of answer tokens, by task.
         layout: how its prompts are laid out; None in runs of older versions.
+        form: the form of its questions, if it learned rows of one's own.
+        prompts: the instructions of --prompts, by task name.
     """
 
     preset: str
@@ -95,6 +97,8 @@ class SavedRun:
     steps: int = 0
     token_limits: dict[str, int] = field(default_factory=dict)
     layout: PromptLayout | None = None
+    form: QuestionForm | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write config.json."""
@@ -119,7 +123,11 @@ def load_saved_run(folder: Path) -> SavedRun:
 
         settings = settings_from(RECIPES[saved["recipe"]], saved["settings"])
         layout = PromptLayout(**saved["layout"]) if saved["layout"] else None
-        return SavedRun(**{**saved, "settings": settings, "layout": layout})
+        form = None
+        if saved.get("form"):
+            options = tuple(saved["form"]["options"])
+            form = QuestionForm(**{**saved["form"], "options": options})
+        return SavedRun(**{**saved, "settings": settings, "layout": layout, "form": form})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder}: not a run of train.py ({type(error).__name__}: {error}); give a finished "

@@ -15,18 +15,13 @@ from crab_min.features import Features
 from crab_min.interface import load_prompts
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import count_missing
-from crab_min.tools.ask import (
-    LoadedRun,
-    apply_model_flags,
-    built_in_data,
-    load_run,
-    mask_maker,
-    prepare,
-)
+from crab_min.tools.loading import LoadedRun, load_asked
+from crab_min.tools.questions import built_in_data, prepare
+from crab_min.tools.reply import mask_maker
 
 
 def evaluate_split(given: Namespace) -> None:
-    """Answer and score a split of --data, by default of the built-in world of the run.
+    """Answer and score a split of --data, by default the test rows of the run.
 
     An evaluation that was killed continues from the answers it has.
 
@@ -34,8 +29,7 @@ def evaluate_split(given: Namespace) -> None:
         given: the flags of infer.py.
     """
     # the run, and the samples in its form
-    run = load_run(given.run, given.device)
-    apply_model_flags(run, given)
+    run = load_asked(given)
     root, samples = read_split(given, run)
 
     # how they are decoded
@@ -103,16 +97,19 @@ def continued_answers(out: Path, described: dict) -> Path:
 
 def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
     """Return the path of the data, and its samples in the form of the run."""
-    # --data, or the built-in world
+    # --data, the test rows of one's own that the run kept, or the built-in world
     settings = run.settings
+    own_test = run.folder / "test.jsonl"
     if given.data:
         root = Path(given.data)
+    elif given.split == "test" and own_test.is_file():
+        root = own_test
     else:
         root = built_in_data(run, given.things, settings.training.seed, given.split)
 
     # samples
     tasks = pick_tasks(given.task or given.tasks)
-    prompts = load_prompts(given.prompts) if given.prompts else None
+    prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
     target = settings.data.target
     samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
     samples = prepare(samples, given, run)

@@ -33,7 +33,8 @@ from crab_min.ilora import ILoraLinear
 from crab_min.model import AVLanguageModel
 from crab_min.runs.folder import atomic_write
 from crab_min.tasks import TASKS
-from crab_min.tools.ask import LoadedRun, built_in_data, load_run
+from crab_min.tools.loading import LoadedRun, load_run
+from crab_min.tools.questions import built_in_data
 
 
 def count_heads(model: AVLanguageModel) -> int:
@@ -75,8 +76,11 @@ def heads_kept(model: AVLanguageModel, kept: set[int]) -> Iterator[None]:
 def read_test_rows(run: LoadedRun, data: str, rows: int) -> list[Sample]:
     """Return test rows in the form of a run, of --data or of the run's built-in world."""
     settings = run.settings
+    own_test = run.folder / "test.jsonl"
     if data:
-        root = evaluation_data(data)
+        root = evaluation_data(data) or data
+    elif own_test.is_file():
+        root = own_test
     else:
         root = built_in_data(run, "", settings.training.seed, "test")
     samples = read_samples(root, list(TASKS), "test", settings.data.target, limit=rows)

@@ -63,7 +63,7 @@ from crab_min.model import ASSETS, NO_LABEL
 from crab_min.pave import partition_steps
 from crab_min.recipes import crab_plus
 from crab_min.tasks import TASKS
-from crab_min.tools.ask import load_run
+from crab_min.tools.loading import load_run
 from crab_min.tools.plan import plan
 from crab_min.world.folders import build_world
 

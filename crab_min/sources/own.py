@@ -1,0 +1,407 @@
+r"""Rows of your own clips: a table, a folder of class folders, or a .jsonl.
+
+    labels.csv      clip,label                   one label per clip
+    answers.csv     clip,question,answer         a question each
+    clips/LABEL/    a folder of clips per label
+    rows.jsonl      one conversation per line, with any media
+
+A table may also have the columns split (train or test), start and end (seconds of the clip) and
+audio (its sound in a file of its own). All four become rows of one form, that of a .jsonl line:
+
+    {"messages": [{"role": "user", "content": "<video><audio>What barks?"},
+                  {"role": "assistant", "content": "<answer>the dog</answer>"}],
+     "videos": ["x.mp4"], "audios": ["x.mp4"], "images": [], ...}
+
+with absolute paths. Other fields: "options" (multiple choice), "sides" {name: file} (side
+channels), "split", "start", "end", and "where", the file and line for messages.
+"""
+
+import csv
+import io
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from crab_min.answers import answer_tag
+from crab_min.errors import DataError
+from crab_min.interface import PromptPart, QuestionForm, text_part
+from crab_min.media.kinds import media_files, media_kind
+
+TABLES = (".csv", ".tsv", ".jsonl")
+KINDS = ("video", "audio", "image")
+MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
+LISTED_LABELS = 30  # labels that a question names, at most
+LABEL_WORDS = 5  # words of an answer in a table that still counts as a label
+TEST_SHARE = 5  # one clip of so many of each label is a test clip
+ROW_FORM = (
+    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], '
+    '"videos": [...], "audios": [...], "images": [...]}'
+)
+TABLE_FORM = "clip,label or clip,question,answer; more columns: split,start,end,audio"
+
+
+def is_own(path: str | Path) -> bool:
+    """Tell whether a path is a table, a .jsonl, or a folder of class folders."""
+    path = Path(path)
+    return path.suffix.lower() in TABLES or bool(path.is_dir() and class_folders(path))
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder that have media files and no annotations, by name."""
+    folders = sorted(inner for inner in folder.iterdir() if inner.is_dir())
+    annotated = [inner for inner in folders if list(inner.glob("*.json"))]
+    return [] if annotated else [inner for inner in folders if media_files(inner)]
+
+
+def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
+    """Read the rows of a table, of class folders or of a .jsonl.
+
+    Args:
+        answers: every row must have an answer; else rows may be questions alone.
+
+    Raises:
+        DataError: the file or one of its lines cannot be used; names the line.
+    """
+    if path.is_dir():
+        rows = read_class_folders(path)
+    elif path.suffix.lower() == ".jsonl":
+        rows = read_jsonl(path, answers)
+    else:
+        rows = read_table(path, answers)
+    if not rows:
+        form = ROW_FORM if path.suffix.lower() == ".jsonl" else TABLE_FORM
+        raise DataError(f"{path}: no lines; a line is {form}")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; a byte order mark, as spreadsheets write it, is left out."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: {error}; --data takes a .csv or .jsonl file in UTF-8, a folder of class "
+            "folders, or the folder that holds ave/, avqa/, ... (AVUIE_2)"
+        ) from None
+
+
+# --- class folders and tables ---------------------------------------------------------------------
+
+
+def read_class_folders(folder: Path) -> list[dict]:
+    """Make a row of each clip in a folder of class folders."""
+    labelled = []
+    for inner in class_folders(folder):
+        labelled += [{"clip": str(file), "label": inner.name} for file in media_files(inner)]
+    return labelled_rows(labelled, Path())
+
+
+def read_table(path: Path, answers: bool) -> list[dict]:
+    """Read a table with a heading; commas, semicolons or tabs between its columns."""
+    text = read_text(path)
+    heading = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=heading.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    columns = [str(name).strip().lower() for name in reader.fieldnames or []]
+    if "clip" not in columns:
+        columns = ["clip" if name == "file" else name for name in columns]
+    reader.fieldnames = columns
+    has_answers = "label" in columns or {"question", "answer"} <= set(columns)
+    if "clip" not in columns or not (has_answers or (not answers and "question" in columns)):
+        raise DataError(f"{path}: columns {', '.join(columns) or 'none'}; expected {TABLE_FORM}")
+
+    # each line by itself, so that an error names it
+    cells = []
+    for row in reader:
+        values = {k: v.strip() for k, v in row.items() if isinstance(k, str) and isinstance(v, str)}
+        if not any(values.values()):
+            continue
+        values["where"] = f"{path}, line {reader.line_num}"
+        for name in ("clip", "label", "question", "answer"):
+            if name in columns and not values.get(name):
+                raise DataError(f"{values['where']}: no {name}; a line is {TABLE_FORM}")
+        cells.append(values)
+    if "label" in columns:
+        return labelled_rows(cells, path.parent)
+    return [question_row(row, path.parent, cells) for row in cells]
+
+
+def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
+    """Make rows of clips and labels: one question and list of labels for all."""
+    labels = sorted({row["label"] for row in labelled})
+    question = "Which class is it?"
+    if len(labels) <= LISTED_LABELS:
+        question = f"Which of these is it: {', '.join(labels)}?"
+    rows = []
+    for cells in labelled:
+        messages = [turn("user", cells.get("question") or question)]
+        messages.append(turn("assistant", answer_tag(cells["label"])))
+        rows.append(clip_row(cells, folder, messages) | {"options": labels})
+    return rows
+
+
+def question_row(cells: dict, folder: Path, table: list[dict]) -> dict:
+    """Make a row of a clip, a question and perhaps an answer.
+
+    Args:
+        table: all lines. If their answers are short they are labels, and stand in <answer> tags.
+    """
+    messages = [turn("user", cells["question"])]
+    if "answer" in cells:
+        short = all(len(line.get("answer", "").split()) <= LABEL_WORDS for line in table)
+        answer = answer_tag(cells["answer"]) if short else cells["answer"]
+        messages.append(turn("assistant", answer))
+    return clip_row(cells, folder, messages)
+
+
+def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
+    """Make the row of one clip of a table.
+
+    A video is asked about with its own sound, or with that in the column audio. The prompt has the
+    form of Crab+'s interface: each medium after its marker, then the question.
+
+    Raises:
+        DataError: a cell holds something else.
+    """
+    where = cells.get("where", cells["clip"])
+    clip = str((folder / cells["clip"]).absolute())
+    sound = str((folder / cells["audio"]).absolute()) if cells.get("audio") else ""
+    kind = media_kind(clip) or "video"
+    files: dict[str, list[str]] = {kind: [clip]}
+    if sound or kind == "video":
+        files["audio"] = [sound or clip]
+    markers = [f"{name}: <{name}>" for name in files]
+    messages[0]["content"] = "\n".join([*markers, messages[0]["content"]])
+
+    row = {"messages": messages, **{f"{name}s": files.get(name, []) for name in KINDS}}
+    row["clip"] = clip
+    row |= {"split": cells.get("split", "").lower(), "where": where}
+    if row["split"] not in ("", "train", "test"):
+        raise DataError(f"{where}: split {cells['split']!r}; expected train or test")
+    for name in ("start", "end"):
+        try:
+            row[name] = float(cells.get(name) or 0)
+        except ValueError:
+            raise DataError(f"{where}: {name} {cells[name]!r}; expected seconds") from None
+    if row["end"] and row["end"] <= row["start"]:
+        raise DataError(f"{where}: start {row['start']:g} and end {row['end']:g}; end comes later")
+    return row
+
+
+def turn(role: str, content: str) -> dict:
+    """Return one message of a conversation."""
+    return {"role": role, "content": content}
+
+
+# --- .jsonl ---------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path, answers: bool) -> list[dict]:
+    """Read a .jsonl: one JSON object per line, of the form ROW_FORM.
+
+    A file takes the place of its tag in the text (<video>, <audio>, <image>), or stands before the
+    text where there is no tag. Paths are relative to the file's folder.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            rows.append(jsonl_row(json.loads(line), path.parent, answers) | {"where": where})
+            conversation_parts(rows[-1])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{where}: not {ROW_FORM} ({reason})") from None
+    return rows
+
+
+def jsonl_row(row: dict, folder: Path, answers: bool) -> dict:
+    """Return a line's row with absolute paths. Raises ValueError and its like."""
+    messages = [turn(m["role"], m["content"].strip()) for m in row["messages"]]
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["system"]:
+        roles = roles[1:]
+    if answers and (len(roles) < 2 or roles[-1] != "assistant"):
+        raise ValueError("the last of two or more messages must be the assistant's")
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+        raise ValueError(f"roles {', '.join(roles)}: user and assistant take turns")
+    paths = {}
+    for kind in KINDS:
+        paths[f"{kind}s"] = [str((folder / file).absolute()) for file in row.get(f"{kind}s") or []]
+    sides = row.get("sides") or {}
+    paths["sides"] = {name: str((folder / file).absolute()) for name, file in sides.items()}
+    return {**row, **paths, "messages": messages}
+
+
+# --- rows -> prompts ------------------------------------------------------------------------------
+
+
+def conversation_parts(row: dict) -> list[tuple[list[PromptPart], str]]:
+    """Return a prompt and an answer for each turn of the assistant in a row.
+
+    The prompt of a later turn holds the turns before it. A last question without an answer has the
+    answer "".
+
+    Raises:
+        ValueError: a kind of media has some tags, but not as many as files.
+    """
+    # media without a tag stand before the first question
+    messages = [dict(message) for message in row["messages"]]
+    questions = [message for message in messages if message["role"] == "user"]
+    text = "".join(message["content"] for message in questions)
+    untagged = ""
+    remaining = {}
+    for kind in KINDS:
+        paths = row.get(f"{kind}s") or []
+        tags = text.count(f"<{kind}>")
+        if tags == 0:
+            untagged += f"<{kind}>" * len(paths)
+        elif tags != len(paths):
+            raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s")
+        remaining[kind] = iter(paths)
+    questions[0]["content"] = untagged + questions[0]["content"]
+
+    # turn by turn; tags become media, in order
+    span = {"start": float(row.get("start") or 0), "end": float(row.get("end") or 0)}
+    prompts: list[tuple[list[PromptPart], str]] = []
+    parts: list[PromptPart] = []
+    for message in messages:
+        if message["role"] == "system":
+            parts.append(PromptPart("text", text=message["content"], role="system"))
+        elif message["role"] == "assistant":
+            prompts.append((list(parts), message["content"]))
+            parts.append(PromptPart("text", text=message["content"], role="assistant"))
+        else:
+            parts += tagged_parts(message["content"], remaining, span)
+    if messages[-1]["role"] == "user":
+        prompts.append((parts, ""))
+    return prompts
+
+
+def tagged_parts(text: str, remaining: dict, span: dict[str, float]) -> list[PromptPart]:
+    """Make parts of a text whose tags become media; what is between them stays text.
+
+    Args:
+        remaining: kind -> iterator over the paths of its files.
+        span: start and end of the clip.
+    """
+    parts = []
+    for piece in MEDIA_TAG.split(text):
+        if MEDIA_TAG.fullmatch(piece):
+            kind = piece.strip("<>")
+            seconds = {} if kind == "image" else span
+            parts.append(PromptPart(kind, path=next(remaining[kind]), **seconds))
+        elif piece:
+            parts.append(text_part(piece))
+    if not parts or parts[-1].kind != "text":
+        parts.append(text_part("\n"))  # what follows a prompt is expected behind text
+    return parts
+
+
+# --- the form in which a run is asked -------------------------------------------------------------
+
+
+def question_form(rows: list[dict], is_label: bool) -> QuestionForm:
+    """Return the form of the first questions of rows, the most frequent one.
+
+    Args:
+        is_label: the answers stand in <answer> tags.
+    """
+    forms = Counter()
+    questions, systems, options = set(), set(), set()
+    for row in rows:
+        (parts, _), *_ = conversation_parts(row)
+        text, question = split_question(parts)
+        forms[text] += 1
+        questions.add(question)
+        systems.add(next((part.text for part in parts if part.role == "system"), ""))
+        options.add(tuple(map(str, row.get("options") or [])))
+    return QuestionForm(
+        text=forms.most_common(1)[0][0],
+        question=questions.pop() if len(questions) == 1 else "",
+        system=systems.pop() if len(systems) == 1 else "",
+        options=options.pop() if len(options) == 1 else (),
+        is_label=is_label,
+    )
+
+
+def split_question(parts: list[PromptPart]) -> tuple[str, str]:
+    """Split the first question of a prompt into its form and what is asked.
+
+    What is asked is the last text that is not blank.
+    """
+    pieces = []
+    for part in parts:
+        if not part.role:
+            pieces.append(part.text if part.kind == "text" else f"<{part.kind}>")
+    asked = [i for i, part in enumerate(pieces) if part.strip() and not MEDIA_TAG.fullmatch(part)]
+    if not asked:
+        return "".join(pieces) + "{question}", ""
+    last = asked[-1]
+    question = pieces[last].strip()
+    pieces[last] = pieces[last].replace(question, "{question}", 1)
+    return "".join(pieces), question
+
+
+def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> dict:
+    """Make the row of a question about files, in the form of a run.
+
+    Args:
+        files: paths by kind. A kind that the form has no tag for stands before the text.
+
+    Raises:
+        DataError: the form has a tag for a kind of which there is no file.
+    """
+    text = form.text
+    for kind in KINDS:
+        tags = text.count(f"<{kind}>")
+        if tags and tags != len(files.get(kind, [])):
+            raise DataError(
+                f"the model was trained on questions with {tags} <{kind}>, and {kind} files here "
+                f"are {', '.join(files.get(kind, [])) or 'none'}; its form: {text!r}"
+            )
+    messages = [turn("system", form.system)] if form.system else []
+    messages.append(turn("user", text.replace("{question}", question)))
+    row = {"messages": messages, "options": list(form.options)}
+    return row | {f"{kind}s": files.get(kind, []) for kind in KINDS}
+
+
+# --- training and test rows -----------------------------------------------------------------------
+
+
+def split_rows(rows: list[dict], seed: int) -> list[dict]:
+    """Return rows that all have a split; a fifth of the clips of each answer is for testing.
+
+    Rows about one clip stay together. Rows that name a split keep it, and where any does, a row
+    without one is a training row.
+    """
+    if any(row.get("split") for row in rows):
+        return [{**row, "split": row.get("split") or "train"} for row in rows]
+
+    # the clips of each answer: that of the first row about the clip
+    clips: dict[str, str] = {}
+    for row in rows:
+        clips.setdefault(clip_of(row), row["messages"][-1]["content"])
+    groups: dict[str, list[str]] = {}
+    for clip, answer in clips.items():
+        groups.setdefault(answer, []).append(clip)
+
+    # free answers differ from clip to clip: they are one group
+    if len(groups) > len(clips) / 2:
+        groups = {"": list(clips)}
+    test = set()
+    for _, members in sorted(groups.items()):
+        members = sorted(members)
+        random.Random(seed).shuffle(members)
+        if len(members) > 1:
+            test.update(members[: max(1, round(len(members) / TEST_SHARE))])
+    return [{**row, "split": "test" if clip_of(row) in test else "train"} for row in rows]
+
+
+def clip_of(row: dict) -> str:
+    """Return the first file of a row, which stands for its clip."""
+    files = [*row.get("videos", []), *row.get("images", []), *row.get("audios", [])]
+    return files[0] if files else ""
