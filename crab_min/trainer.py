@@ -262,9 +262,10 @@ def is_time_to_save(run: RunConfig, step: int, saved_at: float) -> bool:
     Args:
         saved_at: time of the last checkpoint, in seconds.
     """
-    if run.save_minutes:
-        return processes.on_first(lambda: time.time() - saved_at > 60 * run.save_minutes)
-    return step % run.save_every == 0
+    if run.save_every and step % run.save_every == 0:
+        return True
+    minutes = (time.time() - saved_at) / 60
+    return bool(run.save_minutes) and processes.on_first(lambda: minutes > run.save_minutes)
 
 
 def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:
