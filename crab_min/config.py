@@ -161,10 +161,8 @@ class RunConfig:
     device: Literal["", "cuda", "cpu", "mps"] = flag(
         "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
     )
-    save_every: int = flag(100, "steps between two checkpoints")
-    save_minutes: float = flag(
-        0, "minutes between two checkpoints, instead of steps; large models write gigabytes"
-    )
+    save_every: int = flag(100, "steps between two checkpoints (0: by --save-minutes alone)")
+    save_minutes: float = flag(0, "minutes between two checkpoints (0: by --save-every alone)")
     keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
     baseline: bool = flag(True, "score the frozen model before training")
     baseline_rows: int = flag(

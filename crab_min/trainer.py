@@ -74,14 +74,18 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
         sum(batch.rows for batch in batches),
         sum(batch.padded_tokens for batch in batches),
     )
+    # processes that share the LM gather its layers together, so each runs it equally often
+    passes = len(batches)
+    if processes.is_sharded(model):
+        passes = max(processes.gather(passes))
     loss = 0.0
     for batch in batches:
         with bf16_autocast(model.device, bf16):
             batch_loss = model(batch)  # summed over the batch's answer tokens
         (batch_loss / answer_tokens).backward()
         loss += batch_loss.item() / answer_tokens
-    if processes.is_sharded(model):
-        run_with_the_others(model, len(batches), bf16)
+    for _ in range(passes - len(batches)):
+        run_without_samples(model, bf16)
     processes.add_gradients(trained_parameters(model))
 
     (loss,) = processes.sum_all(loss)
@@ -90,19 +94,15 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
     return StepResult(loss, answer_tokens, rows, padded_tokens)
 
 
-def run_with_the_others(model: AVLanguageModel, passes: int, bf16: bool) -> None:
-    """Run the LM as often as the process that has most batches; the gradient stays as it is.
+def run_without_samples(model: AVLanguageModel, bf16: bool) -> None:
+    """Run the LM forward and backward for the other processes; the gradient stays as it is.
 
-    A process whose samples cannot be read has fewer, and gathers no shares for the others then.
-
-    Args:
-        passes: of this process.
+    A process does so in place of a batch of which no sample can be read.
     """
-    for _ in range(max(processes.gather(passes)) - passes):
-        batch = model.collate([[PromptPart("text", text="?")]], [[]], [""])
-        with bf16_autocast(model.device, bf16):
-            loss = model(batch)
-        (0 * loss).backward()
+    batch = model.collate([[PromptPart("text", text="?")]], [[]], [""])
+    with bf16_autocast(model.device, bf16):
+        loss = model(batch)
+    (0 * loss).backward()
 
 
 def update(optimizer: Optimizer, max_grad_norm: float) -> float:
@@ -262,9 +262,10 @@ def is_time_to_save(run: RunConfig, step: int, saved_at: float) -> bool:
     Args:
         saved_at: time of the last checkpoint, in seconds.
     """
-    if run.save_minutes:
-        return processes.on_first(lambda: time.time() - saved_at > 60 * run.save_minutes)
-    return step % run.save_every == 0
+    if run.save_every and step % run.save_every == 0:
+        return True
+    minutes = (time.time() - saved_at) / 60
+    return bool(run.save_minutes) and processes.on_first(lambda: minutes > run.save_minutes)
 
 
 def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:

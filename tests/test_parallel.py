@@ -150,7 +150,7 @@ def test_a_process_without_a_readable_sample_does_not_stop_the_others(small_worl
     """A damaged clip is skipped, with batches of one sample and an LM that two processes share."""
     data = shutil.copytree(small_world, tmp_path / "AVUIE_2")
     row = json.loads((data / "ks" / "train.json").read_text())[0]
-    video = data / "ks" / "video" / row["video_path"]
+    video = Path(os.path.normpath(data / "ks" / "video" / row["video_path"]))
     damaged = video.read_bytes()[:300]
     video.unlink()
     video.write_bytes(damaged)
@@ -159,7 +159,7 @@ def test_a_process_without_a_readable_sample_does_not_stop_the_others(small_worl
     for name, fsdp in (("whole", []), ("sharded", ["--fsdp"])):
         done = finish(command(data, tmp_path / name, *flags, *fsdp), tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "skipped: " in done.stderr
+        assert "skipped: " in done.stdout
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     assert min(column(whole, "rows")) == 1  # of two processes one had nothing to read
     assert column(sharded, "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)

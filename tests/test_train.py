@@ -450,6 +450,29 @@ def test_eval_stops_at_a_missing_clip_or_counts_it_as_wrong(
     assert metrics["missing"] == 1 and metrics["tasks"]["ave"]["n"] == 2
 
 
+def test_training_goes_on_without_missing_clips_if_asked(small_world, tmp_path, capsys):
+    """Of the training rows one is gone, of two test rows one: it is scored as wrong."""
+    folder = tmp_path / "data" / "ave"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = json.loads((small_world / "ave" / f"{split}.json").read_text())[:2]
+        for row in rows:
+            for kind in ("video", "audio"):
+                row[f"{kind}_path"] = str(small_world / "ave" / kind / row[f"{kind}_path"])
+        rows[0]["video_path"] = f"gone_{split}.mp4"
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+
+    command = ["--data", str(folder.parent), "--tasks", "ave", "--steps", "2", "--batch-size", "2"]
+    command += ["--no-cache-features", "--out", str(tmp_path / "run")]
+    assert train.main(command) == 2
+    assert "gone_test.mp4" in capsys.readouterr().err
+    assert train.main([*command, "--allow-missing"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["unreadable_files"] == 2
+    assert metrics["tasks"]["ave"]["n"] == metrics["base"]["ave"]["n"] == 2
+    assert not list((tmp_path / "run").glob("*.partial.jsonl"))
+
+
 def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     finished, small_world, tmp_path, monkeypatch
 ):

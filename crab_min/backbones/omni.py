@@ -329,6 +329,6 @@ def load_omni(config: BackboneConfig, empty: bool) -> OmniModel:
                 not_in_4_bits,
             )
             processor = Qwen2_5OmniProcessor.from_pretrained(weights)
-    model_class = EmptyOmniModel if empty else OmniModel
+    model_class = EmptyOmniModel if thinker.device.type == "meta" else OmniModel
     layout = replace(QWEN_CHAT, separate_media=config.separate_media)
     return model_class(thinker, processor, layout)

@@ -84,6 +84,8 @@ def evaluate(
 def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     """Return the best and the worst of eight random answers to every second task.
 
+    Empty answers are left out, such as those to clips that are gone.
+
     Returns:
         (sample, text, mask), as pictures.draw_sheet takes them.
     """
@@ -96,9 +98,10 @@ def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     chosen = []
     tasks = by_task(evaluation.samples, evaluation.texts, evaluation.masks)
     for rows in list(tasks.values())[::2]:
-        candidates = rng.sample(rows, min(8, len(rows)))
+        answered = [row for row in rows if row[1]]
+        candidates = rng.sample(answered, min(8, len(answered)))
         candidates.sort(key=rank, reverse=True)
-        chosen.append(candidates[0])
+        chosen += candidates[:1]
         if len(candidates) > 1:
             chosen.append(candidates[-1])
     return chosen

@@ -518,13 +518,13 @@ def run_settings(settings: Settings) -> Settings:
 
 
 def load_model(
-    settings: Settings, empty: bool = False, device: torch.device | str = "cpu"
+    settings: Settings, empty: bool = False, device: torch.device | str | None = None
 ) -> AVLanguageModel:
     """Load the frozen backbone.
 
     Args:
-        empty: build it without weights, on the meta device.
-        device: where it is loaded to.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
     """
     return load.load_model(settings.backbone, empty=empty, device=device)
 

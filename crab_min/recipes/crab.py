@@ -290,13 +290,13 @@ add_trained_parts = common.add_trained_parts
 
 
 def load_model(
-    settings: CrabSettings, empty: bool = False, device: torch.device | str = "cpu"
+    settings: CrabSettings, empty: bool = False, device: torch.device | str | None = None
 ) -> AVLanguageModel:
     """Load the frozen backbone, with a mask decoder if the settings have one.
 
     Args:
-        empty: build it without weights, on the meta device.
-        device: where it is loaded to.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
     """
     return load.load_model(settings.backbone, settings.masks, empty, device)
 

@@ -178,13 +178,13 @@ def run_settings(settings: CremaSettings) -> CremaSettings:
 
 
 def load_model(
-    settings: CremaSettings, empty: bool = False, device: torch.device | str = "cpu"
+    settings: CremaSettings, empty: bool = False, device: torch.device | str | None = None
 ) -> AVLanguageModel:
     """Load the frozen backbone.
 
     Args:
-        empty: build it without weights, on the meta device.
-        device: where it is loaded to.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
 
     Raises:
         RunError: the backbone has no Q-Former for several modalities.
