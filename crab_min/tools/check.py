@@ -1,8 +1,9 @@
-"""A check of a copy of AV-UIE before training.
+"""A check of data before training: a copy of AV-UIE, or a table of your own clips.
 
-It reports missing and unreadable files, lengths and labels.
+It reports missing and unreadable files, lengths, labels, and tokens for a named model.
 
-python -m crab_min.tools.check --data AVUIE_2
+python -m crab_min.tools.check --data labels.csv
+python -m crab_min.tools.check --data AVUIE_2 --model crab_plus-7b
 """
 
 import argparse
@@ -10,22 +11,23 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from tqdm import tqdm
-
-from crab_min.answers import GRID
 from crab_min.cli import Parser, run_command
-from crab_min.data import Sample, decode_ahead, make_sample, pick_tasks
+from crab_min.data import Sample, evaluation_data, make_sample, own_samples, pick_tasks
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
+from crab_min.sources.own import is_own, read_own_rows, split_rows
 from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
+from crab_min.tools.lengths import read_media, sample_seconds
+from crab_min.tools.loading import load_pretrained_model
+from crab_min.tools.plan import prompt_tokens
+from crab_min.tools.questions import silent
 
-GROUP = 16  # files that a worker process is given at once
 SHOWN = 10  # reasons of each kind that are printed; the file has all
 
 
@@ -55,12 +57,19 @@ class BadFile:
 
 @dataclass
 class Report:
-    """Contents of a copy of AV-UIE, and all that is wrong with it."""
+    """Contents of the data, and all that is wrong with it.
+
+    Attributes:
+        samples: all of them.
+        seconds: of each file that has a length, by path.
+    """
 
     splits: dict[str, SplitReport]  # by task/split
     files: int
     bad_files: list[BadFile]
     bad_rows: list[str]  # task/split/index of a row and why it makes no sample
+    samples: list[Sample] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict:
         return {
@@ -85,6 +94,13 @@ class Report:
                 f"{name:<16}{split.rows:>8}{split.bad_rows:>10}{split.files:>8}{split.missing:>9}"
                 f"{split.unreadable:>12}{len(split.labels):>8}  {seconds}"
             )
+        for name, split in self.splits.items():
+            if name.startswith("own/") and split.labels:
+                counts = [f"{label} {n}" for label, n in Counter(split.labels).most_common(SHOWN)]
+                rest = (
+                    f", and {len(split.labels) - SHOWN} more" if len(split.labels) > SHOWN else ""
+                )
+                lines.append(f"labels of {name}: {', '.join(counts)}{rest}")
         lines.append(
             f"{self.files} files, {len(self.bad_files)} of them missing or unreadable; "
             f"{len(self.bad_rows)} rows that cannot be used"
@@ -97,7 +113,7 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
     """Check the annotation files of some tasks and every file that they name.
 
     Args:
-        root: the folder that holds ave/, avqa/, ...
+        root: the folder that holds ave/, avqa/, ..., or rows of your own.
         tasks: names of tasks; those without annotation files are skipped.
         decode: decode every file as in training, or else read its header alone.
         workers: processes that read files (0: this one).
@@ -111,18 +127,15 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
     bad_rows: list[str] = []
 
     # annotations
-    for task in (TASKS[name] for name in tasks):
-        for split in task.splits:
-            path, _ = find_layout(Path(root), task.name, split)
-            if not path:
-                continue
-            samples, reasons = read_split(Path(root), task, split)
-            name = f"{task.name}/{split}"
-            splits[name] = describe_split(samples, len(reasons))
-            media = [part for sample in samples for part in sample.media]
-            paths[name] = {part.path for part in media}
-            uses.update(media)
-            bad_rows += reasons
+    all_samples: list[Sample] = []
+    found = own_splits(str(root)) if is_own(root) else task_splits(Path(root), tasks)
+    for name, (samples, reasons) in found.items():
+        splits[name] = describe_split(samples, len(reasons))
+        media = [part for sample in samples for part in sample.media]
+        paths[name] = {part.path for part in media}
+        uses.update(media)
+        bad_rows += reasons
+        all_samples += samples
     if not splits:
         raise DataError(
             f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds "
@@ -138,7 +151,52 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
     for part, rows in uses.items():
         rows_of[part.path] += rows
     bad_files = [BadFile(path, errors[path], rows_of[path]) for path in sorted(errors)]
-    return Report(splits, len(rows_of), bad_files, bad_rows)
+    return Report(splits, len(rows_of), bad_files, bad_rows, all_samples, seconds)
+
+
+def task_splits(root: Path, tasks: list[str]) -> dict[str, tuple[list[Sample], list[str]]]:
+    """Read the annotation files of tasks: samples and reasons by task/split."""
+    found = {}
+    for task in (TASKS[name] for name in tasks):
+        for split in task.splits:
+            if find_layout(root, task.name, split)[0]:
+                found[f"{task.name}/{split}"] = read_split(root, task, split)
+    return found
+
+
+def own_splits(root: str) -> dict[str, tuple[list[Sample], list[str]]]:
+    """Read rows of your own: the samples of training and test rows, as a run splits them."""
+    test = evaluation_data(root)
+    rows = read_own_rows(Path(root))
+    if test:
+        train, test_rows = rows, read_own_rows(Path(test))
+    else:
+        rows = split_rows(rows, seed=0)
+        train = [row for row in rows if row["split"] == "train"]
+        test_rows = [row for row in rows if row["split"] == "test"]
+    found = {"own/train": (own_samples(train, "train"), [])}
+    if test_rows:
+        found["own/test"] = (own_samples(test_rows, "test"), [])
+    return found
+
+
+def token_line(report: Report, name: str) -> str:
+    """Return a line with the tokens of the shortest, the median and the longest prompt.
+
+    Args:
+        name: a model, as infer.py --model takes it.
+    """
+    run = load_pretrained_model(name, empty=True)
+    samples = [s for s in report.samples if report.seconds.keys() >= {m.path for m in s.media}]
+    samples = silent(samples, run)
+    if not samples:
+        return f"tokens for {name}: no clip could be read"
+    samples.sort(key=lambda sample: sample_seconds(sample, report.seconds))
+    chosen = [samples[0], samples[len(samples) // 2], samples[-1]]
+    tokens = [str(prompt_tokens(run.model, sample, report.seconds)) for sample in chosen]
+    return f"tokens of a prompt for {name}, of the shortest, median and longest clip: " + (
+        ", ".join(tokens)
+    )
 
 
 def read_split(root: Path, task: Task, split: str) -> tuple[list[Sample], list[str]]:
@@ -176,35 +234,6 @@ def gold_labels(sample: Sample) -> list[str]:
     return [label for label, _ in events]
 
 
-def read_media(
-    parts: list[PromptPart], decode: bool, workers: int
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Read media files.
-
-    Args:
-        parts: media; several may name the same file, of which they want different pieces.
-        decode: decode each of the parts, or else read the header of each file once.
-        workers: processes that read files (0: this one).
-
-    Returns:
-        Seconds by path, without pictures; and the reason by path where a file cannot be read.
-    """
-    if not decode:
-        parts = list({part.path: part for part in parts}.values())
-    parts = sorted(parts, key=lambda part: (part.path, part.index))
-    groups = [parts[start : start + GROUP] for start in range(0, len(parts), GROUP)]
-
-    seconds, errors = {}, {}
-    loader = decode_ahead(groups, GRID, workers, decode)
-    for group in tqdm(loader, desc="reading media", unit_scale=GROUP, unit="file"):
-        for medium in group:
-            if medium.error:
-                errors[medium.part.path] = medium.error
-            elif medium.part.kind != "image":
-                seconds[medium.part.path] = medium.seconds
-    return seconds, errors
-
-
 def add_files(
     split: SplitReport, paths: set[str], seconds: dict[str, float], errors: dict[str, str]
 ) -> None:
@@ -222,9 +251,15 @@ def add_files(
 
 # --- command -------------------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="-m crab_min.tools.check", description="Check a copy of AV-UIE.")
+    parser = Parser(prog="-m crab_min.tools.check", description="Check data before training.")
     parser.add_argument(
-        "--data", required=True, help="the folder that holds ave/, avqa/, ... (AVUIE_2)"
+        "--data",
+        required=True,
+        help="a table, class folders or a .jsonl of your own, or the folder that holds ave/, "
+        "avqa/, ... (AVUIE_2)",
+    )
+    parser.add_argument(
+        "--model", default="", help="also count tokens for this preset, hub id or folder"
     )
     parser.add_argument("--tasks", default="all", help="comma-separated task names, or all")
     parser.add_argument(
@@ -258,6 +293,8 @@ def main(arguments: list[str]) -> int:
         for reason in report.bad_rows[:SHOWN]:
             print(reason)
         print(report.table())
+        if given.model:
+            print(token_line(report, given.model))
         text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
         atomic_write(Path(given.out), text)
         print(f"the whole report, with every reason: {given.out}")

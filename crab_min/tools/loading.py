@@ -116,11 +116,14 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
     return LoadedRun(Path(folder), saved, recipe, model.eval(), saved.form)
 
 
-def load_pretrained_model(name: str, device: str = "", load_in_4bit: bool = False) -> LoadedRun:
+def load_pretrained_model(
+    name: str, device: str = "", load_in_4bit: bool = False, empty: bool = False
+) -> LoadedRun:
     """Load a pretrained model without a run; questions are put to it as they are.
 
     Args:
         name: a preset, a hub id, or a folder with the model's config.json.
+        empty: build it without weights, to count tokens; nothing is downloaded.
 
     Raises:
         RunError: there is no such device.
@@ -132,13 +135,16 @@ def load_pretrained_model(name: str, device: str = "", load_in_4bit: bool = Fals
     else:
         backbone = backbone_of(name)
     backbone = replace(backbone, load_in_4bit=load_in_4bit)
+    saved = SavedRun(name, "", Settings(backbone=backbone))
+    if empty:
+        model = load_model(backbone, empty=True)
+        return LoadedRun(Path(name), saved, common, model, QuestionForm())
     for weights in filter(None, (backbone.weights, backbone.llm, backbone.vision)):
         announce_download(weights)
 
     on = choose_device(device, backbone.pretrained)
     print(f"device: {describe_device(on)}", file=sys.stderr)
     model = load_model(backbone, device=on).to(on)
-    saved = SavedRun(name, "", Settings(backbone=backbone))
     return LoadedRun(Path(name), saved, common, model, QuestionForm())
 
 

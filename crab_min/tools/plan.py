@@ -24,13 +24,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crab_min.answers import Answer
 from crab_min.config import Settings
-from crab_min.data import SAMPLE_RATE, Sample, pick_tasks
+from crab_min.data import SAMPLE_RATE, Sample, pick_tasks, read_splits
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError
 from crab_min.evaluation.answering import DEFAULT_LIMIT
-from crab_min.interface import PromptPart, audio_windows, build_prompt
+from crab_min.evaluation.scores import by_task
+from crab_min.interface import PromptPart, audio_windows, build_prompt, load_prompts
 from crab_min.model import AVLanguageModel
+from crab_min.recipes.common import rows_of_each_task
 from crab_min.tasks import TASKS, Task
+from crab_min.tools.lengths import part_seconds, read_media, sample_seconds
 from crab_min.tools.measure import (
     ANSWER,
     Prompt,
@@ -48,6 +51,8 @@ from crab_min.tools.measure import (
 CLIP_SECONDS = {"spread": 60.0, "fifths": 5.0, "fifth": 5.0}  # sounds by audio window; else 10 s
 # in the place of a question, or of what else fills a slot of an instruction
 SLOT_TEXT = "Which of the things that are seen in the video is heard before the bell rings?"
+
+MEASURED = 500  # clips per task whose length is read
 
 GPUS = (16, 24, 48, 80)  # GB
 # dense bfloat16 operations per second at most
@@ -261,6 +266,8 @@ def example_prompts(
     Args:
         sides: the features of each side channel.
     """
+    if settings.data.data:
+        return prompts_of_data(model, recipe, settings, sides)
     prompts: dict[str, Prompt] = {}
     encoded: dict[tuple, MediaFeatures] = {}
     for sample in example_samples(recipe, settings):
@@ -275,6 +282,72 @@ def example_prompts(
         tokens = len(model.prompt_ids(parts, media)) + ANSWER
         prompts[sample.task.name] = Prompt(tokens, media)
     return prompts
+
+
+def prompts_of_data(
+    model: AVLanguageModel,
+    recipe: ModuleType,
+    settings: Settings,
+    sides: dict[str, MediaFeatures],
+) -> dict[str, Prompt]:
+    """Make the prompts of the median and the longest clip of each task in --data.
+
+    Args:
+        sides: the features of each side channel.
+
+    Raises:
+        DataError: rows or files that cannot be read.
+    """
+    data = settings.data
+    prompts = load_prompts(data.prompts) if data.prompts else None
+    train, test = read_splits(data, data.data, pick_tasks(data.tasks), prompts, 0)
+    samples = rows_of_each_task(recipe.prepare_samples(train + test, settings), MEASURED)
+    parts = [part for sample in samples for part in sample.media]
+    seconds, errors = read_media(parts, decode=False, workers=data.workers)
+    if errors:
+        print(f"{len(errors)} unreadable files, such as: {next(iter(errors.values()))}")
+
+    chosen: dict[str, Prompt] = {}
+    for task, rows in by_task([s for s in samples if not errors.keys() & paths_of(s)]).items():
+        ordered = sorted((s for (s,) in rows), key=lambda sample: sample_seconds(sample, seconds))
+        for title, sample in (("median", ordered[len(ordered) // 2]), ("longest", ordered[-1])):
+            prompt = measure_prompt(model, sample, seconds, sides)
+            chosen[f"{task.name}, {title} of {sample_seconds(sample, seconds):.0f} s"] = prompt
+    if not chosen:
+        raise DataError(f"--data {data.data}: no clip can be read")
+    return chosen
+
+
+def paths_of(sample: Sample) -> set[str]:
+    """Return the paths of a sample's media."""
+    return {part.path for part in sample.media}
+
+
+def measure_prompt(
+    model: AVLanguageModel,
+    sample: Sample,
+    seconds: dict[str, float],
+    sides: dict[str, MediaFeatures] | None = None,
+) -> Prompt:
+    """Lay out the prompt of a sample whose clips are black and as long as they are.
+
+    Args:
+        seconds: length of each file.
+        sides: the features of each side channel.
+    """
+    features = []
+    for part in sample.media:
+        if part.side:
+            features.append(sides[part.side])
+            continue
+        features.append(encode_black(model, part, part_seconds(part, seconds)))
+    parts, media = model.arrange(sample.parts, features)
+    return Prompt(len(model.prompt_ids(parts, media)) + ANSWER, media)
+
+
+def prompt_tokens(model: AVLanguageModel, sample: Sample, seconds: dict[str, float]) -> int:
+    """Return the number of tokens of a sample's prompt, without an answer."""
+    return measure_prompt(model, sample, seconds).tokens - ANSWER
 
 
 def example_samples(recipe: ModuleType, settings: Settings) -> list[Sample]:
@@ -307,16 +380,20 @@ def example_sample(task: Task, side_channels: list[str]) -> Sample:
     return Sample(task.name, task, build_prompt(task, row), target="", gold=Answer(), row=row)
 
 
-def encode_black(model: AVLanguageModel, part: PromptPart) -> MediaFeatures:
-    """Encode a black clip, or silence, as long as those of the part's task."""
+def encode_black(model: AVLanguageModel, part: PromptPart, seconds: float = 0.0) -> MediaFeatures:
+    """Encode a black clip, or silence.
+
+    Args:
+        seconds: its length; 0 for that of the clips of the part's task.
+    """
     if part.kind == "audio":
-        seconds = CLIP_SECONDS.get(part.window, 10.0)
+        seconds = seconds or CLIP_SECONDS.get(part.window, 10.0)
         windows = audio_windows(part.window, seconds)
         waves = [np.zeros(round(SAMPLE_RATE * (end - start))) for start, end in windows]
         return model.encode("audio", [waves], [seconds])[0]
     frames = 1 if part.kind == "image" else part.frames
     pixels = np.zeros((frames, model.frame_size, model.frame_size, 3), np.uint8)
-    return model.encode(part.kind, [pixels], [10.0])[0]
+    return model.encode(part.kind, [pixels], [seconds or 10.0])[0]
 
 
 def side_features(
@@ -406,7 +483,8 @@ def part_lines(result: Plan) -> list[str]:
 
 
 def token_lines(result: Plan) -> list[str]:
-    lines = ["", "tokens a sample, about (media exactly, for clips of 10 s, of 60 s in avqa):"]
+    lengths = "of --data" if result.settings.data.data else "of 10 s, of 60 s in avqa"
+    lines = ["", f"tokens a sample, about (media exactly, for clips {lengths}):"]
     cells = [f"{task} {tokens}" for task, tokens in result.tokens.items()]
     for start in range(0, len(cells), 7):
         lines.append("  " + "  ".join(cells[start : start + 7]))

@@ -150,8 +150,7 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
         RunError: the model has no such side channel.
     """
     if not given.side:
-        samples = run.recipe.prepare_samples(samples, run.settings)
-        return samples if "audio" in run.model.media_tokens else silent(samples, run)
+        return silent(run.recipe.prepare_samples(samples, run.settings), run)
 
     # NAME, NAME=FILE or none
     names: list[str] = []
@@ -176,11 +175,13 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
 
 
 def silent(samples: list[Sample], run: LoadedRun) -> list[Sample]:
-    """Take the sounds out of prompts for a model that takes none there; side channels stay.
+    """Take the sounds out of prompts if the model takes none there; side channels stay.
 
     Raises:
         RunError: nothing is left to ask about.
     """
+    if "audio" in run.model.media_tokens:
+        return samples
     silenced = []
     for sample in samples:
         sounds = [part for part in sample.media if part.kind == "audio" and not part.side]
