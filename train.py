@@ -31,12 +31,18 @@ def main(arguments: list[str]) -> int:
         from crab_min.runs import processes
 
         recipe = importlib.import_module(f"crab_min.recipes.{name}")
+        chosen = settings
+        if given.fit is not None:
+            from crab_min.tools.fit import fit
+
+            chosen, text = fit(recipe, settings, given.fit)
+            print(text)
         if given.plan:
             from crab_min.tools.plan import plan, report
 
-            print(report(plan(recipe, settings)))
+            print(report(plan(recipe, chosen)))
         else:
-            recipe.train(settings, given.preset)
+            recipe.train(chosen, given.preset)
             processes.end()
 
     return run_command(command, given.debug)

@@ -157,7 +157,7 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
                 preset_of[flag] = name
                 add_flag(first, f, f.default, in_help=False)
     renamed = {flag_name(old): flag_name(new) for old, new in RENAMED.items()}
-    first.check_flags(arguments, [*COMMANDS, *preset_of], renamed)
+    first.check_flags(arguments, [*COMMANDS, "fit", *preset_of], renamed)
     known = first.parse_args(arguments)
     if known.preset not in PRESETS:
         first.error(f"unknown preset {known.preset!r}; choose from {', '.join(PRESETS)}")
@@ -203,6 +203,15 @@ def command_parser(description: str = "") -> Parser:
     presets = "presets: " + ", ".join(PRESETS)
     parser = Parser(prog="train.py", description=description, epilog=presets, add_help=False)
     parser.add_argument("preset", nargs="?", default="crab_plus-tiny", help="what to train")
+    parser.add_argument(
+        "--fit",
+        nargs="?",
+        type=float,
+        const=0.0,
+        metavar="GB",
+        help="choose 4 bits, batch size and limits on media so that the run fits a GPU of so many "
+        "gigabytes (without a number: this machine's); with --plan it only says so",
+    )
     for flag, text in COMMANDS.items():
         names = ["-h", "--help"] if flag == "help" else ["--" + flag]
         parser.add_argument(*names, action="store_true", help=text)

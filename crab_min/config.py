@@ -41,6 +41,10 @@ class DataConfig:
     )
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
     frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)")
+    max_frames: int = flag(0, "frames per video at most (0: no limit)")
+    max_audio_seconds: float = flag(
+        0, "seconds of a sound at most, from its start; what follows is not heard (0: no limit)"
+    )
     test_rows: int = flag(0, "test rows per task (0: all)")
     max_bad: float = flag(0.01, "share of unreadable training files above which the run stops")
     allow_missing: bool = flag(
@@ -160,6 +164,9 @@ class RunConfig:
     out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
     device: Literal["", "cuda", "cpu", "mps"] = flag(
         "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
+    )
+    log_to: Literal["", "tensorboard", "wandb"] = flag(
+        "", "also log to tensorboard (in RUN/tensorboard) or wandb, which must be installed"
     )
     save_every: int = flag(100, "steps between two checkpoints (0: by --save-minutes alone)")
     save_minutes: float = flag(0, "minutes between two checkpoints (0: by --save-every alone)")

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from crab_min.config import DataConfig
 from crab_min.data import Sample
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError
@@ -142,6 +143,28 @@ def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:
             parts.append(part)
         limited.append(replace(sample, parts=parts))
     return limited
+
+
+def limit_media(samples: list[Sample], config: DataConfig) -> list[Sample]:
+    """Give media the frames of --frames, within --max-frames and --max-audio-seconds."""
+    samples = limit_frames(samples, config.frames)
+    if not config.max_frames and not config.max_audio_seconds:
+        return samples
+    limited = []
+    for sample in samples:
+        parts = [within_limits(part, config) for part in sample.parts]
+        limited.append(replace(sample, parts=parts))
+    return limited
+
+
+def within_limits(part: PromptPart, config: DataConfig) -> PromptPart:
+    """Return a part with no more frames, or seconds of sound, than the settings allow."""
+    if config.max_frames and part.kind in VISUAL and part.frames > config.max_frames:
+        return replace(part, frames=config.max_frames)
+    last = part.start + config.max_audio_seconds
+    if config.max_audio_seconds and part.kind == "audio" and not 0 < part.end <= last:
+        return replace(part, end=last)
+    return part
 
 
 def count_missing(samples: list[Sample], names: list[str]) -> dict[str, int]:

@@ -40,6 +40,7 @@ from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
 from crab_min.evaluation.budget import TokenBudget
+from crab_min.evaluation.page import write_card, write_page
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
 from crab_min.evaluation.scores import (
@@ -55,7 +56,7 @@ from crab_min.interface import QuestionForm, load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
-from crab_min.side_channels import add_side_channels, limit_frames
+from crab_min.side_channels import add_side_channels, limit_media
 from crab_min.sources.own import clip_of, conversation_parts, split_question
 from crab_min.trainer import fit, trained_parameters
 
@@ -430,6 +431,9 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         print(training_table(results))
     for table in evaluation.tables:
         print(table)
+    command = asking_command(run)
+    write_page(folder, run.settings, evaluation, command, type(run.settings)())
+    write_card(folder, run.settings.backbone.pretrained, card_command(run), results)
 
     # metrics.json, which says that the run is finished: its checkpoints can go
     (folder / ANSWERS).unlink(missing_ok=True)
@@ -451,8 +455,8 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     print(
         f"loss per token: {loss['first']:.3f} in the first tenth of the steps, "
         f"{loss['last']:.3f} in the last\n"
-        f"{seconds:.0f} s; everything is in {folder}/. Ask about a clip:\n"
-        f"{asking_command(run)}"
+        f"{seconds:.0f} s; everything is in {folder}/, report.html shows it. Ask about a clip:\n"
+        f"{command}"
     )
     return metrics
 
@@ -476,6 +480,12 @@ def asking_command(run: Run) -> str:
             words += ["--ask", row["question"]] if slots else []
             break
     return shlex.join(["python", "infer.py", *words, "--run", str(run.folder)])
+
+
+def card_command(run: Run) -> str:
+    """Return a command that asks the run as a repository of the hub; no local path is in it."""
+    question = "" if run.form and run.form.question else ' "..."'
+    return f"python infer.py CLIP.mp4{question} --run OWNER/{run.folder.name}"
 
 
 def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) -> None:
@@ -543,11 +553,11 @@ def add_trained_parts(
 def prepare_samples(
     samples: list[Sample], settings: Settings, side_channels: list[str] | None = None
 ) -> list[Sample]:
-    """Give the media of samples the frames that the settings name.
+    """Give the media of samples the frames and lengths that the settings name.
 
     Args:
         side_channels: those that infer.py --side names, for patches that --patch has loaded.
     """
     if side_channels:
         samples = add_side_channels(samples, side_channels)
-    return limit_frames(samples, settings.data.frames)
+    return limit_media(samples, settings.data)

@@ -24,7 +24,7 @@ from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
-from crab_min.side_channels import add_side_channels, count_missing, limit_frames
+from crab_min.side_channels import add_side_channels, count_missing, limit_media
 from crab_min.trainer import Step, StepResult, backward, update
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
@@ -224,7 +224,7 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.side_channels if side_channels is None else side_channels
-    return limit_frames(add_side_channels(samples, names, needed=False), settings.data.frames)
+    return limit_media(add_side_channels(samples, names, needed=False), settings.data)
 
 
 def built_in_data(settings: CremaSettings) -> Path:

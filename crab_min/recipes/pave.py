@@ -19,7 +19,7 @@ from crab_min.model import AVLanguageModel
 from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import difference, load_saved_run
-from crab_min.side_channels import add_side_channels, limit_frames
+from crab_min.side_channels import add_side_channels, limit_media
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
@@ -161,7 +161,7 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.patch.channels if side_channels is None else side_channels
-    return limit_frames(add_side_channels(samples, names), settings.data.frames)
+    return limit_media(add_side_channels(samples, names), settings.data)
 
 
 def built_in_data(settings: PaveSettings) -> Path:

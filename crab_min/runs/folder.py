@@ -30,7 +30,15 @@ from crab_min.runs import processes
 # settings that do not change the result: a run may continue with other values of these
 FREE = {
     "data": ["max_bad", "allow_missing", "workers"],
-    "run": ["out", "device", "save_every", "save_minutes", "keep_checkpoints", "eval_batch_tokens"],
+    "run": [
+        "out",
+        "device",
+        "log_to",
+        "save_every",
+        "save_minutes",
+        "keep_checkpoints",
+        "eval_batch_tokens",
+    ],
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from crab_min.errors import RunError
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 
@@ -35,7 +36,9 @@ class LogRow:
 
 
 @contextmanager
-def open_log(folder: Path, done: int, steps: int) -> Iterator[Callable[[LogRow], None]]:
+def open_log(
+    folder: Path, done: int, steps: int, log_to: str = ""
+) -> Iterator[Callable[[LogRow], None]]:
     """Open log.csv and the progress bar of a run.
 
     Yields a function that adds a row to both. Every line is written as soon as its step ends. A run
@@ -44,7 +47,12 @@ def open_log(folder: Path, done: int, steps: int) -> Iterator[Callable[[LogRow],
     Args:
         done: steps before this start of the run.
         steps: all steps of the run.
+        log_to: a tracker that gets the rows too, "tensorboard" or "wandb".
+
+    Raises:
+        RunError: the tracker is not installed.
     """
+    track = open_tracker(log_to if processes.rank() == 0 else "", folder)
     # the first process alone keeps the log: the header, and the lines up to the last checkpoint
     path = Path(os.devnull)
     if processes.rank() == 0:
@@ -65,8 +73,41 @@ def open_log(folder: Path, done: int, steps: int) -> Iterator[Callable[[LogRow],
             file.write(",".join(map(cell, asdict(row).values())) + "\n")
             bar.set_postfix_str(summary(recent), refresh=False)
             bar.update()
+            track(row)
 
         yield add
+
+
+def open_tracker(name: str, folder: Path) -> Callable[[LogRow], None]:
+    """Return a function that gives a row to a tracker; without a name it does nothing.
+
+    Raises:
+        RunError: the tracker is not installed.
+    """
+    if not name:
+        return lambda row: None
+    try:
+        if name == "wandb":
+            import wandb  # optional
+
+            run = wandb.init(project="crab_min", name=folder.name, dir=str(folder))
+            return lambda row: run.log(numbers(row), step=row.step)
+        from torch.utils.tensorboard import SummaryWriter  # optional
+    except ImportError as error:
+        raise RunError(f"--log-to {name}: not installed ({error}); pip install {name}") from None
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def add(row: LogRow) -> None:
+        for title, value in numbers(row).items():
+            writer.add_scalar(title, value, row.step)
+
+    return add
+
+
+def numbers(row: LogRow) -> dict[str, float]:
+    """Return the numbers of a row by name, without its step."""
+    values = asdict(row).items()
+    return {name: v for name, v in values if isinstance(v, (int, float)) and name != "step"}
 
 
 def summary(recent: Sequence[LogRow]) -> str:

@@ -1,14 +1,19 @@
 """The model that answers: a run with its trained parts, or a model as it was pretrained."""
 
 import importlib
+import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from crab_min.backbones.load import backbone_of, load_model
 from crab_min.config import RECIPES, Settings, with_values
@@ -99,6 +104,10 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
             raise RunError(NO_RUN)
         folder = finished[-1].parent
 
+    # a run on the hub, such as OWNER/NAME
+    if not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        folder = fetch_run(str(folder))
+
     # the model, as its recipe loads it, with the trained parts and prompts of the run
     saved = load_saved_run(Path(folder))
     if load_in_4bit:
@@ -114,6 +123,22 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
     model.to(on)
     model.bf16 = saved.settings.training.bf16
     return LoadedRun(Path(folder), saved, recipe, model.eval(), saved.form)
+
+
+def fetch_run(name: str) -> Path:
+    """Fetch a run from the hub, or return its folder in the cache.
+
+    Raises:
+        RunError: there is none, or no network.
+    """
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"{name}: no such folder, and no run of that name could be fetched from the hub "
+            f"({reason}); give a finished run with --run, or train one: python train.py"
+        ) from None
 
 
 def load_pretrained_model(

@@ -88,13 +88,17 @@ class Memory:
         weights = self.frozen + self.trained
         return weights + self.gradients + self.optimizer + self.activations
 
-    def fits(self, gigabytes: int) -> bool:
-        """Tell whether a GPU holds it.
+    @property
+    def needed(self) -> float:
+        """Return the gigabytes (GiB) of a GPU that holds it.
 
         It needs a gigabyte more for CUDA, and a twentieth is lost between blocks.
         """
-        needed = max(self.training, self.evaluation)
-        return needed / 1e9 * 1.05 + 1 < gigabytes * 2**30 / 1e9
+        return (max(self.training, self.evaluation) * 1.05 + 1e9) / 2**30
+
+    def fits(self, gigabytes: float) -> bool:
+        """Tell whether a GPU of so many gigabytes (GiB) holds it."""
+        return self.needed < gigabytes
 
 
 @dataclass
@@ -273,7 +277,7 @@ def example_prompts(
     for sample in example_samples(recipe, settings):
         features = []
         for part in sample.media:
-            key = (part.side, part.kind, part.frames, part.window)
+            key = (part.side, part.kind, part.frames, part.window, part.end)
             if key not in encoded:
                 encoded[key] = sides[part.side] if part.side else encode_black(model, part)
             features.append(encoded[key])
@@ -388,6 +392,8 @@ def encode_black(model: AVLanguageModel, part: PromptPart, seconds: float = 0.0)
     """
     if part.kind == "audio":
         seconds = seconds or CLIP_SECONDS.get(part.window, 10.0)
+        if part.end:  # of --max-audio-seconds, or of a row
+            seconds = min(seconds, part.end - part.start)
         windows = audio_windows(part.window, seconds)
         waves = [np.zeros(round(SAMPLE_RATE * (end - start))) for start, end in windows]
         return model.encode("audio", [waves], [seconds])[0]
