@@ -1,17 +1,16 @@
 # %% [markdown]
 # # 8. Train on clips of your own
 #
-# From a folder of clips and a table of labels to a trained and evaluated model, with the commands
-# that work on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU. For clips of
-# your own change the paths below. LABELS is a CSV file with the columns file and label. Where it
-# does not exist, the built-in world lends 60 clips, as if they were yours.
+# From a folder of clips and a table of labels to a model that answers, with the commands that work
+# on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU. For clips of your own
+# change the paths below. LABELS is a CSV file with the columns clip and label. Where it does not
+# exist, the built-in world lends 60 clips, as if they were yours.
 
 # %%
 import csv
 import json
-import os
-import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,18 +18,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer
 import train
 from crab_min.media.write import write_video
+from crab_min.sources.own import read_own_rows, split_rows
 from crab_min.tools import check
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import FPS
 from crab_min.world.things import RATE, SECONDS
 
-CLIPS, LABELS, RUN = Path("data/mine/clips"), Path("data/mine/labels.csv"), Path("runs/mine")
-PRESET, STEPS = "crab_plus-tiny", "20"  # for real clips and a GPU: crab_plus-7b, and more steps
+LABELS, RUN = Path("data/mine/labels.csv"), Path("runs/mine")
+PRESET, STEPS = "crab_plus-tiny", "20"  # for real clips and a GPU: crab_plus-7b --fit, more steps
 
 
 def lend_clips():
-    CLIPS.mkdir(parents=True, exist_ok=True)
-    renderer, lines = Renderer(), ["file,label"]
+    LABELS.parent.mkdir(parents=True, exist_ok=True)
+    renderer, lines = Renderer(), ["clip,label"]
     counts = dict.fromkeys(["dog", "drum", "car", "bird"], 15)
     times = [frame / FPS for frame in range(SECONDS * FPS)]
     for index in range(400):  # until each label has its clips
@@ -39,56 +39,46 @@ def lend_clips():
         if counts.get(thing.label):
             counts[thing.label] -= 1
             frames, wave = renderer.frames(scene, times), renderer.wave(scene)
-            write_video(CLIPS / f"{scene.name}.mp4", frames, wave, FPS, RATE)
+            write_video(LABELS.parent / f"{scene.name}.mp4", frames, wave, FPS, RATE)
             lines.append(f"{scene.name}.mp4,{thing.action}")
     LABELS.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if not LABELS.exists():
     lend_clips()
-files = {}  # label -> its clips
 with open(LABELS, encoding="utf-8") as table:
-    for line in csv.DictReader(table):
-        files.setdefault(line["label"], []).append(line["file"])
-for label, names in files.items():
-    print(f"{len(names)} clips: {label}")
+    labels = Counter(line["label"] for line in csv.DictReader(table))
+for label, count in labels.items():
+    print(f"{count} clips: {label}")
 
 # %% [markdown]
-# ## From the table to annotation rows
+# ## From the table to prompts
 #
-# Which task asks what you ask? For one label per clip it is `ks`: a video, its sound, an action. A
-# clip stays where it is and serves as both video and sound; paths are relative to `ks/video` and
-# `ks/audio`. A fifth of each label is kept for testing.
-#
-# A row may also have a field "label" with reasons: "The dog is seen and the dog is heard from 2 to
-# 8. So <answer> making a dog bark</answer>." The model then learns to give reasons too.
+# One reader takes tables, class folders and .jsonl files, and makes rows of one form: a
+# conversation and its media. The question lists the labels. A fifth of the clips of each label is
+# for testing; the choice is the same each time.
 
 # %%
-root = LABELS.with_name("AVUIE_2")
-videos, rows = root / "ks" / "video", {"train": [], "test": []}
-videos.mkdir(parents=True, exist_ok=True)
-for label, names in files.items():
-    random.Random(0).shuffle(names)
-    for i, name in enumerate(names):
-        path = os.path.relpath(CLIPS / name, videos)
-        row = {"video_path": path, "audio_path": path, "action": label}
-        rows["test" if i % 5 == 0 else "train"].append(row)
-for split, split_rows in rows.items():
-    (root / "ks" / f"{split}.json").write_text(json.dumps(split_rows, indent=1), encoding="utf-8")
-print("a row:", rows["train"][0])
+rows = split_rows(read_own_rows(LABELS), seed=0)
+print("a row:", json.dumps(rows[0]["messages"], indent=1))
+by_split = Counter((row["split"], row["messages"][1]["content"]) for row in rows)
+assert all(by_split["test", answer] == 3 for split, answer in by_split if len(labels) == 4)
+print("rows:", Counter(row["split"] for row in rows))
 
 # %% [markdown]
 # ## Check, then train
 #
 # The check decodes every file. A run that was stopped continues when the command is given again.
-# A finished one is kept: choose another RUN to train anew.
+# A finished one is kept: choose another RUN to train anew. `report.html` in the run shows scores,
+# confusions, the best and the worst clips.
 
 # %%
-own = ["--data", str(root), "--tasks", "ks"]
-assert check.main([*own, "--out", str(root / "check.json")]) == 0
+own = ["--data", str(LABELS)]
+assert check.main([*own, "--out", str(LABELS.with_name("check.json"))]) == 0
 if not (RUN / "metrics.json").exists():
     size = ["--steps", STEPS, "--batch-size", "8"]
     assert train.main([PRESET, *own, *size, "--out", str(RUN)]) == 0
+print("size of the page:", (RUN / "report.html").stat().st_size, "bytes")
 
 # %% [markdown]
 # ## Evaluate: what do the answers rest on?
@@ -99,22 +89,31 @@ if not (RUN / "metrics.json").exists():
 # %%
 for flags in ([], ["--ablate", "audio"], ["--ablate", "video"]):
     out = RUN / "_".join(["eval", *flags[1:]])
-    assert infer.main(["--eval", *own, "--run", str(RUN), "--out", str(out), *flags]) == 0
+    assert infer.main(["--eval", "--run", str(RUN), "--out", str(out), *flags]) == 0
     scores = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["tasks"]
-    print(f"accuracy {' '.join(flags) or 'as it is'}: {scores['ks']['metric']:.2f}\n")
+    print(f"accuracy {' '.join(flags) or 'as it is'}: {scores['own']['metric']:.2f}\n")
 
 # %% [markdown]
-# ## Ask about one clip
+# ## Ask: one clip, then many
+#
+# The run keeps the form of its question, so a clip is enough. Many clips and questions go through
+# one command, which continues where it was stopped.
 
 # %%
-clip = os.path.normpath(videos / rows["test"][0]["video_path"])
-assert infer.main([clip, "--task", "ks", "--run", str(RUN)]) == 0
-print("annotated:", rows["test"][0]["action"])
+clip = next(row["videos"][0] for row in rows if row["split"] == "test")
+assert infer.main(["--run", str(RUN), clip]) == 0
+questions = LABELS.with_name("questions.txt")
+questions.write_text("Which of these is it: a dog or a car?\n", encoding="utf-8")
+answers = LABELS.with_name("answers.csv")
+answers.unlink(missing_ok=True)
+many = ["--questions", str(questions), "--run", str(RUN), "--out", str(answers)]
+assert infer.main([*many, clip]) == 0
+print(answers.read_text(encoding="utf-8"))
 
 # %% [markdown]
 # ## Exercises
 #
 # 1. Add a line to LABELS for a clip that does not exist, with a label of its own, and change RUN.
-#    Expect one missing file in the check, and that training stops: test clips must be there.
-# 2. Call `train.main(["crab_plus-7b", *own, "--plan"])`; nothing is downloaded. Expect 682 million
-#    trained parameters, and that a GPU of 48 GB is large enough, or of 24 GB with the LM in 4 bits.
+#    Expect one missing file in the check, and that training skips it or stops if it is a test clip.
+# 2. Call `train.main(["crab_plus-7b", *own, "--fit", "24", "--plan"])`; nothing is downloaded.
+#    Expect that it chooses the LM in 4 bits, and 682 million trained parameters.
