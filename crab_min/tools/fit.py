@@ -33,7 +33,7 @@ def fit(recipe: ModuleType, settings: Settings, gigabytes: float) -> tuple[Setti
         RunError: no GPU and no number, or nothing that is tried here makes the run fit.
     """
     gigabytes = gigabytes or card_gigabytes()
-    chosen: list[str] = []
+    chosen: dict[str, str] = {}  # the first flag of a choice -> all of its flags
     result = plan(recipe, settings)
     for flags, values in smaller_settings(settings, result):
         if memory_of(result).fits(gigabytes):
@@ -42,18 +42,19 @@ def fit(recipe: ModuleType, settings: Settings, gigabytes: float) -> tuple[Setti
         smaller_result = plan(recipe, smaller)
         if memory_of(smaller_result).needed < memory_of(result).needed:  # else it is of no use
             settings, result = smaller, smaller_result
-            chosen.append(flags)
+            chosen[flags.split()[0]] = flags
 
     needed = memory_of(result).needed
+    flags = " ".join(chosen.values())
     if needed >= gigabytes:
         enough = next((gpu for gpu in GPUS if gpu > needed), None)
         nearest = f"a GPU of {enough} GB would do" if enough else "no single GPU listed is enough"
         raise RunError(
-            f"--fit {gigabytes:g}: with {' '.join(chosen) or 'nothing left to save'} the run still "
+            f"--fit {gigabytes:g}: with {flags or 'nothing left to save'} the run still "
             f"needs {needed:.1f} GB; {nearest}, or a smaller model (python train.py --list), or "
-            "fewer --r"
+            "a lower --r"
         )
-    text = f"fit into {gigabytes:g} GB: {' '.join(chosen) or 'as it is'}; estimated {needed:.1f} GB"
+    text = f"fit into {gigabytes:g} GB: {flags or 'as it is'}; estimated {needed:.1f} GB"
     return settings, text
 
 
