@@ -535,14 +535,13 @@ def bad_inputs(folder: Path, world: Path):
     nothing, empty = str(folder / "nothing"), str(folder / "empty.wav")
 
     # infer.py: files, questions, runs
-    ask = ["--task", "ave"]
+    ask = ["--demo", "--task", "ave"]
     for name in ("gone.mp4", "text.mp4", "cut.mp4"):
         yield infer.main, [str(folder / name), *ask], [name]
     yield infer.main, [str(good), "--audio", empty, *ask], ["empty.wav"]
-    yield infer.main, [str(good)], ["--ask", "--task"]
-    yield infer.main, [str(good), "--task", "a2v"], ["a2v", "video2_path"]
-    yield infer.main, [str(good), "--task", "avee"], ["avee", "ave"]
-    yield infer.main, [str(good), *ask, "--run", nothing], ["nothing", "--run"]
+    yield infer.main, [str(good), "--demo", "--task", "a2v"], ["a2v", "video2_path"]
+    yield infer.main, [str(good), "--demo", "--task", "avee"], ["avee", "ave"]
+    yield infer.main, [str(good), "--task", "ave", "--run", nothing], ["nothing", "--run"]
 
     # train.py: data, things, parts
     yield train.main, ["--tasks", "avee"], ["avee", "ave"]

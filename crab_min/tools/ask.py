@@ -29,20 +29,21 @@ def ask(given: Namespace) -> None:
     split_positional(given)
     run = load_asked(given)
     has_clip = bool(given.clip or given.image or given.audio)
-    if run.is_shipped and has_clip:
-        print(TOY_MODEL, file=sys.stderr)
-    if given.questions:
-        answer_many(given, run)
-        return
+    is_toy = run.is_shipped and has_clip
     asks_itself = given.ask or given.task or (run.form and run.form.question)
-    if has_clip and not asks_itself:
-        converse(given, run)
+    if given.questions or (has_clip and not asks_itself):
+        if is_toy:
+            print(TOY_MODEL, file=sys.stderr)
+        answer = answer_many if given.questions else converse
+        answer(given, run)
         return
 
     # the samples in the form of the run, and their features
     samples = samples_of(given, run)
     features = Features(run.model, keep=True)
     features.prepare(samples)
+    if is_toy:
+        print(TOY_MODEL, file=sys.stderr)
 
     # without SAM2 the box still says where
     make_masks, no_mask = None, ""
