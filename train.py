@@ -31,14 +31,12 @@ def main(arguments: list[str]) -> int:
         from crab_min.runs import processes
 
         recipe = importlib.import_module(f"crab_min.recipes.{name}")
-        try:
-            if given.plan:
-                from crab_min.tools.plan import plan, report
+        if given.plan:
+            from crab_min.tools.plan import plan, report
 
-                print(report(plan(recipe, settings)))
-            else:
-                recipe.train(settings, given.preset)
-        finally:
+            print(report(plan(recipe, settings)))
+        else:
+            recipe.train(settings, given.preset)
             processes.end()
 
     return run_command(command, given.debug)

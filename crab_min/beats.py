@@ -29,6 +29,7 @@ has the features that it has alone.
 
 import math
 import pickle
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -341,10 +342,22 @@ def own_weights(released: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
+def refuse_lfs_pointers(files: Iterable[Path]) -> None:
+    """Raise ModelError if git-lfs has left a line of text in place of weights."""
+    for file in files:
+        with open(file, "rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                raise ModelError(
+                    f"{file}: a git-lfs pointer instead of the weights; `git lfs pull` in that "
+                    "folder fetches them"
+                )
+
+
 def read_file(path: str | Path):
     """Read a foreign `.pt` file without running any code from it. Raises ModelError."""
     if not Path(path).is_file():
         raise ModelError(f"{path}: no such file. {DOWNLOAD}")
+    refuse_lfs_pointers([Path(path)])
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # a web page, half a download

@@ -242,6 +242,14 @@ def run_command(command: Callable[[], None], debug: bool) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # torch is not imported here, and does not count this among its user's errors
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = str(error).split(".")[0]
+        advice = "fewer --frames and --load-in-4bit need less; --plan says what the parts need"
+        print(f"error: out of memory ({reason}); {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -35,6 +35,11 @@ class DataConfig:
     frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)")
     test_rows: int = flag(0, "test rows per task (0: all)")
     max_bad: float = flag(0.01, "share of unreadable training files above which the run stops")
+    allow_missing: bool = flag(
+        False,
+        "train without the rows whose files are gone, however many, and score those of the test "
+        "split as wrong",
+    )
     cache_features: bool = flag(True, "keep the features of the frozen encoders in memory")
     workers: int = flag(min(4, os.cpu_count() or 1), "processes that decode media")
 
@@ -77,6 +82,12 @@ class BackboneConfig:
     )
     # text between two videos or two sounds of a prompt; the released Crab+ has none there
     separate_media: bool = True
+
+    @property
+    def pretrained(self) -> str:
+        """Return the path or hub id of the LM's pretrained weights; "" for a tiny model."""
+        name = self.llm if self.backbone == "composed" else self.weights
+        return "" if name == "tiny-random" else name
 
 
 @dataclass
@@ -139,8 +150,13 @@ class RunConfig:
     """The run folder: where it is, what it keeps, how the run is evaluated."""
 
     out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
-    save_every: int = flag(100, "steps between two checkpoints")
+    device: Literal["", "cuda", "cpu", "mps"] = flag(
+        "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
+    )
+    save_every: int = flag(100, "steps between two checkpoints (0: by --save-minutes alone)")
+    save_minutes: float = flag(0, "minutes between two checkpoints (0: by --save-every alone)")
     keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
+    baseline: bool = flag(True, "score the frozen model before training")
     baseline_rows: int = flag(
         50, "test rows per task that the frozen model answers before training (0: all)"
     )
@@ -153,6 +169,10 @@ class RunConfig:
     eval_mode: Literal["generate", "rank"] = flag(
         "generate",
         "evaluation: generate text, or rank the options of a question by their likelihood",
+    )
+    eval_batch_tokens: int = flag(
+        16384,
+        "tokens that are answered together, prompts and answers; halved where memory is short",
     )
 
 
@@ -370,6 +390,9 @@ class AnswerConfig:
     beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
+    device: Literal["", "cuda", "cpu", "mps"] = flag(
+        "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
+    )
     masks: Literal["", "decoder", "sam2", "box"] = flag(
         "",
         "masks by the run's decoder (default where it has one), by SAM2 from box and points, "
@@ -390,7 +413,10 @@ class ScoreConfig:
     )
     tasks: str = flag("all", "comma-separated task names, or all")
     test_rows: int = flag(0, "rows per task (0: all)")
-    batch_size: int = flag(50, "samples that are answered together")
+    eval_batch_tokens: int = flag(
+        RunConfig.eval_batch_tokens,
+        "tokens that are answered together, prompts and answers; halved where memory is short",
+    )
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
     out: str = flag("", "where predictions and metrics go (default: RUN/eval_SPLIT)")
 

@@ -41,7 +41,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from crab_min.beats import Beats, BeatsConfig, fbank, load_beats
+from crab_min.beats import Beats, BeatsConfig, fbank, load_beats, refuse_lfs_pointers
+from crab_min.devices import bf16_autocast
 from crab_min.errors import ModelError
 
 # of models made from a config; sdpa's backward is slow on a CPU
@@ -189,6 +190,7 @@ def build_vision(config: dict) -> PreTrainedModel:
 
 def load_vision(name: str) -> PreTrainedModel:
     """Load a pretrained vision model in evaluation mode. Raises ModelError."""
+    refuse_lfs_pointers(sorted(Path(name).glob("*.safetensors")))
     try:
         config = AutoConfig.from_pretrained(name)
         # a whole CLIP or SigLIP has a text half too
@@ -270,7 +272,9 @@ class AudioEncoder(nn.Module):
 
         # filter banks of all segments, padded to the longest
         waves = segments.flatten(0, 1).to(weight.device).float()  # (B T, N)
-        banks = fbank(F.pad(waves, (0, max(0, self.shortest - samples))))  # (B T, F, 128)
+        waves = F.pad(waves, (0, max(0, self.shortest - samples)))
+        with bf16_autocast(weight.device, wanted=False):  # a logarithm wants float32
+            banks = fbank(waves)  # (B T, F, 128)
 
         # frames whose window contains no padding
         lengths = lengths.flatten().to(weight.device).clamp(min=self.shortest)  # (B T,)

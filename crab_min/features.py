@@ -184,7 +184,8 @@ class Features:
             return [MediaFeatures(kind, encode_own(own, array, device)) for array in arrays]
         if kind in ("fast", "array", "points"):
             return [encode_side(kind, array) for array in arrays]
-        return self.model.encode(kind, arrays, [medium.seconds for medium in media])
+        with self.model.inference_autocast():
+            return self.model.encode(kind, arrays, [medium.seconds for medium in media])
 
 
 def decoding_order(part: PromptPart) -> tuple:

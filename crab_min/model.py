@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from crab_min import trained_parts
 from crab_min.config import AdapterConfig
+from crab_min.devices import bf16_autocast
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
@@ -107,6 +108,7 @@ class AVLanguageModel(nn.Module):
     frame_size: int  # pixels per side of the square frames that it takes
     connectors: tuple[str, ...] = ()  # the trainable modules between encoders and LM
     predicts_masks = False
+    bf16 = True  # autocast on a GPU, as in training (devices.py)
 
     def __init__(
         self,
@@ -119,6 +121,8 @@ class AVLanguageModel(nn.Module):
     ):
         super().__init__()
         self.llm = llm
+        # a hub's defaults of generation, such as a penalty on repetitions, are not taken
+        llm.generation_config = GenerationConfig.from_model_config(llm.config)
         self.tokenizer = tokenizer
         self.media_tokens = media_tokens
         self.bos_ids = bos_ids
@@ -131,9 +135,18 @@ class AVLanguageModel(nn.Module):
         return self.llm.get_input_embeddings().weight.device
 
     @property
+    def base_lm(self) -> nn.Module:
+        """Return the LM without PEFT's wrapper; an adapter stays inside."""
+        return self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
+
+    @property
     def stop_ids(self) -> list[int]:
         """Return the token ids after which an answer ends."""
         return [self.eos_id]
+
+    def inference_autocast(self) -> torch.autocast:
+        """Return the precision in which the model encodes, generates and scores."""
+        return bf16_autocast(self.device, self.bf16 and self.device.type == "cuda")
 
     # --- what a backbone defines
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
@@ -165,7 +178,10 @@ class AVLanguageModel(nn.Module):
     def logits(self, batch: Batch, last: int) -> Tensor:
         """Compute the logits (B, last, V) at the last positions alone."""
         output = self.llm(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention, logits_to_keep=last
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            logits_to_keep=last,
+            use_cache=False,
         )
         return output.logits
 
@@ -221,6 +237,10 @@ class AVLanguageModel(nn.Module):
             else:
                 in_prompt.append(features)
         return [part for part in parts if not part.side], in_prompt
+
+    def prompt_length(self, parts: list[PromptPart], media: list[MediaFeatures]) -> int:
+        """Return the number of tokens of a prompt, given what `collate` takes."""
+        return len(self.prompt_ids(*self.arrange(parts, list(media))))
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
@@ -308,17 +328,18 @@ class AVLanguageModel(nn.Module):
     ) -> list[str]:
         """Answer each row: greedily, or with the best sequence of a beam search."""
         extra = self.extra_lm_inputs(batch)
-        ids = self.llm.generate(
-            inputs_embeds=self.embed(batch),
-            attention_mask=batch.attention,
-            **extra,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=beams,
-            streamer=streamer,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.stop_ids,
-        )
+        with self.inference_autocast():
+            ids = self.llm.generate(
+                inputs_embeds=self.embed(batch),
+                attention_mask=batch.attention,
+                **extra,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=beams,
+                streamer=streamer,
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.stop_ids,
+            )
         if "input_ids" in extra:  # an LM that is given the prompt's ids returns them too
             ids = ids[:, batch.ids.shape[1] :]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -464,13 +485,3 @@ def tensor_ids(medium: MediaFeatures) -> tuple:
     """
     sides = [(name, id(side.features)) for name, side in sorted(medium.sides.items())]
     return id(medium.features), *sides
-
-
-def bf16_autocast(wanted: bool = True) -> torch.autocast:
-    """Return a context for matrix products in bfloat16, where the hardware has them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        is_fast = torch.cuda.is_bf16_supported()
-    else:
-        is_fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device, torch.bfloat16, enabled=wanted and is_fast)

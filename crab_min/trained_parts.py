@@ -46,7 +46,8 @@ class SavedPart:
 def save_trained(model, folder: Path) -> None:
     """Write the adapter and the trained parts of a model into a folder."""
     if isinstance(model.llm, PeftModel):
-        model.llm.save_pretrained(folder / "adapter")
+        # False: embeddings are a part of their own; "auto" would ask the hub about them
+        model.llm.save_pretrained(folder / "adapter", save_embedding_layers=False)
     for name in model.parts_to_save():
         save_part(folder, name, model.part_state(name), model.part_config(name))
 

@@ -27,11 +27,13 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from crab_min.config import Settings, TrainingConfig
+from crab_min.config import RunConfig, Settings, TrainingConfig
 from crab_min.data import Sample
+from crab_min.devices import bf16_autocast
 from crab_min.errors import RunError
 from crab_min.features import Features, Mixer
-from crab_min.model import AVLanguageModel, Batch, bf16_autocast
+from crab_min.interface import PromptPart
+from crab_min.model import AVLanguageModel, Batch
 from crab_min.runs import processes
 from crab_min.runs.folder import Progress, load_checkpoint, save_best, save_checkpoint
 from crab_min.runs.log import LogRow, open_log, stop_requested
@@ -72,18 +74,35 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
         sum(batch.rows for batch in batches),
         sum(batch.padded_tokens for batch in batches),
     )
+    # processes that share the LM gather its layers together, so each runs it equally often
+    passes = len(batches)
+    if processes.is_sharded(model):
+        passes = max(processes.gather(passes))
     loss = 0.0
     for batch in batches:
-        with bf16_autocast(bf16):
+        with bf16_autocast(model.device, bf16):
             batch_loss = model(batch)  # summed over the batch's answer tokens
         (batch_loss / answer_tokens).backward()
         loss += batch_loss.item() / answer_tokens
+    for _ in range(passes - len(batches)):
+        run_without_samples(model, bf16)
     processes.add_gradients(trained_parameters(model))
 
     (loss,) = processes.sum_all(loss)
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss}")
     return StepResult(loss, answer_tokens, rows, padded_tokens)
+
+
+def run_without_samples(model: AVLanguageModel, bf16: bool) -> None:
+    """Run the LM forward and backward for the other processes; the gradient stays as it is.
+
+    A process does so in place of a batch of which no sample can be read.
+    """
+    batch = model.collate([[PromptPart("text", text="?")]], [[]], [""])
+    with bf16_autocast(model.device, bf16):
+        loss = model(batch)
+    (0 * loss).backward()
 
 
 def update(optimizer: Optimizer, max_grad_norm: float) -> float:
@@ -174,8 +193,7 @@ def fit(
     """Train from the newest checkpoint in the run folder to the end of `steps`.
 
     Args:
-        steps: the span of the learning-rate schedule. Crab's two phases are range(0, a), which
-            leaves a checkpoint, and range(a, b), which continues there.
+        steps: the span of the schedule: range(0, a), then range(a, b) for Crab's two phases.
         train_step: learns from the batches of a step; a JointStep by default.
         collate: (model, samples, features of their media) -> Batch.
         evaluate: returns the metric on held-out rows, every `eval_every` steps.
@@ -187,6 +205,7 @@ def fit(
     if before_first_step:
         before_first_step()
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
+    saved_at = time.time()
     model.train()
     with open_log(folder, progress.step, steps.stop) as log, stop_requested() as stop:
         while progress.step < steps.stop and not train_step.finished:
@@ -214,8 +233,9 @@ def fit(
             log(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
             stopped = any(processes.gather(bool(stop)))
             last = progress.step == steps.stop or train_step.finished
-            if last or stopped or progress.step % run.save_every == 0:
+            if last or stopped or is_time_to_save(run, progress.step, saved_at):
                 save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
+                saved_at = time.time()
             if stopped and not last:
                 raise KeyboardInterrupt
 
@@ -233,6 +253,18 @@ def resume(
     train_step.restore(progress.step_state)
     processes.broadcast_parameters(trained_parameters(model))
     return progress
+
+
+def is_time_to_save(run: RunConfig, step: int, saved_at: float) -> bool:
+    """Tell whether a checkpoint is due; by minutes the first process decides for all.
+
+    Args:
+        saved_at: time of the last checkpoint, in seconds.
+    """
+    if run.save_every and step % run.save_every == 0:
+        return True
+    minutes = (time.time() - saved_at) / 60
+    return bool(run.save_minutes) and processes.on_first(lambda: minutes > run.save_minutes)
 
 
 def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:

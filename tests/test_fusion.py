@@ -20,6 +20,7 @@ from crab_min.config import AdapterConfig, BackboneConfig, SideChannelConfig
 from crab_min.data import read_samples
 from crab_min.errors import DataError, MediaError, ModelError
 from crab_min.evaluation.answering import options, rank_options
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features
 from crab_min.media.arrays import read_array
 from crab_min.media.read import read_video
@@ -208,7 +209,7 @@ def test_the_likeliest_option_is_chosen(shows):
     model, samples = load_base(), samples_of(shows, "fast", "test")
     features = Features(model)
     features.prepare(samples)
-    predictions = rank_options(model, samples, features(samples))
+    predictions = rank_options(model, samples, features(samples), TokenBudget())
     for sample, text in zip(samples, predictions):
         losses = []
         for option in options(sample):

@@ -19,6 +19,7 @@ from crab_min.data import load_media, read_samples
 from crab_min.encoders import ENCODERS, VisionEncoder, register
 from crab_min.errors import ModelError
 from crab_min.evaluation.answering import options, rank_options
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features
 from crab_min.runs.folder import load_saved_run
 from crab_min.side_channels import add_side_channels, count_missing, limit_frames
@@ -153,7 +154,7 @@ def test_a_step_on_a_modality_changes_it_and_the_fusion_alone(shows, weights, fu
     model.eval()
     batch = batch_of(model, features, samples)
     assert len(model.generate(batch, 3, beams=2)) == 3
-    texts = rank_options(model, samples, features(samples))
+    texts = rank_options(model, samples, features(samples), TokenBudget())
     assert all(text in options(sample) for sample, text in zip(samples, texts))
 
 

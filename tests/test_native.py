@@ -10,11 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import WhisperFeatureExtractor
 
 import infer
 import train
 from crab_min.backbones import common
 from crab_min.backbones.load import load_model
+from crab_min.backbones.omni import OmniModel
 from crab_min.backbones.tiny_random import tiny_blip2, tiny_llava, tiny_omni
 from crab_min.config import AdapterConfig, BackboneConfig
 from crab_min.errors import ModelError
@@ -87,6 +89,52 @@ def test_tokens_are_as_many_as_crab_plus_counts(model):
     assert [model.token_count(medium) for medium in (video, sound, short)] == [320, 500, 25]
     tokens = model.tokens([sound, video, short], [0, 0, 1])
     assert [len(of_medium) for of_medium in tokens] == [500, 320, 25]
+
+
+def test_a_sound_is_read_at_its_own_length(monkeypatch):
+    """The hub's processor pads each sound to 300 s, and the frames of the sound are the same."""
+    thinker, processor = tiny_omni()
+    extractor = WhisperFeatureExtractor(128, chunk_length=300, return_attention_mask=True)
+    processor.feature_extractor = extractor
+    model = OmniModel(thinker, processor)
+    stft, lengths = torch.stft, []
+
+    def spy(wave, *arguments, **options):
+        lengths.append(wave.shape[-1])
+        return stft(wave, *arguments, **options)
+
+    monkeypatch.setattr(torch, "stft", spy)
+    sounds = [waves(*[1] * 10), waves(2.37), waves(0.4)]
+    encoded = model.encode("audio", sounds, [10.0, 2.37, 0.4])
+    assert lengths == [160_000 + 400]
+    for medium, sound in zip(encoded, sounds):
+        wave = np.concatenate(sound)
+        wave = np.pad(wave, (0, max(0, 16000 - len(wave))))
+        padded = extractor(wave, sampling_rate=16000, padding="max_length", return_tensors="pt")
+        frames = -(-len(wave) // 160)
+        assert medium.features.shape == (frames, 128)
+        expected = padded["input_features"][0, :, :frames].T
+        torch.testing.assert_close(medium.features, expected, atol=1e-5, rtol=0)
+
+
+def test_frames_and_images_are_cut_into_the_same_patches_together_and_alone(model):
+    for kind, count in (("video", 4), ("image", 1)):
+        media = [frames(count) for _ in range(3)]
+        together = model.encode(kind, media, [1.0] * 3)
+        alone = [model.encode(kind, [medium], [1.0])[0] for medium in media]
+        for one, two in zip(together, alone):
+            assert torch.equal(one.features, two.features)
+
+
+def test_the_head_computes_the_logits_of_the_last_tokens_alone(model):
+    seen = []
+
+    def note(head, inputs, output):
+        seen.append(output.shape[1])
+
+    with model.thinker.lm_head.register_forward_hook(note):
+        model.generate(batch_of(model, CASES), 3)
+    assert seen == [1] * len(seen) and seen
 
 
 @torch.no_grad()
@@ -231,6 +279,7 @@ def test_4_bits_are_asked_of_transformers_for_the_lm_alone(backbone, monkeypatch
         raise Stop
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", common)  # some module: it is there
+    monkeypatch.setattr(common, "refuse_unusable", lambda name: None)
     monkeypatch.setattr(f"{LOADERS[backbone]}.from_pretrained", from_pretrained)
     if backbone == "composed":
         from crab_min.backbones.composed import load_llm

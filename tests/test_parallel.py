@@ -6,6 +6,7 @@ Also parts that a process has no use for, sharding, and what happens when a proc
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,9 +18,12 @@ from safetensors.torch import load_file
 
 import infer
 from crab_min import trainer
-from crab_min.config import TrainingConfig
+from crab_min.backbones.composed import load_base
+from crab_min.backbones.tiny_random import tiny_blip2, tiny_omni
+from crab_min.config import Settings, TrainingConfig
 from crab_min.data import read_samples
 from crab_min.errors import RunError
+from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import Progress
 
@@ -141,6 +145,135 @@ def test_when_one_process_dies_the_other_ends(small_world, tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
+@pytest.mark.slow
+def test_a_process_without_a_readable_sample_does_not_stop_the_others(small_world, tmp_path):
+    """A damaged clip is skipped, with batches of one sample and an LM that two processes share."""
+    data = shutil.copytree(small_world, tmp_path / "AVUIE_2")
+    row = json.loads((data / "ks" / "train.json").read_text())[0]
+    video = Path(os.path.normpath(data / "ks" / "video" / row["video_path"]))
+    damaged = video.read_bytes()[:300]
+    video.unlink()
+    video.write_bytes(damaged)
+    flags = ["--no-cache-features", "--max-bad", "1", "--steps", "8", "--batch-size", "1"]
+    flags += ["--no-baseline", "--test-rows", "1"]
+    for name, fsdp in (("whole", []), ("sharded", ["--fsdp"])):
+        done = finish(command(data, tmp_path / name, *flags, *fsdp), tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "skipped: " in done.stdout
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    assert min(column(whole, "rows")) == 1  # of two processes one had nothing to read
+    assert column(sharded, "loss") == pytest.approx(column(whole, "loss"), abs=1e-5)
+    assert column(sharded, "rows") == column(whole, "rows")
+
+
+FAILS = """
+import sys
+import train
+from crab_min import trainer
+from crab_min.errors import RunError
+from crab_min.runs import processes
+
+update = trainer.update
+
+def failing(*arguments):
+    if processes.rank() == 1:
+        raise RunError("this process fails")
+    return update(*arguments)
+
+trainer.update = failing
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_when_one_process_fails_all_end(small_world, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    flags = [*FLAGS, "--no-baseline", "--data", str(small_world), "--out", str(tmp_path / "run")]
+    run = subprocess.Popen(
+        [*TWO, str(script), *flags],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "lock"
+    wait_for(log.exists, run)
+    began = time.time()
+    _, printed = run.communicate(timeout=300)
+    assert run.returncode != 0 and time.time() - began < 60
+    assert "error: step 1: this process fails" in printed
+
+
+def test_the_lm_is_shared_out_before_it_is_moved(monkeypatch):
+    calls = []
+
+    class Model:
+        llm = "LM"
+
+        def to(self, device):
+            calls.append(f"to {device}")
+
+    def load_model(settings, device):
+        calls.append(f"load on {device}")
+        return Model()
+
+    monkeypatch.setattr(processes, "shard", lambda llm: calls.append(f"shard {llm}"))
+    settings = Settings(training=TrainingConfig(fsdp=True))
+    run = common.Run("crab_plus", "name", settings, torch.device("meta"), Path("run"))
+    common.load_backbone(run, load_model)
+    assert calls == ["load on cpu", "shard LM", "to meta"]
+    run.settings = Settings()
+    calls.clear()
+    common.load_backbone(run, load_model)
+    assert calls == ["load on meta", "to meta"]
+
+
+def test_all_layers_of_the_lm_are_shared_out_under_one_root(monkeypatch):
+    """Of T5 those of encoder and decoder; of Qwen2.5-Omni not those of its encoders of media."""
+    sharded = []
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "fully_shard", lambda module, **_: sharded.append(module))
+    for model, roots in (
+        (tiny_blip2("<video>")[0].language_model, ["encoder", "decoder"]),
+        (tiny_omni()[0], ["model.language_model"]),
+        (load_base().llm, ["model"]),
+    ):
+        sharded.clear()
+        processes.shard(model)
+        expected = []
+        for name in roots:
+            root = model.get_submodule(name)
+            expected += [*processes.stack_layers(root), root]
+        assert sharded == expected
+
+
+def test_sharing_the_lm_wants_torchrun():
+    with pytest.raises(RunError, match="--fsdp: .* start it with torchrun"):
+        processes.shard(load_base().llm)
+
+
+def test_gradients_are_summed_in_messages_of_bounded_size(monkeypatch):
+    """One process stands for two: what it sends comes back doubled."""
+    sizes = []
+
+    def all_reduce(message):
+        sizes.append(message.numel())
+        message *= 2
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(processes, "MESSAGE", 10)
+    parameters = [torch.nn.Parameter(torch.ones(n)) for n in (4, 5, 25, 3, 3)]
+    for parameter in parameters[:-1]:
+        parameter.grad = torch.arange(float(parameter.numel()))
+    processes.add_gradients(parameters)
+    assert sizes == [5, 9, 25, 3]
+    assert parameters[-1].grad is None
+    for parameter in parameters[:-1]:
+        assert torch.equal(parameter.grad, 2 * torch.arange(float(parameter.numel())))
+
+
 def test_a_phase_that_is_over_has_no_batches_left_on_more_processes(small_world, monkeypatch):
     """A mask run that continues in its second phase passes over the first."""
     samples = read_samples(small_world, ["ks"], "train")
@@ -213,6 +346,7 @@ def test_processes_that_do_not_find_each_other_are_one_line(small_world, tmp_pat
 def test_more_processes_than_gpus_and_a_torch_without_nccl_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     advice = "a machine with 1 GPUs; start one per GPU: torchrun --nproc-per-node 1"
     with pytest.raises(RunError, match=advice):

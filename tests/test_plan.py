@@ -205,8 +205,10 @@ def test_the_cache_of_evaluation_is_that_of_a_forward():
 
 def test_evaluation_decides_where_it_needs_more_than_training():
     memory = plan_of("crab_plus-7b").memory["4-bit LM"]
-    assert memory.training < 24e9 < memory.evaluation
-    assert not memory.fits(24) and memory.fits(48)
+    assert memory.evaluation < memory.training < 24e9 and memory.fits(24)
+    more = plan_of("crab_plus-7b --eval-batch-tokens 50000").memory["4-bit LM"]
+    assert more.training == memory.training < 24e9 < more.evaluation
+    assert not more.fits(24) and more.fits(48)
 
 
 # --- the command ---------------------------------------------------------------------------------

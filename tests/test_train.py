@@ -450,12 +450,35 @@ def test_eval_stops_at_a_missing_clip_or_counts_it_as_wrong(
     assert metrics["missing"] == 1 and metrics["tasks"]["ave"]["n"] == 2
 
 
+def test_training_goes_on_without_missing_clips_if_asked(small_world, tmp_path, capsys):
+    """Of the training rows one is gone, of two test rows one: it is scored as wrong."""
+    folder = tmp_path / "data" / "ave"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = json.loads((small_world / "ave" / f"{split}.json").read_text())[:2]
+        for row in rows:
+            for kind in ("video", "audio"):
+                row[f"{kind}_path"] = str(small_world / "ave" / kind / row[f"{kind}_path"])
+        rows[0]["video_path"] = f"gone_{split}.mp4"
+        (folder / f"{split}.json").write_text(json.dumps(rows))
+
+    command = ["--data", str(folder.parent), "--tasks", "ave", "--steps", "2", "--batch-size", "2"]
+    command += ["--no-cache-features", "--out", str(tmp_path / "run")]
+    assert train.main(command) == 2
+    assert "gone_test.mp4" in capsys.readouterr().err
+    assert train.main([*command, "--allow-missing"]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["unreadable_files"] == 2
+    assert metrics["tasks"]["ave"]["n"] == metrics["base"]["ave"]["n"] == 2
+    assert not list((tmp_path / "run").glob("*.partial.jsonl"))
+
+
 def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     finished, small_world, tmp_path, monkeypatch
 ):
     tasks = ["ave", "avqa", "s4"]
     command = ["--eval", "--data", str(small_world), "--tasks", ",".join(tasks)]
-    command += ["--test-rows", "3", "--batch-size", "2", "--max-new-tokens", "12"]
+    command += ["--test-rows", "3", "--max-new-tokens", "12"]
     command += ["--run", str(finished)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert infer.main([*command, "--out", str(whole)]) == 0
@@ -464,7 +487,7 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
 
     def killed(self, *arguments, **options):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return generate(self, *arguments, **options)
 
@@ -472,20 +495,20 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     assert infer.main([*command, "--out", str(cut)]) == 130
     partial = cut / "answers.partial.jsonl"
     lines = partial.read_text().splitlines()
-    assert len(lines) == 3 and not (cut / "metrics.json").exists()
+    assert len(lines) == 2 and not (cut / "metrics.json").exists()
 
-    # its third line is cut; two batches are done
-    partial.write_text("\n".join([*lines[:2], lines[2][:20]]))
+    # its second line is cut; the batch of one task is done
+    partial.write_text("\n".join([lines[0], lines[1][:20]]))
     calls[:] = [1] * 10
     assert infer.main([*command, "--out", str(cut)]) == 0
-    batches = plan_batches(read_samples(small_world, tasks, "test", limit=3), 2)
-    assert len(calls) - 10 == len(batches) - 2
+    batches = plan_batches(read_samples(small_world, tasks, "test", limit=3))
+    assert len(calls) - 10 == len(batches) - 1 == 2
     for file in sorted((whole / "predictions").iterdir()):
         assert file.read_bytes() == (cut / "predictions" / file.name).read_bytes()
     assert {path.stem for path in (cut / "sheets").iterdir()} == set(tasks)
     assert not partial.exists()
     decoding = json.loads((cut / "metrics.json").read_text())["decoding"]
-    assert decoding["batch_size"] == 2
+    assert decoding["eval_batch_tokens"] == 16384
 
 
 def test_eval_with_a_modality_taken_away(finished, small_world, tmp_path):

@@ -49,6 +49,12 @@ from crab_min.qformer import use_few_queries
 from crab_min.trained_parts import SavedPart
 
 
+class Blip2(Blip2ForConditionalGeneration):
+    """BLIP-2 as it is loaded: its Q-Former in float32, what is larger in bfloat16."""
+
+    _keep_in_fp32_modules_strict = {"qformer", "query_tokens", "language_projection"}
+
+
 class CremaModel(AVLanguageModel):
     """Encoders, an LM, and one Q-Former for all modalities; "rgb" is the video.
 
@@ -156,7 +162,10 @@ class CremaModel(AVLanguageModel):
         if not self.is_encoder_decoder:
             return super().token_losses(batch)
         output = self.llm(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention, labels=batch.labels
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            labels=batch.labels,
+            use_cache=False,
         )
         logits = output.logits.mT.float()  # (B, V, longest answer)
         return F.cross_entropy(logits, batch.labels, ignore_index=NO_LABEL, reduction="none")
@@ -471,9 +480,7 @@ def load_blip2(config: BackboneConfig, empty: bool) -> CremaModel:
     else:
         not_in_4_bits = [".*vision_model", ".*qformer", ".*language_projection", "lm_head"]
         with named_weights("BLIP-2", weights):
-            blip = load_pretrained(
-                Blip2ForConditionalGeneration, weights, config.load_in_4bit, not_in_4_bits
-            )
+            blip = load_pretrained(Blip2, weights, config.load_in_4bit, not_in_4_bits)
             tokenizer = AutoTokenizer.from_pretrained(weights)
         # the embedding of the placeholder is never looked up
         tokenizer.add_tokens([PLACEHOLDERS["video"]], special_tokens=True)

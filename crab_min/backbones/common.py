@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from crab_min.backbones.empty import beats_sizes
 from crab_min.backbones.sizes import TINY_MODEL
+from crab_min.beats import refuse_lfs_pointers
 from crab_min.config import BackboneConfig
 from crab_min.encoders import AudioEncoder, MediaFeatures
 from crab_min.errors import ModelError
@@ -75,14 +77,15 @@ def named_weights(what: str, name: str) -> Iterator[None]:
 def load_pretrained(
     model_class: type, name: str, load_in_4bit: bool, not_in_4_bits: list[str]
 ) -> PreTrainedModel:
-    """Load a model of transformers by path or hub id, in bfloat16.
+    """Load a model of transformers by path or hub id, in bfloat16, onto the device in context.
 
     Args:
         load_in_4bit: its LM in NF4 with quantized scales (QLoRA, 2305.14314).
         not_in_4_bits: modules that keep their precision, by name or as a regular expression.
 
     Raises:
-        ModelError: bitsandbytes is missing or does not work here.
+        ModelError: bitsandbytes is missing or does not work here, or the weights are quantized
+            otherwise, not downloaded, or not those of such a model.
     """
     quantization = None
     if load_in_4bit:
@@ -101,4 +104,38 @@ def load_pretrained(
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=not_in_4_bits,
         )
-    return model_class.from_pretrained(name, dtype=torch.bfloat16, quantization_config=quantization)
+    refuse_unusable(name)
+    try:
+        model, report = model_class.from_pretrained(
+            name,
+            dtype=torch.bfloat16,
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # shapes; an OutOfMemoryError is one too, and goes on
+        if "size mismatch" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(f"{name}: weights of other sizes than its config.json names") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing)} weights that a {model_class.__name__} has are not in it "
+            f"({', '.join(missing[:3])}). Is the download whole, and the model of this kind?"
+        )
+    return model
+
+
+def refuse_unusable(name: str) -> None:
+    """Refuse weights that cannot be loaded here, before they are.
+
+    Raises:
+        ModelError: they are quantized by another method, or git-lfs pointers.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(name)
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method:
+        raise ModelError(
+            f"{name}: its weights are quantized ({method}), and an adapter is trained here on "
+            "whole ones; name the model in bfloat16, and give --load-in-4bit"
+        )
+    refuse_lfs_pointers(sorted(Path(name).glob("*.safetensors")))

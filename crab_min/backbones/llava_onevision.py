@@ -58,8 +58,7 @@ class LlavaModel(PatchedModel):
     @property
     def llava(self) -> nn.Module:
         """Return the transformers model without its head, with or without an adapter."""
-        wrapped = hasattr(self.llm, "get_base_model")
-        return self.llm.get_base_model().model if wrapped else self.llm.model
+        return self.base_lm.model
 
     @torch.no_grad()
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
@@ -70,9 +69,10 @@ class LlavaModel(PatchedModel):
         """
         if kind == "audio":
             return encode_sounds(self.audio, media)
-        pixels = [
-            torch.as_tensor(frames).permute(0, 3, 1, 2).float() / 127.5 - 1 for frames in media
-        ]
+        pixels = []
+        for frames in media:
+            x = torch.as_tensor(frames).to(self.device).permute(0, 3, 1, 2)  # (T, 3, H, W)
+            pixels.append(x.float() / 127.5 - 1)
         if kind == "view":
             return [MediaFeatures(kind, self.queries_and_tokens(x)[0]) for x in pixels]
         return [MediaFeatures(kind, x) for x in pixels]

@@ -27,13 +27,18 @@ LLAMA_CHAT = ["[INST] <<SYS>>\nYou are a helpful assistant.\n<</SYS>>\n\n", " [/
 
 
 def load_model(
-    config: BackboneConfig, masks: MaskDecoderConfig | None = None, empty: bool = False
+    config: BackboneConfig,
+    masks: MaskDecoderConfig | None = None,
+    empty: bool = False,
+    device: torch.device | str | None = None,
 ) -> AVLanguageModel:
     """Load the model of a run.
 
     Args:
         masks: the mask decoder; it is added where `masks.decoder` is true.
-        empty: build the same classes on the meta device instead, without weights (empty.py).
+        empty: build the same classes without reading weights (empty.py).
+        device: where pretrained weights are read to, without passing through the host's memory. By
+            default it is the CPU, and for a model without weights the meta device.
 
     Raises:
         ModelError: settings that exclude each other, or weights that are not there.
@@ -41,7 +46,10 @@ def load_model(
     has_masks = masks is not None and masks.decoder
     check_settings(config, has_masks)
     is_random = config.weights == "tiny-random"
-    with torch.device("meta") if empty else nullcontext():
+    device = torch.device(device or ("meta" if empty else "cpu"))
+    # random numbers are those of the CPU everywhere
+    on_cpu = device.type == "cpu" or (is_random and not empty)
+    with nullcontext() if on_cpu else device:
         with same_random_weights() if is_random else nullcontext():
             if has_masks:
                 model = load_composed(config, empty, MaskingModel)

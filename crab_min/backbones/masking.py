@@ -127,15 +127,13 @@ class MaskingModel(ComposedModel):
             (S M, D) that predict its mask tokens, if it has all.
         """
         last = batch.longest_answer + 1
-        output = self.llm(
-            inputs_embeds=self.embed(batch),
-            attention_mask=batch.attention,
-            logits_to_keep=last,
-            output_hidden_states=True,
+        output = self.base_lm.get_decoder()(
+            inputs_embeds=self.embed(batch), attention_mask=batch.attention, use_cache=False
         )
-        states = output.hidden_states[-1][:, -last:]
+        states = output.last_hidden_state[:, -last:]
+        logits = self.llm.get_output_embeddings()(states)
         mask_states = self.mask_branch.find(batch.ids[:, -last:], states)
-        return cross_entropy(output.logits, batch.labels), states, mask_states
+        return cross_entropy(logits, batch.labels), states, mask_states
 
     def cached_loss_and_states(self, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the loss of cached answer tokens, and the cached mask states by row."""
@@ -196,7 +194,8 @@ class MaskingModel(ComposedModel):
         Returns:
             None for a row whose answer has not all mask tokens.
         """
-        _, _, states = self.token_losses_and_states(batch)
+        with self.inference_autocast():
+            _, _, states = self.token_losses_and_states(batch)
         logits = self.mask_logits(batch, states, semantic)
         masks: list[Tensor | None] = [None] * batch.rows
         for row, row_logits in logits.items():
@@ -212,7 +211,8 @@ class MaskingModel(ComposedModel):
             text_tokens: of the other tokens of an answer so many are kept, evenly spread. Only the
                 output rows of the mask tokens can still learn from them.
         """
-        _, states, mask_states = self.token_losses_and_states(batch)
+        with self.inference_autocast():
+            _, states, mask_states = self.token_losses_and_states(batch)
         labels = batch.labels[:, -states.shape[1] :]
         for row, key in enumerate(batch.keys):
             places = (labels[row] != NO_LABEL).nonzero().flatten()

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -26,6 +26,7 @@ from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import OMNI_TOKENS, omni_processor, tiny_omni
 from crab_min.config import BackboneConfig
+from crab_min.devices import bf16_autocast
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import Batch, MediaTokens
@@ -74,8 +75,13 @@ class OmniModel(PatchedModel):
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
-        """Return the transformers model, with or without an adapter around it."""
-        return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
+        """Return the transformers model, with or without an adapter in it."""
+        return self.base_lm
+
+    @property
+    def media_device(self) -> torch.device:
+        """Return where frames and sounds are processed: beside the encoders, if that is a GPU."""
+        return self.device
 
     # --- media
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
@@ -85,44 +91,56 @@ class OmniModel(PatchedModel):
         """
         # what is neither sound nor image is a video, or another view of it
         others = {"audio": self.mel_frames, "image": self.image_patches}
-        prepare = others.get(kind, self.video_patches)
-        features = [prepare(arrays) for arrays in media]
+        features = others.get(kind, self.video_patches)(media)
         return [MediaFeatures(kind, x, seconds=length) for x, length in zip(features, seconds)]
 
-    def mel_frames(self, waves: list) -> Tensor:
-        """Compute the mel frames (F, 128) of a sound, its waves joined."""
-        wave = np.concatenate([np.asarray(array) for array in waves])
-        wave = np.pad(wave, (0, max(0, RATE - len(wave))))  # at least a second, as in the release
+    def mel_frames(self, sounds: list[list]) -> list[Tensor]:
+        """Compute the mel frames (F, 128) of several sounds, the waves of each joined.
+
+        The extractor of transformers pads to 300 s by default, of which the model takes none. A
+        window of silence behind the longest sound is all that its last frames can reach.
+        """
+        waves = []
+        for sound in sounds:
+            wave = np.concatenate([np.asarray(array) for array in sound])
+            # at least a second, as in the release
+            waves.append(np.pad(wave, (0, max(0, RATE - len(wave)))))
         extractor = self.processor.feature_extractor
-        mel = extractor(
-            wave,
-            sampling_rate=RATE,
-            return_attention_mask=True,
-            truncation=False,
-            max_length=max(extractor.n_samples, len(wave)),
-            padding="max_length",
-            return_tensors="pt",
-        )
-        length = int(mel["attention_mask"].sum())
-        return mel["input_features"][0, :, :length].T  # (F, 128)
+        with bf16_autocast(self.media_device, wanted=False):  # a logarithm wants float32
+            mel = extractor(
+                waves,
+                sampling_rate=RATE,
+                return_attention_mask=True,
+                truncation=False,
+                max_length=max(map(len, waves)) + extractor.n_fft,
+                padding="max_length",
+                return_tensors="pt",
+                device=str(self.media_device),
+            )
+        frames = mel["input_features"].mT  # (M, longest F, 128)
+        return [x[: int(mask.sum())] for x, mask in zip(frames, mel["attention_mask"])]
 
-    def image_patches(self, frames: np.ndarray) -> Tensor:
-        """Cut an image (1, H, W, 3) into patches (P, 1176)."""
-        image = torch.as_tensor(np.asarray(frames)).permute(0, 3, 1, 2)[0]  # (3, H, W)
+    def image_patches(self, images: list) -> list[Tensor]:
+        """Cut images (1, H, W, 3) into patches (P, 1176) each."""
         processor = self.processor.image_processor
-        return processor(images=[image], do_resize=False, return_tensors="pt")["pixel_values"]
+        images = [self.channels_first(image)[0] for image in images]  # (3, H, W) each
+        patches = processor(images=images, do_resize=False, return_tensors="pt")["pixel_values"]
+        return list(patches.chunk(len(images)))
 
-    def video_patches(self, frames: np.ndarray) -> Tensor:
-        """Cut frames (T, H, W, 3) into patches (P, 1176), first in time, then in space."""
-        video = torch.as_tensor(np.asarray(frames)).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    def video_patches(self, videos: list) -> list[Tensor]:
+        """Cut videos (T, H, W, 3) into patches (P, 1176) each, first in time, then in space."""
         patches = self.processor.video_processor(
-            videos=[video],
+            videos=[self.channels_first(video) for video in videos],
             do_resize=False,
             do_sample_frames=False,
             cap_pixels_per_frame=False,
             return_tensors="pt",
         )
-        return patches["pixel_values_videos"]
+        return list(patches["pixel_values_videos"].chunk(len(videos)))
+
+    def channels_first(self, frames: np.ndarray) -> Tensor:
+        """Return frames (T, H, W, 3) as (T, 3, H, W) where they are processed."""
+        return torch.as_tensor(np.asarray(frames)).to(self.media_device).permute(0, 3, 1, 2)
 
     def grid(self, medium: MediaFeatures) -> tuple[int, int, int]:
         """Return pairs of frames, rows and columns of the patches of frames."""
@@ -218,8 +236,19 @@ class OmniModel(PatchedModel):
             inputs_embeds=self.embed(batch),
             attention_mask=batch.attention,
             **self.extra_lm_inputs(batch),
+            use_cache=False,
         )
         return self.thinker.lm_head(output.last_hidden_state[:, -last:])
+
+    def generate(
+        self, batch: Batch, max_new_tokens: int, streamer=None, beams: int = 1
+    ) -> list[str]:
+        # the thinker's own forward would compute the logits of whole prompts
+        def keep_last(head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            return inputs[0][:, -1:]  # (B, L, D) -> (B, 1, D)
+
+        with self.thinker.lm_head.register_forward_pre_hook(keep_last):
+            return super().generate(batch, max_new_tokens, streamer, beams)
 
 
 class EmptyOmniModel(OmniModel):
@@ -227,6 +256,10 @@ class EmptyOmniModel(OmniModel):
 
     They do not run because they look at the values of grids.
     """
+
+    @property
+    def media_device(self) -> torch.device:
+        return torch.device("cpu")
 
     def encoder_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
         width = self.thinker.config.text_config.hidden_size
@@ -294,6 +327,6 @@ def load_omni(config: BackboneConfig, empty: bool) -> OmniModel:
                 not_in_4_bits,
             )
             processor = Qwen2_5OmniProcessor.from_pretrained(weights)
-    model_class = EmptyOmniModel if empty else OmniModel
+    model_class = EmptyOmniModel if thinker.device.type == "meta" else OmniModel
     layout = replace(QWEN_CHAT, separate_media=config.separate_media)
     return model_class(thinker, processor, layout)

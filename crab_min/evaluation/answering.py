@@ -5,7 +5,7 @@ can instead be answered by the likeliest option, without generating text.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from crab_min.answers import Answer
 from crab_min.data import Sample
-from crab_min.features import Features
+from crab_min.evaluation.budget import TokenBudget
+from crab_min.features import Features, cut
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 
-BATCH_SIZE = 50  # samples per batch
-RANKED_TOGETHER = 64  # options per batch when they are ranked
+BATCH_SIZE = 50  # samples per batch, at most
+RANKED_TOGETHER = 64  # options per batch when they are ranked, at most
 DEFAULT_LIMIT = 160  # answer tokens of a task that the run was not trained on
 MARGIN = 8  # answer tokens beyond the longest training target
 
@@ -33,12 +34,17 @@ class Decoding:
         limits: maximum number of answer tokens, by task; DEFAULT_LIMIT for other tasks.
         mode: "generate" text, or "rank" the options of a question by their likelihood.
         beams: beams of the search; 1 is greedy decoding.
+        budget: how many tokens are answered together.
     """
 
     limits: dict[str, int]
     mode: str = "generate"
     beams: int = 1
-    batch_size: int = BATCH_SIZE
+    budget: TokenBudget = field(default_factory=TokenBudget)
+
+    def limit(self, sample: Sample) -> int:
+        """Return the maximum number of answer tokens of a sample."""
+        return self.limits.get(sample.task.name, DEFAULT_LIMIT)
 
 
 def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
@@ -50,7 +56,7 @@ def token_limits(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int
     return limits
 
 
-def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[list[Sample]]:
+def plan_batches(samples: list[Sample]) -> list[list[Sample]]:
     """Make batches of samples of one task and of similar length, the longest first."""
 
     def longest_first(sample: Sample) -> tuple:
@@ -60,7 +66,7 @@ def plan_batches(samples: list[Sample], batch_size: int = BATCH_SIZE) -> list[li
     ordered = sorted(samples, key=longest_first)
     for _, group in groupby(ordered, key=lambda sample: sample.task.name):
         of_task = list(group)
-        batches += [of_task[i : i + batch_size] for i in range(0, len(of_task), batch_size)]
+        batches += cut(of_task, BATCH_SIZE)
     return batches
 
 
@@ -85,10 +91,11 @@ def generate_answers(
         The texts, in the order of the samples.
     """
     # the batches that this process still has to answer
-    plan = plan_batches(samples, decoding.batch_size)
-    texts = read_partial(partial, plan) if partial else {}
+    plan = plan_batches(samples)
+    texts = processes.on_first(lambda: read_partial(partial, plan)) if partial else {}
     unanswered = [batch for batch in plan if batch[0].id not in texts]
-    if not processes.is_sharded(model):  # all processes must run a sharded LM equally often
+    is_sharded = processes.is_sharded(model)
+    if not is_sharded:  # all processes must run a sharded LM equally often
         unanswered = unanswered[processes.rank() :: processes.count()]
 
     # answers; an unreadable sample keeps ""
@@ -99,7 +106,7 @@ def generate_answers(
             answers = {sample.id: "" for sample in batch}
             answers |= answer_batch(model, readable, media, decoding)
             texts |= answers
-            if partial:
+            if partial and (not is_sharded or processes.rank() == 0):
                 with open(partial, "a", encoding="utf-8") as file:
                     file.write(json.dumps(answers) + "\n")
             bar.update(len(batch))
@@ -118,12 +125,26 @@ def answer_batch(
     if not samples:
         return {}
     if decoding.mode == "rank" and all(options(sample) for sample in samples):
-        texts = rank_options(model, samples, media)
+        texts = rank_options(model, samples, media, decoding.budget)
     else:
-        batch = model.collate([sample.parts for sample in samples], media)
-        limit = decoding.limits.get(samples[0].task.name, DEFAULT_LIMIT)
-        texts = model.generate(batch, limit, beams=decoding.beams)
+        texts = generate_texts(model, samples, media, decoding)
     return {sample.id: text for sample, text in zip(samples, texts)}
+
+
+def generate_texts(
+    model: AVLanguageModel, samples: list[Sample], media: list, decoding: Decoding
+) -> list[str]:
+    """Generate the answers to samples of one task."""
+    limit = decoding.limit(samples[0])
+    rows = [(sample.parts, features) for sample, features in zip(samples, media)]
+    # every beam has keys and values of its own
+    lengths = [decoding.beams * (model.prompt_length(*row) + limit) for row in rows]
+
+    def generate(part: list[tuple]) -> list[str]:
+        batch = model.collate(*zip(*part))
+        return model.generate(batch, limit, beams=decoding.beams)
+
+    return decoding.budget.run(generate, rows, lengths)
 
 
 def options(sample: Sample) -> list[str]:
@@ -136,21 +157,27 @@ def options(sample: Sample) -> list[str]:
 
 
 @torch.no_grad()
-def rank_options(model: AVLanguageModel, samples: list[Sample], media: list) -> list[str]:
+def rank_options(
+    model: AVLanguageModel, samples: list[Sample], media: list, budget: TokenBudget
+) -> list[str]:
     """Return the likeliest option of each sample.
 
     It has the greatest sum of token log-probabilities.
     """
     # the loss of each option, summed over its tokens
     pairs = [(i, text) for i, sample in enumerate(samples) for text in options(sample)]
-    losses: list[float] = []
-    for start in range(0, len(pairs), RANKED_TOGETHER):
-        ranked = pairs[start : start + RANKED_TOGETHER]
+    prompts = [model.prompt_length(s.parts, features) for s, features in zip(samples, media)]
+    lengths = [prompts[i] + len(model.answer_ids(text)) for i, text in pairs]
+
+    def losses_of(ranked: list[tuple[int, str]]) -> list[float]:
         prompts = [samples[i].parts for i, _ in ranked]
         prompt_media = [media[i] for i, _ in ranked]
         texts = [text for _, text in ranked]
         batch = model.collate(prompts, prompt_media, texts)
-        losses += model.token_losses(batch).sum(1).tolist()  # (options, tokens) -> (options,)
+        with model.inference_autocast():
+            return model.token_losses(batch).sum(1).tolist()  # (options, tokens) -> (options,)
+
+    losses = budget.run(losses_of, pairs, lengths, RANKED_TOGETHER)
 
     # the smallest loss of each sample
     best: dict[int, tuple[float, str]] = {}

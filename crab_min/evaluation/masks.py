@@ -4,6 +4,7 @@ Masks come from a mask decoder, SAM2 or the box itself.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from crab_min.answers import GRID
 from crab_min.data import Sample, gold_mask
 from crab_min.evaluation.answering import plan_batches
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.sam2 import Sam2, box_mask
 from crab_min.evaluation.scores import by_task
@@ -27,12 +29,19 @@ MakeMasks = Callable[[Features, list[Sample], list[str]], Masks]
 
 @torch.no_grad()
 def predict_masks(
-    model: AVLanguageModel, features: Features, samples: list[Sample], texts: list[str]
+    model: AVLanguageModel,
+    budget: TokenBudget,
+    features: Features,
+    samples: list[Sample],
+    texts: list[str],
 ) -> Masks:
     """Predict the masks of answers with the model's mask decoder.
 
     The texts go through the LM once more, because the states of the mask tokens depend on media,
     prompt and text alone.
+
+    Args:
+        budget: how many tokens go through the LM together.
 
     Returns:
         Per sample (size, size) scores in [0, 1], or for AVSS classes; None for a text without all
@@ -49,16 +58,36 @@ def predict_masks(
     for batch, media in features.batches(plan_batches(with_masks), strict=False):
         if not batch:
             continue
-        answers = [text_of[sample.id] for sample in batch]
-        collated = model.collate([sample.parts for sample in batch], media, answers)
-        semantic = [sample.task.mask_head == "classes" for sample in batch]
-        for sample, mask in zip(batch, model.predict_masks(collated, semantic)):
-            if mask is not None:
-                # (classes, size, size) or (1, size, size) -> (size, size)
-                mask = mask.argmax(0) if len(mask) > 1 else mask[0].half()
-                masks[sample.id] = mask.cpu().numpy()
+        semantic = batch[0].task.mask_head == "classes"
+        rows, lengths = [], []
+        for sample, features_of_sample in zip(batch, media):
+            answer = text_of[sample.id]
+            rows.append((sample.parts, features_of_sample, answer))
+            prompt = model.prompt_length(sample.parts, features_of_sample)
+            lengths.append(prompt + len(model.answer_ids(answer)))
+
+        predict = partial(predict_part, model, semantic)
+        predicted = budget.run(predict, rows, lengths)
+        masks |= {sample.id: mask for sample, mask in zip(batch, predicted)}
     model.train(was_training)
     return [masks.get(sample.id) for sample in samples]
+
+
+def predict_part(model: AVLanguageModel, semantic: bool, rows: list[tuple]) -> Masks:
+    """Predict a mask (size, size) per row: scores in half precision, or classes.
+
+    Args:
+        rows: prompt, features of its media, and answer of each sample.
+    """
+    batch = model.collate(*zip(*rows))
+    masks: Masks = []
+    for mask in model.predict_masks(batch, [semantic] * batch.rows):
+        # (classes, size, size) or (1, size, size)
+        if mask is not None:
+            mask = mask.argmax(0) if len(mask) > 1 else mask[0].half()
+            mask = mask.cpu().numpy()
+        masks.append(mask)
+    return masks
 
 
 def masks_from_boxes(samples: list[Sample], texts: list[str], sam2: Sam2 | None) -> Masks:

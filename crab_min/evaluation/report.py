@@ -58,7 +58,7 @@ def evaluate(
 
     # masks
     if make_masks is None and model.predicts_masks:
-        make_masks = partial_function(predict_masks, model)
+        make_masks = partial_function(predict_masks, model, decoding.budget)
     if make_masks is None:
         return evaluation
     evaluation.masks = make_masks(features, samples, texts)
@@ -68,7 +68,9 @@ def evaluate(
     follows = {"picked the sounding one of two": picked(samples, evaluation.masks)}
     swapped = swap_audio(samples)
     if swapped:
-        swapped_texts = generate_answers(model, features, swapped, decoding, "with another's sound")
+        swapped_texts = generate_answers(
+            model, features, swapped, decoding, "with another's sound", strict=strict
+        )
         swapped_masks = make_masks(features, swapped, swapped_texts)
         follows["followed the other's sound"] = picked(swapped, swapped_masks)
     follows = {name: result for name, result in follows.items() if result}
@@ -84,6 +86,8 @@ def evaluate(
 def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     """Return the best and the worst of eight random answers to every second task.
 
+    Empty answers are left out, such as those to clips that are gone.
+
     Returns:
         (sample, text, mask), as pictures.draw_sheet takes them.
     """
@@ -96,9 +100,10 @@ def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     chosen = []
     tasks = by_task(evaluation.samples, evaluation.texts, evaluation.masks)
     for rows in list(tasks.values())[::2]:
-        candidates = rng.sample(rows, min(8, len(rows)))
+        answered = [row for row in rows if row[1]]
+        candidates = rng.sample(answered, min(8, len(answered)))
         candidates.sort(key=rank, reverse=True)
-        chosen.append(candidates[0])
+        chosen += candidates[:1]
         if len(candidates) > 1:
             chosen.append(candidates[-1])
     return chosen

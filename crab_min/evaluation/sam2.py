@@ -44,6 +44,7 @@ class Sam2:
 
     Args:
         name: path or hub id of a SAM2 checkpoint.
+        device: where it runs.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
@@ -51,11 +52,10 @@ class Sam2:
 
     DEFAULT = "facebook/sam2.1-hiera-large"
 
-    def __init__(self, name: str = DEFAULT):
+    def __init__(self, name: str = DEFAULT, device: torch.device | str = "cpu"):
         with named_weights("SAM2", name):
             self.processor = Sam2Processor.from_pretrained(name)
-            self.model = Sam2Model.from_pretrained(name).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            self.model = Sam2Model.from_pretrained(name).eval().to(device)
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, objects: list[tuple]) -> np.ndarray:

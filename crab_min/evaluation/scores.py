@@ -4,6 +4,7 @@ No answer is skipped. An answer that does not parse counts as wrong and lowers t
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def training_table(results: dict[str, dict]) -> str:
     lines = ["task      metric              base  trained  constant  parsed     n"]
     for task, r in results.items():
         lines.append(
-            f"{task:<9} {r['name']:<17} {r['base']:>6.3f} {r['metric']:>8.3f} "
+            f"{task:<9} {r['name']:<17} {r.get('base', math.nan):>6.3f} {r['metric']:>8.3f} "
             f"{r['constant']:>9.3f} {r['parsed']:>7.2f} {r['n']:>5}"
         )
     better = sum(result["metric"] > result["constant"] for result in results.values())

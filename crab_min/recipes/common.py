@@ -5,7 +5,7 @@ They open a run, load its rows, score the baseline, train and finish.
 A recipe calls, in this order:
 
     open_run             joins the processes and chooses the run folder
-    load_model           a function of the recipe
+    load_backbone        calls load_model, a function of the recipe
     load_rows            reads the samples and encodes their media
     add_trained_parts    a function of the recipe
     begin                sets what learns, writes config.json, scores the baseline
@@ -35,8 +35,10 @@ import torch
 from crab_min.backbones import load
 from crab_min.config import Settings
 from crab_min.data import Sample, evaluation_data, pick_tasks, read_samples
+from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
 from crab_min.evaluation.scores import (
@@ -56,6 +58,7 @@ from crab_min.side_channels import add_side_channels, limit_frames
 from crab_min.tasks import TASKS
 from crab_min.trainer import fit, trained_parameters
 
+ANSWERS = "answers.partial.jsonl"  # to the test rows, while they are being answered
 # bounds on the samples that a run learns which names neither steps nor epochs
 LEAST_SAMPLES = 2400
 MOST_SAMPLES = 4800
@@ -102,10 +105,26 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
     start = settings.training.init_from
     if start and not Path(start, "config.json").exists():
         raise RunError(f"--init-from {start}: no run of train.py is there; name a finished one")
-    device = processes.start()
+    device = processes.start(settings.run.device, settings.backbone.pretrained)
     folder = processes.on_first(lambda: choose_folder(settings, name))
     torch.manual_seed(settings.training.seed)
     return Run(recipe, name, settings, device, folder)
+
+
+def load_backbone(run: Run, load_model: Callable) -> None:
+    """Load the frozen backbone of a run onto its device.
+
+    With --fsdp its LM is shared out first: one device need not hold it.
+
+    Args:
+        load_model: (settings, device=...) -> model, of the recipe.
+    """
+    fsdp = run.settings.training.fsdp
+    run.model = load_model(run.settings, device="cpu" if fsdp else run.device)
+    if fsdp:
+        processes.shard(run.model.llm)
+    run.model.to(run.device)
+    run.model.bf16 = run.settings.training.bf16
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -116,7 +135,8 @@ def load_rows(
 ) -> None:
     """Read the rows of a run and encode their media.
 
-    An unreadable training file is skipped and counted. A missing test file is an error.
+    An unreadable training file is skipped and counted. A missing test file is an error, or with
+    --allow-missing its rows are wrong.
 
     Args:
         built_in_data: makes the data of a run without --data and returns its path.
@@ -140,8 +160,10 @@ def load_rows(
         test = read_samples(test_root, tasks, "test", data.target, prompts, data.test_rows)
 
     # features of the frozen encoders
-    run.features = Features(run.model, data.cache_features, data.max_bad, data.workers)
-    run.test_rows = run.features.prepare(prepare_samples(test, settings))
+    max_bad = 1.0 if data.allow_missing else data.max_bad
+    run.features = Features(run.model, data.cache_features, max_bad, data.workers)
+    run.test_rows = prepare_samples(test, settings)
+    run.features.prepare(run.test_rows, strict=not data.allow_missing)
     train = run.features.prepare(prepare_samples(train, settings), strict=False)
 
     # with --eval-every some random rows are not trained on
@@ -219,7 +241,7 @@ def begin(run: Run) -> None:
     model = run.model
     training = run.settings.training
 
-    # what learns; counted before FSDP cuts the weights into shares
+    # what learns
     if training.init_from:
         model.restore_trained(Path(training.init_from))
     model.set_trainable(training.parts)
@@ -230,24 +252,25 @@ def begin(run: Run) -> None:
             f"--adapter {run.settings.adapter.adapter} --trainable {training.trainable}: nothing "
             "of the model learns; name a part, or an adapter"
         )
-    learned = describe_trained(model)
-    if training.fsdp:
-        processes.shard(model.llm)
 
     # the folder belongs to this process from here on
     run.steps = range(steps_of(run.settings, len(run.train_rows)))
-    run.decoding = Decoding(token_limits(model, run.train_rows), run.settings.run.eval_mode)
+    budget = TokenBudget(run.settings.run.eval_batch_tokens)
+    limits = token_limits(model, run.train_rows)
+    run.decoding = Decoding(limits, run.settings.run.eval_mode, budget=budget)
     if processes.rank() == 0:
         run.lock = lock_run(run.folder)
-        steps, limits = len(run.steps), run.decoding.limits
+        steps = len(run.steps)
         saved = SavedRun(run.name, run.recipe, run.settings, steps, limits, model.layout)
         saved.save(run.folder)
         print(
             f"{run.folder}: {len(run.train_rows)} training rows and {len(run.test_rows)} test rows "
-            f"of {len(limits)} tasks, {steps} steps of {samples_per_step(run.settings)} samples"
+            f"of {len(limits)} tasks, {steps} steps of {samples_per_step(run.settings)} samples, "
+            f"on {describe_device(run.device)}"
         )
-        print(learned)
-    evaluate_baseline(run)
+        print(describe_trained(model))
+    if run.settings.run.baseline:
+        evaluate_baseline(run)
 
 
 def describe_trained(model: AVLanguageModel) -> str:
@@ -274,9 +297,14 @@ def evaluate_baseline(run: Run) -> None:
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
     rows = rows_of_each_task(run.test_rows, run.settings.run.baseline_rows)
-    texts = generate_answers(run.model, run.features, rows, run.decoding, "frozen base")
+    partial = run.folder / "base.partial.jsonl"
+    strict = not run.settings.data.allow_missing
+    texts = generate_answers(
+        run.model, run.features, rows, run.decoding, "frozen base", partial, strict
+    )
     if processes.rank() == 0:
         atomic_write(run.folder / "base.json", json.dumps(score_all(rows, texts)))
+        partial.unlink(missing_ok=True)
 
 
 def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
@@ -328,7 +356,8 @@ def training_errors(run: Run):
         raise RunError(
             f"out of memory ({str(error).split('.')[0]}); lower --batch-size and raise "
             "--grad-accum as much: the step stays the same. --gradient-checkpointing, --frames "
-            "and --load-in-4bit save too; --plan says what the parts need"
+            "and --load-in-4bit save too; --plan says what the parts need. The last checkpoint is "
+            "kept"
         ) from error
     except OSError as error:
         raise RunError(
@@ -342,8 +371,15 @@ def training_errors(run: Run):
 
 
 def evaluate_test_rows(run: Run) -> Evaluation:
-    """Answer and score the test rows of a run."""
-    return evaluate(run.model, run.features, run.test_rows, run.decoding)
+    """Answer and score the test rows of a run; it continues where it was killed."""
+    return evaluate(
+        run.model,
+        run.features,
+        run.test_rows,
+        run.decoding,
+        partial=run.folder / ANSWERS,
+        strict=not run.settings.data.allow_missing,
+    )
 
 
 def finish(run: Run, evaluation: Evaluation) -> dict:
@@ -357,7 +393,9 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     folder, results = run.folder, evaluation.scores
 
     # scores beside those of the frozen model, the best constant answer and guessing
-    base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    base = {}
+    if run.settings.run.baseline:
+        base = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     add_references(results, base, run)
 
     # predictions, pictures and tables
@@ -365,17 +403,20 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     if results:
         draw_scores(folder / "scores.png", results)
         chosen = best_and_worst(evaluation, run.settings.training.seed)
-        draw_sheet(folder / "answers.png", chosen)
+        if chosen:
+            draw_sheet(folder / "answers.png", chosen)
         print(training_table(results))
     for table in evaluation.tables:
         print(table)
 
     # metrics.json, which says that the run is finished: its checkpoints can go
+    (folder / ANSWERS).unlink(missing_ok=True)
     loss = losses_of(folder / "log.csv")
     seconds = round(time.time() - run.began, 1)
     metrics = {
         "tasks": results,
         "base": base,
+        "unreadable_files": len(run.features.unreadable),
         "loss": loss,
         **evaluation.numbers,
         "seconds": seconds,
@@ -402,7 +443,8 @@ def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) ->
     constant = constants(run.train_rows, run.test_rows)
     chances = chance(run.test_rows)
     for task, result in results.items():
-        result["base"] = base[task]["metric"]
+        if base:
+            result["base"] = base[task]["metric"]
         result["constant"] = constant[task]
         if task in chances:
             result["chance"] = chances[task]
@@ -432,13 +474,16 @@ def run_settings(settings: Settings) -> Settings:
     return settings
 
 
-def load_model(settings: Settings, empty: bool = False) -> AVLanguageModel:
+def load_model(
+    settings: Settings, empty: bool = False, device: torch.device | str | None = None
+) -> AVLanguageModel:
     """Load the frozen backbone.
 
     Args:
-        empty: build it without weights, on the meta device.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
     """
-    return load.load_model(settings.backbone, empty=empty)
+    return load.load_model(settings.backbone, empty=empty, device=device)
 
 
 def add_trained_parts(

@@ -51,7 +51,7 @@ def train(settings: CrabSettings, preset: str) -> dict:
     run = common.open_run("crab", f"{preset}-{stage}", settings)
 
     # the frozen LM with its connectors; an aligning stage begins with a new one
-    run.model = load_model(settings).to(run.device)
+    common.load_backbone(run, load_model)
     if stage in ALIGN:
         run.model.reset_connector(f"{stage}_qformer")
     common.load_rows(run, built_in_data, prepare_samples)
@@ -183,10 +183,25 @@ def cache_answers(run: common.Run) -> None:
     rows = run.train_rows
     with tqdm(total=len(rows), desc="reading answers", unit="row") as bar:
         for samples, media in run.features.batches(plan_batches(rows), strict=False):
-            run.model.cache_answer_states(collate_answers(run.model, samples, media))
+            cache_batch(run, samples, media)
             bar.update(len(samples))
     run.model.train()
     run.model.calibrate_masks()
+
+
+def cache_batch(run: common.Run, samples: list[Sample], media: list) -> None:
+    """Cache the states of the answers of a batch, as many at once as memory holds."""
+    model = run.model
+
+    def cache(rows: list[tuple]) -> list[tuple]:
+        model.cache_answer_states(collate_answers(model, *zip(*rows)))
+        return rows
+
+    lengths = []
+    for sample, features in zip(samples, media):
+        prompt = model.prompt_length(sample.parts, features)
+        lengths.append(prompt + len(model.answer_ids(sample.target)))
+    run.decoding.budget.run(cache, list(zip(samples, media)), lengths)
 
 
 def collate_with_masks(model: AVLanguageModel, samples: list[Sample], media: list) -> Batch:
@@ -274,13 +289,16 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
 add_trained_parts = common.add_trained_parts
 
 
-def load_model(settings: CrabSettings, empty: bool = False) -> AVLanguageModel:
+def load_model(
+    settings: CrabSettings, empty: bool = False, device: torch.device | str | None = None
+) -> AVLanguageModel:
     """Load the frozen backbone, with a mask decoder if the settings have one.
 
     Args:
-        empty: build it without weights, on the meta device.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
     """
-    return load.load_model(settings.backbone, settings.masks, empty)
+    return load.load_model(settings.backbone, settings.masks, empty, device)
 
 
 def built_in_data(settings: CrabSettings) -> Path:

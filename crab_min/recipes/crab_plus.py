@@ -17,7 +17,7 @@ def train(settings: Settings, preset: str) -> dict:
     run = common.open_run("crab_plus", preset, settings)
 
     # the frozen audio-visual LM, and the rows of all tasks, with answers as text
-    run.model = load_model(settings).to(run.device)
+    common.load_backbone(run, load_model)
     common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: the adapter, and the connectors and embeddings that --trainable names

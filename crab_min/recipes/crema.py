@@ -11,6 +11,8 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from crab_min.config import CremaSettings, ModalityConfig, TrainingConfig
 from crab_min.crema import EarlyExit
 from crab_min.data import Sample
@@ -33,7 +35,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
     run = common.open_run("crema", preset, settings)
 
     # the frozen video LM; prompts without sound, with the modalities of the video
-    run.model = load_model(settings).to(run.device)
+    common.load_backbone(run, load_model)
     common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: an adapter in the Q-Former, queries and a projection per modality; the fusion
@@ -112,7 +114,10 @@ def add_subsets(run: common.Run, evaluation: Evaluation) -> None:
         if subset != names:
             title = "+".join(subset)
             rows = add_side_channels(run.test_rows, subset[1:], needed=False)
-            texts = generate_answers(run.model, run.features, rows, run.decoding, title)
+            strict = not run.settings.data.allow_missing
+            texts = generate_answers(
+                run.model, run.features, rows, run.decoding, title, strict=strict
+            )
             subsets[title] = metric_by_type(score_all(rows, texts))
     subsets["+".join(names)] = metric_by_type(evaluation.scores)
 
@@ -175,11 +180,14 @@ def run_settings(settings: CremaSettings) -> CremaSettings:
     return settings
 
 
-def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
+def load_model(
+    settings: CremaSettings, empty: bool = False, device: torch.device | str | None = None
+) -> AVLanguageModel:
     """Load the frozen backbone.
 
     Args:
-        empty: build it without weights, on the meta device.
+        empty: build it without reading weights.
+        device: where it is loaded to (load.load_model).
 
     Raises:
         RunError: the backbone has no Q-Former for several modalities.
@@ -189,7 +197,7 @@ def load_model(settings: CremaSettings, empty: bool = False) -> AVLanguageModel:
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return common.load_model(settings, empty)
+    return common.load_model(settings, empty, device)
 
 
 def add_trained_parts(

@@ -39,7 +39,7 @@ def train_patch(settings: PaveSettings, name: str) -> dict:
     run = common.open_run("pave", name, settings)
 
     # the frozen video LLM; prompts without sound, with the side channels of the video
-    run.model = load_model(settings).to(run.device)
+    common.load_backbone(run, load_model)
     common.load_rows(run, built_in_data, prepare_samples)
 
     # what learns: LoRA on the LM, and a patch per side channel
@@ -99,7 +99,7 @@ def comparison_table(lora: dict, patch: dict) -> str:
     for task, result in patch["tasks"].items():
         guess = result.get("chance", result["constant"])
         lora_alone = common.types_of(task, lora["tasks"][task])
-        base = common.types_of(task, lora["base"][task])
+        base = common.types_of(task, lora["base"].get(task, {}))
         for name, with_patch in common.types_of(task, result).items():
             base_metric = base.get(name, {}).get("metric", math.nan)  # no row of it was asked
             lines.append(

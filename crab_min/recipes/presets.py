@@ -22,7 +22,10 @@ class Preset:
 # one line per concern: data, world, backbone, adapter, training, evaluation, what the paper needs
 
 # papers' values at full size that several presets share
-LARGE = dict(cache_features=False, task_sampling_exponent=1.0, gradient_checkpointing=True)
+LARGE = dict(
+    cache_features=False, task_sampling_exponent=1.0, gradient_checkpointing=True,
+    save_every=0, save_minutes=20,
+)
 CRAB_PLUS = LARGE | dict(
     backbone="omni",
     r=128, alpha=256, dropout=0.1,
@@ -71,7 +74,7 @@ PRESETS = {
     "crema-tiny": Preset(
         "crema", "CREMA's recipe on the shipped tiny base: modalities through its visual Q-Former",
         CREMA | dict(
-            frames=5, cache_features=True,
+            frames=5, cache_features=True, save_every=100, save_minutes=0,
             world_clips=450, world_test=60,
             weights="",
             lr=5e-3, connector_lr=5e-3, batch_size=16, steps=900, gradient_checkpointing=False,

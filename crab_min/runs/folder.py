@@ -28,7 +28,10 @@ from crab_min.interface import PromptLayout
 from crab_min.runs import processes
 
 # settings that do not change the result: a run may continue with other values of these
-FREE = {"data": ["max_bad", "workers"], "run": ["out", "save_every", "keep_checkpoints"]}
+FREE = {
+    "data": ["max_bad", "allow_missing", "workers"],
+    "run": ["out", "device", "save_every", "save_minutes", "keep_checkpoints", "eval_batch_tokens"],
+}
 
 
 # --- files that appear whole or not at all -------------------------------------------------------

@@ -4,7 +4,7 @@ They are started by `torchrun --nproc-per-node N train.py ...`.
 
 Every process has the whole model and takes its share of the batches of a step. The trained parts
 are small (adapters, connectors), so the model is not wrapped. After the last backward pass of a
-step the gradients of all processes are summed in one message, and each process makes the same
+step the gradients of all processes are summed in a few messages, and each process makes the same
 update.
 
 A part may be used by no sample of a process, such as an audio Q-Former in a batch without sound. It
@@ -21,19 +21,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from crab_min.devices import choose_device
 from crab_min.errors import RunError
 
+MESSAGE = 2**26  # numbers: 268 MB of float32
 
-def start() -> torch.device:
+
+def start(device_name: str = "", weights: str = "") -> torch.device:
     """Join the processes that torchrun started, and choose the device of this one.
 
+    Args:
+        device_name, weights: as devices.choose_device takes them.
+
     Raises:
-        RunError: there are more processes than GPUs, or they cannot talk to each other.
+        RunError: no such device, more processes than GPUs, or they cannot talk to each other.
     """
     # torchrun sets WORLD_SIZE
-    gpus = torch.cuda.device_count()
+    device = choose_device(device_name, weights)
     if "WORLD_SIZE" not in os.environ:
-        return torch.device("cuda" if gpus else "cpu")
+        return device
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
 
     # one GPU per process
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -60,11 +67,15 @@ def start() -> torch.device:
                 f"the processes did not find each other ({str(error).splitlines()[0]}); "
                 "start them with torchrun, or alone: python train.py ..."
             ) from error
-    return torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    return torch.device("cuda", local_rank) if gpus else device
 
 
 def end() -> None:
-    """Leave the process group."""
+    """Leave the process group.
+
+    A process that fails does not call it: while the others wait in a collective it would wait for
+    them. It ends, and torchrun ends the others.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -105,7 +116,7 @@ def sum_all(*numbers: float) -> list[float]:
 
 @torch.no_grad()
 def add_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients over the processes, in one message.
+    """Sum the gradients over the processes, MESSAGE numbers at a time.
 
     A parameter without a gradient on all processes keeps none, so that the optimizer skips it as it
     would in a single process.
@@ -113,17 +124,33 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
     if count() == 1:
         return
 
-    # one flag per parameter, then all gradients
+    # where any process has a gradient
     has_gradient = [float(p.grad is not None) for p in parameters]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flags = torch.tensor(has_gradient, device=parameters[0].device)
-    message = torch.cat([flags, *(gradient.flatten().float() for gradient in gradients)])
-    dist.all_reduce(message)
+    dist.all_reduce(flags)
+    learned = [p for p, anywhere in zip(parameters, flags.tolist()) if anywhere]
 
-    # the sums, in the same order
-    flags, *sums = message.split([len(parameters), *(p.numel() for p in parameters)])
-    for parameter, total, anywhere in zip(parameters, sums, flags.tolist()):
-        parameter.grad = total.view_as(parameter).to(parameter.dtype) if anywhere else None
+    # messages: each has at least one parameter, and a copy of it is all that this needs
+    messages: list[list[nn.Parameter]] = [[]]
+    for parameter in learned:
+        size = sum(p.numel() for p in messages[-1])
+        if messages[-1] and size + parameter.numel() > MESSAGE:
+            messages.append([])
+        messages[-1].append(parameter)
+    for together in messages:
+        add_gradients_of(together)
+
+
+def add_gradients_of(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients of some parameters over the processes, in one message."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    if not gradients:
+        return
+    message = torch.cat([gradient.flatten().float() for gradient in gradients])
+    dist.all_reduce(message)
+    sums = message.split([p.numel() for p in parameters])
+    for parameter, gradient, total in zip(parameters, gradients, sums):
+        parameter.grad = gradient.copy_(total.view_as(gradient))
 
 
 @torch.no_grad()
@@ -135,18 +162,43 @@ def broadcast_parameters(tensors: list[Tensor]) -> None:
 
 
 def shard(llm: nn.Module) -> None:
-    """Distribute the frozen weights of each decoder layer over the processes (FSDP2).
+    """Distribute the frozen weights of each layer of the LM over the processes (FSDP2).
 
-    A process keeps its share, and gathers the other shares while the layer runs. Trained weights
-    stay whole on each process, so saving, clipping and `add_gradients` stay the same. All processes
-    must run the LM equally often.
+    A process keeps its share, on its device, and gathers the other shares while the layer runs.
+    It is called before the LM is moved to the device, which alone need not hold it, and before
+    an adapter is added: what learns stays whole on each process, so saving, clipping and
+    `add_gradients` stay the same. All processes must run the LM equally often.
+
+    Raises:
+        RunError: there is no process group.
     """
-    # the layers are the largest list of modules in the LM
-    lists = [module for module in llm.modules() if isinstance(module, nn.ModuleList)]
-    layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
-    for layer in layers:
-        trained = {p for p in layer.parameters() if p.requires_grad}
-        fully_shard(layer, reshard_after_forward=True, ignored_params=trained)
+    if not dist.is_initialized():
+        raise RunError("--fsdp: several GPUs share the LM; start it with torchrun")
+    for stack in stacks(llm):
+        for layer in stack_layers(stack):
+            fully_shard(layer, reshard_after_forward=True)
+        # one root, so that a layer's weights are gathered while the one before it runs
+        fully_shard(stack, reshard_after_forward=True, ignored_params=set(stack.parameters()))
+
+
+def stacks(llm: nn.Module) -> list[nn.Module]:
+    """Return the modules of an LM that hold its layers: a decoder, and of T5 the encoder too.
+
+    The encoders of media in a multimodal LM are smaller, and do not run on every batch.
+    """
+    whole = sum(p.numel() for p in llm.parameters())
+    found = []
+    for module in llm.modules():
+        layers = stack_layers(module)
+        if layers and sum(p.numel() for p in layers.parameters()) > whole / 5:
+            found.append(module)
+    return found
+
+
+def stack_layers(module: nn.Module) -> nn.ModuleList | None:
+    """Return the list of layers that a module has as a child: `layers`, or T5's `block`."""
+    layers = getattr(module, "layers", None) or getattr(module, "block", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from crab_min.answers import GRID, mask_box
 from crab_min.backbones.composed import ComposedModel
 from crab_min.config import BaseConfig
-from crab_min.model import bf16_autocast
+from crab_min.devices import bf16_autocast
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import EMOTIONS, Scene
 from crab_min.world.things import RATE, SECONDS, SIZE
@@ -156,7 +156,7 @@ def train_see(model: ComposedModel, renderer: Renderer, config: BaseConfig, log:
     rng = np.random.default_rng(config.seed)
     probes = VisualProbes(model, len(renderer.things), len(renderer.places))
 
-    @bf16_autocast()
+    @bf16_autocast(torch.device("cpu"))
     def loss_of(step: int) -> tuple[Tensor, Figures]:
         # one frame per scene, at any time
         kinds = ("one", "many", "many", "action", "face")
@@ -284,7 +284,7 @@ def train_hear(model: ComposedModel, renderer: Renderer, config: BaseConfig, log
     width = model.audio_qformer.config.queries * model.llm.config.hidden_size
     head = probe(width, things + len(EMOTIONS) + 1)
 
-    @bf16_autocast()
+    @bf16_autocast(torch.device("cpu"))
     def loss_of(step: int) -> tuple[Tensor, Figures]:
         # sound tracks, and what sounds in each of their pieces
         seconds = 2 if step % 3 == 2 else 1  # per piece

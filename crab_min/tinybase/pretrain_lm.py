@@ -24,8 +24,9 @@ from torch import Tensor
 
 from crab_min.backbones.composed import ComposedModel
 from crab_min.config import BaseConfig
+from crab_min.devices import bf16_autocast
 from crab_min.interface import PromptPart
-from crab_min.model import NO_LABEL, bf16_autocast
+from crab_min.model import NO_LABEL
 from crab_min.tinybase.captions import with_keywords_or_recap
 from crab_min.tinybase.examples import Example, encode_examples, make_copy_example, make_example
 from crab_min.tinybase.pretrain_encoders import Figures, sample_scenes, train_stage
@@ -132,7 +133,7 @@ class Curriculum:
                 if len(recent_losses) == 20 and sum(recent_losses) / 20 < lesson.until:
                     break
 
-    @bf16_autocast()
+    @bf16_autocast(torch.device("cpu"))
     def loss(
         self, step: int, lesson: Lesson, earlier: tuple[Lesson, ...]
     ) -> tuple[Tensor, Figures]:

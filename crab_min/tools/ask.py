@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -11,15 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import TextStreamer
 
 from crab_min.answers import Answer
 from crab_min.config import Settings
 from crab_min.data import Sample, pick_tasks, read_samples
+from crab_min.devices import choose_device, describe_device
 from crab_min.errors import DataError, ModelError, RunError
 from crab_min.evaluation.answering import DEFAULT_LIMIT
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.evaluation.masks import MakeMasks, masks_from_boxes, predict_masks
 from crab_min.evaluation.pictures import draw_answer, draw_routing
 from crab_min.evaluation.routing import routing_stats
@@ -50,14 +52,15 @@ class LoadedRun:
         return self.saved.settings
 
 
-def load_run(folder: str) -> LoadedRun:
+def load_run(folder: str, device: str = "") -> LoadedRun:
     """Load a run with its trained parts, ready to answer.
 
     Args:
         folder: "" for the newest finished run under runs/, else the shipped adapter.
+        device: as devices.choose_device takes it.
 
     Raises:
-        RunError: the folder is not that of a run.
+        RunError: the folder is not that of a run, or there is no such device.
         ModelError: its weights cannot be loaded.
     """
     # the folder
@@ -68,11 +71,15 @@ def load_run(folder: str) -> LoadedRun:
     # the model, as its recipe loads it, with the trained parts and prompts of the run
     saved = load_saved_run(Path(folder))
     recipe = importlib.import_module(f"crab_min.recipes.{saved.recipe}")
-    model = recipe.load_model(saved.settings)
+    on = choose_device(device, saved.settings.backbone.pretrained)
+    if on.type != "cpu":
+        print(f"device: {describe_device(on)}", file=sys.stderr)
+    model = recipe.load_model(saved.settings, device=on)
     model.load_trained(Path(folder))
     if saved.layout:
         model.layout = saved.layout
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(on)
+    model.bf16 = saved.settings.training.bf16
     return LoadedRun(Path(folder), saved, recipe, model.eval())
 
 
@@ -235,7 +242,7 @@ def chosen_task(given: Namespace, default: str = "avqa") -> Task:
 # --- answers -------------------------------------------------------------------------------------
 
 
-def mask_maker(given: Namespace, model: AVLanguageModel) -> MakeMasks | None:
+def mask_maker(given: Namespace, model: AVLanguageModel, budget: TokenBudget) -> MakeMasks | None:
     """Return the function that makes masks of answers.
 
     It uses --masks or the model's decoder.
@@ -253,10 +260,10 @@ def mask_maker(given: Namespace, model: AVLanguageModel) -> MakeMasks | None:
             "`python train.py crab-tiny --stage masks`, or use --masks sam2 or box"
         )
     if given.masks in ("sam2", "box"):
-        sam2 = Sam2(given.sam2) if given.masks == "sam2" else None
+        sam2 = Sam2(given.sam2, model.device) if given.masks == "sam2" else None
         return lambda features, samples, texts: masks_from_boxes(samples, texts, sam2)
     if model.predicts_masks:
-        return partial(predict_masks, model)
+        return partial(predict_masks, model, budget)
     return None
 
 
@@ -284,7 +291,7 @@ def ask(given: Namespace) -> None:
         given: the flags of infer.py.
     """
     # the run, the samples in its form, and their features
-    run = load_run(given.run)
+    run = load_run(given.run, given.device)
     apply_model_flags(run, given)
     samples = prepare(samples_of(given, run), given, run)
     features = Features(run.model, keep=True)
@@ -293,7 +300,7 @@ def ask(given: Namespace) -> None:
     # without SAM2 the box still says where
     make_masks, no_mask = None, ""
     try:
-        make_masks = mask_maker(given, run.model)
+        make_masks = mask_maker(given, run.model, TokenBudget())
     except ModelError as error:
         no_mask = str(error)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from crab_min.data import Sample, pick_tasks, read_samples
 from crab_min.evaluation.ablation import ablate_modality
 from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.evaluation.pictures import draw_sheet
 from crab_min.evaluation.report import evaluate, some_of_each_task
 from crab_min.evaluation.scores import evaluation_table, write_predictions
@@ -33,7 +34,7 @@ def evaluate_split(given: Namespace) -> None:
         given: the flags of infer.py.
     """
     # the run, and the samples in its form
-    run = load_run(given.run)
+    run = load_run(given.run, given.device)
     apply_model_flags(run, given)
     root, samples = read_split(given, run)
 
@@ -42,8 +43,9 @@ def evaluate_split(given: Namespace) -> None:
         name: given.max_new_tokens or run.saved.token_limits.get(name, DEFAULT_LIMIT)
         for name in sorted({sample.task.name for sample in samples})
     }
-    decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, given.batch_size)
-    make_masks = mask_maker(given, run.model)
+    budget = TokenBudget(given.eval_batch_tokens)
+    decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, budget)
+    make_masks = mask_maker(given, run.model, budget)
 
     # without --allow-missing an unreadable file is an error here, before anything is written
     features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
@@ -57,14 +59,9 @@ def evaluate_split(given: Namespace) -> None:
     partial = continued_answers(out, described)
 
     # answers and scores
+    strict = not given.allow_missing
     evaluation = evaluate(
-        run.model,
-        features,
-        samples,
-        decoding,
-        make_masks=make_masks,
-        partial=partial,
-        strict=not given.allow_missing,
+        run.model, features, samples, decoding, make_masks, partial=partial, strict=strict
     )
 
     # files and tables
@@ -135,7 +132,7 @@ def describe(
         "ablate": given.ablate,
         "prompts": bool(given.prompts),
         "limits": decoding.limits,
-        "batch_size": given.batch_size,
+        "eval_batch_tokens": given.eval_batch_tokens,
         "masks": given.masks,
         "sides": sorted({part.side for sample in samples for part in sample.media if part.side}),
         "decoding": method,

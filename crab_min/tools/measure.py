@@ -9,8 +9,8 @@ shapes and no values. The code that trains runs on them in a second, whatever th
 Shapes: B samples, L tokens of a prompt with its answer, D width of the LM, V words.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from crab_min.config import Settings
 from crab_min.encoders import MediaFeatures
 from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
+from crab_min.evaluation.budget import TokenBudget
 from crab_min.masks import MASK_TOKEN_COUNT
 from crab_min.model import AVLanguageModel, index_by_kind
 
@@ -74,17 +77,12 @@ def without_values(medium: MediaFeatures) -> MediaFeatures:
 # --- the LM --------------------------------------------------------------------------------------
 
 
-def lm_of(model: AVLanguageModel) -> nn.Module:
-    """Return the LM without PEFT's wrapper; an adapter stays inside."""
-    return model.llm.get_base_model() if hasattr(model.llm, "get_base_model") else model.llm
-
-
 def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
     """Return the LM's decoder, and before it its encoder if it has one.
 
     The head is left out.
     """
-    lm = lm_of(model)
+    lm = model.base_lm
     return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
 
 
@@ -118,20 +116,24 @@ def lm_dtype(model: AVLanguageModel) -> torch.dtype:
 
 def lm_loss(model: AVLanguageModel, rows: int, length: int) -> Tensor:
     """Run the LM, and the loss on ANSWER tokens of each row, as token_losses does."""
-    lm = lm_of(model)
+    lm = model.base_lm
     x = torch.zeros(rows, length, lm_width(model), dtype=lm_dtype(model), requires_grad=True)
     labels = torch.zeros(rows, ANSWER, dtype=torch.long)
     if lm.config.is_encoder_decoder:
         mask = torch.ones(rows, length, dtype=torch.long)
-        return lm(inputs_embeds=x, attention_mask=mask, labels=labels).loss
+        return lm(inputs_embeds=x, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    # the whole mask (B, 1, L, L), since transformers looks at the values of one that is (B, L)
     (decoder,) = lm_stacks(model)
-    adds_mask = decoder.config._attn_implementation == "eager"  # to its logits
-    mask = torch.zeros(rows, 1, length, length, dtype=x.dtype if adds_mask else torch.bool)
+    mask = attention_mask(decoder, rows, length, x.dtype)
     hidden = decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
     logits = lm.get_output_embeddings()(hidden[:, -ANSWER - 1 :])  # (B, ANSWER + 1, V)
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+
+
+def attention_mask(decoder: nn.Module, rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Return a whole mask (B, 1, L, L); transformers looks at the values of one that is (B, L)."""
+    adds_mask = decoder.config._attn_implementation == "eager"  # to its logits
+    return torch.zeros(rows, 1, length, length, dtype=dtype if adds_mask else torch.bool)
 
 
 def measure_layer(model: AVLanguageModel, measure: Callable[[], int]) -> tuple[int, int]:
@@ -241,42 +243,103 @@ def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int)
 
 def cache_bytes(model: AVLanguageModel) -> int:
     """Compute the bytes of the keys and values of one token in all layers of the LM."""
-    config = lm_of(model).config.get_text_config()
+    config = model.base_lm.config.get_text_config()
     kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     head_width = getattr(config, "head_dim", None) or lm_width(model) // config.num_attention_heads
     return 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * lm_dtype(model).itemsize
 
 
-def answered_together(settings: Settings) -> int:
-    """Return how many prompts evaluation answers together."""
-    return RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+def answered_together(settings: Settings, tokens: int) -> int:
+    """Return how many prompts of so many tokens evaluation answers together.
+
+    Args:
+        tokens: of a prompt with its answer.
+    """
+    most = RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+    return TokenBudget(settings.run.eval_batch_tokens).rows(most * [tokens], most)
 
 
 def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
-    """Compute what evaluation takes beside the weights for a batch of such prompts.
+    """Count what evaluation takes beside the weights for a batch of such prompts.
 
-    Counted are the keys and values of all layers, of `answered_together` prompts with answers of
-    DEFAULT_LIMIT tokens, and the widest moment while the prompts are read. That is an MLP (gate, up
-    and their product, beside the hidden states before and after the layer), or it is the logits: of
-    one token per row; of whole prompts, where the LM cannot keep fewer (Qwen2.5-Omni); or of ANSWER
-    tokens, also in float32, where options are ranked.
+    The LM reads the prompts with one layer and with two: each layer adds its keys and values to
+    what there is at the widest moment. Answers of DEFAULT_LIMIT tokens add theirs.
     """
-    lm, itemsize = lm_of(model), lm_dtype(model).itemsize
-    config = lm.config.get_text_config()
-    rows, length = answered_together(settings), prompt.tokens - ANSWER
-    cache = rows * (length + DEFAULT_LIMIT) * cache_bytes(model)
+    length = prompt.tokens - ANSWER
+    rows = answered_together(settings, length + DEFAULT_LIMIT)
 
-    # what is there beside the cache, at most
-    mlp_width = max(linear.out_features for linear in lm_linears(model))
-    mlp = rows * length * (3 * mlp_width + 2 * lm_width(model)) * itemsize
-    keeps_last = "logits_to_keep" in inspect.signature(lm.forward).parameters
+    @torch.no_grad()
+    def answer() -> None:
+        if settings.run.eval_mode == "rank":
+            lm_loss(model, rows, prompt.tokens)
+        else:
+            read_prompts(model, rows, length)
+
+    in_bf16 = lm_dtype(model) == torch.bfloat16
+    rest, layer = measure_layer(model, lambda: peak_bytes(model, answer, in_bf16))
+    depth = len(lm_layers(model)[0])
     if settings.run.eval_mode == "rank":
-        logits = rows * ANSWER * config.vocab_size * (itemsize + 4)
-    elif keeps_last or lm.config.is_encoder_decoder:
-        logits = rows * config.vocab_size * itemsize
-    else:
-        logits = rows * length * config.vocab_size * itemsize
-    return cache + max(mlp, logits)
+        return rest + depth * layer
+    return rest + depth * layer + rows * DEFAULT_LIMIT * cache_bytes(model)
+
+
+def read_prompts(model: AVLanguageModel, rows: int, length: int) -> None:
+    """Run the LM on prompts and keep the logits of their last tokens, as `generate` begins."""
+    lm = model.base_lm
+    x = torch.zeros(rows, length, lm_width(model), dtype=lm_dtype(model))
+    if lm.config.is_encoder_decoder:
+        lm.encoder(inputs_embeds=x, attention_mask=torch.ones(rows, length, dtype=torch.long))
+        return
+    (decoder,) = lm_stacks(model)
+    mask = attention_mask(decoder, rows, length, x.dtype)
+    output = decoder(inputs_embeds=x, attention_mask=mask, use_cache=True)
+    lm.get_output_embeddings()(output.last_hidden_state[:, -1:])  # (B, 1, V)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make, as long as they are there.
+
+    Args:
+        others: tensors that do not count.
+    """
+
+    def __init__(self, others: Iterable[Tensor]):
+        super().__init__()
+        self.current = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in others}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed; views share one."""
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.current += size
+            self.peak = max(self.peak, self.current)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        """Forget a storage that was freed."""
+        self.known.discard(key)
+        self.current -= size
+
+
+def peak_bytes(model: nn.Module, forward: Callable, bf16: bool) -> int:
+    """Count the most bytes that a forward holds at once, beside the model.
+
+    Args:
+        bf16: matrix products in bfloat16, as a GPU computes them.
+    """
+    in_bf16 = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live, in_bf16:
+        forward()
+    return live.peak
 
 
 # --- operations ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from crab_min.config import Settings
 from crab_min.data import SAMPLE_RATE, Sample, pick_tasks
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError
+from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.interface import PromptPart, audio_windows, build_prompt
 from crab_min.model import AVLanguageModel
 from crab_min.tasks import TASKS, Task
@@ -446,6 +447,7 @@ def cost_lines(result: Plan) -> list[str]:
 def memory_lines(result: Plan) -> list[str]:
     longest = max(result.tokens.values())
     training = result.settings.training
+    together = answered_together(result.settings, longest - ANSWER + DEFAULT_LIMIT)
     checkpointing = "on" if training.gradient_checkpointing else "off"
     lines = [
         "",
@@ -460,7 +462,7 @@ def memory_lines(result: Plan) -> list[str]:
         "optimizer": "optimizer (AdamW)",
         "activations": "activations",
         "training": "training, together",
-        "evaluation": f"evaluation, {answered_together(result.settings)} samples",
+        "evaluation": f"evaluation, {together} samples",
     }
     columns = result.memory.values()
     for name, title in titles.items():

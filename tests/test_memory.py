@@ -1,0 +1,225 @@
+"""Memory: batches that fit, what happens where they do not, and what --plan says of it."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+import infer
+import train
+from crab_min.backbones.composed import load_base
+from crab_min.backbones.masking import MaskingModel
+from crab_min.cli import parse_train
+from crab_min.config import RunConfig, Settings
+from crab_min.errors import RunError
+from crab_min.evaluation.answering import DEFAULT_LIMIT
+from crab_min.evaluation.budget import TokenBudget
+from crab_min.model import AVLanguageModel, Batch
+from crab_min.recipes.presets import PRESETS
+from crab_min.runs.folder import checkpoints_of
+from crab_min.tools.measure import (
+    ANSWER,
+    Prompt,
+    cache_bytes,
+    evaluation_bytes,
+    fill,
+    lm_loss,
+    read_prompts,
+)
+from crab_min.tools.plan import plan, report
+
+FULL = "CUDA out of memory. Tried to allocate 14.5 GB"
+
+# the recipes of README, "Train the papers", and the GPU that each names, in GB
+RECIPES = {
+    "crab_plus-7b": 80,
+    "crab_plus-7b --load-in-4bit --r 32 --alpha 64 --batch-size 1": 24,
+    "crab_plus-3b --load-in-4bit": 24,
+    "crab-7b --stage visual": 80,
+    "crab-7b --stage unified": 80,
+    "crab-7b --stage unified --load-in-4bit": 24,
+    "crab-7b --stage masks": 80,
+    "pave-7b --batch-size 8": 80,
+    "pave-7b --load-in-4bit --batch-size 2": 24,
+    "pave-0.5b --batch-size 4": 24,
+    "crema-xl --modalities rgb,audio,flow": 24,
+}
+
+
+# --- the budget -----------------------------------------------------------------------------------
+
+
+def upper(items: list[str]) -> list[str]:
+    return [item.upper() for item in items]
+
+
+def test_batches_are_cut_by_their_padded_tokens():
+    sizes = []
+
+    def note(items: list[str]) -> list[str]:
+        sizes.append(len(items))
+        return upper(items)
+
+    # 3 x 30 and 2 x 40 tokens are within 90; what is longer than the budget goes alone
+    lengths = [30, 20, 10, 40, 40, 200, 10]
+    assert TokenBudget(90).run(note, list("abcdefg"), lengths) == list("ABCDEFG")
+    assert sizes == [3, 2, 1, 1]
+    sizes.clear()
+    TokenBudget(10_000).run(note, list("abcdefg"), lengths, most=3)
+    assert sizes == [3, 3, 1]
+
+
+def test_out_of_memory_halves_the_batches_and_is_said_once(capsys):
+    def small(items: list[str]) -> list[str]:
+        if len(items) > 2:
+            raise torch.OutOfMemoryError(FULL)
+        return upper(items)
+
+    budget = TokenBudget(100)
+    assert budget.run(small, list("abcdefghij"), 10 * [10]) == list("ABCDEFGHIJ")
+    assert budget.run(small, list("abc"), 3 * [10]) == list("ABC")
+    assert budget.tokens == 25  # two rows
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("out of memory") == 1
+
+
+def test_one_sample_that_does_not_fit_is_an_error():
+    def none(items: list[str]) -> list[str]:
+        raise torch.OutOfMemoryError(FULL)
+
+    with pytest.raises(RunError, match="one sample of 10 tokens .CUDA out of memory.*--frames"):
+        TokenBudget(100).run(none, ["a", "b"], [10, 10])
+
+
+# --- out of memory in the commands ----------------------------------------------------------------
+
+
+def fail_above(monkeypatch, owner: type, method: str, rows: int) -> list[int]:
+    """Let a method of a model raise an OutOfMemoryError for batches of more rows.
+
+    Returns:
+        the rows of the batches that it has done.
+    """
+    original, done = getattr(owner, method), []
+
+    def limited(self, batch: Batch, *arguments, **options):
+        if batch.rows > rows:
+            raise torch.OutOfMemoryError(FULL)
+        done.append(batch.rows)
+        return original(self, batch, *arguments, **options)
+
+    monkeypatch.setattr(owner, method, limited)
+    return done
+
+
+@pytest.mark.parametrize("mode, method", [("generate", "generate"), ("rank", "token_losses")])
+def test_an_evaluation_goes_on_with_fewer_rows(
+    mode, method, small_world, tmp_path, monkeypatch, capsys
+):
+    """A run of one step whose evaluations, before and after it, meet a small GPU."""
+    done = fail_above(monkeypatch, AVLanguageModel, method, 3)
+    if mode == "rank":
+        answers = [f"<answer> {name}</answer>" for name in ("yes", "no", "two")]
+        monkeypatch.setattr("crab_min.evaluation.answering.options", lambda sample: answers)
+    command = f"--data {small_world} --tasks avqa,ks --test-rows 6 --steps 1 --batch-size 2"
+    command += f" --eval-mode {mode} --out {tmp_path / 'run'}"
+    assert train.main(command.split()) == 0
+    assert max(done) <= 3
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {task: result["n"] for task, result in metrics["tasks"].items()} == {"avqa": 6, "ks": 4}
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("out of memory") == 1
+
+
+def test_masks_go_on_with_fewer_rows(small_world, tmp_path, monkeypatch):
+    done = fail_above(monkeypatch, MaskingModel, "predict_masks", 2)
+    cached = fail_above(monkeypatch, MaskingModel, "cache_answer_states", 3)
+    run = tmp_path / "run"
+    command = f"crab-tiny --stage masks --data {small_world} --tasks s4 --test-rows 5 --steps 2"
+    assert train.main([*command.split(), "--text-steps", "1", "--out", str(run)]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["masks"]["s4"]["n"] == 4
+    assert max(done + cached) <= 3
+
+
+def test_out_of_memory_in_training_keeps_the_last_checkpoint(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    forward, calls = AVLanguageModel.forward, []
+
+    def limited(self, batch: Batch):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError(FULL)
+        return forward(self, batch)
+
+    monkeypatch.setattr(AVLanguageModel, "forward", limited)
+    run = tmp_path / "run"
+    command = (
+        f"--data {small_world} --tasks ks --test-rows 1 --steps 5 --save-every 1 --no-baseline"
+    )
+    command = [*command.split(), "--batch-size", "2", "--out", str(run)]
+    assert train.main(command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory" in error and "--batch-size" in error
+    assert [checkpoint.name for checkpoint in checkpoints_of(run)] == ["step_3"]
+    assert train.main(command) == 0
+
+
+def test_out_of_memory_elsewhere_is_one_line(monkeypatch, capsys):
+    def ask(given):
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("crab_min.tools.ask.ask", ask)
+    assert infer.main(["clip.mp4", "--ask", "What is it?"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out of memory" in error and "--frames" in error
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_every_recipe_fits_the_gpu_that_it_names(command):
+    given, settings = parse_train(command.split())
+    recipe = importlib.import_module(f"crab_min.recipes.{PRESETS[given.preset].recipe}")
+    result = plan(recipe, settings)
+    memory = next(iter(result.memory.values()))
+    assert memory.fits(RECIPES[command])
+    assert memory.evaluation > memory.frozen and "evaluation, " in report(result)
+
+
+@pytest.mark.parametrize("mode", ["generate", "rank"])
+def test_the_plan_of_an_evaluation_is_what_the_tiny_model_allocates(mode):
+    """The profiler sees each allocation while the LM reads prompts: within a fifth."""
+    rows, length = 20, 300
+    run = RunConfig(eval_mode=mode, eval_batch_tokens=rows * (length + DEFAULT_LIMIT))
+    settings = Settings(run=run)
+    model = load_base().eval()
+    model.add_adapter(settings.adapter)
+
+    def answer() -> None:
+        with torch.no_grad():
+            if mode == "rank":
+                lm_loss(model, rows, length + ANSWER)
+            else:
+                read_prompts(model, rows, length)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        answer()
+    events = profiler.profiler.kineto_results.events()
+    allocated = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+
+    # the plan also knows of the answers that are to come
+    if mode == "generate":
+        peak += rows * DEFAULT_LIMIT * cache_bytes(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(model)
+        estimate = evaluation_bytes(model, settings, Prompt(length + ANSWER, []))
+    assert estimate == pytest.approx(peak, rel=0.2)
