@@ -148,11 +148,11 @@ def wrap(text: str, columns: int) -> str:
 def papers() -> None:
     """Draw the four papers as columns between what they share: input, LM, answers."""
     figure, axes = canvas(7.4, rows=123)
-    grey = {"ha": "center", "va": "center", "color": GREY}
 
     # from media to features
-    for left, width, text in ((0, 22, "frames"), (26, 22, "sound"), (52, 48, "flow, depth, 3D, another view")):
-        box(axes, left, 0, width, 8, text)
+    box(axes, 0, 0, 22, 8, "frames")
+    box(axes, 26, 0, 22, 8, "sound")
+    box(axes, 52, 0, 48, 8, "flow, depth, 3D, another view")
     for x in (11, 37, 76):
         arrow(axes, (x, 8), (x, 12))
     prompt = "unified interface: media in order, then the question"
@@ -183,7 +183,7 @@ def papers() -> None:
     adapter = "I-LoRA: $W x + (\\alpha / r)\\,\\Sigma_k w_k B_k A\\,x$"
     box(axes, 2, 84, 46, 9, adapter, PAPERS["Crab"])
     box(axes, 52, 84, 22, 9, "LoRA", PAPERS["PAVE"])
-    axes.text(89, 88.5, "no adapter", **grey)
+    axes.text(89, 88.5, "no adapter", ha="center", va="center", color=GREY)
 
     # answers
     arrow(axes, (50, 95), (50, 99))
@@ -193,7 +193,7 @@ def papers() -> None:
         arrow(axes, (x, 107), (x, 111))
     box(axes, 0, 111, 22, 12, "mask tokens,\nmask decoder", PAPERS["Crab"], size=10)
     box(axes, 26, 111, 22, 12, "box, points,\nSAM2", PAPERS["Crab+"], size=10)
-    axes.text(76, 117, "no masks", **grey)
+    axes.text(76, 117, "no masks", ha="center", va="center", color=GREY)
     save_picture(figure, "papers")
 
 
@@ -294,7 +294,7 @@ def draw_layer(axes: Axes) -> None:
     box(axes, 14, 25, 12, 12, "$A$", colour)
     box(axes, 14, 50, 40, 10, "router: $w = softmax(R\\,x)$", colour)
 
-    # every head is weighted by the router, then all are added
+    # the router weights the output of each head; their sum is added to the frozen linear's output
     line(axes, [(54, 55), (64, 55), (64, 19)], colour)
     arrow(axes, (64, 55), (64, 46), colour)
     for k, top in enumerate((15, 26.5, 38)):
