@@ -130,7 +130,7 @@ def test_pictures_are_small_have_a_text_and_are_shown():
     assert sum(sizes.values()) < 1_200_000
     assert not [name for name in sizes if f"figures/{name}" not in shown]
     made = re.search(r"^ALL = \((.+)\)$", text_of(FIGURES / "make.py"), re.M)[1].split(", ")
-    assert len(made) == 10 and {f"{name}.png" for name in made} <= set(sizes)
+    assert len(made) == 11 and {f"{name}.png" for name in made} <= set(sizes)
 
 
 # --- names and tables -----------------------------------------------------------------------------
@@ -177,6 +177,7 @@ def test_docs_data_has_every_task_with_its_metric():
         kinds = [medium.kind for medium in task.media]
         frames = f" ({task.frames})" if "video" in kinds else ""
         assert cells[1] == " ".join(kinds) + frames, name
+        assert cells[6] == task.instruction, name
 
 
 def test_the_paper_map_names_functions_that_exist():
