@@ -3,5 +3,5 @@
     python -m crab_min.tools.reason --data IN --out OUT --llm MODEL
 
 Read in this order: briefs and examples (what a model is told), verify (what it may answer), writers
-(who answers), asking (asked, checked, asked again, logged), rows (what is read and written), report.
+(who answers), asking (ask, check, ask again, log), rows (what is read and written), report.
 """

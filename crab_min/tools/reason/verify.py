@@ -226,6 +226,8 @@ def box_fault(evidence: str) -> Rejection | None:
 NEGATIONS = re.compile(
     r"\b(?:not|no|never|nor|neither|without|silent|instead|rather|than|unlike)\b|n't\b"
 )
+# words that lead to the label: "So", "Therefore, the answer is"
+LEAD = re.compile(r"\b(?:so|therefore|thus|hence)?,?(?: the \w+ (?:is|are|was))?[\s:]*$")
 VERDICT = re.compile(
     r"\b(?:answer|option|choice|emotion|action|mood) (?:must be|should be|is|was|:)"
     r"(?: the| option)? ([^.;,<]+)"
@@ -245,7 +247,7 @@ def option_fault(evidence: str, sample: Sample, rules: Rules) -> Rejection | Non
     options = sample.gold.choices or sample.task.options or rules.options
     others = [option for option in options if normalize_label(option) != normalize_label(gold)]
     text = evidence.lower()
-    last = re.split(r"[.!?]\s+", text.rstrip(" .!?"))[-1]
+    last = re.split(r"[.!?]\s+", LEAD.sub("", text).rstrip(" .!?"))[-1]
     verdicts = [match[1] for match in VERDICT.finditer(text)]
     for other in others:
         pattern = option_pattern(other, sample)

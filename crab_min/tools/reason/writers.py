@@ -35,6 +35,8 @@ Message = (
 KEY = "OPENAI_API_KEY"  # environment variable with the key of a server
 MAX_TOKENS = 400  # of a reply
 MAX_FAILURES = 10  # requests in a row without a reply, after which a run stops
+FIRST_PAUSE = 1.0  # seconds before a request is sent again; they double each time
+LONGEST_PAUSE = 60.0  # seconds
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # states of a server that pass
 
 
@@ -84,19 +86,13 @@ class Server:
         parallel: requests at once.
         timeout: seconds until a request without an answer is given up.
         retries: how often a request is sent again after a passing fault.
-        wait: seconds before the first retry; they double with each one.
     """
 
     def __init__(
-        self,
-        address: str,
-        parallel: int = 4,
-        timeout: float = 120.0,
-        retries: int = 5,
-        wait: float = 1.0,
+        self, address: str, parallel: int = 4, timeout: float = 120.0, retries: int = 5
     ):
         self.url, _, self.model = address.rstrip("/").partition("#")
-        self.parallel, self.timeout, self.retries, self.wait = parallel, timeout, retries, wait
+        self.parallel, self.timeout, self.retries = parallel, timeout, retries
         self.name = address
         self.stopped = threading.Event()
 
@@ -168,7 +164,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         fault = ""
         for attempt in range(self.retries + 1):
-            pause = self.wait * 2**attempt * random.uniform(0.75, 1.25)
+            pause = FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)
             try:
                 request = urllib.request.Request(self.url + path, data, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
@@ -181,7 +177,7 @@ class Server:
             # refused, dropped or slow connections, and answers that are no JSON
             except (OSError, http.client.HTTPException, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
-            if attempt == self.retries or self.stopped.wait(min(pause, 60.0)):
+            if attempt == self.retries or self.stopped.wait(min(pause, LONGEST_PAUSE)):
                 break
         raise ConnectionError(fault)
 
