@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from crab_min.data import read_samples
 from crab_min.model import ASSETS
 from crab_min.tasks import TASKS
-from crab_min.tools.reason import writers
+from crab_min.tools import check
+from crab_min.tools.reason import report, writers
 from crab_min.tools.reason.__main__ import main
 from crab_min.tools.reason.briefs import closing_words, example_sample, load_briefs, row_facts
 from crab_min.tools.reason.examples import Example
@@ -44,6 +45,8 @@ REJECTED = [
     ("ave", BELL, f"The bell is heard. {BELL_TAG} I hope this helps.", "not last"),
     ("ave", BELL, f"The <b>bell</b> is heard. {BELL_TAG}", "markup"),
     ("ave", BELL, f"Bell. {BELL_TAG}", "too short"),
+    ("ave", BELL, "Therefore, the event is <event> bell, (2 8)</event>.", "too short"),
+    ("s4", BOX, BOX_END, "too short"),
     ("ave", BELL, f"{'A bell rings. ' * 50}{BELL_TAG}", "too long"),
     ("ave", BELL, f"The bell is heard from 3 to 9. {BELL_TAG}", "time"),
     ("ave", BELL, f"The bell is heard from two to 0:09. {BELL_TAG}", "time"),
@@ -128,7 +131,7 @@ def test_instructions_and_examples_may_not_come_back():
     assert verify(sample, f"{words}. {BELL_TAG}", rules).kind == "leak"
     copied = "a bell is in the picture"
     assert verify(sample, f"A bell is in the picture. {BELL_TAG}", Rules()) is None
-    rules = Rules(examples=frozenset([copied + " so"]))
+    rules = Rules(examples=frozenset([copied]))
     assert verify(sample, f"A bell is in the picture. {BELL_TAG}", rules).kind == "leak"
 
 
@@ -411,7 +414,8 @@ def test_a_model_that_babbles_changes_no_label(tmp_path, small_world, chat_model
 
 # --- the template, on all tasks -------------------------------------------------------------------
 @pytest.mark.parametrize("where", ["small_world", "real_media"])
-def test_the_template_is_verified_on_every_row(where, tmp_path, request):
+def test_the_template_is_verified_on_every_row(where, tmp_path, request, monkeypatch):
+    monkeypatch.setattr(report, "SHEET_ROWS", 2)
     data = request.getfixturevalue(where)
     assert run(data, tmp_path / "out", "--llm", "template", "--rewrite") == 0
     count = json.loads((tmp_path / "out/report.json").read_text())["counts"]
@@ -448,6 +452,21 @@ def test_rows_with_reasoning_without_media_and_without_a_label_are_not_asked(
     assert counts(out)["verified"] == 1
     written = json.loads((out / "ave/train.json").read_text())
     assert written[0]["label_content"] == rows[0]["label_content"] and len(written) == 4
+
+
+def test_the_check_counts_reasoned_rows_and_draws_them(tmp_path, small_world, capsys):
+    data = make_rows(tmp_path / "in", small_world, ["a", "b", "c"], tests=["d"])
+    file = data / "ave/train.json"
+    rows = json.loads(file.read_text())
+    rows[0]["label_content"] = "A bell is heard. So <event> a bell, (2 8)</event>."
+    rows[1]["label_content"] = "So the event is <event> b bell, (2 8)</event>."
+    file.write_text(json.dumps(rows))
+    files = ["--out", str(tmp_path / "check.json"), "--figure", str(tmp_path / "check.png")]
+    assert check.main(["--data", str(data), "--headers", "--workers", "0", *files]) == 0
+    split = json.loads((tmp_path / "check.json").read_text())["tasks"]["ave/train"]
+    assert (split["rows"], split["reasoned"], split["words"]) == (3, 1, [5, 8, 10])
+    assert "localisation: 3 training rows, 0.333 of them reasoned" in capsys.readouterr().out
+    assert (tmp_path / "check.png").stat().st_size > 5000
 
 
 # --- one line per mistake -------------------------------------------------------------------------

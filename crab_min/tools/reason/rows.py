@@ -143,7 +143,8 @@ def has_reasoning(sample: Sample) -> bool:
     answer = sample.task.parse(sample.target)
     if answer.error or not can_be_reasoned(sample.task):
         return False
-    return bool(re.search(r"\w", split_text(sample, sample.target)[0]))
+    evidence, _ = split_text(sample, sample.target)
+    return bool(re.search(r"\w", evidence))
 
 
 def make_jobs(

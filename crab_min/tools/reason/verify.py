@@ -129,8 +129,16 @@ def same_label(answer: Answer, gold: Answer) -> bool:
 TAGS = re.compile(rf"<\s*/?\s*(?:{'|'.join(ANSWER_TAGS)})\s*>", re.IGNORECASE)
 
 
+# words that lead to the label and are no evidence: "So", "Therefore, the answer is", "It is at"
+LEAD = re.compile(
+    r"\b(?:so|therefore|thus|hence)?,?\s*"
+    r"(?:\b(?:the \w+ (?:is|are)|(?:it is|they are) at))?[\s:]*$",
+    re.IGNORECASE,
+)
+
+
 def split_text(sample: Sample, text: str) -> tuple[str, str]:
-    """Return the evidence before the label, and what stands after it."""
+    """Return the evidence before the label and its lead, and what stands after the label."""
     marks = list(BRACKETS.finditer(text))
     if sample.task.form not in (BOX, BOXES):
         first = TAG.search(text).start()
@@ -138,7 +146,7 @@ def split_text(sample: Sample, text: str) -> tuple[str, str]:
         marks += TAGS.finditer(text)
     start = min(mark.start() for mark in marks)
     end = max(mark.end() for mark in marks)
-    return text[:start].strip(), text[end:]
+    return LEAD.sub("", text[:start]).strip(), text[end:]
 
 
 # --- the evidence ---------------------------------------------------------------------------------
@@ -226,8 +234,6 @@ def box_fault(evidence: str) -> Rejection | None:
 NEGATIONS = re.compile(
     r"\b(?:not|no|never|nor|neither|without|silent|instead|rather|than|unlike)\b|n't\b"
 )
-# words that lead to the label: "So", "Therefore, the answer is"
-LEAD = re.compile(r"\b(?:so|therefore|thus|hence)?,?(?: the \w+ (?:is|are|was))?[\s:]*$")
 VERDICT = re.compile(
     r"\b(?:answer|option|choice|emotion|action|mood) (?:must be|should be|is|was|:)"
     r"(?: the| option)? ([^.;,<]+)"
@@ -247,7 +253,7 @@ def option_fault(evidence: str, sample: Sample, rules: Rules) -> Rejection | Non
     options = sample.gold.choices or sample.task.options or rules.options
     others = [option for option in options if normalize_label(option) != normalize_label(gold)]
     text = evidence.lower()
-    last = re.split(r"[.!?]\s+", LEAD.sub("", text).rstrip(" .!?"))[-1]
+    last = re.split(r"[.!?]\s+", text.rstrip(" .!?"))[-1]
     verdicts = [match[1] for match in VERDICT.finditer(text)]
     for other in others:
         pattern = option_pattern(other, sample)

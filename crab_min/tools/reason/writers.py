@@ -88,9 +88,7 @@ class Server:
         retries: how often a request is sent again after a passing fault.
     """
 
-    def __init__(
-        self, address: str, parallel: int = 4, timeout: float = 120.0, retries: int = 5
-    ):
+    def __init__(self, address: str, parallel: int = 4, timeout: float = 120.0, retries: int = 5):
         self.url, _, self.model = address.rstrip("/").partition("#")
         self.parallel, self.timeout, self.retries = parallel, timeout, retries
         self.name = address
