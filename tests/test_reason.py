@@ -353,7 +353,7 @@ def test_a_server_can_be_shown_the_clip_and_notes(tmp_path, small_world, stub):
     clip = Path(json.loads((data / "ave/train.json").read_text())[0]["video_path"])
     notes = tmp_path / "notes.json"
     notes.write_text(json.dumps({clip.stem: "Somebody rings for dinner."}))
-    assert run(data, tmp_path / "out", "--llm", stub.url, "--clip", "--notes", notes) == 0
+    assert run(data, tmp_path / "out", "--llm", stub.url, "--show-clip", "--notes", notes) == 0
     ((_, body),) = stub.bodies
     parts = body["messages"][0]["content"]
     kinds = [part["type"] for part in parts]
@@ -464,7 +464,7 @@ def test_the_check_counts_reasoned_rows_and_draws_them(tmp_path, small_world, ca
     files = ["--out", str(tmp_path / "check.json"), "--figure", str(tmp_path / "check.png")]
     assert check.main(["--data", str(data), "--headers", "--workers", "0", *files]) == 0
     split = json.loads((tmp_path / "check.json").read_text())["tasks"]["ave/train"]
-    assert (split["rows"], split["reasoned"], split["words"]) == (3, 1, [5, 8, 10])
+    assert (split["rows"], split["reasoned"], split["words"]) == (3, 1, [5, 9, 10])
     assert "localisation: 3 training rows, 0.333 of them reasoned" in capsys.readouterr().out
     assert (tmp_path / "check.png").stat().st_size > 5000
 
@@ -492,7 +492,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, small_world, monkeypatch, capsy
         (out, [*template, "--briefs", brief], "needs {examples} {facts} {label}"),
         (out, [*template, "--briefs", unknown], "unknown task 'avae'"),
         (out, [*template, "--notes", brief], 'expected {"x.mp4"'),
-        (out, [*template, "--clip"], "--clip needs a server"),
+        (out, [*template, "--show-clip"], "--show-clip needs a server"),
         (out, [*template, "--judge", "template"], "has no opinion"),
         (tmp_path / "other", template, "is not of this command"),
         (used, [*template, "--tries", "5"], "was begun with --tries 3, now 5"),

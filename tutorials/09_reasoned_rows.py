@@ -115,7 +115,7 @@ print(f"verified: {strict} of {len(own)} of the world's own texts of unav")
 # ## Exercises
 #
 # 1. Write a text that passes `verify` and is false. Expect it to be easy: only the label is known,
-#    so a colour, a place or a second thing that is not there passes. `--notes`, `--clip` and
+#    so a colour, a place or a second thing that is not there passes. `--notes`, `--show-clip` and
 #    `--judge` are there for that.
 # 2. Exchange the times of two events in a text of `unav`. Expect `time`: a range belongs to the
 #    event that is named last before it.

@@ -42,7 +42,7 @@ class ReasonSettings:
     briefs: str
     notes: str
     judge: str
-    clip: bool
+    show_clip: bool
     rewrite: bool
     tries: int
     max_words: int
@@ -76,8 +76,10 @@ def reason(given: argparse.Namespace) -> None:
     """Ask about the rows, and write the folder or, with --sample, only the report."""
     fields = ReasonSettings.__dataclass_fields__
     settings = ReasonSettings(**{name: getattr(given, name) for name in fields})
-    if given.clip and not given.llm.startswith("http"):
-        raise RunError("--clip needs a server (--llm http://.../v1) whose model sees and hears")
+    if given.show_clip and not given.llm.startswith("http"):
+        raise RunError(
+            "--show-clip needs a server (--llm http://.../v1) whose model sees and hears"
+        )
     if given.judge == "template":
         raise RunError("--judge template: a template has no opinion; name a model")
 
@@ -111,7 +113,7 @@ def reason(given: argparse.Namespace) -> None:
         if given.sample:
             count = min(given.sample, len(jobs))
             chosen = random.Random(given.seed).sample(jobs, count)
-        ask_all(chosen, writer, judge, log, given.tries, given.clip)
+        ask_all(chosen, writer, judge, log, given.tries, given.show_clip)
 
         # write
         if not given.sample:
@@ -149,7 +151,7 @@ def make_parser() -> Parser:
     add("--rewrite", action="store_true", help="also rows that have a reasoned text already")
     add("--briefs", default="", help="a .json with briefs of your own, by task")
     add("--notes", default="", help="a .json with captions or transcripts, by media file name")
-    add("--clip", action="store_true", help="send frames and sound too (servers alone)")
+    add("--show-clip", action="store_true", help="send frames and sound too (servers alone)")
     add("--judge", default="", help="a second model: does the text support the label?")
     add("--tries", type=int, default=3, help="texts per row at most (default: 3)")
     add("--max-words", type=int, default=MAX_WORDS, help=f"of a text (default: {MAX_WORDS})")
