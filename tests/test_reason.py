@@ -167,6 +167,8 @@ class Stub(BaseHTTPRequestHandler):
             number = self.server.asked[label]
         if self.server.key and self.headers.get("Authorization") != f"Bearer {self.server.key}":
             return self.answer(401, "no such key")
+        if label == "judge" and self.server.judge_is_down:
+            return self.answer(500, "{}")
         if label == "judge":
             no = "noisy" in prompt
             return self.reply("No, it does not." if no else "Yes: the bell is named.")
@@ -224,7 +226,7 @@ def stub(monkeypatch):
     server.guard, server.hanging = threading.Lock(), threading.Event()
     server.asked, server.bodies = Counter(), []
     server.under_way = server.most_at_once = 0
-    server.healed, server.key = False, ""
+    server.healed, server.judge_is_down, server.key = False, False, ""
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -306,13 +308,17 @@ def test_a_server_may_answer_in_any_way(tmp_path, small_world, stub):
     assert all(len(row["prompt"]) == 12 and row["model"] == stub.url for row in rows)
 
 
-def test_a_killed_run_continues_and_asks_about_no_answered_row_again(tmp_path, small_world, stub):
+def test_a_killed_run_continues_and_asks_about_no_answered_row_again(
+    tmp_path, small_world, stub, capsys
+):
     behaviours = ["right", "wrong", "hangs", "other"]
     data, out = make_rows(tmp_path / "in", small_world, behaviours), tmp_path / "out"
     flags = ["--llm", stub.url, "--parallel", "1"]
     command = [sys.executable, "-m", "crab_min.tools.reason", "--data", data, "--out", out, *flags]
     killed = subprocess.Popen(list(map(str, command)), cwd=Path(__file__).parents[1])
     assert stub.hanging.wait(120)
+    assert run(data, out, *flags) == 2
+    assert "in use by another process" in capsys.readouterr().err
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert stub.asked == {"right": 1, "wrong": 1, "hangs": 1}
@@ -346,6 +352,35 @@ def test_a_judge_has_a_say_and_its_verdicts_are_kept(tmp_path, small_world, stub
     assert (count["judged"], count["judged_yes"]) == (3, 1)
     assert count["rejected"] == {"judge": 2}
     assert (out / "replies.jsonl").read_text().count('"judge": "no"') == 2
+
+
+def test_without_the_judge_s_answer_nothing_gets_in(tmp_path, small_world, stub):
+    data = make_rows(tmp_path / "in", small_world, ["right"])
+    out, flags = tmp_path / "out", ["--retries", "0", "--llm", stub.url, "--judge", stub.url]
+    stub.judge_is_down = True
+    assert run(data, out, *flags) == 0
+    assert (counts(out)["verified"], counts(out)["unanswered"]) == (0, 1)
+    assert read_samples(out, ["ave"], "train")[0].target == "<event> right bell, (2 8)</event>"
+    stub.judge_is_down = False
+    assert run(data, out, *flags) == 0
+    assert stub.asked["right"] == 1 and counts(out)["verified"] == 1
+
+
+def test_a_text_for_another_label_is_not_taken_from_the_log(tmp_path, small_world, stub):
+    data = make_rows(tmp_path / "in", small_world, ["right", "a"])
+    out = tmp_path / "out"
+    assert run(data, out, "--llm", stub.url) == 0
+    file = data / "ave/train.json"
+    file.write_text(file.read_text().replace('"end_time": 8', '"end_time": 7', 1))
+    assert run(data, out, "--llm", stub.url) == 0
+    # the stub says "from 2 to 8" whatever the label: the new one is never verified
+    assert stub.asked == {"right": 4, "a": 1}
+    assert (counts(out)["verified"], counts(out)["label_only"]) == (1, 1)
+
+    # nothing is left to ask, so the server need not be there
+    stub.shutdown()
+    stub.server_close()
+    assert run(data, out, "--llm", stub.url) == 0
 
 
 def test_a_server_can_be_shown_the_clip_and_notes(tmp_path, small_world, stub):
@@ -502,17 +537,3 @@ def test_mistakes_are_told_in_one_line(tmp_path, small_world, monkeypatch, capsy
         assert run(data, folder, *flags) == 2, flags
         lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
         assert len(lines) == 1 and text in lines[0], (flags, lines)
-
-
-def test_a_folder_in_use_is_left_alone(tmp_path, small_world, stub):
-    data = make_rows(tmp_path / "in", small_world, ["hangs"])
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "crab_min.tools.reason", "--data", data, "--out", out]
-    first = subprocess.Popen([*map(str, command), "--llm", stub.url], cwd=Path(__file__).parents[1])
-    try:
-        assert stub.hanging.wait(120)
-        assert run(data, out, "--llm", stub.url) == 2
-        assert stub.asked == {"hangs": 1}
-    finally:
-        first.kill()
-        first.wait()

@@ -81,7 +81,8 @@ for text in map(clean, texts):
 
 # %%
 rejection = verify(sample, texts[2], rules, seconds=10.0)
-job = Job(sample, rules, 10.0, prompt, [Attempt(texts[2], rejection)])
+job = Job(sample, brief, rules, seconds=10.0, attempts=[Attempt(texts[2], rejection)])
+assert job.prompt == prompt
 print(conversation(job, with_clip=False)[-1]["content"])
 
 # %% [markdown]

@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,10 +89,11 @@ def reason(given: argparse.Namespace) -> None:
     briefs, notes = load_briefs(given.briefs), load_notes(given.notes)
     root, out = Path(given.data), Path(given.out)
     folders = read_folders(root, tasks, given.rewrite)
-    jobs = make_jobs(folders, briefs, notes, given.max_words)
+    jobs = make_jobs(folders, briefs, notes, given.max_words, judged=bool(given.judge))
 
     # who is asked
     writer, judge = None, None
+    tries = 1 if given.llm == "template" else given.tries  # a template writes the same again
     options = {
         "parallel": given.parallel,
         "batch_size": given.batch_size,
@@ -107,19 +109,18 @@ def reason(given: argparse.Namespace) -> None:
     # ask, from where a stopped run was
     with lock_run(out):
         open_folder(out, settings)
-        log = Log(out / "replies.jsonl")
-        log.replay(jobs)
         chosen = jobs
         if given.sample:
             count = min(given.sample, len(jobs))
             chosen = random.Random(given.seed).sample(jobs, count)
-        ask_all(chosen, writer, judge, log, given.tries, given.show_clip)
+        with closing(Log(out / "replies.jsonl", jobs)) as log:
+            ask_all(chosen, writer, judge, log, tries, given.show_clip)
 
         # write
         if not given.sample:
             write_folder(out, root, folders, jobs)
         atomic_write(out / "rows.jsonl", rows_of_jobs(chosen, given.llm))
-        counts = count_rows(folders, chosen, given.tries)
+        counts = count_rows(folders, chosen, tries)
         report = {"settings": asdict(settings), "counts": counts_as_json(counts)}
         atomic_write(out / "report.json", json.dumps(report, indent=1))
         print(table(counts))

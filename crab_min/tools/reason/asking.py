@@ -1,6 +1,6 @@
 """Rows that are asked about, checked, asked again, and logged.
 
-    log.replay(jobs)                     what was answered before a run was stopped
+    log = Log(path, jobs)                what was answered before a run was stopped
     ask_all(jobs, writer, judge, log)    up to `tries` texts for each row
 
 Every reply is appended to replies.jsonl as soon as it is there, so that a run that was killed asks
@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -25,39 +24,32 @@ from crab_min.tools.reason.writers import Message, Reply, Request, Writer
 
 # --- the log --------------------------------------------------------------------------------------
 class Log:
-    """replies.jsonl: one line per reply, and one per verdict of the judge."""
+    """replies.jsonl: one line per reply, and one per verdict of the judge.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.file: TextIO | None = None
+    The jobs are given their attempts of an earlier run: texts that were written for the same
+    prompt. They are checked again.
+    """
 
-    def replay(self, jobs: list[Job]) -> None:
-        """Give the jobs their attempts of an earlier run, and open the file for more lines.
-
-        A last line that was not written whole, by a run that was killed, is dropped.
-        """
-        by_id = {job.sample.id: job for job in jobs}
-        lines = []
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            atomic_write(self.path, "".join(lines[:-1]))
-            lines.pop()
+    def __init__(self, path: Path, jobs: list[Job]):
+        # what stands after the last line break was being written when a run was killed
+        *lines, torn = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        if torn:
+            atomic_write(path, "".join(f"{line}\n" for line in lines))
+        hashes = {job.sample.id: (job.prompt_hash, job) for job in jobs} if lines else {}
         for line in map(json.loads, lines):
-            job = by_id.get(line["row"])
-            if job is None:
+            prompt_hash, job = hashes.get(line["row"], ("", None))
+            if prompt_hash != line["prompt"]:
                 continue
             if "text" in line:
-                rejection = Rejection(line["kind"], line["reason"]) if line["kind"] else None
-                job.attempts.append(Attempt(line["text"], rejection))
-            elif job.attempts:
+                job.attempts.append(attempt(job, line["text"]))
+            else:
                 job.attempts[-1].judge = line["judge"]
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
 
     def reply(self, job: Job, model: str) -> None:
         """Append the last attempt of a job."""
-        attempt = job.attempts[-1]
-        rejection = attempt.rejection or Rejection("", "")
+        last = job.attempts[-1]
+        rejection = last.rejection or Rejection("", "")
         self.write(
             {
                 "row": job.sample.id,
@@ -66,18 +58,27 @@ class Log:
                 "model": model,
                 "kind": rejection.kind,
                 "reason": rejection.reason,
-                "text": attempt.text,
+                "text": last.text,
             }
         )
 
     def verdict(self, job: Job, model: str) -> None:
         """Append what the judge thinks of the last attempt of a job."""
         judge = job.attempts[-1].judge
-        self.write({"row": job.sample.id, "model": model, "judge": judge})
+        line = {"row": job.sample.id, "prompt": job.prompt_hash, "model": model, "judge": judge}
+        self.write(line)
 
     def write(self, line: dict) -> None:
         self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def attempt(job: Job, text: str) -> Attempt:
+    """Check a text about a row."""
+    return Attempt(text, verify(job.sample, text, job.rules, job.seconds))
 
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def ask_all(
     """
     for number in range(tries):
         # the rows whose turn it is; after an interruption some are further than others
-        asked = [job for job in jobs if len(job.attempts) == number and not job.verified]
+        asked = [job for job in jobs if len(job.attempts) == number and not job.passed]
 
         def make_conversation(job: Job) -> list[Message]:
             return conversation(job, with_clip)
@@ -156,8 +157,6 @@ def ask_all(
             record(job, reply, log, writer.name if writer else "template")
         if judge is not None:
             ask_judge(jobs, judge, log)
-        if writer is None:  # a template writes the same again
-            break
 
 
 def replies(
@@ -167,6 +166,8 @@ def replies(
     if writer is None:
         for job in jobs:
             yield job, Reply(template(job.sample))
+        return
+    if not jobs:  # nothing to ask: the model need not even be there
         return
     requests = []
     for key, job in enumerate(jobs):
@@ -180,14 +181,13 @@ def record(job: Job, reply: Reply, log: Log, model: str) -> None:
     job.error = reply.error
     if reply.error:
         return
-    text = clean(reply.text)
-    job.attempts.append(Attempt(text, verify(job.sample, text, job.rules, job.seconds)))
+    job.attempts.append(attempt(job, clean(reply.text)))
     log.reply(job, model)
 
 
 def ask_judge(jobs: list[Job], judge: Writer, log: Log) -> None:
     """Ask for a second opinion on every text that passed the checks and has none yet."""
-    unjudged = [job for job in jobs if job.verified and not job.attempts[-1].judge]
+    unjudged = [job for job in jobs if job.passed and not job.verified]
     for job, reply in replies(judge, unjudged, question_for_judge):
         job.error = reply.error
         if not reply.error:

@@ -13,6 +13,7 @@ built-in world. `--briefs FILE.json` replaces the text, the examples, or both, b
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from crab_min.answers import TEXT
@@ -72,17 +73,22 @@ class Brief:
     text: str
     examples: tuple[Example, ...]
 
-    def fill(self, facts: list[str], label: str) -> str:
-        """Return the prompt for one row."""
-        solved = []
+    @cached_property
+    def solved(self) -> str:
+        """The examples with their facts and texts."""
+        blocks = []
         for example in self.examples:
             sample = example_sample(self.task, example)
             closing = closing_words(sample)
             lines = "\n".join(f"- {fact}" for fact in row_facts(sample))
-            solved.append(f"Facts:\n{lines}\nClosing words: {closing}\nText: {example.text}")
+            blocks.append(f"Facts:\n{lines}\nClosing words: {closing}\nText: {example.text}")
+        return "\n\n".join(blocks)
+
+    def fill(self, facts: list[str], label: str) -> str:
+        """Return the prompt for one row."""
         # replace one by one: a fact may have braces of its own
         lines = "\n".join(f"- {fact}" for fact in facts)
-        values = {"examples": "\n\n".join(solved), "facts": lines, "label": label}
+        values = {"examples": self.solved, "facts": lines, "label": label}
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text)
 
     def instructions(self) -> str:

@@ -18,7 +18,7 @@ class TaskCounts:
     rows: int = 0
     verified: int = 0
     label_only: int = 0  # asked about as often as allowed, each text rejected
-    unanswered: int = 0  # no reply; the same command asks again
+    unanswered: int = 0  # no reply, or none of the judge; the same command asks again
     texts: int = 0
     judged: int = 0
     judged_yes: int = 0
@@ -42,7 +42,7 @@ def add_job(counts: TaskCounts, job: Job, tries: int) -> None:
     """Add a row and its texts to the counts of its task."""
     if job.verified:
         counts.verified += 1
-    elif len(job.attempts) >= tries:
+    elif len(job.attempts) >= tries and not job.passed:
         counts.label_only += 1
     else:
         counts.unanswered += 1
@@ -53,8 +53,10 @@ def add_job(counts: TaskCounts, job: Job, tries: int) -> None:
             kind = "judge"
         if kind:
             counts.rejected[kind] = counts.rejected.get(kind, 0) + 1
-        counts.judged += bool(attempt.judge)
-        counts.judged_yes += attempt.judge == "yes"
+        if attempt.judge:
+            counts.judged += 1
+        if attempt.judge == "yes":
+            counts.judged_yes += 1
 
 
 def sum_of(counts: list[TaskCounts]) -> TaskCounts:

@@ -52,26 +52,41 @@ class Job:
 
     Attributes:
         seconds: length of its clip.
-        prompt: the text that a model is given.
+        notes: captions or transcripts of its media.
+        judged: a judge has to agree.
         attempts: the texts so far, the last one is the one that counts.
         error: why the last request had no reply; "" where it had one.
     """
 
     sample: Sample
+    brief: Brief
     rules: Rules
     seconds: float
-    prompt: str
+    notes: list[str] = field(default_factory=list)
+    judged: bool = False
     attempts: list[Attempt] = field(default_factory=list)
     error: str = ""
 
     @property
-    def verified(self) -> bool:
-        """Whether the last text passed the checks and the judge."""
+    def passed(self) -> bool:
+        """Whether the last text passed the checks, and no judge has said no."""
         last = self.attempts[-1] if self.attempts else None
-        return bool(last) and last.rejection is None and last.judge != "no"
+        return last is not None and last.rejection is None and last.judge != "no"
+
+    @property
+    def verified(self) -> bool:
+        """Whether the last text may be learned from: a judge, if there is one, has answered."""
+        return self.passed and (not self.judged or self.attempts[-1].judge != "")
+
+    @property
+    def prompt(self) -> str:
+        """What a model is told about the row."""
+        facts = row_facts(self.sample, self.seconds, self.notes)
+        return self.brief.fill(facts, closing_words(self.sample))
 
     @property
     def prompt_hash(self) -> str:
+        """Stands for all that a text depends on; texts of another prompt are not used."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
 
 
@@ -148,9 +163,13 @@ def has_reasoning(sample: Sample) -> bool:
 
 
 def make_jobs(
-    folders: list[Folder], briefs: dict[str, Brief], notes: dict[str, str], max_words: int
+    folders: list[Folder],
+    briefs: dict[str, Brief],
+    notes: dict[str, str],
+    max_words: int,
+    judged: bool,
 ) -> list[Job]:
-    """Make a job of every row that is asked about."""
+    """Make a job of every row that is asked about; `judged`: a judge has to agree."""
     jobs = []
     lengths: dict[str, float] = {}  # path -> seconds
     for folder in folders:
@@ -164,9 +183,8 @@ def make_jobs(
             except MediaError as error:
                 folder.kept[index] = f"missing media: {error}"
                 continue
-            facts = row_facts(sample, seconds, notes_of(sample, notes))
-            prompt = brief.fill(facts, closing_words(sample))
-            jobs.append(Job(sample, rules, seconds, prompt))
+            found = notes_of(sample, notes)
+            jobs.append(Job(sample, brief, rules, seconds, found, judged))
     return jobs
 
 
@@ -256,6 +274,8 @@ def rows_of_jobs(jobs: list[Job], model: str) -> str:
             verdict = f"{last.rejection.kind}: {last.rejection.reason}"
         elif last.judge == "no":
             verdict = "judge: the text does not support the label"
+        elif not job.verified:
+            verdict = f"unanswered: {job.error}"
         line = {
             "row": job.sample.id,
             "prompt": job.prompt_hash,

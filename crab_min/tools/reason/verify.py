@@ -201,7 +201,9 @@ def time_fault(evidence: str, gold: Answer, seconds: float) -> Rejection | None:
     events = gold.events + gold.audio_events + gold.visual_events
     for match in RANGE.finditer(text):
         start, end = number_in(match)
-        if end < start or (seconds and end > seconds + 0.5):
+        if end < start:
+            return Rejection("time", f"{match[0]!r} ends before it begins.")
+        if seconds and end > seconds + 0.5:
             return Rejection("time", f"{match[0]!r} is not within {seconds:.0f} seconds.")
         spans = spans_before(text[: match.start()], events)
         if spans and not any(first <= start and end <= last for first, last in spans):

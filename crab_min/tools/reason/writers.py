@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crab_min.backbones.common import load_pretrained, named_weights
-from crab_min.errors import ModelError
+from crab_min.errors import MediaError, ModelError
 from crab_min.runs import processes
 
 Message = (
@@ -127,16 +127,16 @@ class Server:
 
     def ask(self, request: Request) -> Reply:
         """Continue one conversation."""
-        body = {
-            "model": self.model,
-            "messages": request.conversation(),
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-        }
         try:
+            body = {
+                "model": self.model,
+                "messages": request.conversation(),
+                "temperature": 0,
+                "max_tokens": MAX_TOKENS,
+            }
             answer = self.send("/chat/completions", body)
-            return Reply(answer["choices"][0]["message"]["content"] or "")
-        except (ConnectionError, KeyError, IndexError, TypeError) as error:
+            return Reply(str(answer["choices"][0]["message"]["content"] or ""))
+        except (ConnectionError, MediaError, KeyError, IndexError, TypeError) as error:
             return Reply(error=f"{type(error).__name__}: {error}")
 
     def first_model(self) -> str:
