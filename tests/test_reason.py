@@ -51,6 +51,8 @@ REJECTED = [
     ("ave", BELL, f"The bell is heard from 3 to 9. {BELL_TAG}", "time"),
     ("ave", BELL, f"The bell is heard from two to 0:09. {BELL_TAG}", "time"),
     ("ave", BELL, f"The bell is heard, last at second 14. {BELL_TAG}", "time"),
+    ("ave", BELL, f"The bell is heard, 3\u20139 s. {BELL_TAG}", "time"),
+    ("ave", BELL, f"The bell is heard (1 4). {BELL_TAG}", "time"),
     ("ave", BELL, f"The bell is heard between 4 s and 12 s. {BELL_TAG}", "time"),
     ("ave", BELL, f"The bell at [1,2,3,4] is heard. {BELL_TAG}", "box"),
     ("ks", {"action": "ringing"}, "It rings from 2 to 14. So <answer> ringing</answer>.", "time"),
@@ -105,10 +107,21 @@ def test_two_events_may_not_exchange_their_times():
     assert verify(sample, swapped).kind == "time"
 
 
-def test_thoughts_fences_and_line_breaks_are_removed():
+def test_evidence_about_another_event_is_rejected():
+    rules = Rules(options=("bell", "trumpet", "cat"))
+    sample = sample_of("ave", event="trumpet", start_time=0, end_time=8)
+    end = "So <event> trumpet, (0 8)</event>."
+    wrong = verify(sample, f"The bell is seen, and it is heard from 2 to 8. {end}", rules)
+    assert wrong.kind == "other option"
+    assert verify(sample, f"The bell is silent, the trumpet is heard. {end}", rules) is None
+    assert verify(sample, f"Brass is seen and heard. {end}", rules) is None
+
+
+def test_thoughts_fences_line_breaks_and_more_examples_are_removed():
     reply = "<think>Is it a\nbell?</think>\n```\nThe bell rings.\nSo <event>bell</event>\n```"
     assert clean(reply) == "The bell rings. So <event>bell</event>"
     assert clean("<think>without an end") == ""
+    assert clean("It rings. So it is.\n\nFacts:\n- a new example") == "It rings. So it is."
 
 
 @pytest.mark.parametrize("brief", load_briefs().values(), ids=lambda brief: brief.task.name)

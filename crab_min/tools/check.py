@@ -24,7 +24,7 @@ from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
 from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
-from crab_min.tools.reason.rows import has_reasoning
+from crab_min.tools.reason.rows import has_reasoning, labels_of
 from crab_min.tools.statistics import draw_statistics
 
 GROUP = 16  # files that a worker process is given at once
@@ -187,7 +187,7 @@ def describe_split(samples: list[Sample], bad_rows: int) -> SplitReport:
     unparsed, reasoned = 0, 0
     lengths = []
     for sample in samples:
-        labels.update(gold_labels(sample))
+        labels.update(labels_of(sample.gold))
         if not sample.target:
             continue
         lengths.append(len(sample.target.split()))
@@ -200,15 +200,6 @@ def describe_split(samples: list[Sample], bad_rows: int) -> SplitReport:
 def three_of(values: list[float]) -> list[float] | None:
     """Return the least, the median and the largest value; None without values."""
     return [min(values), median(values), max(values)] if values else None
-
-
-def gold_labels(sample: Sample) -> list[str]:
-    """Return the labels in a sample's gold answer: its choice, or those of its events."""
-    gold = sample.gold
-    if gold.choice is not None:
-        return [gold.choice]
-    events = gold.events + gold.audio_events + gold.visual_events
-    return [label for label, _ in events]
 
 
 def read_media(

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from crab_min.answers import Answer
 from crab_min.data import Sample, make_sample
 from crab_min.errors import DataError, MediaError
 from crab_min.media.read import media_seconds
@@ -30,7 +31,7 @@ from crab_min.tools.reason.briefs import (
 )
 from crab_min.tools.reason.verify import Rejection, Rules, example_evidence, split_text
 
-CLOSED_SETS = ("action", "emotion")  # families whose labels are few: any other is another option
+CLOSED_SETS = ("action", "emotion", "localisation")  # families of which all labels are compared
 
 
 # --- a row and what was written about it ----------------------------------------------------------
@@ -194,12 +195,20 @@ def rules_of(folder: Folder, brief: Brief | None, max_words: int) -> Rules:
         return Rules()
     labels: set[str] = set()
     if folder.task.family in CLOSED_SETS:
-        labels = {sample.gold.choice for sample in folder.samples if sample}
+        for sample in filter(None, folder.samples):
+            labels.update(labels_of(sample.gold))
     examples = set()
     for example in brief.examples:
         sample = example_sample(folder.task, example)
         examples.add(example_evidence(sample, example.text))
     return Rules(tuple(sorted(labels)), brief.instructions(), frozenset(examples), max_words)
+
+
+def labels_of(gold: Answer) -> list[str]:
+    """Return the choice of an answer, or the labels of its events."""
+    if gold.choice is not None:
+        return [gold.choice]
+    return [label for label, _ in gold.events + gold.audio_events + gold.visual_events]
 
 
 def clip_seconds(sample: Sample, lengths: dict[str, float]) -> float:

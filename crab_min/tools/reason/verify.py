@@ -13,7 +13,7 @@ AV-UIE's texts were read by people (Crab, 2503.13068). Here a program checks wha
     too short/long  the evidence has fewer or more words than the limits
     time            a time outside of the clip, or one that contradicts the events of the label
     box             a box in the evidence of a task that has none
-    other option    the evidence says that another option is right
+    other option    the evidence says that another option is right, or tells of other events alone
     leak            it speaks of the label or the instructions, or copies an example
 
 A text that passes may still say something about the clip that is not so: only the label is known.
@@ -53,7 +53,7 @@ class Rules:
     """What a text of one task is compared with.
 
     Attributes:
-        options: all labels of the task, where it has a closed set of them.
+        options: all labels of the task, where it has a closed set of them; all its events.
         instructions: the brief, which must not be repeated.
         examples: the evidence of the worked examples, which must not be copied.
         max_words: largest number of words of the evidence.
@@ -67,8 +67,12 @@ class Rules:
 
 # --- the whole check ------------------------------------------------------------------------------
 def clean(reply: str) -> str:
-    """Return a model's reply as one line, without its thoughts in <think>."""
+    """Return a model's reply as one line.
+
+    Left out are thoughts in <think>, and what follows where a model goes on with more examples.
+    """
     text = re.sub(r"<think>.*?(</think>|$)", " ", reply, flags=re.DOTALL)
+    text = re.split(r"\n\s*Facts:", text)[0]
     text = re.sub(r"^\s*(```\w*|Text:)|```\s*$", " ", text)
     return " ".join(text.split())
 
@@ -106,6 +110,7 @@ def verify(
         time_fault(evidence, sample.gold, seconds),
         box_fault(evidence),
         option_fault(evidence, sample, rules),
+        event_fault(evidence, sample.gold, rules),
         leak_fault(evidence, sample, rules),
     )
     return next((fault for fault in checks if fault), None)
@@ -169,10 +174,11 @@ def length_fault(evidence: str, rules: Rules) -> Rejection | None:
 CLOCK = re.compile(r"\b(\d{1,2}):([0-5]\d)\b")
 NUMBER = r"(\d+(?:\.\d+)?)"
 UNIT = r"(?:\s*(?:s|sec|secs|seconds?)\b)?"
+TO = r"\s*(?:to|and|until|till|through|-|\u2013)\s*(?:second\s+)?"
 RANGE = re.compile(
-    rf"(?:\b(?:from|between|seconds?)\s+(?:second\s+)?{NUMBER}{UNIT}\s*(?:to|and|until|till|through|-|–)"
-    rf"\s*(?:second\s+)?{NUMBER}(?![\w.]*\d))|(?:\(\s*{NUMBER}[\s,-]+{NUMBER}\s*\))"
-    rf"|(?:\b{NUMBER}\s*(?:to|-|–)\s*{NUMBER}\s*(?:s|sec|seconds)\b)"
+    rf"\b(?:from|between|seconds?)\s+(?:second\s+)?{NUMBER}{UNIT}{TO}{NUMBER}(?![\w.]*\d)"
+    rf"|\(\s*{NUMBER}[\s,-]+{NUMBER}\s*\)"
+    rf"|\b{NUMBER}\s*(?:to|-|\u2013)\s*{NUMBER}\s*(?:s|sec|seconds)\b"
 )
 MOMENT = re.compile(
     rf"\bseconds?\s+{NUMBER}|\b{NUMBER}(?:st|nd|rd|th)?\s*(?:s|sec|seconds?)\b", re.IGNORECASE
@@ -264,6 +270,20 @@ def option_fault(evidence: str, sample: Sample, rules: Rules) -> Rejection | Non
         if pattern.search(last) and not right.search(last) and not NEGATIONS.search(last):
             return Rejection("other option", f"It ends with {other!r}, which is not the answer.")
     return None
+
+
+def event_fault(evidence: str, gold: Answer, rules: Rules) -> Rejection | None:
+    """Find evidence that names events of the data set, and none of the label's."""
+    right = [label for label, _ in gold.events + gold.audio_events + gold.visual_events]
+    named = [label for label in [*right, *rules.options] if names(evidence, label)]
+    if right and named and not set(right) & set(named):
+        return Rejection("other option", f"It tells of {named[0]!r}, not of {right[0]!r}.")
+    return None
+
+
+def names(text: str, label: str) -> bool:
+    """Tell whether a text names a label, in canonical form."""
+    return re.search(rf"\b{re.escape(normalize_label(label))}", text.lower()) is not None
 
 
 ORDINALS = {"one": "first", "two": "second"}
