@@ -114,7 +114,7 @@ def test_evidence_about_another_event_is_rejected():
     wrong = verify(sample, f"The bell is seen, and it is heard from 2 to 8. {end}", rules)
     assert wrong.kind == "other option"
     assert verify(sample, f"The bell is silent, the trumpet is heard. {end}", rules) is None
-    assert verify(sample, f"Brass is seen and heard. {end}", rules) is None
+    assert verify(sample, f"Brass catches the light and is heard. {end}", rules) is None
 
 
 def test_thoughts_fences_line_breaks_and_more_examples_are_removed():

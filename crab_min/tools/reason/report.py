@@ -9,6 +9,7 @@ from crab_min.evaluation.pictures import draw_sheet
 from crab_min.tools.reason.rows import Folder, Job
 
 SHEET_ROWS = 20
+SUMMED = ("rows", "verified", "label_only", "unanswered", "texts", "judged", "judged_yes")
 
 
 @dataclass
@@ -64,15 +65,7 @@ def sum_of(counts: list[TaskCounts]) -> TaskCounts:
     total = TaskCounts()
     kept, rejected = Counter(), Counter()
     for one in counts:
-        for name in (
-            "rows",
-            "verified",
-            "label_only",
-            "unanswered",
-            "texts",
-            "judged",
-            "judged_yes",
-        ):
+        for name in SUMMED:
             setattr(total, name, getattr(total, name) + getattr(one, name))
         kept.update(one.kept)
         rejected.update(one.rejected)

@@ -170,7 +170,7 @@ def length_fault(evidence: str, rules: Rules) -> Rejection | None:
     return None
 
 
-# "0:07" and "0:07.5" are seconds; so are "7 s" and "the 7th second"
+# times are written as "0:07", "7 s" or "the 7th second"
 CLOCK = re.compile(r"\b(\d{1,2}):([0-5]\d)\b")
 NUMBER = r"(\d+(?:\.\d+)?)"
 UNIT = r"(?:\s*(?:s|sec|secs|seconds?)\b)?"
@@ -275,15 +275,18 @@ def option_fault(evidence: str, sample: Sample, rules: Rules) -> Rejection | Non
 def event_fault(evidence: str, gold: Answer, rules: Rules) -> Rejection | None:
     """Find evidence that names events of the data set, and none of the label's."""
     right = [label for label, _ in gold.events + gold.audio_events + gold.visual_events]
-    named = [label for label in [*right, *rules.options] if names(evidence, label)]
-    if right and named and not set(right) & set(named):
-        return Rejection("other option", f"It tells of {named[0]!r}, not of {right[0]!r}.")
+    if not right or any(names(evidence, label, r"\w*") for label in right):
+        return None
+    others = [label for label in rules.options if names(evidence, label, "s?")]
+    if others:
+        return Rejection("other option", f"It tells of {others[0]!r}, not of {right[0]!r}.")
     return None
 
 
-def names(text: str, label: str) -> bool:
-    """Tell whether a text names a label, in canonical form."""
-    return re.search(rf"\b{re.escape(normalize_label(label))}", text.lower()) is not None
+def names(text: str, label: str, ending: str) -> bool:
+    """Tell whether a text names a label, in canonical form and with such an ending."""
+    pattern = rf"\b{re.escape(normalize_label(label))}{ending}\b"
+    return re.search(pattern, text.lower()) is not None
 
 
 ORDINALS = {"one": "first", "two": "second"}
