@@ -55,9 +55,9 @@ RECIPES = [
     "crema-xl --modalities rgb,audio,flow",
 ]
 TINY = [
-    "crab_plus-7b --weights tiny-random --batch-size 2 --tasks a2v",
-    "crab-tiny --stage unified --batch-size 2 --tasks a2v",
-    "crab-tiny --stage masks --batch-size 2 --tasks s4",
+    "crab_plus-7b --weights tiny-random --batch-size 2 --tasks a2v --eval-batch-tokens 2000",
+    "crab-tiny --stage unified --batch-size 2 --tasks a2v --eval-batch-tokens 2000",
+    "crab-tiny --stage masks --batch-size 2 --tasks s4 --eval-batch-tokens 2000",
     "pave-7b --weights tiny-random --batch-size 2 --frames 4",
     "crema-xl --weights tiny-random --batch-size 2",
 ]

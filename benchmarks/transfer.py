@@ -309,23 +309,29 @@ def markdown(summary: dict) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Draw the difference of each task with its interval, one colour per adapter and target."""
+    """Draw the difference of each task with its interval: a row of targets, colours of adapters."""
     tasks = list(next(iter(summary.values()))["tasks"])
-    figure, axes = pyplot.subplots(figsize=(10, 4.5), layout="constrained")
-    for number, (name, result) in enumerate(summary.items()):
-        columns = [result["tasks"][task][TASKS[task].metric] for task in tasks]
-        x = np.arange(len(tasks)) + 0.8 * (number + 0.5) / len(summary) - 0.4
-        y = np.array([column["difference"] for column in columns])
-        low = y - [column["low"] for column in columns]
-        high = [column["high"] for column in columns] - y
-        errors = np.clip([low, high], 0, None)
-        axes.errorbar(x, y, errors, fmt="o", markersize=4, linewidth=1, label=name)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    axes.set_ylabel("joint minus alone")
-    axes.set_title("What joint training gives each task (95 % bootstrap intervals)")
-    axes.legend(fontsize=8, ncols=3)
-    figure.savefig(path, dpi=120)
+    figure, rows = pyplot.subplots(
+        len(TARGETS), figsize=(10, 6), sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, target in zip(rows, TARGETS):
+        adapters = [name for name in ADAPTERS if f"{name}, {target}" in summary]
+        for number, adapter in enumerate(adapters):
+            result = summary[f"{adapter}, {target}"]["tasks"]
+            columns = [result[task][TASKS[task].metric] for task in tasks]
+            x = np.arange(len(tasks)) + 0.2 * (number - (len(adapters) - 1) / 2)
+            y = np.array([column["difference"] for column in columns])
+            low = y - [column["low"] for column in columns]
+            high = [column["high"] for column in columns] - y
+            errors = np.clip([low, high], 0, None)
+            axes.errorbar(x, y, errors, fmt="o", markersize=4, label=adapter)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_ylabel("joint minus alone")
+        axes.set_title(f"target: {target}")
+    rows[0].legend(loc="lower right", ncols=len(ADAPTERS))
+    rows[-1].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+    figure.suptitle("What joint training gives each task, with 95 % bootstrap intervals")
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -336,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small study, to try the command")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=192, help="samples per task and arm")
+    parser.add_argument("--samples", type=int, default=128, help="samples per task and arm")
     parser.add_argument("--share", default="1/1", help="k/n: every n-th arm from the k-th on")
     parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
     parser.add_argument("--out", default=str(ROOT / "runs/transfer"))

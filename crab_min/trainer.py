@@ -193,8 +193,7 @@ def fit(
     """Train from the newest checkpoint in the run folder to the end of `steps`.
 
     Args:
-        steps: the span of the learning-rate schedule. Crab's two phases are range(0, a), which
-            leaves a checkpoint, and range(a, b), which continues there.
+        steps: the span of the schedule: range(0, a), then range(a, b) for Crab's two phases.
         train_step: learns from the batches of a step; a JointStep by default.
         collate: (model, samples, features of their media) -> Batch.
         evaluate: returns the metric on held-out rows, every `eval_every` steps.

@@ -121,6 +121,9 @@ def test_an_evaluation_goes_on_with_fewer_rows(
 ):
     """A run of one step whose evaluations, before and after it, meet a small GPU."""
     done = fail_above(monkeypatch, AVLanguageModel, method, 3)
+    if mode == "rank":
+        answers = [f"<answer> {name}</answer>" for name in ("yes", "no", "two")]
+        monkeypatch.setattr("crab_min.evaluation.answering.options", lambda sample: answers)
     command = f"--data {small_world} --tasks avqa,ks --test-rows 6 --steps 1 --batch-size 2"
     command += f" --eval-mode {mode} --out {tmp_path / 'run'}"
     assert train.main(command.split()) == 0

@@ -20,6 +20,7 @@ from crab_min.config import INFER, RECIPES, RENAMED, groups_of
 from crab_min.recipes.presets import PRESETS
 from crab_min.tasks import TASKS
 from crab_min.tools import check, convert, heads
+from crab_min.tools.reason import __main__ as reason
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -27,7 +28,8 @@ FIGURES = ROOT / "docs" / "figures"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [ROOT / "train.py", ROOT / "infer.py", *sorted((ROOT / "crab_min").rglob("*.py"))]
 # a flag of torchrun, and flags that stand for any
-NO_FLAGS = {"nproc-per-node", "flag", "x"}
+# of torchrun, of a benchmark, and made up
+NO_FLAGS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "tiny", "flag", "x"}
 # functions and classes of the first version whose names are no ordinary words
 OLD_NAMES = """
     ConvertError CremaConfig EncoderError FeatureCache GatedFusion InterfaceError ModalLinear
@@ -130,7 +132,7 @@ def test_pictures_are_small_have_a_text_and_are_shown():
     assert sum(sizes.values()) < 1_200_000
     assert not [name for name in sizes if f"figures/{name}" not in shown]
     made = re.search(r"^ALL = \((.+)\)$", text_of(FIGURES / "make.py"), re.M)[1].split(", ")
-    assert len(made) == 10 and {f"{name}.png" for name in made} <= set(sizes)
+    assert len(made) == 11 and {f"{name}.png" for name in made} <= set(sizes)
 
 
 # --- names and tables -----------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def test_pictures_are_small_have_a_text_and_are_shown():
 
 def test_pages_docstrings_and_helps_name_flags_that_exist():
     known = {*train_flags(), *flags_of(INFER), *COMMANDS, "fit", *NO_FLAGS}
-    for tool in (check, convert, heads):
+    for tool in (check, convert, heads, reason):
         known |= {option[2:] for option in tool.make_parser()._option_string_actions}
     unknown = []
     for place, text in all_texts():
@@ -177,6 +179,7 @@ def test_docs_data_has_every_task_with_its_metric():
         kinds = [medium.kind for medium in task.media]
         frames = f" ({task.frames})" if "video" in kinds else ""
         assert cells[1] == " ".join(kinds) + frames, name
+        assert cells[6] == task.instruction, name
 
 
 def test_the_paper_map_names_functions_that_exist():
@@ -228,7 +231,7 @@ def test_every_command_of_a_page_has_flags_that_exist_and_values_that_fit_togeth
         elif "infer.py" in command:
             infer.parse_infer(after(command, "infer.py"))
         elif "-m" in command:
-            tools = {"check": check, "convert": convert, "heads": heads}
+            tools = {"check": check, "convert": convert, "heads": heads, "reason": reason}
             tool = tools[command[2].removeprefix("crab_min.tools.")]
             tool.make_parser().parse_args(command[3:])
         else:

@@ -17,6 +17,7 @@ PRINTED = {
     "06_pave": "with a gradient: ['norm.weight', 'norm.bias']",
     "07_crema": "rgb ['flow']: found in new clips",
     "08_train_your_own": "15 clips: making a dog bark",
+    "09_reasoned_rows": "thrown out, time: A ",
 }
 
 

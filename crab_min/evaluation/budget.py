@@ -61,8 +61,8 @@ class TokenBudget:
         rows = longest = 0
         for length in lengths:
             longest = max(longest, length)
-            is_full = rows == most if most else False
-            if is_full or (rows and longest * (rows + 1) > self.tokens):
+            is_full = rows > 0 and longest * (rows + 1) > self.tokens
+            if is_full or (most and rows == most):
                 break
             rows += 1
         return rows

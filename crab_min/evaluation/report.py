@@ -68,7 +68,9 @@ def evaluate(
     follows = {"picked the sounding one of two": picked(samples, evaluation.masks)}
     swapped = swap_audio(samples)
     if swapped:
-        swapped_texts = generate_answers(model, features, swapped, decoding, "with another's sound")
+        swapped_texts = generate_answers(
+            model, features, swapped, decoding, "with another's sound", strict=strict
+        )
         swapped_masks = make_masks(features, swapped, swapped_texts)
         follows["followed the other's sound"] = picked(swapped, swapped_masks)
     follows = {name: result for name, result in follows.items() if result}

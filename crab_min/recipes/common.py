@@ -427,7 +427,8 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     if results:
         draw_scores(folder / "scores.png", results)
         chosen = best_and_worst(evaluation, run.settings.training.seed)
-        draw_sheet(folder / "answers.png", chosen)
+        if chosen:
+            draw_sheet(folder / "answers.png", chosen)
         print(training_table(results))
     for table in evaluation.tables:
         print(table)

@@ -114,7 +114,10 @@ def add_subsets(run: common.Run, evaluation: Evaluation) -> None:
         if subset != names:
             title = "+".join(subset)
             rows = add_side_channels(run.test_rows, subset[1:], needed=False)
-            texts = generate_answers(run.model, run.features, rows, run.decoding, title)
+            strict = not run.settings.data.allow_missing
+            texts = generate_answers(
+                run.model, run.features, rows, run.decoding, title, strict=strict
+            )
             subsets[title] = metric_by_type(score_all(rows, texts))
     subsets["+".join(names)] = metric_by_type(evaluation.scores)
 

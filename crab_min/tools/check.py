@@ -1,6 +1,7 @@
 """A check of data before training: a copy of AV-UIE, or a table of your own clips.
 
-It reports missing and unreadable files, lengths, labels, and tokens for a named model.
+It reports missing and unreadable files, lengths, labels, how many rows have a reasoned text, and
+tokens for a named model.
 
 python -m crab_min.tools.check --data labels.csv
 python -m crab_min.tools.check --data AVUIE_2 --model crab_plus-7b
@@ -27,6 +28,8 @@ from crab_min.tools.lengths import read_media, sample_seconds
 from crab_min.tools.loading import load_pretrained_model
 from crab_min.tools.plan import prompt_tokens
 from crab_min.tools.questions import silent
+from crab_min.tools.reason.rows import has_reasoning, labels_of
+from crab_min.tools.statistics import draw_statistics
 
 SHOWN = 10  # reasons of each kind that are printed; the file has all
 
@@ -40,6 +43,8 @@ class SplitReport:
     bad_rows: int  # rows that make no sample
     labels: dict[str, int]  # how often each label occurs
     unparsed_targets: int  # training targets outside the output grammar
+    reasoned: int = 0  # training targets with words besides the label
+    words: list[float] | None = None  # shortest, median and longest target; None: it has none
     files: int = 0
     missing: int = 0  # files that do not exist
     unreadable: int = 0  # files that exist and cannot be decoded
@@ -83,16 +88,21 @@ class Report:
         """Return a table with one line per annotation file, and the totals below it."""
         header = (
             f"{'task/split':<16}{'rows':>8}{'bad rows':>10}{'files':>8}{'missing':>9}"
-            f"{'unreadable':>12}{'labels':>8}  seconds: least, median, most"
+            f"{'unreadable':>12}{'labels':>8}{'reasoned':>10}{'words':>7}"
+            "  seconds: least, median, most"
         )
         lines = [header]
         for name, split in self.splits.items():
             seconds = "-"
             if split.seconds:
                 seconds = "  ".join(f"{s:.1f}" for s in split.seconds)
+            reasoned, words = "-", "-"
+            if split.words:
+                reasoned = str(split.reasoned)
+                words = f"{split.words[1]:.0f}"
             lines.append(
                 f"{name:<16}{split.rows:>8}{split.bad_rows:>10}{split.files:>8}{split.missing:>9}"
-                f"{split.unreadable:>12}{len(split.labels):>8}  {seconds}"
+                f"{split.unreadable:>12}{len(split.labels):>8}{reasoned:>10}{words:>7}  {seconds}"
             )
         for name, split in self.splits.items():
             if name.startswith("own/") and split.labels:
@@ -101,11 +111,27 @@ class Report:
                     f", and {len(split.labels) - SHOWN} more" if len(split.labels) > SHOWN else ""
                 )
                 lines.append(f"labels of {name}: {', '.join(counts)}{rest}")
+        lines += self.family_lines()
         lines.append(
             f"{self.files} files, {len(self.bad_files)} of them missing or unreadable; "
             f"{len(self.bad_rows)} rows that cannot be used"
         )
         return "\n".join(lines)
+
+    def family_lines(self) -> list[str]:
+        """Return a line per task of the paper: training rows, and the share that is reasoned."""
+        rows: Counter[str] = Counter()
+        reasoned: Counter[str] = Counter()
+        for name, split in self.splits.items():
+            if name.endswith("/train"):
+                family = TASKS[name.removesuffix("/train")].family
+                rows[family] += split.rows
+                reasoned[family] += split.reasoned
+        lines = []
+        for family, count in rows.items():
+            share = reasoned[family] / max(1, count)
+            lines.append(f"{family}: {count} training rows, {share:.3f} of them reasoned")
+        return lines
 
 
 # --- check ---------------------------------------------------------------------------------------
@@ -215,23 +241,24 @@ def read_split(root: Path, task: Task, split: str) -> tuple[list[Sample], list[s
 
 
 def describe_split(samples: list[Sample], bad_rows: int) -> SplitReport:
-    """Count rows, labels and unparsed targets of one annotation file."""
+    """Count rows, labels, and unparsed and reasoned targets of one annotation file."""
     labels: Counter[str] = Counter()
-    unparsed = 0
+    unparsed, reasoned = 0, 0
+    lengths = []
     for sample in samples:
-        labels.update(gold_labels(sample))
-        if sample.target and sample.task.parse(sample.target).error:
-            unparsed += 1
-    return SplitReport(len(samples) + bad_rows, bad_rows, dict(labels), unparsed)
+        labels.update(labels_of(sample.gold))
+        if not sample.target:
+            continue
+        lengths.append(len(sample.target.split()))
+        unparsed += sample.task.parse(sample.target).error is not None
+        reasoned += has_reasoning(sample)
+    words = three_of(lengths)
+    return SplitReport(len(samples) + bad_rows, bad_rows, dict(labels), unparsed, reasoned, words)
 
 
-def gold_labels(sample: Sample) -> list[str]:
-    """Return the labels in a sample's gold answer: its choice, or those of its events."""
-    gold = sample.gold
-    if gold.choice is not None:
-        return [gold.choice]
-    events = gold.events + gold.audio_events + gold.visual_events
-    return [label for label, _ in events]
+def three_of(values: list[float]) -> list[float] | None:
+    """Return the least, the median and the largest value; None without values."""
+    return [min(values), median(values), max(values)] if values else None
 
 
 def add_files(
@@ -244,9 +271,7 @@ def add_files(
             split.unreadable += 1
         else:
             split.missing += 1
-    lengths = [seconds[path] for path in paths if path in seconds]
-    if lengths:
-        split.seconds = [min(lengths), median(lengths), max(lengths)]
+    split.seconds = three_of([seconds[path] for path in paths if path in seconds])
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -271,6 +296,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="check.json", help="file for the whole report, with all reasons"
     )
+    parser.add_argument("--figure", default="check.png", help="file for rows, targets and labels")
     parser.add_argument(
         "--workers",
         type=int,
@@ -297,7 +323,8 @@ def main(arguments: list[str]) -> int:
             print(token_line(report, given.model))
         text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
         atomic_write(Path(given.out), text)
-        print(f"the whole report, with every reason: {given.out}")
+        draw_statistics(Path(given.figure), report.splits)
+        print(f"the whole report, with every reason: {given.out}; as a picture: {given.figure}")
 
     return run_command(run, given.debug)
 

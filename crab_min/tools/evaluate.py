@@ -53,14 +53,9 @@ def evaluate_split(given: Namespace) -> None:
     partial = continued_answers(out, described)
 
     # answers and scores
+    strict = not given.allow_missing
     evaluation = evaluate(
-        run.model,
-        features,
-        samples,
-        decoding,
-        make_masks=make_masks,
-        partial=partial,
-        strict=not given.allow_missing,
+        run.model, features, samples, decoding, make_masks, partial=partial, strict=strict
     )
 
     # files and tables

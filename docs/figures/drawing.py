@@ -61,10 +61,17 @@ def box(
     axes.text(*middle, text, ha="center", va="center", fontsize=size, color=DARK)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+def arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str = DARK
+) -> None:
     """Draw an arrow between two points."""
-    style = {"arrowstyle": "-|>", "color": DARK, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", xy=end, xytext=start, arrowprops=style)
+
+
+def line(axes: Axes, points: list[tuple[float, float]], colour: str = DARK) -> None:
+    """Draw a line through points, behind the boxes."""
+    axes.plot(*zip(*points), color=colour, lw=1.2, zorder=0)
 
 
 def save_picture(figure: Figure, name: str) -> None:

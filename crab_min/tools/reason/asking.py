@@ -1,0 +1,196 @@
+"""Rows that are asked about, checked, asked again, and logged.
+
+    log = Log(path, jobs)                what was answered before a run was stopped
+    ask_all(jobs, writer, judge, log)    up to `tries` texts for each row
+
+Every reply is appended to replies.jsonl as soon as it is there, so that a run that was killed asks
+for no reply twice.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from crab_min.runs.folder import atomic_write
+from crab_min.tools.reason.clips import clip_parts
+from crab_min.tools.reason.rows import Attempt, Job
+from crab_min.tools.reason.template import template
+from crab_min.tools.reason.verify import Rejection, clean, split_text, verify
+from crab_min.tools.reason.writers import Message, Reply, Request, Writer
+
+
+# --- the log --------------------------------------------------------------------------------------
+class Log:
+    """replies.jsonl: one line per reply, and one per verdict of the judge.
+
+    The jobs are given their attempts of an earlier run: texts that were written for the same
+    prompt. They are checked again.
+    """
+
+    def __init__(self, path: Path, jobs: list[Job]):
+        # what stands after the last line break was being written when a run was killed
+        *lines, torn = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        if torn:
+            atomic_write(path, "".join(f"{line}\n" for line in lines))
+        hashes = {job.sample.id: (job.prompt_hash, job) for job in jobs} if lines else {}
+        for line in map(json.loads, lines):
+            prompt_hash, job = hashes.get(line["row"], ("", None))
+            if prompt_hash != line["prompt"]:
+                continue
+            if "text" in line:
+                job.attempts.append(attempt(job, line["text"]))
+            else:
+                job.attempts[-1].judge = line["judge"]
+        self.file = open(path, "a", encoding="utf-8")
+
+    def reply(self, job: Job, model: str) -> None:
+        """Append the last attempt of a job."""
+        last = job.attempts[-1]
+        rejection = last.rejection or Rejection("", "")
+        self.write(
+            {
+                "row": job.sample.id,
+                "try": len(job.attempts),
+                "prompt": job.prompt_hash,
+                "model": model,
+                "kind": rejection.kind,
+                "reason": rejection.reason,
+                "text": last.text,
+            }
+        )
+
+    def verdict(self, job: Job, model: str) -> None:
+        """Append what the judge thinks of the last attempt of a job."""
+        judge = job.attempts[-1].judge
+        line = {"row": job.sample.id, "prompt": job.prompt_hash, "model": model, "judge": judge}
+        self.write(line)
+
+    def write(self, line: dict) -> None:
+        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def attempt(job: Job, text: str) -> Attempt:
+    """Check a text about a row."""
+    return Attempt(text, verify(job.sample, text, job.rules, job.seconds))
+
+
+# --- asking ---------------------------------------------------------------------------------------
+def conversation(job: Job, with_clip: bool) -> list[Message]:
+    """Return the conversation about a row: its prompt, and after a rejection why.
+
+    Args:
+        with_clip: put frames and sound before the prompt, for a model that sees and hears.
+    """
+    content = [*clip_parts(job.sample), text_content(job.prompt)] if with_clip else job.prompt
+    messages = [{"role": "user", "content": content}]
+    if job.attempts:
+        last = job.attempts[-1]
+        reason = "The sentences do not support the answer."  # the judge's
+        if last.rejection:
+            reason = last.rejection.reason
+        retry = f"This cannot be used. {reason} Write the whole text again, and nothing else."
+        messages.append({"role": "assistant", "content": last.text or "(nothing)"})
+        messages.append({"role": "user", "content": retry})
+    return messages
+
+
+def text_content(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+JUDGE = """\
+A question about a clip, a description of the clip, and an answer.
+
+Question: {question}
+Description: {evidence}
+Answer: {label}
+
+Does the answer follow from the description? Begin with yes or no, then say why in one sentence."""
+
+
+def question_for_judge(job: Job) -> list[Message]:
+    """Return the conversation that asks whether a text supports its label."""
+    evidence, _ = split_text(job.sample, job.attempts[-1].text)
+    values = {
+        "{question}": job.sample.parts[-1].text.strip(),
+        "{evidence}": evidence,
+        "{label}": job.sample.task.format(job.sample.gold),
+    }
+    text = re.sub(r"\{\w+\}", lambda name: values[name[0]], JUDGE)
+    return [{"role": "user", "content": text}]
+
+
+def ask_all(
+    jobs: list[Job],
+    writer: Writer | None,
+    judge: Writer | None,
+    log: Log,
+    tries: int = 3,
+    with_clip: bool = False,
+) -> None:
+    """Ask about all rows; those whose text is rejected again, with the reason.
+
+    Args:
+        writer: None for the template.
+        tries: texts per row at most.
+        with_clip: show the clip, to a model that sees and hears.
+
+    Raises:
+        ModelError: the model cannot be asked; what was answered before is in the log.
+    """
+    for number in range(tries):
+        # the rows whose turn it is; after an interruption some are further than others
+        asked = [job for job in jobs if len(job.attempts) == number and not job.passed]
+
+        def make_conversation(job: Job) -> list[Message]:
+            return conversation(job, with_clip)
+
+        answered = replies(writer, asked, make_conversation)
+        for job, reply in tqdm(answered, f"texts, try {number + 1}", len(asked), unit="row"):
+            record(job, reply, log, writer.name if writer else "template")
+        if judge is not None:
+            ask_judge(jobs, judge, log)
+
+
+def replies(
+    writer: Writer | None, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
+) -> Iterator[tuple[Job, Reply]]:
+    """Yield the jobs with their replies, as they come."""
+    if writer is None:
+        for job in jobs:
+            yield job, Reply(template(job.sample))
+        return
+    if not jobs:  # nothing to ask: the model need not even be there
+        return
+    requests = []
+    for key, job in enumerate(jobs):
+        requests.append(Request(key, lambda job=job: make_conversation(job)))
+    for key, reply in writer.replies(requests):
+        yield jobs[key], reply
+
+
+def record(job: Job, reply: Reply, log: Log, model: str) -> None:
+    """Check a reply and append it to the job and to the log; without one keep the error."""
+    job.error = reply.error
+    if reply.error:
+        return
+    job.attempts.append(attempt(job, clean(reply.text)))
+    log.reply(job, model)
+
+
+def ask_judge(jobs: list[Job], judge: Writer, log: Log) -> None:
+    """Ask for a second opinion on every text that passed the checks and has none yet."""
+    unjudged = [job for job in jobs if job.passed and not job.verified]
+    for job, reply in replies(judge, unjudged, question_for_judge):
+        job.error = reply.error
+        if not reply.error:
+            opinion = re.match(r"\W*(yes|no)\b", clean(reply.text).lower())
+            job.attempts[-1].judge = opinion[1] if opinion else "unclear"
+            log.verdict(job, judge.name)
