@@ -49,7 +49,10 @@ PRESETS = {
     # on the shipped base
     "crab_plus-tiny": Preset(
         "crab_plus", "Crab+'s recipe on the shipped tiny base: I-LoRA on the built-in world",
-        dict(r=16, alpha=32, dropout=0, batch_size=4, beta2=0.98, baseline_rows=25),
+        dict(
+            r=16, alpha=32, dropout=0,
+            batch_size=8, beta2=0.98, bf16=False, baseline_rows=25,
+        ),
     ),
     "crab-tiny": Preset(
         "crab", "Crab's recipe on the shipped tiny base: --stage visual, audio, unified, masks",
