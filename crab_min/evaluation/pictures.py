@@ -248,7 +248,7 @@ def draw_scores(path: Path, results: dict[str, dict]) -> None:
     axes = figure.subplots()
     positions = np.arange(len(results))
     for i, (key, label, colour) in enumerate(bars):
-        values = [result.get(key, 0) for result in results.values()]  # the base may be unknown
+        values = [result.get(key, np.nan) for result in results.values()]  # the base may be unknown
         axes.bar(positions + 0.27 * (i - 1), values, 0.27, label=label, color=colour)
 
     names = [f"{task}\n{result['name'].replace('_', ' ')}" for task, result in results.items()]
