@@ -1,7 +1,7 @@
 """Each recipe of the README on this GPU: three steps and an evaluation batch, beside --plan.
 
-    python benchmarks/gpu.py --out gpu.json        # at most ten minutes on one GPU of 80 GB
-    python benchmarks/gpu.py --tiny                # the same at toy sizes, on a CPU too
+    python benchmarks/gpu.py --out gpu.json    # perhaps ten minutes on one GPU of 80 GB: not timed
+    python benchmarks/gpu.py --tiny            # the same at toy sizes, on a CPU too
 
 Models have the real sizes and random weights, so nothing is downloaded. A recipe that asks for an
 LM in 4 bits is run in bfloat16, since weights are quantized while they are read from a file. A
@@ -10,7 +10,7 @@ length that --plan assumes.
 
     planned, peak    GB of memory: the estimate of --plan, and the most that torch allocated (CUDA)
     encode           share of a step in frozen encoders and connectors
-    adapter          share of the LM's forward pass that is its adapter's
+    adapter          share of a forward pass that is the adapter's
     optimizer        share of a step in the update
 """
 
@@ -62,7 +62,6 @@ TINY = [
     "crema-xl --weights tiny-random --batch-size 2",
 ]
 STEPS = 3
-NEW_TOKENS = 32  # that are generated
 
 
 @dataclass
@@ -98,7 +97,8 @@ def measure_recipe(command: str, device: torch.device) -> Row:
     recipe = importlib.import_module(f"crab_min.recipes.{PRESETS[given.preset].recipe}")
     settings = recipe.run_settings(with_values(settings, init_from=""))
     row = Row(command)
-    memory = next(iter(plan(recipe, settings).memory.values()))
+    generating = with_values(settings, eval_mode="generate")
+    memory = next(iter(plan(recipe, generating).memory.values()))
     row.planned_training = memory.training / 1e9
     row.planned_evaluation = memory.evaluation / 1e9
 
@@ -109,7 +109,7 @@ def measure_recipe(command: str, device: torch.device) -> Row:
     measure_training(row, model, settings, sample, features)
     model.zero_grad(set_to_none=True)
     gc.collect()
-    measure_evaluation(row, model, settings, sample, features)
+    measure_evaluation(row, model, generating, sample, features)
     return row
 
 
@@ -156,12 +156,12 @@ def measure_evaluation(
     """Fill in what a batch of prompts takes, as many as are answered together."""
     model.eval()
     length = model.prompt_length(sample.parts, features(sample))
-    rows = answered_together(settings, length + DEFAULT_LIMIT)
+    rows = answered_together(settings, length)
     batch = model.collate(rows * [sample.parts], [features(sample) for _ in range(rows)])
 
     def answer() -> None:
-        seconds = seconds_of(lambda: model.generate(batch, NEW_TOKENS), model.device.type)
-        row.tokens_per_second = rows * NEW_TOKENS / seconds
+        seconds = seconds_of(lambda: model.generate(batch, DEFAULT_LIMIT), model.device.type)
+        row.tokens_per_second = rows * DEFAULT_LIMIT / seconds
 
     row.peak_evaluation = peak_gigabytes(answer, model.device.type)
 

@@ -42,9 +42,9 @@ from crab_min.world.folders import WorldConfig, build_world
 # --- feeding --------------------------------------------------------------------------------------
 # How features are kept: flags.
 FEEDING = {
-    "decoded each time, 0 workers": "--no-cache-features --workers 0 --no-group-by-length",
-    "decoded each time, 2 workers": "--no-cache-features --workers 2 --no-group-by-length",
-    "in memory": "--cache-features --no-group-by-length",
+    "decoded each time, 0 workers": "--no-cache-features --workers 0",
+    "decoded each time, 2 workers": "--no-cache-features --workers 2",
+    "in memory": "--cache-features",
     "in memory, by length": "--cache-features --group-by-length",
 }
 

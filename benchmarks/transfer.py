@@ -1,6 +1,6 @@
 """Negative transfer: what joint training of all tasks costs each task, or gives it.
 
-    python benchmarks/transfer.py            # hours on 2 cores; the same command goes on
+    python benchmarks/transfer.py            # about two hours on 2 cores; the same command goes on
     python benchmarks/transfer.py --quick    # a few minutes: fewer tasks, rows, seeds and adapters
     python benchmarks/transfer.py --share 2/2    # side by side with a process that trains 1/2
 
@@ -347,6 +347,9 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=500, help="of the bootstrap")
     parser.add_argument("--out", default=str(ROOT / "runs/transfer"))
     args = parser.parse_args()
+    first, step = map(int, args.share.split("/"))
+    if not 1 <= first <= step:
+        parser.error(f"--share {args.share}: give 1/1, or 1/2 and 2/2")
 
     # the size of the study
     out, samples, seeds = Path(args.out), args.samples, list(range(args.seeds))
@@ -366,8 +369,7 @@ def main() -> None:
             for target in TARGETS:
                 names = [task.name for task in study.tested]
                 arms += [Arm(adapter, target, seed, name) for name in [JOINT, *names]]
-    share, shares_in_all = map(int, args.share.split("/"))
-    own = arms[share - 1 :: shares_in_all]
+    own = arms[first - 1 :: step]
     left = [arm for arm in own if not study.file(arm).exists()]
     total = sum(len(study.training_samples(arm)) for arm in left)
     print(f"{len(arms)} arms, {len(own)} in this share, {len(left)} of them to be trained")

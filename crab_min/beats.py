@@ -29,7 +29,6 @@ has the features that it has alone.
 
 import math
 import pickle
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -342,9 +341,15 @@ def own_weights(released: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def refuse_lfs_pointers(files: Iterable[Path]) -> None:
-    """Raise ModelError if git-lfs has left a line of text in place of weights."""
-    for file in files:
+def refuse_lfs_pointers(path: str | Path) -> None:
+    """Raise ModelError if git-lfs has left a line of text in place of weights.
+
+    Args:
+        path: a file or a folder of weights, or a name that is neither.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    for file in sorted(files):
         with open(file, "rb") as opened:
             if opened.read(40).startswith(b"version https://git-lfs"):
                 raise ModelError(
@@ -357,7 +362,7 @@ def read_file(path: str | Path):
     """Read a foreign `.pt` file without running any code from it. Raises ModelError."""
     if not Path(path).is_file():
         raise ModelError(f"{path}: no such file. {DOWNLOAD}")
-    refuse_lfs_pointers([Path(path)])
+    refuse_lfs_pointers(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # a web page, half a download

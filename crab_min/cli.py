@@ -263,7 +263,10 @@ def run_command(command: Callable[[], None], debug: bool) -> int:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
         reason = str(error).split(".")[0]
-        advice = "fewer --frames and --load-in-4bit need less; --plan says what the parts need"
+        advice = (
+            "a run of train.py with fewer --frames or --load-in-4bit needs less, and train.py "
+            "--plan says how much"
+        )
         print(f"error: out of memory ({reason}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -17,6 +17,11 @@ def flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+DEVICE_HELP = (
+    "cuda, cpu or mps (default: cuda, else cpu; on a CPU pretrained weights must be asked for)"
+)
+
+
 # --- what every recipe has -----------------------------------------------------------------------
 
 
@@ -98,8 +103,9 @@ class BackboneConfig:
     @property
     def pretrained(self) -> str:
         """Return the path or hub id of the LM's pretrained weights; "" for a tiny model."""
-        name = self.llm if self.backbone == "composed" else self.weights
-        return "" if name == "tiny-random" else name
+        if self.weights == "tiny-random":
+            return ""
+        return self.llm if self.backbone == "composed" else self.weights
 
 
 @dataclass
@@ -162,9 +168,7 @@ class RunConfig:
     """The run folder: where it is, what it keeps, how the run is evaluated."""
 
     out: str = flag("", "run folder (default: runs/PRESET, or the next free runs/PRESET-2, ...)")
-    device: Literal["", "cuda", "cpu", "mps"] = flag(
-        "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
-    )
+    device: Literal["", "cuda", "cpu", "mps"] = flag("", DEVICE_HELP)
     log_to: Literal["", "tensorboard", "wandb"] = flag(
         "", "also log to tensorboard (in RUN/tensorboard) or wandb, which must be installed"
     )
@@ -428,9 +432,7 @@ class AnswerConfig:
     beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
-    device: Literal["", "cuda", "cpu", "mps"] = flag(
-        "", "cuda, cpu or mps (default: the GPU; pretrained weights want one, or --device cpu)"
-    )
+    device: Literal["", "cuda", "cpu", "mps"] = flag("", DEVICE_HELP)
     masks: Literal["", "decoder", "sam2", "box"] = flag(
         "",
         "masks by the run's decoder (default where it has one), by SAM2 from box and points, "

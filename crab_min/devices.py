@@ -7,7 +7,8 @@
 
 Autocast needs hardware with fast bfloat16 products (NVIDIA Ampere and newer, CPUs with AVX-512
 BF16). It is off elsewhere, and with --no-bf16. Products of float32 matrices use TF32 on CUDA. A CPU
-does not answer in bfloat16, so that the tiny presets answer alike on every processor.
+does not answer in bfloat16, so that the tiny presets answer alike on every processor. MPS is taken
+where --device asks for it.
 """
 
 import torch
@@ -16,34 +17,35 @@ from crab_min.errors import RunError
 
 
 def choose_device(name: str = "", weights: str = "") -> torch.device:
-    """Choose the device of this process: the GPU, if there is one.
+    """Choose the device of this process: CUDA if it is there, else the CPU.
 
     Args:
         name: "cuda", "cpu" or "mps" of --device; "" chooses.
         weights: pretrained weights of the LM, which are not put on a CPU unasked; "" for none.
 
     Raises:
-        RunError: there is no such device, its driver is too old, or it is too slow for the weights.
+        RunError: no such device, one that torch cannot use, or one too slow for the weights.
     """
     has_cuda = torch.cuda.is_available()
     available = {"cpu": True, "cuda": has_cuda, "mps": torch.backends.mps.is_available()}
     gpus = torch.cuda.device_count()
 
-    # NVIDIA's driver counts the GPUs, and yet this torch cannot use them
+    # the driver counts NVIDIA's GPUs, and yet this torch cannot use them
     if gpus and not has_cuda and name in ("", "cuda"):
         raise RunError(
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, for which the "
-            f"driver of this machine's {gpus} GPUs is too old; update the driver, or install an "
-            "older build: pip install torch torchvision torchaudio --index-url "
-            "https://download.pytorch.org/whl/cu126, or give --device cpu"
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use the GPU "
+            f"that the driver reports (number of GPUs: {gpus}). Mostly the driver is too old: "
+            "update it, or install an older build: pip install torch torchvision torchaudio "
+            "--index-url https://download.pytorch.org/whl/cu126, or give --device cpu"
         )
     if name and not available[name]:
         others = [other for other, is_there in available.items() if is_there]
         raise RunError(f"--device {name}: not on this machine, which has {', '.join(others)}")
     if weights and not name and not has_cuda:
+        other = "; --device mps uses Apple's GPU" if available["mps"] else ""
         raise RunError(
-            f"{weights}: pretrained weights, and torch finds no GPU on this machine; give "
-            "--device cpu to run them on the CPU, which takes minutes per answer"
+            f"{weights}: pretrained weights, and torch finds no NVIDIA GPU on this machine; give "
+            f"--device cpu to run them on the CPU, which takes minutes per answer{other}"
         )
 
     device = torch.device(name or ("cuda" if has_cuda else "cpu"))
@@ -65,6 +67,11 @@ def bf16_autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     if device.type == "meta":  # --plan counts shapes
         device = torch.device("cpu")
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_fast_bf16(device))
+
+
+def in_float32(device: torch.device) -> torch.autocast:
+    """Return a context inside of which nothing is cast to bfloat16."""
+    return bf16_autocast(device, wanted=False)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

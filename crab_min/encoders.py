@@ -42,7 +42,7 @@ from transformers.image_utils import (
 )
 
 from crab_min.beats import Beats, BeatsConfig, fbank, load_beats, refuse_lfs_pointers
-from crab_min.devices import bf16_autocast
+from crab_min.devices import in_float32
 from crab_min.errors import ModelError
 
 # of models made from a config; sdpa's backward is slow on a CPU
@@ -190,7 +190,7 @@ def build_vision(config: dict) -> PreTrainedModel:
 
 def load_vision(name: str) -> PreTrainedModel:
     """Load a pretrained vision model in evaluation mode. Raises ModelError."""
-    refuse_lfs_pointers(sorted(Path(name).glob("*.safetensors")))
+    refuse_lfs_pointers(name)
     try:
         config = AutoConfig.from_pretrained(name)
         # a whole CLIP or SigLIP has a text half too
@@ -273,7 +273,7 @@ class AudioEncoder(nn.Module):
         # filter banks of all segments, padded to the longest
         waves = segments.flatten(0, 1).to(weight.device).float()  # (B T, N)
         waves = F.pad(waves, (0, max(0, self.shortest - samples)))
-        with bf16_autocast(weight.device, wanted=False):  # a logarithm wants float32
+        with in_float32(weight.device):  # a logarithm wants it
             banks = fbank(waves)  # (B T, F, 128)
 
         # frames whose window contains no padding

@@ -242,6 +242,10 @@ class AVLanguageModel(nn.Module):
         """Return the number of tokens of a prompt, given what `collate` takes."""
         return len(self.prompt_ids(*self.arrange(parts, list(media))))
 
+    def row_length(self, parts: list[PromptPart], media: list[MediaFeatures], answer: str) -> int:
+        """Return the number of tokens of a prompt with its answer."""
+        return self.prompt_length(parts, media) + len(self.answer_ids(answer))
+
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
         system = next((part.text for part in parts if part.role == "system"), "")

@@ -27,8 +27,7 @@ README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 CODE = [ROOT / "train.py", ROOT / "infer.py", *sorted((ROOT / "crab_min").rglob("*.py"))]
-# a flag of torchrun, and flags that stand for any
-# of torchrun, of a benchmark, and made up
+# flags of torchrun and of a benchmark, and flags that stand for any
 NO_FLAGS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "tiny", "flag", "x"}
 # functions and classes of the first version whose names are no ordinary words
 OLD_NAMES = """

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import infer
 from crab_min import trainer
 from crab_min.backbones.composed import load_base
-from crab_min.backbones.tiny_random import tiny_blip2, tiny_omni
+from crab_min.backbones.tiny_random import tiny_blip2, tiny_llava, tiny_omni
 from crab_min.config import Settings, TrainingConfig
 from crab_min.data import read_samples
 from crab_min.errors import RunError
@@ -197,8 +197,8 @@ def test_when_one_process_fails_all_end(small_world, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    log = tmp_path / "run" / "lock"
-    wait_for(log.exists, run)
+    lock = tmp_path / "run" / "lock"
+    wait_for(lock.exists, run)
     began = time.time()
     _, printed = run.communicate(timeout=300)
     assert run.returncode != 0 and time.time() - began < 60
@@ -237,6 +237,7 @@ def test_all_layers_of_the_lm_are_shared_out_under_one_root(monkeypatch):
     for model, roots in (
         (tiny_blip2("<video>")[0].language_model, ["encoder", "decoder"]),
         (tiny_omni()[0], ["model.language_model"]),
+        (tiny_llava()[0], ["model.language_model"]),
         (load_base().llm, ["model"]),
     ):
         sharded.clear()

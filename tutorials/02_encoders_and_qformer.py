@@ -46,16 +46,16 @@ print(f"features (clip, steps, S, width): {tuple(visual.shape)} and {tuple(audio
 #     tokens_t = MLP(QFormer(queries, LayerNorm(features_t)))
 #
 # A layer is post-norm BERT: self-attention of the queries, cross-attention to the features, and a
-# feed-forward. In naive lines, with the attention weights kept:
+# feed-forward. In naive lines, with the weights kept (qformer.py multiplies in another order):
 
 
 # %%
-def attend(block, x, source):
+def attend(block, x, source, heads):
     """x <- LayerNorm(x + Linear(softmax(q k / sqrt(d)) v)), and the weights."""
-    attention, width = block.attention, block.attention.attention_head_size
+    attention = block.attention
     q, k, v = attention.query(x), attention.key(source), attention.value(source)
-    q, k, v = [y.unflatten(-1, (-1, width)).transpose(1, 2) for y in (q, k, v)]
-    weights = (q @ k.mT / width**0.5).softmax(-1)  # (T, heads, Q, S)
+    q, k, v = [y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in (q, k, v)]
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (T, heads, Q, S)
     mixed = (weights @ v).transpose(1, 2).flatten(2)  # (T, Q, hidden)
     return block.output.LayerNorm(x + block.output.dense(mixed)), weights
 
@@ -65,8 +65,8 @@ def naive_connector(connector, features):
     features = connector.norm(features)
     x = connector.qformer.layernorm(connector.query).expand(len(features), -1, -1)
     for layer in connector.qformer.encoder.layer:
-        x, _ = attend(layer.attention, x, x)
-        x, weights = attend(layer.crossattention, x, features)
+        x, _ = attend(layer.attention, x, x, connector.config.heads)
+        x, weights = attend(layer.crossattention, x, features, connector.config.heads)
         x = layer.output_query(layer.intermediate_query(x), x)  # feed-forward
     return connector.mlp(x), weights.mean(1)  # the weights are averaged over heads
 

@@ -26,8 +26,7 @@ from crab_min.tools.reason.verify import Rules, clean, verify
 from crab_min.world.folders import WorldConfig, build_world
 
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=1)
-samples = read_samples(root, ["ave"], "train", target="label")
-sample = samples[0]
+sample = read_samples(root, ["ave"], "train", target="label")[0]
 print("all that a labelled row teaches:", sample.target)
 
 # %% [markdown]
@@ -67,9 +66,11 @@ texts = [
     f"A {label} is in sight and sounds.",
     f"{closing}",
 ]
+kinds = [None, None, "time", "box", "leak", "wrong label", "unparsed", "too short"]
 rules = Rules(instructions=brief.instructions())
-for text in map(clean, texts):
+for kind, text in zip(kinds, map(clean, texts)):
     rejection = verify(sample, text, rules, seconds=10.0)
+    assert (rejection and rejection.kind) == kind
     assert naive_check(sample, text) or rejection
     verdict = f"thrown out, {rejection.kind}" if rejection else "verified"
     print(f"{verdict}: {text}")
@@ -94,11 +95,8 @@ print(conversation(job, with_clip=False)[-1]["content"])
 #     python -m crab_min.tools.reason --data IN --out OUT --llm template --rewrite
 
 # %%
-verdicts = Counter()
-tasks = ["a2v", "ks", "meld", "avqa", "avqa_thu", "ave", "unav", "avvp", "s4", "ref_avs", "arig"]
-rows = read_samples(root, tasks, "train")
-for row in rows:
-    verdicts[verify(row, clean(template(row)), seconds=10.0)] += 1
+rows = read_samples(root, list(load_briefs()), "train")
+verdicts = Counter(verify(row, clean(template(row)), seconds=10.0) for row in rows)
 print(f"verified: {verdicts[None]} of {len(rows)} template texts")
 assert set(verdicts) == {None}
 draw_sheet(Path("answers/tutorial_09.png"), [(r, template(r), None) for r in rows[::60][:6]])

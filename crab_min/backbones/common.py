@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from crab_min.backbones.empty import beats_sizes
@@ -29,24 +29,24 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
             "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
             'give features as files (.npy, .pt) under "sides"'
         )
-    # sounds of one length, and so of one number of tokens, are encoded together; equal ones once,
-    # because the windows of several tasks are often the same ones of a file
-    by_length: dict[int, dict[tuple, list[int]]] = {}
-    for i, waves in enumerate(sounds):
-        content = tuple(np.asarray(wave).tobytes() for wave in waves)
-        by_length.setdefault(max(map(len, waves)), {}).setdefault(content, []).append(i)
+    # equal sounds once: the windows of several tasks are often the same ones of a file
+    keys = []
+    for waves in sounds:
+        keys.append(tuple(np.asarray(wave).tobytes() for wave in waves))
+    different = dict(zip(keys, sounds))
 
-    encoded: list = [None] * len(sounds)
-    for equal_sounds in by_length.values():
-        different = [sounds[indices[0]] for indices in equal_sounds.values()]
-        counts = [len(waves) for waves in different]
-        segments = [torch.as_tensor(wave) for waves in different for wave in waves]
+    # those of one length, and so of one number of tokens, together
+    by_length: dict[int, list[tuple]] = {}
+    for key, waves in different.items():
+        by_length.setdefault(max(map(len, waves)), []).append(key)
+    encoded: dict[tuple, tuple[Tensor, Tensor]] = {}
+    for group in by_length.values():
+        counts = [len(different[key]) for key in group]
+        segments = [torch.as_tensor(wave) for key in group for wave in different[key]]
         features, mask = encoder(segments)  # (1, sum of T, S, W), (1, sum of T, S)
-        split = zip(features[0].split(counts), mask[0].split(counts))
-        for indices, (x, real) in zip(equal_sounds.values(), split):
-            for i in indices:
-                encoded[i] = MediaFeatures("audio", x, real)
-    return encoded
+        for key, x, real in zip(group, features[0].split(counts), mask[0].split(counts)):
+            encoded[key] = (x, real)
+    return [MediaFeatures("audio", *encoded[key]) for key in keys]
 
 
 def load_beats(config: BackboneConfig, empty: bool) -> AudioEncoder | None:
@@ -138,4 +138,4 @@ def refuse_unusable(name: str) -> None:
             f"{name}: its weights are quantized ({method}), and an adapter is trained here on "
             "whole ones; name the model in bfloat16, and give --load-in-4bit"
         )
-    refuse_lfs_pointers(sorted(Path(name).glob("*.safetensors")))
+    refuse_lfs_pointers(name)

@@ -47,8 +47,8 @@ def load_model(
     Args:
         masks: the mask decoder; it is added where `masks.decoder` is true.
         empty: build the same classes without reading weights (empty.py).
-        device: where pretrained weights are read to, without passing through the host's memory. By
-            default it is the CPU, and for a model without weights the meta device.
+        device: where pretrained weights are loaded to; by default the CPU, and the meta device for
+            a model without weights.
 
     Raises:
         ModelError: settings that exclude each other, or weights that are not there.

@@ -26,7 +26,7 @@ from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import OMNI_TOKENS, omni_processor, tiny_omni
 from crab_min.config import BackboneConfig
-from crab_min.devices import bf16_autocast
+from crab_min.devices import in_float32
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import Batch, MediaTokens
@@ -108,7 +108,7 @@ class OmniModel(PatchedModel):
             # at least a second, as in the release
             waves.append(np.pad(wave, (0, max(0, RATE - len(wave)))))
         extractor = self.processor.feature_extractor
-        with bf16_autocast(self.media_device, wanted=False):  # a logarithm wants float32
+        with in_float32(self.media_device):  # a logarithm wants it
             mel = extractor(
                 waves,
                 sampling_rate=RATE,
@@ -126,8 +126,9 @@ class OmniModel(PatchedModel):
         """Cut images (1, H, W, 3) into patches (P, 1176) each."""
         processor = self.processor.image_processor
         images = [self.channels_first(image)[0] for image in images]  # (3, H, W) each
-        patches = processor(images=images, do_resize=False, return_tensors="pt")["pixel_values"]
-        return list(patches.chunk(len(images)))
+        patches = processor(images=images, do_resize=False, return_tensors="pt")
+        counts = patches["image_grid_thw"].prod(-1).tolist()
+        return list(patches["pixel_values"].split(counts))
 
     def video_patches(self, videos: list) -> list[Tensor]:
         """Cut videos (T, H, W, 3) into patches (P, 1176) each, first in time, then in space."""
@@ -138,7 +139,8 @@ class OmniModel(PatchedModel):
             cap_pixels_per_frame=False,
             return_tensors="pt",
         )
-        return list(patches["pixel_values_videos"].chunk(len(videos)))
+        counts = patches["video_grid_thw"].prod(-1).tolist()
+        return list(patches["pixel_values_videos"].split(counts))
 
     def channels_first(self, frames: np.ndarray) -> Tensor:
         """Return frames (T, H, W, 3) as (T, 3, H, W) where they are processed."""

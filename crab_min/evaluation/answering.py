@@ -166,8 +166,8 @@ def rank_options(
     """
     # the loss of each option, summed over its tokens
     pairs = [(i, text) for i, sample in enumerate(samples) for text in options(sample)]
-    prompts = [model.prompt_length(s.parts, features) for s, features in zip(samples, media)]
-    lengths = [prompts[i] + len(model.answer_ids(text)) for i, text in pairs]
+    prompt_lengths = [model.prompt_length(s.parts, x) for s, x in zip(samples, media)]
+    lengths = [prompt_lengths[i] + len(model.answer_ids(text)) for i, text in pairs]
 
     def losses_of(ranked: list[tuple[int, str]]) -> list[float]:
         prompts = [samples[i].parts for i, _ in ranked]

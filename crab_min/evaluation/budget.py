@@ -23,6 +23,7 @@ class TokenBudget:
     """
 
     tokens: int = RunConfig.eval_batch_tokens
+    retry: bool = True  # False for a sharded LM, which all processes must run equally often
     halved: bool = False
 
     def run(
@@ -51,6 +52,8 @@ class TokenBudget:
                 results += answer(items[start : start + rows])
                 continue
             except torch.OutOfMemoryError as error:
+                if not self.retry:
+                    raise
                 reason = str(error).split(".")[0]
             # here, since within the handler the error keeps all tensors of the failed call
             self.halve(rows, lengths[start : start + rows], reason)
@@ -71,9 +74,9 @@ class TokenBudget:
         """Halve the budget below what a part of these lengths had."""
         if rows == 1:
             raise RunError(
-                f"out of memory for one sample of {lengths[0]} tokens ({reason}); --frames and "
-                "--load-in-4bit need less, --max-new-tokens of infer.py too; --plan says what the "
-                "parts need"
+                f"out of memory for one sample of {lengths[0]} tokens ({reason}); a run of "
+                "train.py with fewer --frames or --load-in-4bit needs less, and train.py --plan "
+                "says how much"
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

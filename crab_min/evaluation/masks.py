@@ -63,8 +63,7 @@ def predict_masks(
         for sample, features_of_sample in zip(batch, media):
             answer = text_of[sample.id]
             rows.append((sample.parts, features_of_sample, answer))
-            prompt = model.prompt_length(sample.parts, features_of_sample)
-            lengths.append(prompt + len(model.answer_ids(answer)))
+            lengths.append(model.row_length(sample.parts, features_of_sample, answer))
 
         predict = partial(predict_part, model, semantic)
         predicted = budget.run(predict, rows, lengths)

@@ -18,30 +18,23 @@ from matplotlib.patches import Rectangle
 
 from crab_min.answers import GRID, Answer, Box, Event
 from crab_min.data import Sample, gold_mask, load_media
+from crab_min.evaluation.figures import (
+    COLOURS,
+    CORRECT,
+    GOLD_BOX,
+    GREY,
+    RED,
+    TEAL,
+    WRONG,
+    YELLOW,
+    new_figure,
+    save,
+)
 from crab_min.evaluation.routing import KINDS, RouterKey, RoutingStats
 from crab_min.evaluation.scores import sample_score
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#6a994e", "#8d6a9f")
-RED, TEAL, YELLOW = COLOURS[:3]
-GREY = "#b8bcc4"
-GOLD_BOX = "#3ddc4b"
-CORRECT, WRONG = "#2e7d32", "#b3261e"
-
 
 # --- figures and texts ----------------------------------------------------------------------------
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that needs no display and no pyplot."""
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.rename(path)
-
-
 def wrapped(text: str, columns: int) -> str:
     """Return a model's text in lines of at most `columns` characters.
 
@@ -248,7 +241,7 @@ def draw_scores(path: Path, results: dict[str, dict]) -> None:
     axes = figure.subplots()
     positions = np.arange(len(results))
     for i, (key, label, colour) in enumerate(bars):
-        values = [result.get(key, 0) for result in results.values()]  # the base may be unknown
+        values = [result.get(key, np.nan) for result in results.values()]  # the base may be unknown
         axes.bar(positions + 0.27 * (i - 1), values, 0.27, label=label, color=colour)
 
     names = [f"{task}\n{result['name'].replace('_', ' ')}" for task, result in results.items()]

@@ -261,7 +261,7 @@ def begin(run: Run) -> None:
 
     # the folder belongs to this process from here on
     run.steps = range(steps_of(run.settings, len(run.train_rows)))
-    budget = TokenBudget(run.settings.run.eval_batch_tokens)
+    budget = TokenBudget(run.settings.run.eval_batch_tokens, retry=not training.fsdp)
     limits = token_limits(model, run.train_rows)
     run.decoding = Decoding(limits, run.settings.run.eval_mode, budget=budget)
     if processes.rank() == 0:
@@ -321,14 +321,14 @@ def evaluate_baseline(run: Run) -> None:
     if processes.on_first(lambda: (run.folder / "base.json").exists()):
         return
     rows = rows_of_each_task(run.test_rows, run.settings.run.baseline_rows)
-    partial = run.folder / "base.partial.jsonl"
+    unfinished = run.folder / "base.partial.jsonl"
     strict = not run.settings.data.allow_missing
     texts = generate_answers(
-        run.model, run.features, rows, run.decoding, "frozen base", partial, strict
+        run.model, run.features, rows, run.decoding, "frozen base", unfinished, strict
     )
     if processes.rank() == 0:
         atomic_write(run.folder / "base.json", json.dumps(score_all(rows, texts)))
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
@@ -337,8 +337,8 @@ def rows_of_each_task(rows: list[Sample], count: int) -> list[Sample]:
     They are the same ones each time.
     """
     chosen = []
-    for task in by_task(rows):
-        samples = [sample for sample in rows if sample.task is task]
+    for of_task in by_task(rows).values():
+        samples = [sample for (sample,) in of_task]
         if 0 < count < len(samples):
             samples = random.Random(0).sample(samples, count)
         chosen += samples
@@ -437,7 +437,6 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     write_card(folder, run.settings.backbone.pretrained, card_command(run), results)
 
     # metrics.json, which says that the run is finished: its checkpoints can go
-    (folder / ANSWERS).unlink(missing_ok=True)
     loss = losses_of(folder / "log.csv")
     seconds = round(time.time() - run.began, 1)
     metrics = {
@@ -451,6 +450,7 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         "unreadable": len(run.features.unreadable),
     }
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
+    (folder / ANSWERS).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run.lock.close()
     print(

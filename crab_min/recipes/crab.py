@@ -199,8 +199,7 @@ def cache_batch(run: common.Run, samples: list[Sample], media: list) -> None:
 
     lengths = []
     for sample, features in zip(samples, media):
-        prompt = model.prompt_length(sample.parts, features)
-        lengths.append(prompt + len(model.answer_ids(sample.target)))
+        lengths.append(model.row_length(sample.parts, features, sample.target))
     run.decoding.budget.run(cache, list(zip(samples, media)), lengths)
 
 

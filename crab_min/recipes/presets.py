@@ -37,7 +37,8 @@ PAVE = LARGE | dict(
     adapter="lora", r=64, alpha=16, dropout=0.05,
     trainable="adapter", lr=2e-5, connector_lr=2e-5, max_grad_norm=0.1, batch_size=16, epochs=2,
 )
-CREMA = LARGE | dict(
+CREMA = dict(
+    task_sampling_exponent=1.0,
     tasks="avqa", target="label", frames=4,
     backbone="blip2", weights="Salesforce/blip2-flan-t5-xl",
     adapter="none",
@@ -49,7 +50,10 @@ PRESETS = {
     # on the shipped base
     "crab_plus-tiny": Preset(
         "crab_plus", "Crab+'s recipe on the shipped tiny base: I-LoRA on the built-in world",
-        dict(r=16, alpha=32, dropout=0, batch_size=4, beta2=0.98, baseline_rows=25),
+        dict(
+            r=16, alpha=32, dropout=0,
+            batch_size=8, beta2=0.98, bf16=False, baseline_rows=25,
+        ),
     ),
     "crab-tiny": Preset(
         "crab", "Crab's recipe on the shipped tiny base: --stage visual, audio, unified, masks",
@@ -74,10 +78,10 @@ PRESETS = {
     "crema-tiny": Preset(
         "crema", "CREMA's recipe on the shipped tiny base: modalities through its visual Q-Former",
         CREMA | dict(
-            frames=5, cache_features=True, save_every=100, save_minutes=0,
+            frames=5,
             world_clips=450, world_test=60,
             weights="",
-            lr=5e-3, connector_lr=5e-3, batch_size=16, steps=900, gradient_checkpointing=False,
+            lr=5e-3, connector_lr=5e-3, batch_size=16, steps=900,
             modalities="rgb,audio,flow,depth,thermal", fusion="add",
             modality_rank=16, modality_dropout=0.3, modality_sequential=False,
         ),
@@ -113,7 +117,7 @@ PRESETS = {
     ),
     "crema-xl": Preset(
         "crema", "CREMA on BLIP-2 with Flan-T5-XL: one Q-Former for all modalities",
-        CREMA,
+        LARGE | CREMA,
     ),
     "tiny-base": Preset(
         "tinybase", "trains the tiny base itself from nothing on the built-in world",

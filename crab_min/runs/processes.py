@@ -131,12 +131,14 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
     learned = [p for p, anywhere in zip(parameters, flags.tolist()) if anywhere]
 
     # messages: each has at least one parameter, and a copy of it is all that this needs
-    messages: list[list[nn.Parameter]] = [[]]
+    messages: list[list[nn.Parameter]] = []
+    size = MESSAGE  # the first parameter begins a message
     for parameter in learned:
-        size = sum(p.numel() for p in messages[-1])
-        if messages[-1] and size + parameter.numel() > MESSAGE:
+        if size + parameter.numel() > MESSAGE:
             messages.append([])
+            size = 0
         messages[-1].append(parameter)
+        size += parameter.numel()
     for together in messages:
         add_gradients_of(together)
 
@@ -144,8 +146,6 @@ def add_gradients(parameters: list[nn.Parameter]) -> None:
 def add_gradients_of(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients of some parameters over the processes, in one message."""
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    if not gradients:
-        return
     message = torch.cat([gradient.flatten().float() for gradient in gradients])
     dist.all_reduce(message)
     sums = message.split([p.numel() for p in parameters])
@@ -182,23 +182,13 @@ def shard(llm: nn.Module) -> None:
 
 
 def stacks(llm: nn.Module) -> list[nn.Module]:
-    """Return the modules of an LM that hold its layers: a decoder, and of T5 the encoder too.
-
-    The encoders of media in a multimodal LM are smaller, and do not run on every batch.
-    """
-    whole = sum(p.numel() for p in llm.parameters())
-    found = []
-    for module in llm.modules():
-        layers = stack_layers(module)
-        if layers and sum(p.numel() for p in layers.parameters()) > whole / 5:
-            found.append(module)
-    return found
+    """Return an LM's decoder, and before it its encoder if it has one; no head, no media."""
+    return [llm.encoder, llm.decoder] if llm.config.is_encoder_decoder else [llm.get_decoder()]
 
 
-def stack_layers(module: nn.Module) -> nn.ModuleList | None:
-    """Return the list of layers that a module has as a child: `layers`, or T5's `block`."""
-    layers = getattr(module, "layers", None) or getattr(module, "block", None)
-    return layers if isinstance(layers, nn.ModuleList) else None
+def stack_layers(stack: nn.Module) -> nn.ModuleList:
+    """Return the layers of a stack; T5's are blocks."""
+    return stack.block if hasattr(stack, "block") else stack.layers
 
 
 def is_sharded(model: nn.Module) -> bool:

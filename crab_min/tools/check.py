@@ -28,29 +28,14 @@ from crab_min.tools.lengths import read_media, sample_seconds
 from crab_min.tools.loading import load_pretrained_model
 from crab_min.tools.plan import prompt_tokens
 from crab_min.tools.questions import silent
+from crab_min.tools.reason.briefs import can_be_reasoned
 from crab_min.tools.reason.rows import has_reasoning, labels_of
-from crab_min.tools.statistics import draw_statistics
+from crab_min.tools.statistics import SplitReport, draw_statistics
 
 SHOWN = 10  # reasons of each kind that are printed; the file has all
 
 
 # --- what is reported ----------------------------------------------------------------------------
-@dataclass
-class SplitReport:
-    """Contents of one annotation file."""
-
-    rows: int
-    bad_rows: int  # rows that make no sample
-    labels: dict[str, int]  # how often each label occurs
-    unparsed_targets: int  # training targets outside the output grammar
-    reasoned: int = 0  # training targets with words besides the label
-    words: list[float] | None = None  # shortest, median and longest target; None: it has none
-    files: int = 0
-    missing: int = 0  # files that do not exist
-    unreadable: int = 0  # files that exist and cannot be decoded
-    seconds: list[float] | None = None  # shortest, median and longest file; None: none was read
-
-
 @dataclass
 class BadFile:
     """A file that is missing or cannot be decoded."""
@@ -123,8 +108,9 @@ class Report:
         rows: Counter[str] = Counter()
         reasoned: Counter[str] = Counter()
         for name, split in self.splits.items():
-            if name.endswith("/train"):
-                family = TASKS[name.removesuffix("/train")].family
+            task = TASKS[name.split("/")[0]]
+            if name.endswith("/train") and can_be_reasoned(task):
+                family = task.family
                 rows[family] += split.rows
                 reasoned[family] += split.reasoned
         lines = []

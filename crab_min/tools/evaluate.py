@@ -62,10 +62,9 @@ def evaluate_split(given: Namespace) -> None:
     write_predictions(out / "predictions", samples, evaluation.texts)
     for task, answers in some_of_each_task(evaluation).items():
         draw_sheet(out / "sheets" / f"{task}.png", answers)
-    partial.unlink()
     missing = len(samples) - len(readable)
     metrics = {
-        "decoding": described,
+        "decoding": described | {"eval_batch_tokens": given.eval_batch_tokens},
         "tasks": evaluation.scores,
         **evaluation.numbers,
         "missing": missing,
@@ -73,6 +72,7 @@ def evaluate_split(given: Namespace) -> None:
         "unreadable": list(features.unreadable.values()),
     }
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
+    partial.unlink()
     print("\n".join([evaluation_table(evaluation.scores), *evaluation.tables]))
     print(f"{missing} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
 
@@ -129,7 +129,6 @@ def describe(
         "ablate": given.ablate,
         "prompts": bool(given.prompts),
         "limits": decoding.limits,
-        "eval_batch_tokens": given.eval_batch_tokens,
         "masks": given.masks,
         "sides": sorted({part.side for sample in samples for part in sample.media if part.side}),
         "decoding": method,

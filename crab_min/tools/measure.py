@@ -29,6 +29,7 @@ from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGE
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.masks import MASK_TOKEN_COUNT
 from crab_min.model import AVLanguageModel, index_by_kind
+from crab_min.runs.processes import stack_layers, stacks
 
 ANSWER = 80  # tokens of a reasoned answer, about
 
@@ -78,20 +79,13 @@ def without_values(medium: MediaFeatures) -> MediaFeatures:
 
 
 def lm_stacks(model: AVLanguageModel) -> list[nn.Module]:
-    """Return the LM's decoder, and before it its encoder if it has one.
-
-    The head is left out.
-    """
-    lm = model.base_lm
-    return [lm.encoder, lm.decoder] if lm.config.is_encoder_decoder else [lm.get_decoder()]
+    """Return the LM's decoder, and before it its encoder if it has one."""
+    return stacks(model.base_lm)
 
 
 def lm_layers(model: AVLanguageModel) -> list[nn.ModuleList]:
     """Return the layers of each stack."""
-    layers = []
-    for stack in lm_stacks(model):
-        layers.append(stack.block if hasattr(stack, "block") else stack.layers)  # T5's are blocks
-    return layers
+    return [stack_layers(stack) for stack in lm_stacks(model)]
 
 
 def lm_linears(model: AVLanguageModel) -> list[nn.Linear]:
@@ -153,14 +147,14 @@ def measure_layer(model: AVLanguageModel, measure: Callable[[], int]) -> tuple[i
 @contextmanager
 def first_layers(model: AVLanguageModel, count: int) -> Iterator[None]:
     """Take all layers but the first ones out of the LM."""
-    stacks = lm_layers(model)
-    whole = [list(layers) for layers in stacks]
-    for layers in stacks:
+    lists = lm_layers(model)
+    whole = [list(layers) for layers in lists]
+    for layers in lists:
         del layers[count:]
     try:
         yield
     finally:
-        for layers, all_layers in zip(stacks, whole):
+        for layers, all_layers in zip(lists, whole):
             layers.extend(all_layers[count:])
 
 
@@ -249,13 +243,14 @@ def cache_bytes(model: AVLanguageModel) -> int:
     return 2 * len(lm_layers(model)[-1]) * kv_heads * head_width * lm_dtype(model).itemsize
 
 
-def answered_together(settings: Settings, tokens: int) -> int:
+def answered_together(settings: Settings, prompt_tokens: int) -> int:
     """Return how many prompts of so many tokens evaluation answers together.
 
-    Args:
-        tokens: of a prompt with its answer.
+    An answer has DEFAULT_LIMIT tokens, an option that is ranked ANSWER.
     """
-    most = RANKED_TOGETHER if settings.run.eval_mode == "rank" else BATCH_SIZE
+    ranks = settings.run.eval_mode == "rank"
+    most = RANKED_TOGETHER if ranks else BATCH_SIZE
+    tokens = prompt_tokens + (ANSWER if ranks else DEFAULT_LIMIT)
     return TokenBudget(settings.run.eval_batch_tokens).rows(most * [tokens], most)
 
 
@@ -266,7 +261,7 @@ def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
     what there is at the widest moment. Answers of DEFAULT_LIMIT tokens add theirs.
     """
     length = prompt.tokens - ANSWER
-    rows = answered_together(settings, length + DEFAULT_LIMIT)
+    rows = answered_together(settings, length)
 
     @torch.no_grad()
     def answer() -> None:
@@ -280,7 +275,10 @@ def evaluation_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt)
     depth = len(lm_layers(model)[0])
     if settings.run.eval_mode == "rank":
         return rest + depth * layer
-    return rest + depth * layer + rows * DEFAULT_LIMIT * cache_bytes(model)
+    cached = DEFAULT_LIMIT  # tokens whose keys and values that forward pass does not make
+    if model.base_lm.config.is_encoder_decoder:
+        cached += length  # those of the prompt, for the decoder's cross-attention
+    return rest + depth * layer + rows * cached * cache_bytes(model)
 
 
 def read_prompts(model: AVLanguageModel, rows: int, length: int) -> None:

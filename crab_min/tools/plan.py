@@ -27,7 +27,6 @@ from crab_min.config import Settings
 from crab_min.data import SAMPLE_RATE, Sample, pick_tasks, read_splits
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError
-from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.evaluation.scores import by_task
 from crab_min.interface import PromptPart, audio_windows, build_prompt, load_prompts
 from crab_min.model import AVLanguageModel
@@ -531,7 +530,7 @@ def cost_lines(result: Plan) -> list[str]:
 def memory_lines(result: Plan) -> list[str]:
     longest = max(result.tokens.values())
     training = result.settings.training
-    together = answered_together(result.settings, longest - ANSWER + DEFAULT_LIMIT)
+    together = answered_together(result.settings, longest - ANSWER)
     checkpointing = "on" if training.gradient_checkpointing else "off"
     lines = [
         "",

@@ -1,25 +1,33 @@
-"""The picture of a copy of AV-UIE: rows, reasoned rows, lengths of targets, labels."""
+"""Counts of an annotation file, and the figure of those of a copy of AV-UIE."""
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from matplotlib.axes import Axes
 
-from crab_min.evaluation.pictures import GREY, RED, TEAL, YELLOW, new_figure, save
+from crab_min.evaluation.figures import GREY, RED, TEAL, YELLOW, new_figure, save
 
 SHOWN_LABELS = 5  # the most frequent ones, each apart
 
 
-class Statistics(Protocol):
-    """What check.py counts in an annotation file."""
+@dataclass
+class SplitReport:
+    """Contents of one annotation file."""
 
     rows: int
-    reasoned: int
-    words: list[float] | None
-    labels: dict[str, int]
+    bad_rows: int  # rows that make no sample
+    labels: dict[str, int]  # how often each label occurs
+    unparsed_targets: int  # training targets outside the output grammar
+    reasoned: int = 0  # training targets with words besides the label
+    words: list[float] | None = None  # shortest, median and longest target; None: it has none
+    files: int = 0
+    missing: int = 0  # files that do not exist
+    unreadable: int = 0  # files that exist and cannot be decoded
+    seconds: list[float] | None = None  # shortest, median and longest file; None: none was read
 
 
-def draw_statistics(path: Path, splits: dict[str, Statistics]) -> None:
+def draw_statistics(path: Path, splits: dict[str, SplitReport]) -> None:
     """Draw one line per annotation file in three panels, by name task/split."""
     figure = new_figure(12, 1.5 + 0.25 * len(splits))
     rows, words, labels = figure.subplots(1, 3, sharey=True)
@@ -32,7 +40,7 @@ def draw_statistics(path: Path, splits: dict[str, Statistics]) -> None:
     save(figure, path)
 
 
-def draw_rows(axes: Axes, names: list[str], counts: list[Statistics]) -> None:
+def draw_rows(axes: Axes, names: list[str], counts: list[SplitReport]) -> None:
     """Draw the rows of each file: reasoned, with a label or caption alone, for testing."""
     for line, (name, split) in enumerate(zip(names, counts)):
         if name.endswith("/test"):
@@ -46,7 +54,7 @@ def draw_rows(axes: Axes, names: list[str], counts: list[Statistics]) -> None:
     axes.legend(fontsize=8)
 
 
-def draw_words(axes: Axes, counts: list[Statistics]) -> None:
+def draw_words(axes: Axes, counts: list[SplitReport]) -> None:
     """Draw the shortest, median and longest target of each training file."""
     for line, split in enumerate(counts):
         if split.words:
@@ -56,12 +64,12 @@ def draw_words(axes: Axes, counts: list[Statistics]) -> None:
     axes.set(title="words of a target: least, median, most", xlabel="words", xlim=(0, None))
 
 
-def draw_labels(axes: Axes, counts: list[Statistics]) -> None:
+def draw_labels(axes: Axes, counts: list[SplitReport]) -> None:
     """Draw the share of the most frequent labels of each file, and how many labels there are."""
     for line, split in enumerate(counts):
         total = sum(split.labels.values())
         left = 0.0
-        for label, count in sorted(split.labels.items(), key=lambda pair: -pair[1])[:SHOWN_LABELS]:
+        for label, count in Counter(split.labels).most_common(SHOWN_LABELS):
             width = count / total
             axes.barh(line, width, left=left, color=TEAL, edgecolor="white", alpha=0.8)
             if width > 0.03 * len(label):

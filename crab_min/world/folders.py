@@ -43,8 +43,8 @@ def build_world(
 ) -> Path:
     """Return the world's folder in the AV-UIE v2 layout.
 
-    It is built where it is not there yet. The folder's
-    name tells version, seed, sizes and things. The folder appears whole or not at all.
+    It is built where it is not there yet. The folder's name tells version, seed, sizes and things.
+    The folder appears whole or not at all.
 
     Args:
         still: only the folders whose rows show one frame, without videos, which are most of the

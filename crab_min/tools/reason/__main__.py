@@ -29,13 +29,16 @@ from crab_min.tools.reason.asking import Log, ask_all
 from crab_min.tools.reason.briefs import load_briefs, load_notes
 from crab_min.tools.reason.report import count_rows, counts_as_json, draw_verified, table
 from crab_min.tools.reason.rows import make_jobs, read_folders, rows_of_jobs, write_folder
+from crab_min.tools.reason.template import Template
 from crab_min.tools.reason.verify import MAX_WORDS
-from crab_min.tools.reason.writers import KEY, make_writer
+from crab_min.tools.reason.writers import KEY, LocalModel, Server, Writer
+
+ADDRESS = ("http://", "https://")  # a --llm that is not the path or hub id of a model
 
 
 @dataclass(frozen=True)
 class ReasonSettings:
-    """What the texts depend on; a stopped run continues with the same ones."""
+    """Settings on which the texts depend; a stopped run continues with the same ones."""
 
     data: str
     llm: str
@@ -55,9 +58,6 @@ def open_folder(out: Path, settings: ReasonSettings) -> None:
     Raises:
         RunError: the folder holds something else, or was begun with other settings.
     """
-    root, target = Path(settings.data).resolve(), out.resolve()
-    if root == target or root in target.parents or target in root.parents:
-        raise RunError(f"--out {out}: lies in --data {settings.data}, or around it; choose another")
     file = out / "settings.json"
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
@@ -73,38 +73,41 @@ def open_folder(out: Path, settings: ReasonSettings) -> None:
         atomic_write(file, json.dumps(asdict(settings), indent=1))
 
 
+def make_writer(llm: str, given: argparse.Namespace) -> Writer:
+    """Return the writer that --llm or --judge names."""
+    if llm == "template":
+        return Template()
+    if llm.startswith(ADDRESS):
+        return Server(llm, given.parallel, given.timeout, given.retries)
+    return LocalModel(llm, given.batch_size, given.load_in_4bit)
+
+
 def reason(given: argparse.Namespace) -> None:
     """Ask about the rows, and write the folder or, with --sample, only the report."""
     fields = ReasonSettings.__dataclass_fields__
     settings = ReasonSettings(**{name: getattr(given, name) for name in fields})
-    if given.show_clip and not given.llm.startswith("http"):
+    if given.show_clip and not given.llm.startswith(ADDRESS):
         raise RunError(
             "--show-clip needs a server (--llm http://.../v1) whose model sees and hears"
         )
     if given.judge == "template":
         raise RunError("--judge template: a template has no opinion; name a model")
 
+    root, out = Path(given.data), Path(given.out)
+    source, target = root.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise RunError(f"--out {out}: lies in --data {root}, or around it; choose another")
+
     # what there is to ask
     tasks = pick_tasks(given.tasks)
     briefs, notes = load_briefs(given.briefs), load_notes(given.notes)
-    root, out = Path(given.data), Path(given.out)
     folders = read_folders(root, tasks, given.rewrite)
     jobs = make_jobs(folders, briefs, notes, given.max_words, judged=bool(given.judge))
 
     # who is asked
-    writer, judge = None, None
     tries = 1 if given.llm == "template" else given.tries  # a template writes the same again
-    options = {
-        "parallel": given.parallel,
-        "batch_size": given.batch_size,
-        "timeout": given.timeout,
-        "retries": given.retries,
-        "load_in_4bit": given.load_in_4bit,
-    }
-    if given.llm != "template":
-        writer = make_writer(given.llm, **options)
-    if given.judge:
-        judge = make_writer(given.judge, **options)
+    writer = make_writer(given.llm, given)
+    judge = make_writer(given.judge, given) if given.judge else None
 
     # ask, from where a stopped run was
     with lock_run(out):
@@ -120,12 +123,14 @@ def reason(given: argparse.Namespace) -> None:
         if not given.sample:
             write_folder(out, root, folders, jobs)
         atomic_write(out / "rows.jsonl", rows_of_jobs(chosen, given.llm))
-        counts = count_rows(folders, chosen, tries)
+        counts = count_rows(folders, chosen)
         report = {"settings": asdict(settings), "counts": counts_as_json(counts)}
         atomic_write(out / "report.json", json.dumps(report, indent=1))
         print(table(counts))
+        (out / "sheet.png").unlink(missing_ok=True)
         drawn = draw_verified(out / "sheet.png", chosen, given.seed)
-    print(f"{out}: {drawn} verified rows to judge by eye in sheet.png, all in rows.jsonl")
+    sheet = f"{drawn} verified rows to judge by eye in sheet.png, " if drawn else ""
+    print(f"{out}: {sheet}all rows in rows.jsonl")
     if given.sample:
         print(f"this was a sample of {len(chosen)}; without --sample all {len(jobs)} are asked")
     elif counts["all"].unanswered:

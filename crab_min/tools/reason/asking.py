@@ -8,18 +8,16 @@ for no reply twice.
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from crab_min.runs.folder import atomic_write
 from crab_min.tools.reason.clips import clip_parts
 from crab_min.tools.reason.rows import Attempt, Job
-from crab_min.tools.reason.template import template
 from crab_min.tools.reason.verify import Rejection, clean, split_text, verify
-from crab_min.tools.reason.writers import Message, Reply, Request, Writer
+from crab_min.tools.reason.writers import Message, Reply, Writer
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -32,9 +30,10 @@ class Log:
 
     def __init__(self, path: Path, jobs: list[Job]):
         # what stands after the last line break was being written when a run was killed
-        *lines, torn = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        content = path.read_bytes() if path.exists() else b""
+        *lines, torn = content.split(b"\n")
         if torn:
-            atomic_write(path, "".join(f"{line}\n" for line in lines))
+            os.truncate(path, len(content) - len(torn))
         hashes = {job.sample.id: (job.prompt_hash, job) for job in jobs} if lines else {}
         for line in map(json.loads, lines):
             prompt_hash, job = hashes.get(line["row"], ("", None))
@@ -92,9 +91,7 @@ def conversation(job: Job, with_clip: bool) -> list[Message]:
     messages = [{"role": "user", "content": content}]
     if job.attempts:
         last = job.attempts[-1]
-        reason = "The sentences do not support the answer."  # the judge's
-        if last.rejection:
-            reason = last.rejection.reason
+        reason = last.fault.reason
         retry = f"This cannot be used. {reason} Write the whole text again, and nothing else."
         messages.append({"role": "assistant", "content": last.text or "(nothing)"})
         messages.append({"role": "user", "content": retry})
@@ -118,18 +115,17 @@ Does the answer follow from the description? Begin with yes or no, then say why 
 def question_for_judge(job: Job) -> list[Message]:
     """Return the conversation that asks whether a text supports its label."""
     evidence, _ = split_text(job.sample, job.attempts[-1].text)
-    values = {
-        "{question}": job.sample.parts[-1].text.strip(),
-        "{evidence}": evidence,
-        "{label}": job.sample.task.format(job.sample.gold),
-    }
-    text = re.sub(r"\{\w+\}", lambda name: values[name[0]], JUDGE)
+    text = JUDGE.format(
+        question=job.sample.parts[-1].text.strip(),
+        evidence=evidence,
+        label=job.sample.task.format(job.sample.gold),
+    )
     return [{"role": "user", "content": text}]
 
 
 def ask_all(
     jobs: list[Job],
-    writer: Writer | None,
+    writer: Writer,
     judge: Writer | None,
     log: Log,
     tries: int = 3,
@@ -138,7 +134,6 @@ def ask_all(
     """Ask about all rows; those whose text is rejected again, with the reason.
 
     Args:
-        writer: None for the template.
         tries: texts per row at most.
         with_clip: show the clip, to a model that sees and hears.
 
@@ -152,28 +147,11 @@ def ask_all(
         def make_conversation(job: Job) -> list[Message]:
             return conversation(job, with_clip)
 
-        answered = replies(writer, asked, make_conversation)
+        answered = writer.replies(asked, make_conversation)
         for job, reply in tqdm(answered, f"texts, try {number + 1}", len(asked), unit="row"):
-            record(job, reply, log, writer.name if writer else "template")
+            record(job, reply, log, writer.name)
         if judge is not None:
             ask_judge(jobs, judge, log)
-
-
-def replies(
-    writer: Writer | None, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
-) -> Iterator[tuple[Job, Reply]]:
-    """Yield the jobs with their replies, as they come."""
-    if writer is None:
-        for job in jobs:
-            yield job, Reply(template(job.sample))
-        return
-    if not jobs:  # nothing to ask: the model need not even be there
-        return
-    requests = []
-    for key, job in enumerate(jobs):
-        requests.append(Request(key, lambda job=job: make_conversation(job)))
-    for key, reply in writer.replies(requests):
-        yield jobs[key], reply
 
 
 def record(job: Job, reply: Reply, log: Log, model: str) -> None:
@@ -188,7 +166,7 @@ def record(job: Job, reply: Reply, log: Log, model: str) -> None:
 def ask_judge(jobs: list[Job], judge: Writer, log: Log) -> None:
     """Ask for a second opinion on every text that passed the checks and has none yet."""
     unjudged = [job for job in jobs if job.passed and not job.verified]
-    for job, reply in replies(judge, unjudged, question_for_judge):
+    for job, reply in judge.replies(unjudged, question_for_judge):
         job.error = reply.error
         if not reply.error:
             opinion = re.match(r"\W*(yes|no)\b", clean(reply.text).lower())

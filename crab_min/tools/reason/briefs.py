@@ -1,6 +1,6 @@
-"""What a chat model is told about a row: instructions, worked examples, and the row's facts.
+"""The prompt about a row: instructions, worked examples, and the row's facts.
 
-    prompt = brief.fill(examples, facts(sample), label)
+    prompt = brief.fill(row_facts(sample), closing_words(sample))
 
 AV-UIE (Crab, 2503.13068) gives a model a label and examples of the form, and gets prose that leads
 to the label. The instructions and the examples here are ours; the examples are scenes of the
@@ -64,7 +64,7 @@ FACT_FIELDS = {
 # --- a brief --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Brief:
-    """What a model is told about every row of a task.
+    """The prompt of a task, without a row.
 
     text: instructions with the placeholders {examples}, {facts} and {label}.
     """
@@ -86,7 +86,7 @@ class Brief:
 
     def fill(self, facts: list[str], label: str) -> str:
         """Return the prompt for one row."""
-        # replace one by one: a fact may have braces of its own
+        # all at once: a fact may have braces of its own
         lines = "\n".join(f"- {fact}" for fact in facts)
         values = {"examples": self.solved, "facts": lines, "label": label}
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.text)
@@ -198,10 +198,10 @@ def load_notes(path: str) -> dict[str, str]:
 
 def notes_of(sample: Sample, notes: dict[str, str]) -> list[str]:
     """Return the notes about the media of a row, each with the medium that it is about."""
-    found = []
+    row_notes: list[str] = []
     for medium, part in zip(sample.task.media, sample.media):
         path = Path(part.path)
         note = notes.get(path.name, notes.get(path.stem))
-        if note and note not in " ".join(found):
-            found.append(f"({medium.marker}) {note}")
-    return found
+        if note and note not in " ".join(row_notes):
+            row_notes.append(f"({medium.marker}) {note}")
+    return row_notes

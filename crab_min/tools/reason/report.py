@@ -1,7 +1,6 @@
 """Counts of what was asked, verified and thrown out, and a sheet of rows to judge by eye."""
 
 import random
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,12 +8,11 @@ from crab_min.evaluation.pictures import draw_sheet
 from crab_min.tools.reason.rows import Folder, Job
 
 SHEET_ROWS = 20
-SUMMED = ("rows", "verified", "label_only", "unanswered", "texts", "judged", "judged_yes")
 
 
 @dataclass
 class TaskCounts:
-    """What became of the training rows of one task."""
+    """Counts of the training rows of one task, and of their texts."""
 
     rows: int = 0
     verified: int = 0
@@ -27,50 +25,38 @@ class TaskCounts:
     rejected: dict[str, int] = field(default_factory=dict)  # texts thrown out, by kind
 
 
-def count_rows(folders: list[Folder], jobs: list[Job], tries: int) -> dict[str, TaskCounts]:
+def count_rows(folders: list[Folder], jobs: list[Job]) -> dict[str, TaskCounts]:
     """Return the counts of each task, and those of all under "all"."""
-    counts = {folder.task.name: TaskCounts(rows=len(folder.rows)) for folder in folders}
+    counts = {folder.task.name: TaskCounts() for folder in folders}
+    counts["all"] = TaskCounts()
     for folder in folders:
-        reasons = Counter(reason.split(":")[0] for reason in folder.kept.values())
-        counts[folder.task.name].kept = dict(reasons)
+        for task_counts in (counts[folder.task.name], counts["all"]):
+            task_counts.rows += len(folder.rows)
+            for reason in folder.kept.values():
+                task_counts.kept[reason] = task_counts.kept.get(reason, 0) + 1
     for job in jobs:
-        add_job(counts[job.sample.task.name], job, tries)
-    counts["all"] = sum_of(list(counts.values()))
+        for task_counts in (counts[job.sample.task.name], counts["all"]):
+            add_job(task_counts, job)
     return counts
 
 
-def add_job(counts: TaskCounts, job: Job, tries: int) -> None:
+def add_job(counts: TaskCounts, job: Job) -> None:
     """Add a row and its texts to the counts of its task."""
     if job.verified:
         counts.verified += 1
-    elif len(job.attempts) >= tries and not job.passed:
-        counts.label_only += 1
-    else:
+    elif job.error:
         counts.unanswered += 1
+    else:
+        counts.label_only += 1
     counts.texts += len(job.attempts)
     for attempt in job.attempts:
-        kind = attempt.rejection.kind if attempt.rejection else ""
-        if attempt.judge == "no":
-            kind = "judge"
-        if kind:
+        if attempt.fault:
+            kind = attempt.fault.kind
             counts.rejected[kind] = counts.rejected.get(kind, 0) + 1
         if attempt.judge:
             counts.judged += 1
         if attempt.judge == "yes":
             counts.judged_yes += 1
-
-
-def sum_of(counts: list[TaskCounts]) -> TaskCounts:
-    """Return the sum of counts."""
-    total = TaskCounts()
-    kept, rejected = Counter(), Counter()
-    for one in counts:
-        for name in SUMMED:
-            setattr(total, name, getattr(total, name) + getattr(one, name))
-        kept.update(one.kept)
-        rejected.update(one.rejected)
-    total.kept, total.rejected = dict(kept), dict(rejected)
-    return total
 
 
 def table(counts: dict[str, TaskCounts]) -> str:

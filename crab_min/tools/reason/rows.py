@@ -46,6 +46,13 @@ class Attempt:
     rejection: Rejection | None
     judge: str = ""
 
+    @property
+    def fault(self) -> Rejection | None:
+        """Return why the text is not used: the check that failed, or the judge's no."""
+        if self.judge == "no":
+            return Rejection("judge", "The sentences do not support the answer.")
+        return self.rejection
+
 
 @dataclass
 class Job:
@@ -71,8 +78,7 @@ class Job:
     @property
     def passed(self) -> bool:
         """Whether the last text passed the checks, and no judge has said no."""
-        last = self.attempts[-1] if self.attempts else None
-        return last is not None and last.rejection is None and last.judge != "no"
+        return bool(self.attempts) and self.attempts[-1].fault is None
 
     @property
     def verified(self) -> bool:
@@ -81,14 +87,15 @@ class Job:
 
     @property
     def prompt(self) -> str:
-        """What a model is told about the row."""
+        """Return the prompt about the row."""
         facts = row_facts(self.sample, self.seconds, self.notes)
         return self.brief.fill(facts, closing_words(self.sample))
 
     @property
     def prompt_hash(self) -> str:
-        """Stands for all that a text depends on; texts of another prompt are not used."""
-        return hashlib.sha256(self.prompt.encode()).hexdigest()[:12]
+        """Return a hash of prompt and media; texts of another hash are not used."""
+        media = [part.path for part in self.sample.media]
+        return hashlib.sha256(repr((self.prompt, media)).encode()).hexdigest()[:12]
 
 
 @dataclass
@@ -142,15 +149,14 @@ def usable_sample(
     """Return the sample of a row, and why it is not asked about ("" where it is)."""
     try:
         sample = make_sample(task, row, root, "train", index, "reasoning", None)
-    except ValueError as error:
-        return None, f"bad row: {error}"
+    except ValueError:
+        return None, "bad row"
     if not can_be_reasoned(task):
         return sample, "caption"
     if has_reasoning(sample) and not rewrite:
         return sample, "reasoned already"
-    missing = [part.path for part in sample.media if not os.path.exists(part.path)]
-    if missing:
-        return sample, f"missing media: {missing[0]}"
+    if not all(os.path.exists(part.path) for part in sample.media):
+        return sample, "missing media"
     return sample, ""
 
 
@@ -174,25 +180,25 @@ def make_jobs(
     jobs = []
     lengths: dict[str, float] = {}  # path -> seconds
     for folder in folders:
-        brief = briefs.get(folder.task.name)
+        if not can_be_reasoned(folder.task):
+            continue
+        brief = briefs[folder.task.name]
         rules = rules_of(folder, brief, max_words)
         for index, sample in enumerate(folder.samples):
             if index in folder.kept:
                 continue
             try:
                 seconds = clip_seconds(sample, lengths)
-            except MediaError as error:
-                folder.kept[index] = f"missing media: {error}"
+            except MediaError:
+                folder.kept[index] = "unreadable media"
                 continue
-            found = notes_of(sample, notes)
-            jobs.append(Job(sample, brief, rules, seconds, found, judged))
+            row_notes = notes_of(sample, notes)
+            jobs.append(Job(sample, brief, rules, seconds, row_notes, judged))
     return jobs
 
 
-def rules_of(folder: Folder, brief: Brief | None, max_words: int) -> Rules:
+def rules_of(folder: Folder, brief: Brief, max_words: int) -> Rules:
     """Return what the texts of a folder are compared with."""
-    if brief is None:
-        return Rules()
     labels: set[str] = set()
     if folder.task.family in CLOSED_SETS:
         for sample in filter(None, folder.samples):
@@ -231,12 +237,10 @@ def write_folder(out: Path, root: Path, folders: list[Folder], jobs: list[Job]) 
         task = folder.task
         rows = []
         for row, sample in zip(folder.rows, folder.samples):
-            if sample is None:
-                rows.append(row)
-                continue
-            job = by_id.get(sample.id)
-            target = target_text(sample, job)
-            rows.append({**move_media(task, row, root, out), task.target: target})
+            moved = move_media(task, row, root, out)
+            if sample is not None:
+                moved[task.target] = target_text(sample, by_id.get(sample.id))
+            rows.append(moved)
         (out / task.name).mkdir(exist_ok=True)
         atomic_write(out / task.name / "train.json", as_json(rows))
         if find_layout(root, task.name, "test")[0]:
@@ -277,14 +281,12 @@ def rows_of_jobs(jobs: list[Job], model: str) -> str:
     """Return rows.jsonl: per row its prompt, model, number of texts, verdict and text."""
     lines = []
     for job in jobs:
-        last = job.attempts[-1] if job.attempts else Attempt("", Rejection("unanswered", job.error))
+        last = job.attempts[-1] if job.attempts else Attempt("", None)
         verdict = "verified"
-        if last.rejection:
-            verdict = f"{last.rejection.kind}: {last.rejection.reason}"
-        elif last.judge == "no":
-            verdict = "judge: the text does not support the label"
-        elif not job.verified:
+        if job.error:
             verdict = f"unanswered: {job.error}"
+        elif last.fault:
+            verdict = f"{last.fault.kind}: {last.fault.reason}"
         line = {
             "row": job.sample.id,
             "prompt": job.prompt_hash,

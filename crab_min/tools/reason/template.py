@@ -3,9 +3,25 @@
 They say no more than the label says, but they say it first as prose, and everything runs offline.
 """
 
+from collections.abc import Callable, Iterator
+
 from crab_min.answers import AV_EVENTS, CHOICE, EVENT, EVENTS, EXISTS, Event
 from crab_min.data import Sample
 from crab_min.tools.reason.briefs import closing_words
+from crab_min.tools.reason.rows import Job
+from crab_min.tools.reason.writers import Message, Reply
+
+
+class Template:
+    """A writer without a model; it needs no conversation."""
+
+    name = "template"
+
+    def replies(
+        self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
+    ) -> Iterator[tuple[Job, Reply]]:
+        for job in jobs:
+            yield job, Reply(template(job.sample))
 
 
 def template(sample: Sample) -> str:

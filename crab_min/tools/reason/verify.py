@@ -1,4 +1,4 @@
-"""What a text must fulfil before it may be learned from.
+"""Checks that a text must pass before it may be learned from.
 
     rejection = verify(sample, text, rules)     None where the text is in order
 
@@ -20,7 +20,7 @@ A text that passes may still say something about the clip that is not so: only t
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from crab_min.answers import (
     BOX,
@@ -42,7 +42,7 @@ ANSWER_TAGS = ("answer", "event", "audio_event", "visual_event", "range")
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why a text may not be used: a kind of the table above, and a sentence for the model."""
+    """A reason not to use a text: a kind of the table above, and a sentence for the model."""
 
     kind: str
     reason: str
@@ -50,10 +50,10 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Rules:
-    """What a text of one task is compared with.
+    """Limits and texts that a text of one task is compared with.
 
     Attributes:
-        options: all labels of the task, where it has a closed set of them; all its events.
+        options: labels of the task's rows, where they are a closed set; () elsewhere.
         instructions: the brief, which must not be repeated.
         examples: the evidence of the worked examples, which must not be copied.
         max_words: largest number of words of the evidence.
@@ -61,7 +61,7 @@ class Rules:
 
     options: tuple[str, ...] = ()
     instructions: str = ""
-    examples: frozenset[str] = field(default_factory=frozenset)
+    examples: frozenset[str] = frozenset()
     max_words: int = MAX_WORDS
 
 
@@ -171,6 +171,7 @@ def length_fault(evidence: str, rules: Rules) -> Rejection | None:
 
 
 # times are written as "0:07", "7 s" or "the 7th second"
+NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(NUMBER_WORDS)})\b")
 CLOCK = re.compile(r"\b(\d{1,2}):([0-5]\d)\b")
 NUMBER = r"(\d+(?:\.\d+)?)"
 UNIT = r"(?:\s*(?:s|sec|secs|seconds?)\b)?"
@@ -180,17 +181,13 @@ RANGE = re.compile(
     rf"|\(\s*{NUMBER}[\s,-]+{NUMBER}\s*\)"
     rf"|\b{NUMBER}\s*(?:to|-|\u2013)\s*{NUMBER}\s*(?:s|sec|seconds)\b"
 )
-MOMENT = re.compile(
-    rf"\bseconds?\s+{NUMBER}|\b{NUMBER}(?:st|nd|rd|th)?\s*(?:s|sec|seconds?)\b", re.IGNORECASE
-)
+MOMENT = re.compile(rf"\bseconds?\s+{NUMBER}|\b{NUMBER}(?:st|nd|rd|th)?\s*(?:s|sec|seconds?)\b")
 
 
 def with_digits(text: str) -> str:
     """Return a text with times as digits: "from two to 0:08" becomes "from 2 to 8"."""
     text = CLOCK.sub(lambda clock: str(60 * int(clock[1]) + int(clock[2])), text.lower())
-    for number, word in enumerate(NUMBER_WORDS):
-        text = re.sub(rf"\b{word}\b", str(number), text)
-    return text
+    return NUMBER_WORD.sub(lambda word: str(NUMBER_WORDS.index(word[0])), text)
 
 
 def time_fault(evidence: str, gold: Answer, seconds: float) -> Rejection | None:

@@ -1,12 +1,12 @@
-"""Who writes the texts: a template, a chat model of transformers, or a server.
+"""Chat models that write the texts: one of transformers, or one behind a server.
 
-    writer = make_writer("http://127.0.0.1:8000/v1#qwen", parallel=8)
-    for key, reply in writer.replies(requests): ...
+    writer = Server("http://127.0.0.1:8000/v1#qwen", parallel=8, timeout=120.0, retries=5)
+    for job, reply in writer.replies(jobs, make_conversation): ...
 
-A request is a key and a function that makes its conversation, so that of 200,000 prompts only those
-under way are in memory. Replies come in any order. A reply without text says why there is none; its
-row is asked again when the same command is given again. What cannot get better by itself (a wrong
-key, an unknown model, a server that is not there) is a ModelError.
+A conversation is made when its turn comes, so that of 200,000 prompts only those under way are in
+memory. Replies come in any order. A reply without text says why there is none; its row is asked
+again when the same command is given again. What cannot get better by itself (a wrong key, an
+unknown model, a server that is not there) is a ModelError.
 """
 
 import http.client
@@ -16,7 +16,7 @@ import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -26,12 +26,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crab_min.backbones.common import load_pretrained, named_weights
+from crab_min.devices import choose_device
 from crab_min.errors import MediaError, ModelError
-from crab_min.runs import processes
+from crab_min.tools.reason.rows import Job
 
-Message = (
-    dict  # {"role": "user" or "assistant", "content": a text, or parts of the OpenAI protocol}
-)
+# {"role": "user" or "assistant", "content": a text, or parts of the OpenAI protocol}
+Message = dict
 KEY = "OPENAI_API_KEY"  # environment variable with the key of a server
 MAX_TOKENS = 400  # of a reply
 MAX_FAILURES = 10  # requests in a row without a reply, after which a run stops
@@ -41,16 +41,8 @@ TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)  # states of a server that 
 
 
 @dataclass(frozen=True)
-class Request:
-    """A conversation to be continued; it is made when its turn comes."""
-
-    key: int
-    conversation: Callable[[], list[Message]]
-
-
-@dataclass(frozen=True)
 class Reply:
-    """What a model wrote, or why it wrote nothing."""
+    """A model's text, or the reason why there is none."""
 
     text: str = ""
     error: str = ""
@@ -61,25 +53,14 @@ class Writer(Protocol):
 
     name: str
 
-    def replies(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]: ...
-
-
-def make_writer(llm: str, parallel: int = 4, batch_size: int = 8, **options) -> Writer:
-    """Return the writer that --llm names: an http(s) address, or a model of transformers.
-
-    Args:
-        parallel: requests to a server at once.
-        batch_size: conversations of a model of transformers at once.
-        options: timeout, retries of a Server; load_in_4bit of a LocalModel.
-    """
-    if llm.startswith(("http://", "https://")):
-        return Server(llm, parallel, options.get("timeout", 120.0), options.get("retries", 5))
-    return LocalModel(llm, batch_size, options.get("load_in_4bit", False))
+    def replies(
+        self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
+    ) -> Iterator[tuple[Job, Reply]]: ...
 
 
 # --- a server -------------------------------------------------------------------------------------
 class Server:
-    """A chat model behind the OpenAI protocol (vLLM, llama.cpp, Ollama, and hosted ones).
+    """A chat model behind the OpenAI protocol; tried against a stub alone.
 
     Args:
         address: http://HOST/v1#MODEL; without #MODEL the first model that the server lists.
@@ -88,49 +69,55 @@ class Server:
         retries: how often a request is sent again after a passing fault.
     """
 
-    def __init__(self, address: str, parallel: int = 4, timeout: float = 120.0, retries: int = 5):
+    def __init__(self, address: str, parallel: int, timeout: float, retries: int):
         self.url, _, self.model = address.rstrip("/").partition("#")
         self.parallel, self.timeout, self.retries = parallel, timeout, retries
         self.name = address
         self.stopped = threading.Event()
 
-    def replies(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yield a reply to each request, as they come.
+    def replies(
+        self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
+    ) -> Iterator[tuple[Job, Reply]]:
+        """Yield the jobs with their replies, as they come.
 
         Raises:
             ModelError: the server refuses the request itself, or does not answer at all.
         """
-        waiting = iter(requests)
+        if not jobs:  # the server need not even be there
+            return
         self.model = self.model or self.first_model()
+        waiting = iter(jobs)
         failures = 0
         pool = ThreadPoolExecutor(self.parallel)
         try:
             # a window of requests is under way; each one that is answered lets in the next
-            under_way = {pool.submit(self.ask, r): r for r in islice(waiting, self.parallel)}
+            under_way = {}
+            for job in islice(waiting, self.parallel):
+                under_way[pool.submit(self.ask, job, make_conversation)] = job
             while under_way:
                 answered, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for done in answered:
-                    request, reply = under_way.pop(done), done.result()
+                    job, reply = under_way.pop(done), done.result()
                     failures = failures + 1 if reply.error else 0
                     if failures >= MAX_FAILURES:
                         raise ModelError(
                             f"{self.url}: {failures} requests in a row without an answer (the "
                             f"last: {reply.error}); the same command continues when it works again"
                         )
-                    yield request.key, reply
+                    yield job, reply
                 for following in islice(waiting, len(answered)):
-                    under_way[pool.submit(self.ask, following)] = following
+                    under_way[pool.submit(self.ask, following, make_conversation)] = following
         finally:
             self.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             self.stopped.clear()
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, job: Job, make_conversation: Callable[[Job], list[Message]]) -> Reply:
         """Continue one conversation."""
         try:
             body = {
                 "model": self.model,
-                "messages": request.conversation(),
+                "messages": make_conversation(job),
                 "temperature": 0,
                 "max_tokens": MAX_TOKENS,
             }
@@ -208,7 +195,7 @@ class LocalModel:
         load_in_4bit: load it with bitsandbytes.
     """
 
-    def __init__(self, name: str, batch_size: int = 8, load_in_4bit: bool = False):
+    def __init__(self, name: str, batch_size: int, load_in_4bit: bool):
         self.name, self.batch_size = name, batch_size
         with named_weights("chat model", name):
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
@@ -216,19 +203,21 @@ class LocalModel:
         if not self.tokenizer.chat_template:
             raise ModelError(f"{name}: has no chat template; name a model that was tuned to chat")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        device = processes.start()
+        device = choose_device()
         if not load_in_4bit:
             self.model = self.model.to(device)
         if device.type == "cpu":
             self.model = self.model.float()
 
-    def replies(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yield a reply to each request, batch by batch, the likeliest token first."""
-        waiting = iter(requests)
+    def replies(
+        self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
+    ) -> Iterator[tuple[Job, Reply]]:
+        """Yield the jobs with their replies, batch by batch, the likeliest token first."""
+        waiting = iter(jobs)
         while batch := list(islice(waiting, self.batch_size)):
-            texts = self.continue_all([request.conversation() for request in batch])
-            for request, text in zip(batch, texts):
-                yield request.key, Reply(text)
+            texts = self.continue_all([make_conversation(job) for job in batch])
+            for job, text in zip(batch, texts):
+                yield job, Reply(text)
 
     def continue_all(self, conversations: list[list[Message]]) -> list[str]:
         """Return the continuation of each conversation."""
