@@ -45,9 +45,6 @@ from crab_min.beats import Beats, BeatsConfig, fbank, load_beats, refuse_lfs_poi
 from crab_min.devices import in_float32
 from crab_min.errors import ModelError
 
-# of models made from a config; sdpa's backward is slow on a CPU
-ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
-
 
 @dataclass
 class MediaFeatures:
@@ -185,7 +182,7 @@ def build_vision(config: dict) -> PreTrainedModel:
     """Build a vision model of random weights from a config. Raises ModelError."""
     family = family_of(config.get("model_type"), "the given config")
     values = {**config, **family.overrides}
-    return family.model(AutoConfig.for_model(**values, attn_implementation=ATTENTION))
+    return family.model(AutoConfig.for_model(**values, attn_implementation="sdpa"))
 
 
 def load_vision(name: str) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -219,12 +219,12 @@ class Mixer:
     each has its share of the samples (--data PATH:SHARE,...).
 
     Args:
-        lengths: sample id -> length. If given, the samples of WINDOW steps are sorted by length and
-            cut into steps again, which come in random order.
+        length: returns about how long a sample is. If given, the samples of `window` steps are
+            sorted by it and cut into steps and batches again; the steps come in random order.
         step_batches: batches of a step, over all processes.
+        window: with 1, a step has the samples that it has without `length`; its batches have less
+            padding.
     """
-
-    WINDOW = 16
 
     def __init__(
         self,
@@ -232,11 +232,12 @@ class Mixer:
         batch_size: int,
         seed: int,
         exponent: float = 0.5,
-        lengths: dict[str, int] | None = None,
+        length: Callable[[Sample], int] | None = None,
         step_batches: int = 1,
+        window: int = 1,
     ):
         self.batch_size, self.seed = batch_size, seed
-        self.lengths, self.step_batches = lengths, step_batches
+        self.length, self.step_batches, self.window = length, step_batches, window
         # the tasks of each source
         self.rows: dict[str, list[Sample]] = {}
         for sample in samples:
@@ -257,14 +258,14 @@ class Mixer:
     def __iter__(self) -> Iterator[list[Sample]]:
         """Yield batches without end; skip those already taken with itertools.islice."""
         mixed = self.mixed()
-        if self.lengths is None:
+        if self.length is None:
             yield from mixed
             return
         # sort a window of steps by length and cut it anew: into steps, which are shuffled, and
         # these into batches, so that smaller batches and more of them make the same steps
         for number in itertools.count():
-            window = itertools.chain(*itertools.islice(mixed, self.WINDOW * self.step_batches))
-            samples = sorted(window, key=lambda sample: self.lengths[sample.id])
+            drawn = itertools.chain(*itertools.islice(mixed, self.window * self.step_batches))
+            samples = sorted(drawn, key=self.length)
             steps = cut(samples, self.batch_size * self.step_batches)
             random.Random(f"{self.seed}/{number}").shuffle(steps)
             for step in steps:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from crab_min.runs.folder import Progress, load_checkpoint, save_best, save_chec
 from crab_min.runs.log import LogRow, open_log, stop_requested
 
 FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
+GROUPED_STEPS = 16  # that --group-by-length sorts together
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -311,25 +313,27 @@ def own_batches(
 
     Process r of n takes r, r + n, r + 2n, ...
     """
-    lengths = prompt_lengths(model, samples) if config.group_by_length else None
-    exponent = config.task_sampling_exponent
-    step_batches = config.grad_accum * processes.count()
-    order = Mixer(samples, config.batch_size, config.seed, exponent, lengths, step_batches)
+    order = Mixer(
+        samples,
+        config.batch_size,
+        config.seed,
+        config.task_sampling_exponent,
+        length=partial(sample_length, model),
+        step_batches=config.grad_accum * processes.count(),
+        window=GROUPED_STEPS if config.group_by_length else 1,
+    )
     first = progress.batches + processes.rank()
-    remaining = max(0, steps.stop - progress.step) * step_batches
+    remaining = max(0, steps.stop - progress.step) * order.step_batches
     return itertools.islice(order, first, first + remaining, processes.count())
 
 
-def prompt_lengths(model: AVLanguageModel, samples: list[Sample]) -> dict[str, int]:
-    """Return a length to sort each sample by, by its id: about its number of tokens."""
-    lengths = {}
-    for sample in samples:
-        text = "".join(part.text for part in sample.parts) + sample.target
-        length = len(model.encode_text(text))
-        for part in sample.media:
-            length += FRAME_TOKENS * (1 if part.kind == "image" else part.frames)
-        lengths[sample.id] = length
-    return lengths
+def sample_length(model: AVLanguageModel, sample: Sample) -> int:
+    """Return a length to sort a sample by: about its number of tokens."""
+    text = "".join(part.text for part in sample.parts) + sample.target
+    length = len(model.encode_text(text))
+    for part in sample.media:
+        length += FRAME_TOKENS * (1 if part.kind == "image" else part.frames)
+    return length
 
 
 def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: float) -> None:

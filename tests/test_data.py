@@ -130,6 +130,9 @@ def test_batches_of_about_one_length(small_world):
     samples = read_samples(small_world, ["ave", "s4"], "train")
     lengths = {sample.id: len(sample.target) for sample in samples}
 
+    def length(sample: Sample) -> int:
+        return lengths[sample.id]
+
     def spread(batches: list[list[str]]) -> int:
         """Sum the difference of the longest and the shortest sample of each batch."""
         return sum(
@@ -138,12 +141,19 @@ def test_batches_of_about_one_length(small_world):
         )
 
     plain = ids_of(mixed(samples, 4, 0, stop=32))
-    grouped = ids_of(mixed(samples, 4, 0, stop=32, lengths=lengths))
+    grouped = ids_of(mixed(samples, 4, 0, stop=32, length=length, window=16))
     assert spread(grouped) < 0.5 * spread(plain)
     assert {len(batch) for batch in grouped} == {4}
     assert sorted(itertools.chain(*grouped)) == sorted(itertools.chain(*plain))
-    resumed = itertools.islice(Mixer(samples, 4, 0, lengths=lengths), 20, 24)
+    resumed = itertools.islice(Mixer(samples, 4, 0, length=length, window=16), 20, 24)
     assert ids_of(resumed) == grouped[20:24]
+
+    # the two batches of a step share its samples by length
+    steps = ids_of(mixed(samples, 8, 0, stop=16))
+    halves = ids_of(mixed(samples, 4, 0, stop=32, length=length, step_batches=2))
+    for step, shorter, longer in zip(steps, halves[::2], halves[1::2]):
+        assert sorted(step) == sorted(shorter + longer)
+        assert max(map(lengths.get, shorter)) <= min(map(lengths.get, longer))
 
 
 def test_lines_of_a_jsonl_are_counted_as_an_editor_does_and_media_keep_their_order(tmp_path):

@@ -29,24 +29,28 @@ def encode_sounds(encoder: AudioEncoder | None, sounds: list) -> list[MediaFeatu
             "video (a pave or crema preset). For that name a BEATs checkpoint with --audio, or "
             'give features as files (.npy, .pt) under "sides"'
         )
-    # equal sounds once: the windows of several tasks are often the same ones of a file
+    # equal segments once: tasks often use the same windows of a file
+    segments: dict[int, dict[bytes, Tensor]] = {}
     keys = []
     for waves in sounds:
-        keys.append(tuple(np.asarray(wave).tobytes() for wave in waves))
-    different = dict(zip(keys, sounds))
+        longest = max(map(len, waves))  # sets the number of tokens of all segments of a sound
+        keys.append([(longest, np.asarray(wave).tobytes()) for wave in waves])
+        for (_, content), wave in zip(keys[-1], waves):
+            segments.setdefault(longest, {})[content] = torch.as_tensor(wave)
 
-    # those of one length, and so of one number of tokens, together
-    by_length: dict[int, list[tuple]] = {}
-    for key, waves in different.items():
-        by_length.setdefault(max(map(len, waves)), []).append(key)
-    encoded: dict[tuple, tuple[Tensor, Tensor]] = {}
-    for group in by_length.values():
-        counts = [len(different[key]) for key in group]
-        segments = [torch.as_tensor(wave) for key in group for wave in different[key]]
-        features, mask = encoder(segments)  # (1, sum of T, S, W), (1, sum of T, S)
-        for key, x, real in zip(group, features[0].split(counts), mask[0].split(counts)):
-            encoded[key] = (x, real)
-    return [MediaFeatures("audio", *encoded[key]) for key in keys]
+    # those of one number of tokens together
+    encoded: dict[tuple[int, bytes], tuple[Tensor, Tensor]] = {}
+    for longest, group in segments.items():
+        features, mask = encoder(list(group.values()))  # (1, segments, S, W), (1, segments, S)
+        for content, x, real in zip(group, features[0], mask[0]):
+            encoded[longest, content] = (x, real)
+
+    # one medium per sound
+    media = []
+    for sound in keys:
+        features, masks = zip(*(encoded[key] for key in sound))
+        media.append(MediaFeatures("audio", torch.stack(features), torch.stack(masks)))
+    return media
 
 
 def load_beats(config: BackboneConfig, empty: bool) -> AudioEncoder | None:

@@ -26,12 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from crab_min.backbones.common import encode_sounds, load_pretrained, named_weights
 from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import same_random_weights
-from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
+from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
 from crab_min.interface import PromptLayout
 from crab_min.model import ASSETS, MediaTokens
 from crab_min.pave import Patches
-from crab_min.qformer import QFormerConfig, QFormerConnector
+from crab_min.qformer import ATTENTION, QFormerConfig, QFormerConnector
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())

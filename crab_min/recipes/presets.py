@@ -52,7 +52,7 @@ PRESETS = {
         "crab_plus", "Crab+'s recipe on the shipped tiny base: I-LoRA on the built-in world",
         dict(
             r=16, alpha=32, dropout=0,
-            batch_size=8, beta2=0.98, bf16=False, baseline_rows=25,
+            batch_size=4, grad_accum=2, beta2=0.98, bf16=False, baseline_rows=25,
         ),
     ),
     "crab-tiny": Preset(
