@@ -11,6 +11,9 @@ does not answer in bfloat16, so that the tiny presets answer alike on every proc
 where --device asks for it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from crab_min.errors import RunError
@@ -79,3 +82,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def one_core_per_thread() -> Iterator[None]:
+    """Make each thread that begins in the block compute on one core of the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,12 +13,15 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from crab_min.config import DataConfig
 from crab_min.data import BLACK, LoadedMedia, Sample, decode_ahead
+from crab_min.devices import one_core_per_thread
 from crab_min.encoders import ENCODERS, MediaFeatures, encode_own, encode_side
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
@@ -29,6 +32,7 @@ ENCODED_TOGETHER = 8  # media
 FILES_WITHOUT_WORKERS = 32  # at most; starting workers costs more than decoding so few files
 
 SampleBatch = tuple[list[Sample], list[list[MediaFeatures]]]
+EncodedGroup = tuple[list[LoadedMedia], dict[PromptPart, MediaFeatures]]
 
 
 @dataclass
@@ -98,7 +102,7 @@ class Features:
                 yield [part for part in parts if part not in self.unreadable]
 
         for loaded in decode_ahead(parts_of_batches(), self.model.frame_size, self.workers):
-            self.encode(loaded, strict)
+            self.add(loaded, self.encode(loaded), strict)
             samples = self.readable(ahead.popleft())
             yield samples, self(samples)
 
@@ -137,28 +141,46 @@ class Features:
     # --- decoding and encoding
 
     def encode_all(self, parts: list[PromptPart], strict: bool) -> None:
-        """Put the features of parts into the cache.
-
-        Workers decode them if they are many, with a progress bar.
-        """
-        groups = cut(parts, ENCODED_TOGETHER)
-        workers = self.workers if len(parts) > FILES_WITHOUT_WORKERS else 0
-        loader = decode_ahead(groups, self.model.frame_size, workers)
+        """Put the features of parts into the cache, with a progress bar if they are many."""
         quiet = len(parts) <= FILES_WITHOUT_WORKERS or processes.rank() > 0
         with tqdm(
             total=len(parts), desc="decoding and encoding", unit="file", disable=quiet
         ) as bar:
-            for loaded in loader:
-                self.encode(loaded, strict)
+            for loaded, features in self.decode_and_encode(cut(parts, ENCODED_TOGETHER)):
+                self.add(loaded, features, strict)
                 bar.update(len(loaded))
 
-    def encode(self, loaded: list[LoadedMedia], strict: bool) -> None:
-        """Put features of decoded media into the cache; one kind and shape is one call."""
+    def decode_and_encode(self, groups: list[list[PromptPart]]) -> Iterator[EncodedGroup]:
+        """Yield the decoded media of each group of parts with their features."""
+        # worker processes decode ahead
+        workers = self.workers if len(groups) * ENCODED_TOGETHER > FILES_WITHOUT_WORKERS else 0
+        loader = iter(decode_ahead(groups, self.model.frame_size, workers))
+
+        # on a CPU each core encodes a group: small matrices gain little from a second core
+        cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        if len(groups) < cores or cores == 1:
+            for loaded in loader:
+                yield loaded, self.encode(loaded)
+            return
+        with one_core_per_thread(), ThreadPool(cores) as pool:
+            while side_by_side := list(itertools.islice(loader, cores)):
+                yield from zip(side_by_side, pool.map(self.encode, side_by_side))
+
+    def add(
+        self, loaded: list[LoadedMedia], features: dict[PromptPart, MediaFeatures], strict: bool
+    ) -> None:
+        """Put features into the cache; note the files that could not be read."""
+        self.cache.update(features)
+        for medium in loaded:
+            if medium.error:
+                self.skip(medium.part, medium.error, strict)
+
+    def encode(self, loaded: list[LoadedMedia]) -> dict[PromptPart, MediaFeatures]:
+        """Encode decoded media; those of one kind and shape are one call."""
         # what can be stacked goes together
         groups: dict[tuple, list[LoadedMedia]] = {}
         for medium in loaded:
             if medium.error:
-                self.skip(medium.part, medium.error, strict)
                 continue
             arrays = medium.arrays
             shape = len(arrays) if isinstance(arrays, list) else tuple(arrays.shape)
@@ -166,11 +188,13 @@ class Features:
             groups.setdefault(key, []).append(medium)
 
         # half precision: what an encoder gives is kept for every epoch
+        encoded = {}
         for (kind, own, _), media in groups.items():
             for medium, features in zip(media, self.encode_group(kind, own, media)):
                 features.features = features.features.half()
                 features.scales = [scale.half() for scale in features.scales]
-                self.cache[medium.part] = features
+                encoded[medium.part] = features
+        return encoded
 
     def encode_group(self, kind: str, own: str, media: list[LoadedMedia]) -> list[MediaFeatures]:
         """Encode media of one kind and shape.

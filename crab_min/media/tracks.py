@@ -352,6 +352,10 @@ class Segment:
         self.sample_format = sample_format(frame)
         self.samples = 0  # read so far, at the rate of the file
         self.waves: list[np.ndarray] = []
+        # what is mono at this rate already is only scaled: a resampler starts threads for it
+        self.resampler = None
+        if self.sample_format == ("s16", "mono", rate):
+            return
         # maxval 1: the mean of the channels. Without it swresample lets loud ones add up above 1.
         options = {"rematrix_maxval": "1"}
         self.resampler = av.AudioResampler("flt", "mono", rate, options=options)
@@ -365,12 +369,16 @@ class Segment:
 
     def append(self, frame: av.AudioFrame) -> None:
         self.samples += frame.samples
+        if self.resampler is None:
+            self.waves.append(frame.to_ndarray()[0].astype(np.float32) / 2**15)
+            return
         self.waves += [part.to_ndarray()[0] for part in self.resampler.resample(frame)]
 
     def finish(self) -> np.ndarray:
         """Return the wave (N,) float32, with what the resampler still has in its buffer."""
-        rest = [part for part in self.resampler.resample(None) if part is not None]
-        self.waves += [part.to_ndarray()[0] for part in rest]
+        if self.resampler is not None:
+            rest = [part for part in self.resampler.resample(None) if part is not None]
+            self.waves += [part.to_ndarray()[0] for part in rest]
         return np.concatenate(self.waves) if self.waves else np.zeros(0, np.float32)
 
 
