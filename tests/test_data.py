@@ -15,7 +15,7 @@ import infer
 import train
 from crab_min import data
 from crab_min.data import Sample, load_media, pick_tasks, read_samples
-from crab_min.errors import DataError
+from crab_min.errors import DataError, ModelError
 from crab_min.features import Features, Mixer
 from crab_min.side_channels import limit_frames
 from crab_min.tasks import TASKS
@@ -234,6 +234,28 @@ def test_batches_decoded_ahead_are_those_that_are_kept(small_world, tiny_model, 
         assert ids_of([ours, theirs]) == ids_of([plan[number]]) * 2
         assert_features_close(media, kept_media)
     assert not ahead.cache
+
+
+def test_two_cores_encode_what_one_does(small_world, tiny_model, monkeypatch):
+    samples = read_samples(small_world, ["ave", "a2v", "s4"], "train")
+    threads = torch.get_num_threads()
+    results = []
+    for cores in (1, 2):
+        torch.set_num_threads(cores)
+        features = Features(tiny_model, workers=0)
+        features.prepare(samples)
+        assert torch.get_num_threads() == cores
+        results.append(features(samples))
+    assert_features_close(*results)
+
+    # what fails in a thread ends the run as anything else
+    def fail(*_):
+        raise ModelError("no encoder")
+
+    monkeypatch.setattr(tiny_model, "encode", fail)
+    with pytest.raises(ModelError, match="no encoder"):
+        Features(tiny_model, workers=0).prepare(samples)
+    torch.set_num_threads(threads)
 
 
 def test_an_unreadable_file_is_left_out_of_a_batch_and_counted(small_world, tiny_model):
