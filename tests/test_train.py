@@ -102,7 +102,8 @@ def test_a_run_leaves_its_numbers_and_predictions(finished):
 
 def test_a_run_leaves_its_settings_by_group(finished, small_world):
     saved = json.loads((finished / "config.json").read_text())
-    assert set(saved) == {"preset", "recipe", "settings", "steps", "token_limits", "layout"}
+    how_it_asks = {"token_limits", "layout", "form", "prompts"}
+    assert set(saved) == {"preset", "recipe", "settings", "steps"} | how_it_asks
     assert saved["preset"] == "crab_plus-tiny" and saved["recipe"] == "crab_plus"
     assert saved["settings"]["data"]["data"] == str(small_world)
     assert saved["settings"]["training"]["steps"] == saved["steps"] == 6
