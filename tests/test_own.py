@@ -28,6 +28,7 @@ from crab_min.recipes.presets import PRESETS
 from crab_min.runs.asking import asking_words
 from crab_min.runs.log import LogRow, open_log
 from crab_min.sources.own import conversation_parts, form_row, question_form, read_own_rows
+from crab_min.tools import check
 from crab_min.tools.fit import fit, memory_of, smaller_settings
 from crab_min.tools.loading import SHIPPED, LoadedRun, load_asked, load_run
 from crab_min.tools.plan import plan
@@ -125,6 +126,20 @@ def test_a_line_of_another_split_is_an_error_and_not_left_out(tmp_path):
         splits(tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "classes"])
+def test_the_check_counts_labels_files_seconds_and_tokens(clips, tmp_path, capsys, name):
+    files = ["--out", str(tmp_path / "check.json"), "--figure", str(tmp_path / "check.png")]
+    command = ["--data", str(clips / name), *files, "--workers", "0", "--model", "crab_plus-tiny"]
+    assert check.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "labels of own/train: a dog 3, rain 3" in printed
+    assert "labels of own/test: " in printed
+    assert "8 files, 0 of them missing or unreadable" in printed
+    assert "tokens of a prompt for crab_plus-tiny" in printed
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["tasks"]["own/train"]["seconds"] == [pytest.approx(10, abs=0.2)] * 3
+
+
 # --- training and test rows -----------------------------------------------------------------------
 
 
@@ -143,6 +158,12 @@ def test_a_fifth_of_the_clips_of_each_label_is_for_testing_and_clips_stay_togeth
     assert (labels.count("dog"), labels.count("rain")) == (8, 4)
     tested = {sample.row["clip"] for sample in test_samples}
     assert not tested & {sample.row["clip"] for sample in train_samples}
+
+    # a label of a single clip is learned; free answers are split as one group
+    lines = [{"clip": f"{n}.mp4", "question": "?", "answer": f"{n}"} for n in range(5)]
+    for answer, counts in (("", [5, 0]), (" and so it goes on and on", [4, 1])):
+        write_table(tmp_path / "t.csv", [row | {"answer": row["answer"] + answer} for row in lines])
+        assert [len(part) for part in splits(tmp_path / "t.csv")] == counts
 
 
 def test_test_rows_come_from_where_they_are_named(tmp_path):

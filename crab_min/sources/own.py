@@ -414,7 +414,8 @@ def split_rows(rows: list[dict], seed: int) -> list[dict]:
         groups.setdefault(answer, []).append(clip)
 
     # free answers differ from clip to clip: they are one group
-    if len(groups) > len(clips) / 2:
+    tagged = all("<answer>" in row["messages"][-1]["content"] for row in rows)
+    if not tagged and len(groups) > len(clips) / 2:
         groups = {"": list(clips)}
     test = set()
     for _, members in sorted(groups.items()):
