@@ -359,9 +359,18 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     out = str(tmp_path / "answers.csv")
     (tmp_path / "q.txt").write_text("Is it a dog?\nIs it rain?\n")
     questions = ["--questions", str(tmp_path / "q.txt"), "--max-new-tokens", "4", "--out", out]
-    assert infer.main([*run, *questions, "--", *NAMES]) == 0
+    write_sound(clips / "4.mp4", str(tmp_path / "alone.wav"))
+    others = [str(tmp_path / "alone.wav"), str(tmp_path / "broken.mp4")]
+    (tmp_path / "broken.mp4").write_text("no video")
+    assert infer.main([*run, *questions, "--", *NAMES, *others]) == 0
     with open(out, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+
+    # what cannot be asked about has an error; the others are answered
+    errors = [row["error"] for row in rows[2 * len(NAMES) :]]
+    assert "alone.wav: the model was trained on questions with 1 <video>" in errors[0]
+    assert "broken.mp4" in errors[2] and len(errors) == 4
+    rows = rows[: 2 * len(NAMES)]
     assert [(row["clip"], row["question"]) for row in rows] == [
         (name, question) for name in NAMES for question in ("Is it a dog?", "Is it rain?")
     ]
@@ -527,7 +536,7 @@ def test_a_pretrained_model_is_asked_without_training(clips, tmp_path, monkeypat
     picture = line["picture"]
     assert infer.main([picture, "What is drawn?", *flags]) == 0
     sound = str(clips / "4.wav")
-    subprocess_sound(clips / "4.mp4", sound)
+    write_sound(clips / "4.mp4", sound)
     answered = infer.main([sound, "What is heard?", *flags])
     if name in ("omni", "base"):
         assert answered == 0
@@ -552,7 +561,7 @@ def saved_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def subprocess_sound(clip: Path, out: str) -> None:
+def write_sound(clip: Path, out: str) -> None:
     """Write the sound of a clip to a .wav."""
     import wave
 

@@ -381,9 +381,10 @@ def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> 
     for kind in KINDS:
         tags = text.count(f"<{kind}>")
         if tags and tags != len(files.get(kind, [])):
+            names = ", ".join(Path(path).name for paths in files.values() for path in paths)
             raise DataError(
-                f"the model was trained on questions with {tags} <{kind}>, and {kind} files here "
-                f"are {', '.join(files.get(kind, [])) or 'none'}; its form: {text!r}"
+                f"{names}: the model was trained on questions with {tags} <{kind}>, and here are "
+                f"{len(files.get(kind, []))} {kind} files; its form: {text!r}"
             )
     messages = [turn("system", form.system)] if form.system else []
     question = without_tags(question, "question")
