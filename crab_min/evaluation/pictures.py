@@ -260,7 +260,7 @@ def draw_curves(path: Path, log: Path) -> None:
     Four plots: the loss, the metric on held-out rows (the gradient norm where it was not measured),
     the learning rate, the speed.
     """
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     if len(lines) < 3:  # the first names the columns
         return
     # An empty cell is NaN; a line that was cut off is left out

@@ -26,6 +26,7 @@ from crab_min.config import RECIPES, Settings, settings_from, settings_from_old
 from crab_min.errors import RunError
 from crab_min.interface import PromptLayout, QuestionForm
 from crab_min.runs import processes
+from crab_min.text_files import read_json
 
 # settings that do not change the result: a run may continue with other values of these
 FREE = {
@@ -120,7 +121,7 @@ def load_saved_run(folder: Path) -> SavedRun:
         RunError: the file is missing, or is not that of a run.
     """
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = read_json(folder / "config.json")
 
         # the first version: flat settings under "train"
         if "train" in saved:

@@ -7,8 +7,6 @@ same for all of them.
 Differs from the release: the target of a mask is text, its box and three points.
 """
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 
 from crab_min.answers import GRID, Box, Point, mask_box
 from crab_min.errors import DataError
+from crab_min.text_files import read_csv, read_json
 
 CLASSES = 71  # of AVSS, with the background
 
@@ -33,15 +32,15 @@ def read_list(path: Path) -> list[dict]:
     Raises:
         DataError: a file that is broken or holds something else.
     """
+    if path.suffix == ".csv":
+        _, numbered = read_csv(path)
+        return [row for _, row in numbered]
+    content = read_json(path)
     try:
-        if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            rows = find_rows(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        form = path.suffix[1:].upper()
-        raise DataError(f"{path}: broken {form} ({error}); repair or download it again") from None
+        rows = find_rows(content)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
     return rows
@@ -63,9 +62,14 @@ def join_lvis(content: dict) -> list[dict]:
     """Return the annotations of an LVIS file.
 
     Each has its image and the name of its category.
+
+    Raises:
+        ValueError: an id stands there twice. KeyError and TypeError: another form.
     """
     images = {image["id"]: image for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
+    if len(images) < len(content["images"]) or len(names) < len(content["categories"]):
+        raise ValueError("two images or two categories have one id")
     return [
         {**row, "image": images[row["image_id"]], "name": names[row["category_id"]]}
         for row in content["annotations"]

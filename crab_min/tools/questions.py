@@ -12,7 +12,7 @@ from crab_min.interface import PromptPart, build_prompt, load_prompts, text_part
 from crab_min.media.kinds import media_files, media_kind
 from crab_min.media.read import has_sound
 from crab_min.side_channels import add_side_channels
-from crab_min.sources.own import MEDIA_TAG, form_row
+from crab_min.sources.own import MEDIA_TAG, count_tags, form_row
 from crab_min.tasks import TASKS, Task
 from crab_min.tools.loading import LoadedRun
 
@@ -110,7 +110,7 @@ def files_of(given: Namespace, run: LoadedRun, clip: Path | None) -> dict[str, l
     if given.audio:
         files["audio"] = [*files.get("audio", []), *map(os.path.abspath, given.audio)]
     elif "video" in files and "audio" not in files:
-        asks_for_it = "<audio>" in run.form.text
+        asks_for_it = count_tags(run.form.text, "audio") > 0
         if asks_for_it or (not MEDIA_TAG.search(run.form.text) and has_sound(files["video"][0])):
             files["audio"] = list(files["video"])
     return files

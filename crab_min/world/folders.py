@@ -125,7 +125,8 @@ def write_rows(
         if items and split in TASKS[folder].splits:
             (root / folder).mkdir(exist_ok=True)
             released = [release_row(folder, split, row) for row in items]
-            (root / folder / f"{split}.json").write_text(json.dumps(released, indent=1))
+            text = json.dumps(released, indent=1)
+            (root / folder / f"{split}.json").write_text(text, encoding="utf-8")
 
 
 def release_row(folder: str, split: str, row: dict) -> dict:

@@ -8,7 +8,6 @@ takes cut-out pictures and recordings instead.
 Shapes: pictures are RGBA, waves (160000,) float32 in [-1, 1]: ten seconds at 16 kHz.
 """
 
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from crab_min.errors import DataError, MediaError
 from crab_min.media.read import read_audio
+from crab_min.text_files import read_json
 
 # A clip of the world: pixels of a side, sound samples per second (Hz), seconds.
 SIZE, RATE, SECONDS = 96, 16000, 10
@@ -186,13 +186,11 @@ def load_things(folder: str) -> list[Thing]:
 
 def load_entries(path: Path) -> dict[str, dict]:
     """Read things.json; an absent file has no entries. Raises DataError."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        expected = '{"NAME": {"label": "..."}}'
-        raise DataError(f"{path}: not JSON ({error}); expected {expected}") from None
+    entries = read_json(path) if path.exists() else {}
+    values = entries.values() if isinstance(entries, dict) else [None]
+    if not all(isinstance(value, dict) for value in values):
+        raise DataError(f'{path}: expected {{"NAME": {{"label": "..."}}}}')
+    return entries
 
 
 def load_thing(picture: Path, sound: Path, entry: dict) -> Thing:
