@@ -10,10 +10,11 @@ Differs from the release: the target of a mask is text, its box and three points
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from crab_min.answers import GRID, Box, Point, mask_box
-from crab_min.errors import DataError
+from crab_min.errors import DataError, MediaError
+from crab_min.media.kinds import replace_folder
+from crab_min.media.read import read_image
 from crab_min.text_files import read_csv, read_json
 
 CLASSES = 71  # of AVSS, with the background
@@ -80,12 +81,16 @@ def join_lvis(content: dict) -> list[dict]:
 
 
 def mask_path(frame: Path, task: str, row: dict) -> Path:
-    """Return where the release keeps the mask of a frame."""
-    if task == "ref_avs":
-        number = row.get("frame_idx", row.get("idx"))
-        folder = frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}"
-        return folder / f"0000{number}.png"
-    return Path(str(frame.with_suffix(".png")).replace("/frames/", "/labels_rgb/"))
+    """Return where the release keeps the mask of a frame. Raises DataError."""
+    try:
+        if task == "ref_avs":
+            number = row.get("frame_idx", row.get("idx"))
+            folder = frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}"
+            return folder / f"0000{number}.png"
+        return replace_folder(frame.with_suffix(".png"), "frames", "labels_rgb")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        expected = "CLIP/frames/NUMBER.jpg was expected, and of ref_avs the fields vid and fid"
+        raise DataError(f"{frame}: no mask goes with it ({error}); {expected}") from None
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -94,8 +99,8 @@ def read_mask(path: Path) -> np.ndarray:
     Raises DataError.
     """
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
+        return read_image(path, size=None)
+    except MediaError as error:
         reason = f"mask missing or unreadable ({error})"
         raise DataError(f"{path}: {reason}; it is needed for the gold") from None
 

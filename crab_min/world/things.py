@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from crab_min.errors import DataError, MediaError
-from crab_min.media.read import read_audio
+from crab_min.media.read import open_image, read_audio
 from crab_min.text_files import read_json
 
 # A clip of the world: pixels of a side, sound samples per second (Hz), seconds.
@@ -196,9 +196,9 @@ def load_entries(path: Path) -> dict[str, dict]:
 def load_thing(picture: Path, sound: Path, entry: dict) -> Thing:
     """Load one thing; `entry` is its entry in things.json. Raises DataError."""
     try:
-        sprite = Image.open(picture).convert("RGBA")
+        sprite = open_image(picture, "RGBA")
         wave = read_audio(str(sound), RATE).wave
-    except (OSError, MediaError) as error:
+    except MediaError as error:
         raise DataError(f"{picture}: cannot be read ({error}); replace or remove it") from None
     box = sprite.getchannel("A").getbbox()  # what is not transparent
     if box is None or not len(wave):
