@@ -280,7 +280,10 @@ def read_image(path: str | Path, size: int | None = 224) -> np.ndarray:
 
 
 def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """Open an image in a mode of 8 bits per channel, turned as its EXIF tells. Raises MediaError."""
+    """Open an image in a mode of 8 bits per channel, turned as its EXIF tells.
+
+    Raises MediaError.
+    """
     check_file(path)
     try:
         with Image.open(path) as opened:
