@@ -34,9 +34,7 @@ with a single head can be merged (both releases refuse).
 import inspect
 import math
 import re
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -222,29 +220,6 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         return delta.to(self.base_layer.weight.dtype)
 
 
-# --- looking at the routers -----------------------------------------------------------------------
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the routing weights: `with record_routing(model) as weights: model(...)`.
-
-    Yields:
-        name of the adapted linear in `model` -> w (..., K) of its last forward, in float32,
-        without gradient.
-    """
-    weights: dict[str, Tensor] = {}
-
-    def record(name: str, router: nn.Module, inputs: tuple, logits: Tensor) -> None:
-        weights[name] = route(logits.detach())
-
-    # a hook on every router, which is removed at the end of the block
-    with ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ILoraLinear):
-                for router in layer.ilora_router.values():
-                    hooks.enter_context(router.register_forward_hook(partial(record, name)))
-        yield weights
-
-
 # --- settings -------------------------------------------------------------------------------------
 @dataclass
 class ILoraConfig(PeftConfig):
@@ -295,12 +270,6 @@ class ILoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise ILoraError(f"{error} {describe_linears(model)}") from error
-        # experts of a mixture are parameters, not linears
-        targets = self.peft_config[adapter_name].target_modules
-        names = [f".{name}" for name, _ in model.named_modules()]
-        for target in targets if isinstance(targets, (list, set)) else []:
-            if not any(name.endswith(f".{target}") for name in names):
-                warnings.warn(f"{target} has no adapter: no module is named so", stacklevel=2)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, num_beams=1, **kwargs):

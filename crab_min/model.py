@@ -13,7 +13,6 @@ answers come from its own `generate`. How media become features and tokens is wh
 Shapes: B samples, L length, D width of the LM, V words, T frames or sound segments.
 """
 
-import re
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,8 +37,7 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 ASSETS = Path(__file__).parent / "assets"
 # the linears of every layer of the LM, seven in Llama and Qwen2.5
-LLM_LAYER = r"model\.(language_model\.)?layers\.\d+\."
-LLM_LINEARS = LLM_LAYER + r"(self_attn\.\w+_proj|mlp\.(\w+\.)*\w+_proj)"
+LLM_LINEARS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.\w+_proj|mlp\.(\w+\.)*\w+_proj)"
 NO_LABEL = -100  # of tokens that are not learned, as in transformers
 
 
@@ -394,9 +392,6 @@ class AVLanguageModel(nn.Module):
         adapter = peft_config(config)
         if adapter is not None:
             self.llm = get_peft_model(self.llm, adapter)
-            without = unadapted(self.llm)
-            if without:
-                print(f"note: without an adapter: {', '.join(without)}")
 
     def trainable_modules(self) -> dict[str, nn.Module]:
         """Return what can be trained beside the adapter, by name."""
@@ -482,20 +477,6 @@ def peft_config(config: AdapterConfig) -> PeftConfig | None:
     if config.adapter == "lora":
         return LoraConfig(lora_alpha=config.alpha, lora_dropout=config.dropout, **shared)
     return ILoraConfig(alpha=config.alpha, heads=config.heads, dropout=config.dropout, **shared)
-
-
-def unadapted(llm: nn.Module) -> list[str]:
-    """Return the matrices in the layers of an LM that have no adapter, such as a mixture's experts.
-
-    The number of a layer is left out of their names.
-    """
-    names = {}
-    for name, parameter in llm.named_parameters():
-        adapted = "lora_" in name or ".base_layer." in name
-        layer = re.search(LLM_LAYER, name)
-        if layer and parameter.ndim > 1 and not adapted:
-            names[name[layer.end() :]] = None
-    return list(names)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

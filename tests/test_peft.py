@@ -4,8 +4,6 @@ Where I-LoRA cannot keep a promise (merging several heads, quantized weights, mo
 weight themselves) it raises an error with a name.
 """
 
-import warnings
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -25,7 +23,8 @@ from transformers import (
 
 from crab_min.config import AdapterConfig
 from crab_min.ilora import ILoraConfig, ILoraError, ILoraLinear, MergeError
-from crab_min.model import peft_config, unadapted
+from crab_min.model import peft_config
+from crab_min.trained_parts import unadapted
 
 IDS = torch.arange(3, 15).view(2, 6)
 SIZES = {
@@ -281,12 +280,3 @@ def test_what_has_no_adapter_is_named(adapter):
     model = get_peft_model(model, peft_config(AdapterConfig(adapter)))
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert unadapted(model) == ["mlp.gate.weight", *experts]
-
-
-def test_a_target_that_is_no_module_is_named():
-    with pytest.warns(UserWarning, match="gate_up_proj has no adapter"):
-        model = MixtralForCausalLM(MixtralConfig(num_local_experts=2, **SIZES))
-        get_peft_model(model, ILoraConfig(target_modules=["q_proj", "gate_up_proj"]))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*has no adapter")
-        adapted("llama", 3, exclude_modules=["down_proj"])

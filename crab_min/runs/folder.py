@@ -30,7 +30,7 @@ from crab_min.text_files import read_json
 
 # settings that do not change the result: a run may continue with other values of these
 FREE = {
-    "data": ["max_bad", "allow_missing", "workers"],
+    "data": ["max_bad", "allow_missing", "workers", "cache_features"],
     "run": [
         "out",
         "device",
@@ -292,7 +292,17 @@ def save_checkpoint(
 
     Args:
         keep: how many of the newest checkpoints stay.
+
+    Raises:
+        RunError: a weight is not finite; older checkpoints stay.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise RunError(
+                f"step {progress.step}: {name} has weights that are not finite. The last "
+                "checkpoint is kept: train with a lower --lr into another --out"
+            )
+
     # the random states of all processes
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

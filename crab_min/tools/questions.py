@@ -66,7 +66,10 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
     root = built_in_data(run, given.things, given.seed, "test")
     task = chosen_task(given, default="s4" if run.model.predicts_masks else "avqa")
     split = "test" if "test" in task.splits else "train"
-    sample = read_samples(root, [task.name], split, limit=1 + given.index)[-1]
+    samples = read_samples(root, [task.name], split, limit=1 + given.index)
+    if given.index >= len(samples):
+        raise DataError(f"--index {given.index}: {task.name} has {len(samples)} {split} rows")
+    sample = samples[given.index]
     if not given.json:
         print(f"no clip given: {sample.id} of the built-in world, {sample.media[0].path}")
     return prepare([sample], given, run)
