@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import Field
@@ -64,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         """
         for word in arguments[: arguments.index("--")] if "--" in arguments else arguments:
             is_file = media_kind(word) or os.path.exists(word)
-            if word.startswith("-") and is_file:
+            if is_file and re.match("-[^-]", word):
                 self.error(f"{word} reads like a flag; write ./{word} for the file")
         for name in given_flags(arguments):
             if name in flags:
