@@ -31,6 +31,7 @@ from crab_min.media.tracks import AudioTrack, VideoTrack, check_file, open_clip
 PREROLL = 1.0  # seconds of sound decoded around a window: MP3, AAC and Opus need a run-in
 SEEK_FROM = 60.0  # seconds: a window of sound that begins later is sought (60 s decode in 0.1 s)
 
+MOST_BYTES = 2e9  # of the frames of one clip
 LOUDEST = 100.0  # a larger value is no sound in floats of full scale 1, but perhaps in integers
 
 Window = tuple[float, float]  # (start, end) in seconds
@@ -73,6 +74,8 @@ def read_video(
     """
     if frames < 1:
         raise MediaError(f"{path}: {frames} frames asked for; ask for 1 or more")
+    if frames * (size or 0) ** 2 * 3 > MOST_BYTES:
+        raise MediaError(f"{path}: {frames} frames of {size} pixels are over 2 GB; ask for fewer")
     if os.path.isdir(path):
         return read_folder(path, frames, size)
     with open_clip(path) as clip:

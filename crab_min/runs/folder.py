@@ -7,7 +7,6 @@ random state of every process, and how many batches were taken. Files and folder
 not at all: they are written under a temporary name and renamed.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -21,6 +20,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from crab_min.config import RECIPES, Settings, settings_from, settings_from_old
 from crab_min.errors import RunError
@@ -213,16 +217,17 @@ def choose_folder(settings: Settings, name: str) -> Path:
 def lock_run(folder: Path) -> TextIO:
     """Make the folder, lock it, and return the lock file.
 
-    The lock file unlocks the folder when it closes.
+    The lock file unlocks the folder when it closes. Windows has no such lock.
 
     Raises:
         RunError: another process has locked the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        file = open(folder / "lock", "w", encoding="utf-8")
         # lockf, not flock: worker processes that outlive a kill would keep a flock
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(
             f"{folder}: in use by another process; wait for it, or choose another --out"
