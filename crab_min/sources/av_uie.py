@@ -35,13 +35,16 @@ def read_list(path: Path) -> list[dict]:
     """
     if path.suffix == ".csv":
         _, numbered = read_csv(path)
-        return [row for _, row in numbered]
-    content = read_json(path)
-    try:
-        rows = find_rows(content)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
+        rows = [row for _, row in numbered]
+    else:
+        content = read_json(path)
+        try:
+            rows = find_rows(content)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
+    if not rows:
+        raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
     return rows

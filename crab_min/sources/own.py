@@ -259,6 +259,8 @@ def check_fields(row: dict) -> list[str]:
     Raises:
         ValueError: a key is misspelt or names media, or a value is of another type.
     """
+    if not isinstance(row, dict):
+        raise ValueError("a line is an object")
     unused = []
     for name, value in row.items():
         items = value if isinstance(value, list) else [value]
