@@ -171,6 +171,8 @@ def normalize_label(label: str | int, choices: tuple = ()) -> str:
     ('playing violin', 'yes', 'two')
     >>> normalize_label("(B)", ("rain", "Dog")), normalize_label("1", ("rain", "Dog"))
     ('dog', 'dog')
+    >>> normalize_label("B. dog", ("rain", "Dog")), normalize_label("A. dog", ("rain", "Dog"))
+    ('dog', 'a. dog')
     """
     # Separate the words, in lower case, with one space after a comma and no signs around them.
     text = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s_-]+", " ", str(label)).lower()
@@ -185,6 +187,10 @@ def normalize_label(label: str | int, choices: tuple = ()) -> str:
     # "one" and "b" name the option with the index 1.
     name = text.strip("()")
     for index, option in enumerate(options):
+        # "(b) dog", "b. dog", "b: dog": the letter and the text name the same option
+        lettered = re.fullmatch(rf"\(?{chr(ord('a') + index)}[).:]+ *(.+)", name)
+        if lettered and lettered[1] == option:
+            return option
         if name == chr(ord("a") + index) or name in NUMBER_WORDS[index : index + 1]:
             return option
     return text
@@ -206,12 +212,14 @@ def find_option(label: str, options: tuple[str, ...]) -> str:
 
 # An opening tag and what follows it, up to the next tag or the end of the text.
 TAG = re.compile(r"<\s*(\w+)\s*>([^<]*)")
-# Two whole numbers, "0 3" or "0,3" or "0-3", that are not part of a decimal number.
-PAIR = r"(?<![\d.])(\d{1,4})[\s,-]+(\d{1,4})(?!\.?\d)"
+# A time as models write it: "3", "3.5 s", "0:03".
+TIME = r"(?<![\d.:])((?:\d{1,2}:){0,2}\d{1,4}(?:\.\d+)?)(?:\s*s(?:ec(?:ond)?s?)?\b)?"
+# Two times, "0 3" or "0,3" or "0-3" or "0 to 3".
+PAIR = rf"{TIME}(?:[\s,–-]+|\s+to\s+){TIME}(?![.:]?\d)"
 # One or more pairs in parentheses: "(0 3)(7 10)".
 SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
-# Whole numbers in square brackets: "[12, 30, 200, 180]".
-BRACKETS = re.compile(r"\[\s*(-?\d{1,4}(?:[\s,]+-?\d{1,4})*)\s*\]")
+# Numbers in square brackets: "[12, 30, 200, 180]".
+BRACKETS = re.compile(r"\[\s*(-?\d{1,4}(?:\.\d+)?(?:[\s,]+-?\d{1,4}(?:\.\d+)?)*)\s*\]")
 
 
 def parse_choice(text: str) -> Answer:
@@ -231,9 +239,17 @@ def parse_choice(text: str) -> Answer:
 
 
 def parse_spans(text: str) -> list[Span]:
-    """Return all pairs of numbers of a text as spans."""
+    """Return all pairs of times of a text as spans."""
     # Sorted, since models also write (5 2).
-    return [tuple(sorted(map(int, pair))) for pair in re.findall(PAIR, text)]
+    return [tuple(sorted(map(whole_second, pair))) for pair in re.findall(PAIR, text)]
+
+
+def whole_second(time: str) -> int:
+    """Return a time, "3.6" or "0:04", as the nearest whole second."""
+    seconds = 0.0
+    for part in time.split(":"):
+        seconds = 60 * seconds + float(part)
+    return int(seconds + 0.5)
 
 
 def split_events(text: str) -> list[Event]:
@@ -321,6 +337,17 @@ def check_box(box: Iterable[float]) -> Box:
     return x1, y1, x2, y2
 
 
+def grid_numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of a text on the grid; decimals up to 1 are shares of the picture.
+
+    >>> grid_numbers("12, 30.6"), grid_numbers("0.25 1.0")
+    ((12, 31), (56, 224))
+    """
+    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+    is_share = "." in text and max(numbers) <= 1
+    return tuple(round(number * GRID) if is_share else round(number) for number in numbers)
+
+
 def parse_boxes(text: str, with_points: bool = True) -> Answer:
     """Parse one or more boxes, each with the points that follow it.
 
@@ -329,7 +356,7 @@ def parse_boxes(text: str, with_points: bool = True) -> Answer:
     answer = Answer()
     last_box = 0  # index of the box that was named last
     for brackets in BRACKETS.findall(text):
-        numbers = tuple(int(number) for number in re.findall(r"-?\d+", brackets))
+        numbers = grid_numbers(brackets)
         # Four numbers are a box. A box may be named again before more of its points.
         if len(numbers) == 4:
             if numbers not in answer.boxes:

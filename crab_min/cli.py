@@ -2,6 +2,9 @@
 
 import argparse
 import difflib
+import math
+import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import Field
@@ -17,6 +20,7 @@ from crab_min.config import (
     with_values,
 )
 from crab_min.errors import RunError
+from crab_min.media.kinds import media_kind
 from crab_min.recipes.presets import PRESETS
 
 # flags of train.py that --help shows; --help-all shows the others too
@@ -59,6 +63,10 @@ class Parser(argparse.ArgumentParser):
             flags: known flags, without dashes in front.
             renamed: old name of a flag -> new name, both without dashes in front.
         """
+        for word in arguments[: arguments.index("--")] if "--" in arguments else arguments:
+            is_file = media_kind(word) or os.path.exists(word)
+            if is_file and re.match("-[^-]", word):
+                self.error(f"{word} reads like a flag; write ./{word} for the file")
         for name in given_flags(arguments):
             if name in flags:
                 continue
@@ -121,7 +129,26 @@ def add_flag(parser, f: Field, default, in_help: bool) -> None:
     else:
         choices = get_args(f.type)  # of a Literal
         options |= {"choices": choices} if choices else {"type": f.type}
+        if f.type in (int, float):
+            options["type"] = number_reader(f.type, *f.metadata["range"])
     parser.add_argument("--" + flag_name(f.name), **options)
+
+
+def number_reader(type_: type, least: float, most: float) -> Callable:
+    """Return a function that reads an int or a float, and refuses what is out of a range."""
+
+    def read_number(text: str) -> int | float:
+        kind = "whole number" if type_ is int else "number"
+        try:
+            value = type_(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind}") from None
+        if not least <= value <= most or math.isinf(value):  # also refuses nan
+            limit = f"{least} or more" if math.isinf(most) else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text}, expected a {kind}, {limit}")
+        return value
+
+    return read_number
 
 
 def default_text(default) -> str:
@@ -150,6 +177,7 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     """
     # the first pass knows the flags of all presets, and finds the preset and Crab's stage
     first = command_parser()
+    arguments = fit_without_value(arguments)
     preset_of: dict[str, str] = {}  # flag -> the first preset that has it
     for name, preset in PRESETS.items():
         for flag, f in flags_of(groups_of(RECIPES[preset.recipe])).items():
@@ -185,7 +213,7 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
     given = parser.parse_args(arguments)
     values |= {f.name: getattr(given, f.name) for f in flags_of(groups).values()}
     flags = given_flags(arguments)
-    if "epochs" in flags:
+    if "epochs" in flags and given.epochs:
         if "steps" in flags:
             parser.error("--steps and --epochs both say how long the run is; give one of them")
         values["steps"] = 0  # those of the preset
@@ -193,6 +221,13 @@ def parse_train(arguments: list[str]) -> tuple[argparse.Namespace, object]:
         return given, with_values(RECIPES[preset.recipe](), **values)
     except RunError as error:
         parser.error(str(error))
+
+
+def fit_without_value(arguments: list[str]) -> list[str]:
+    """Return arguments in which a preset behind --fit is no number of gigabytes."""
+    following = [*arguments[1:], ""]
+    pairs = zip(arguments, following)
+    return ["--fit=0" if word == "--fit" and next_ in PRESETS else word for word, next_ in pairs]
 
 
 def command_parser(description: str = "") -> Parser:
@@ -206,7 +241,7 @@ def command_parser(description: str = "") -> Parser:
     parser.add_argument(
         "--fit",
         nargs="?",
-        type=float,
+        type=number_reader(float, 0, math.inf),
         const=0.0,
         metavar="GB",
         help="choose 4 bits, batch size and limits on media so that the run fits a GPU of so many "
@@ -236,7 +271,11 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
     add_flags(parser, INFER, {}, shown=None)
     known = [*flags_of(INFER), "help", "debug"]
     parser.check_flags(arguments, known, RENAMED_INFER)
-    return parser.parse_args(arguments)
+    # behind -- come words alone
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = parser.parse_intermixed_args(arguments[:end])
+    given.clip += arguments[end + 1 :]
+    return given
 
 
 # --- both ----------------------------------------------------------------------------------------

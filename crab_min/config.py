@@ -5,6 +5,7 @@ A recipe's class groups the dataclasses. A field made with `flag` is a flag of t
 imports torch, so `--help` and a wrong flag are answered at once.
 """
 
+import math
 import os
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Literal
@@ -12,9 +13,13 @@ from typing import Literal
 from crab_min.errors import RunError
 
 
-def flag(default, text: str):
-    """Make a dataclass field that is also a flag, with its explanation in the help."""
-    return field(default=default, metadata={"help": text})
+def flag(default, text: str, least: float = 0, most: float = math.inf):
+    """Make a dataclass field that is also a flag, with its explanation in the help.
+
+    Args:
+        least, most: the range of a number.
+    """
+    return field(default=default, metadata={"help": text, "range": (least, most)})
 
 
 DEVICE_HELP = (
@@ -51,7 +56,9 @@ class DataConfig:
         0, "seconds of a sound at most, from its start; what follows is not heard (0: no limit)"
     )
     test_rows: int = flag(0, "test rows per task (0: all)")
-    max_bad: float = flag(0.01, "share of unreadable training files above which the run stops")
+    max_bad: float = flag(
+        0.01, "share of unreadable training files above which the run stops", most=1
+    )
     allow_missing: bool = flag(
         False,
         "train without the rows whose files are gone, however many, and score those of the test "
@@ -68,8 +75,8 @@ class WorldConfig:
     things: str = flag(
         "", "folder of NAME.png cut-outs and NAME.ogg/.wav/.mp3 recordings to build the world from"
     )
-    world_clips: int = flag(900, "training clips of the built-in world")
-    world_test: int = flag(100, "test clips of the built-in world, per kind of scene")
+    world_clips: int = flag(900, "training clips of the built-in world, 32 or more", least=1)
+    world_test: int = flag(100, "test clips of the built-in world, per kind of scene", least=1)
 
 
 @dataclass
@@ -113,10 +120,12 @@ class AdapterConfig:
     """The adapter on the LM."""
 
     adapter: Literal["ilora", "lora", "none"] = flag("ilora", "adapter on the LM")
-    r: int = flag(8, "rank of the adapter")
+    r: int = flag(8, "rank of the adapter", least=1)
     alpha: float = flag(16, "adapter scale: the update is multiplied by alpha / r")
-    heads: int = flag(3, "heads of I-LoRA: one B each, weighted token by token by the router")
-    dropout: float = flag(0.05, "dropout before A")
+    heads: int = flag(
+        3, "heads of I-LoRA: one B each, weighted token by token by the router", least=1
+    )
+    dropout: float = flag(0.05, "dropout before A", most=1)
 
 
 @dataclass
@@ -134,15 +143,19 @@ class TrainingConfig:
         "optimizer steps (0: three passes over the rows, of at least 2,400 samples and at most "
         "4,800, or 20,800 with --things or --data)",
     )
-    epochs: float = flag(0, "passes over the training rows, instead of a number of steps")
-    batch_size: int = flag(16, "samples per batch; effective: times --grad-accum times processes")
-    grad_accum: int = flag(1, "batches per step and process")
+    epochs: float = flag(
+        0, "passes over the training rows, instead of a number of steps (0: as --steps says)"
+    )
+    batch_size: int = flag(
+        16, "samples per batch; effective: times --grad-accum times processes", least=1
+    )
+    grad_accum: int = flag(1, "batches per step and process", least=1)
     group_by_length: bool = flag(False, "steps of samples of one length: faster, learns less")
     lr: float = flag(4e-3, "peak learning rate of the adapter")
     connector_lr: float = flag(5e-4, "peak learning rate of everything else that learns")
-    warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
+    warmup: float = flag(0.03, "share of the steps in which the learning rate rises", most=1)
     beta2: float = flag(
-        0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder"
+        0.999, "AdamW's beta2; .98 where gradients have spikes, as in a mask decoder", most=1
     )
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     task_sampling_exponent: float = flag(0.5, "p(task) ~ rows ** exponent (0: uniform, 1: by rows)")
@@ -150,12 +163,6 @@ class TrainingConfig:
     gradient_checkpointing: bool = flag(False, "less memory for one more forward pass")
     fsdp: bool = flag(False, "with torchrun: each GPU keeps a share of the frozen LM (FSDP2)")
     seed: int = flag(0, "seed of the world, of the order and of the new parameters")
-
-    def __post_init__(self):
-        if self.grad_accum < 1 or self.batch_size < 1:
-            raise RunError(
-                f"--batch-size {self.batch_size} --grad-accum {self.grad_accum}: both start at 1"
-            )
 
     @property
     def parts(self) -> list[str]:
@@ -174,7 +181,7 @@ class RunConfig:
     )
     save_every: int = flag(100, "steps between two checkpoints (0: by --save-minutes alone)")
     save_minutes: float = flag(0, "minutes between two checkpoints (0: by --save-every alone)")
-    keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay")
+    keep_checkpoints: int = flag(1, "how many of the newest checkpoints stay", least=1)
     baseline: bool = flag(True, "score the frozen model before training")
     baseline_rows: int = flag(
         50, "test rows per task that the frozen model answers before training (0: all)"
@@ -184,7 +191,7 @@ class RunConfig:
         "steps between two evaluations on held-out training rows; the best stays in RUN/best "
         "(0: none)",
     )
-    eval_rows: int = flag(64, "held-out rows for --eval-every")
+    eval_rows: int = flag(64, "held-out rows for --eval-every", least=1)
     eval_mode: Literal["generate", "rank"] = flag(
         "generate",
         "evaluation: generate text, or rank the options of a question by their likelihood",
@@ -192,6 +199,7 @@ class RunConfig:
     eval_batch_tokens: int = flag(
         16384,
         "tokens that are answered together, prompts and answers; halved where memory is short",
+        least=1,
     )
 
 
@@ -285,9 +293,9 @@ class ModalityConfig:
     fusion: Literal["concat", "add"] = flag(
         "concat", "fused tokens behind the video's, or added to them"
     )
-    modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
+    modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former", least=1)
     modality_dropout: float = flag(
-        0.0, "share of its side modalities that a training sample goes without"
+        0.0, "share of its side modalities that a training sample goes without", most=1
     )
     modality_sequential: bool = flag(
         True, "one update per modality and batch; else one joint update"
@@ -348,13 +356,15 @@ class CremaSettings(Settings):
 class BaseConfig:
     """The length of each stage of the tiny base."""
 
-    see_steps: int = flag(1100, "steps of stage see (64 pictures each)")
-    hear_steps: int = flag(700, "steps of stage hear (24 clips each)")
+    see_steps: int = flag(1100, "steps of stage see (64 pictures each)", least=1)
+    hear_steps: int = flag(700, "steps of stage hear (24 clips each)", least=1)
     practice: float = flag(1, "factor on the steps of the lessons with which stage read begins")
-    read_steps: int = flag(3000, "steps on statements of every form (24 scenes each)")
+    read_steps: int = flag(3000, "steps on statements of every form (24 scenes each)", least=1)
     base_lr: float = flag(2e-3, "peak learning rate of stages see and hear")
     read_lr: float = flag(1.5e-3, "peak learning rate of stage read")
-    check_scenes: int = flag(100, "scenes per figure on which the finished base is evaluated")
+    check_scenes: int = flag(
+        100, "scenes per figure on which the finished base is evaluated", least=1
+    )
     seed: int = flag(0, "seed of the scenes and of the initial weights")
     out: str = flag("runs/tiny-base", "folder of the base")
 
@@ -429,7 +439,7 @@ class AnswerConfig:
     side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
-    beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
+    beams: int = flag(1, "beams of the search for an answer (CREMA: 5)", least=1)
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
     device: Literal["", "cuda", "cpu", "mps"] = flag("", DEVICE_HELP)
@@ -456,6 +466,7 @@ class ScoreConfig:
     eval_batch_tokens: int = flag(
         RunConfig.eval_batch_tokens,
         "tokens that are answered together, prompts and answers; halved where memory is short",
+        least=1,
     )
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
     out: str = flag(

@@ -21,7 +21,7 @@ from crab_min.errors import DataError, MediaError
 from crab_min.interface import PromptPart, QuestionForm, audio_windows, build_prompt
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
-from crab_min.media.workers import exit_with_parent
+from crab_min.media.workers import loader_options
 from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
 from crab_min.sources.own import (
     conversation_parts,
@@ -35,6 +35,7 @@ from crab_min.tasks import TASKS, Task
 
 SAMPLE_RATE = 16000  # Hz
 FAST_SIZE, FAST_RATE = 16, 25  # a dense stream: pixels of its square frames, frames per second
+LONGEST_WINDOW = 60  # seconds of sound that are encoded as one piece; memory grows with its square
 BLACK = "black"  # stands for a path where pictures are to be black (evaluation/ablation.py)
 
 
@@ -418,6 +419,12 @@ def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:
         if end <= start:
             raise MediaError(f"{part.path}: begins at {start:g} s of its {seconds:.2f} s")
         pieces = audio_windows(part.window, end - start, part.index)
+        longest = max(last - first for first, last in pieces)
+        if longest > LONGEST_WINDOW:
+            raise MediaError(
+                f"{part.path}: pieces of {longest:.0f} s of sound, {LONGEST_WINDOW} s at most; "
+                "name a part of it by start and end, or train with --max-audio-seconds"
+            )
         return [(start + first, start + last) for first, last in pieces]
 
     def span(seconds: float) -> tuple[float, float]:
@@ -470,10 +477,5 @@ def decode_ahead(
 
     Yields a list of LoadedMedia per group.
     """
-    return DataLoader(
-        MediaSet(size, decode),
-        batch_sampler=groups,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=exit_with_parent,
-    )
+    media = MediaSet(size, decode)
+    return DataLoader(media, batch_sampler=groups, collate_fn=list, **loader_options(workers))

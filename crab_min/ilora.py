@@ -31,21 +31,24 @@ Crab+ (Crab draws one mask per head and computes A x K times); an adapter can be
 with a single head can be merged (both releases refuse).
 """
 
+import inspect
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
-from peft.utils import NoMatchingPeftModuleError, register_peft_method
+from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crab_min.errors import ModelError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ILoraError(ModelError):
@@ -107,6 +110,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Linear, adapter_name: str, config: "ILoraConfig"):
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.ilora_A = nn.ModuleDict()
         self.ilora_B = nn.ModuleDict()
         self.ilora_router = nn.ModuleDict()
@@ -119,7 +123,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, name: str, config: "ILoraConfig") -> None:
         """Add the adapter `name`, or start it anew."""
-        d_in, d_out = self.base_layer.in_features, self.base_layer.out_features
+        d_in, d_out = self.in_features, self.out_features
         self.ilora_A[name] = nn.Linear(d_in, config.r, bias=False)
         self.ilora_router[name] = nn.Linear(d_in, config.heads, bias=False)
         self.ilora_B[name] = nn.Linear(config.heads * config.r, d_out, bias=False)
@@ -130,15 +134,19 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         nn.init.kaiming_uniform_(self.ilora_A[name].weight, a=math.sqrt(5))
         nn.init.kaiming_uniform_(self.ilora_router[name].weight, a=math.sqrt(5))
         nn.init.zeros_(self.ilora_B[name].weight)
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(self.ilora_B[name].weight, a=math.sqrt(5))
 
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
         # PEFT's protocol: a disabled adapter does not act, even if it was merged before
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)  # W x + b
+        if adapter_names and not self.disable_adapters:
+            return self.add_mixed(adapter_names, x, y)
         if self.disable_adapters or self.merged:
             return y
         # usually one; an active adapter need not target this linear
@@ -155,6 +163,28 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         low = self.ilora_A[name](self.ilora_dropout[name](x))  # (..., r)
         w = route(self.ilora_router[name](x)).to(low.dtype)  # (..., K)
         return stacked_form(y, low, w, self.ilora_B[name].weight, self.scaling[name])
+
+    def add_mixed(self, adapter_names: list[str], x: Tensor, y: Tensor) -> Tensor:
+        """Add to each row of a batch the update of its own adapter.
+
+        Args:
+            adapter_names: by sample; "__base__" for none. A sample may have several rows (beams).
+
+        Raises:
+            ILoraError: an adapter is merged, or the rows are no multiple of the names.
+        """
+        repeats, rest = divmod(len(x), len(adapter_names))
+        if self.merged or rest:
+            raise ILoraError(
+                f"adapter_names={adapter_names} for {len(x)} rows, merged {self.merged_adapters}: "
+                "give one name per sample, and unmerge first"
+            )
+        rows = [name for name in adapter_names for _ in range(repeats)]
+        for name in set(rows) & self.ilora_A.keys():
+            chosen = torch.tensor([name == row for row in rows], device=x.device).nonzero()[:, 0]
+            update = self.add_update(name, x[chosen], y[chosen]).to(y.dtype)
+            y = y.index_copy(0, chosen, update)
+        return y
 
     # --- merging, possible with one head
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -190,29 +220,6 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         return delta.to(self.base_layer.weight.dtype)
 
 
-# --- looking at the routers -----------------------------------------------------------------------
-@contextmanager
-def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the routing weights: `with record_routing(model) as weights: model(...)`.
-
-    Yields:
-        name of the adapted linear in `model` -> w (..., K) of its last forward, in float32,
-        without gradient.
-    """
-    weights: dict[str, Tensor] = {}
-
-    def record(name: str, router: nn.Module, inputs: tuple, logits: Tensor) -> None:
-        weights[name] = route(logits.detach())
-
-    # a hook on every router, which is removed at the end of the block
-    with ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if isinstance(layer, ILoraLinear):
-                for router in layer.ilora_router.values():
-                    hooks.enter_context(router.register_forward_hook(partial(record, name)))
-        yield weights
-
-
 # --- settings -------------------------------------------------------------------------------------
 @dataclass
 class ILoraConfig(PeftConfig):
@@ -228,6 +235,7 @@ class ILoraConfig(PeftConfig):
     # linears to adapt: ends of names, a regex of whole names, or "all-linear"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None  # linears to leave alone
+    init_weights: bool = True  # False: B is random too, so that a new adapter changes the model
     layers_to_transform: list[int] | int | None = None  # only these layers,
     layers_pattern: list[str] | str | None = None  # counted in the layer list of this name
     modules_to_save: list[str] | None = None  # trained and saved whole
@@ -263,6 +271,43 @@ class ILoraModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise ILoraError(f"{error} {describe_linears(model)}") from error
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, num_beams=1, **kwargs):
+        """Give the adapter's name of each sample to every layer, PEFT's mixed batches."""
+        if adapter_names is None:
+            yield
+            return
+        known = {"__base__", *self.peft_config}
+        if self.training or not known.issuperset(adapter_names):
+            raise ILoraError(
+                f"adapter_names={adapter_names}: mixed batches are for model.eval(), and its "
+                f"adapters are {', '.join(sorted(known))}"
+            )
+        # PEFT's wrappers want a name per row, which of a beam search are several per sample
+        rows = [name for name in adapter_names for _ in range(num_beams)]
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, (ILoraLinear, AuxiliaryTrainingWrapper)):
+                    is_ours = isinstance(module, ILoraLinear)
+                    add_names = partial(with_names, adapter_names if is_ours else rows)
+                    hooks.enter_context(
+                        module.register_forward_pre_hook(add_names, with_kwargs=True)
+                    )
+            yield
+
+    def _check_merge_allowed(self):
+        super()._check_merge_allowed()
+        # all layers before the first one is changed
+        for name, layer in self.model.named_modules():
+            weight = layer.base_layer.weight if isinstance(layer, ILoraLinear) else None
+            if weight is not None and (
+                type(weight.data) is not Tensor or weight.dtype not in FLOATS
+            ):
+                raise MergeError(
+                    f"{name} has quantized weights ({weight.dtype}), to which no update can be "
+                    "added; merge into the base as it was before, or keep the adapter beside it"
+                )
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ):
@@ -275,11 +320,35 @@ class ILoraModel(BaseTuner):
                 f"{current_key} is a {type(target).__name__}, and I-LoRA adapts nn.Linear only; "
                 f"narrow target_modules={peft_config.target_modules} or set exclude_modules"
             )
+        if reads_weight(type(parent), target_name):
+            raise ILoraError(
+                f"{current_key}: {type(parent).__name__} reads its weight and never calls it, so "
+                "an adapter would not act; leave it out with exclude_modules"
+            )
         layer = ILoraLinear(target, adapter_name, peft_config)
         # only the active adapter is trained
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+def with_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    """Add `adapter_names` to what a layer is called with."""
+    return args, {**kwargs, "adapter_names": names}
+
+
+@lru_cache
+def reads_weight(kind: type[nn.Module], name: str) -> bool:
+    """Tell whether modules of a class use the weight of their linear `name` without calling it.
+
+    nn.MultiheadAttention does so, nn.TransformerEncoderLayer without gradients, and Mamba.
+    """
+    use = re.compile(rf"(?<!isinstance\()self\.{name}\.weight\b(?!\.| =)")
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):  # a class without source
+            if use.search(inspect.getsource(base)):
+                return True
+    return False
 
 
 def describe_linears(model: nn.Module) -> str:

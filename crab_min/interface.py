@@ -11,7 +11,6 @@ What differs from the released code: the instructions are worded by us (`--promp
 them), and every medium has a marker. The released a2v prompt runs its two videos together.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from crab_min.errors import DataError
 from crab_min.tasks import TASKS, Medium, Task
+from crab_min.text_files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +185,10 @@ def check_prompts(prompts: dict[str, str]) -> dict[str, str]:
 
 def load_prompts(path: str) -> dict[str, str]:
     """Read and check the file of --prompts. Raises DataError."""
+    prompts = read_json(path)
     try:
-        return check_prompts(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return check_prompts(prompts)
+    except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
 

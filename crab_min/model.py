@@ -36,10 +36,8 @@ from crab_min.trained_parts import SavedPart
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
 
 ASSETS = Path(__file__).parent / "assets"
-# the seven linears of every layer of the LM
-LLM_LINEARS = (
-    r"model\.(language_model\.)?layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-)
+# the linears of every layer of the LM, seven in Llama and Qwen2.5
+LLM_LINEARS = r"model\.(language_model\.)?layers\.\d+\.(self_attn\.\w+_proj|mlp\.(\w+\.)*\w+_proj)"
 NO_LABEL = -100  # of tokens that are not learned, as in transformers
 
 
@@ -140,6 +138,12 @@ class AVLanguageModel(nn.Module):
         return self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
 
     @property
+    def max_tokens(self) -> float:
+        """Return the number of positions that the LM was made for; T5 has no limit."""
+        config = self.base_lm.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or float("inf")
+
+    @property
     def stop_ids(self) -> list[int]:
         """Return the token ids after which an answer ends."""
         return [self.eos_id]
@@ -210,6 +214,12 @@ class AVLanguageModel(nn.Module):
             answer = self.answer_ids(targets[number]) if targets else []
             rows.append(prompt + answer)
             labels.append([NO_LABEL] * len(prompt) + answer)
+            if len(rows[-1]) > self.max_tokens:
+                files = ", ".join(part.path for part in parts if part.path)
+                raise ModelError(
+                    f"a prompt and answer of {len(rows[-1])} tokens, the LM takes "
+                    f"{self.max_tokens}; ask for fewer frames or a part of {files or 'the text'}"
+                )
 
         # left padding, so that every prompt or answer ends at the end of its row
         return Batch(

@@ -116,7 +116,7 @@ def side_part(
     # a stream of many frames, 3D points, and stored features
     if name == "fast":
         return PromptPart("fast", path=path, side=name, **span)
-    if suffix == ".npz" or POINTS[0] in path:
+    if suffix == ".npz" or POINTS[0] in Path(path).parts:
         return PromptPart("points", path=path, side=name)
     if suffix in (".npy", ".pt", ".safetensors"):
         return PromptPart("array", path=path, frames=frames, side=name)

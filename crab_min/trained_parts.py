@@ -13,6 +13,7 @@ The end of this file reads what earlier versions wrote.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from peft import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from crab_min.errors import ModelError
 
+LLM_LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -41,6 +43,20 @@ class SavedPart:
     state: dict[str, Tensor]
     config: dict
     source: str  # where it comes from, for errors
+
+
+def unadapted(llm: nn.Module) -> list[str]:
+    """Return the matrices in the layers of an LM that have no adapter, such as a mixture's experts.
+
+    The number of a layer is left out of their names.
+    """
+    names = {}
+    for name, parameter in llm.named_parameters():
+        adapted = "lora_" in name or ".base_layer." in name
+        layer = LLM_LAYER.search(name)
+        if layer and parameter.ndim > 1 and not adapted:
+            names[name[layer.end() :]] = None
+    return list(names)
 
 
 def save_trained(model, folder: Path) -> None:

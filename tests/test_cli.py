@@ -92,7 +92,7 @@ def test_a_wrong_value_or_preset_is_one_line(capsys):
     assert "--steps" in error_of(train.main, "--steps many", capsys)
     assert "generate" in error_of(train.main, "--eval-mode guess", capsys)
     assert "'crab-huge'; choose from crab_plus-tiny," in error_of(train.main, "crab-huge", capsys)
-    assert "both start at 1" in error_of(train.main, "--grad-accum 0", capsys)
+    assert "--grad-accum: 0, expected" in error_of(train.main, "--grad-accum 0", capsys)
     assert "rgb, the video, first" in error_of(
         train.main, "crema-tiny --modalities audio,rgb", capsys
     )

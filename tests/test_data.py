@@ -318,7 +318,7 @@ def test_a_line_of_ones_own_that_does_not_fit_is_named(small_world, tmp_path):
     first, second = write_own_file(path, small_world, 2, True)
     for broken, reason in (
         ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
+        ("[]", "a line is an object"),
         (json.dumps(second | {"messages": second["messages"][:1]}), "must be the assistant's"),
         (json.dumps(second | {"audios": []}), "1 <audio> in the text, 0 in audios"),
     ):

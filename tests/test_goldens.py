@@ -21,7 +21,8 @@ from crab_min.beats import fbank, load_beats
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.evaluation.mask_metrics import null_s, soft
 from crab_min.evaluation.metrics import av_f_scores, event_counts, score, segment_counts
-from crab_min.ilora import ILoraConfig, record_routing
+from crab_min.evaluation.routing import record_routing
+from crab_min.ilora import ILoraConfig
 from crab_min.masks import MaskConfig, MaskDecoder, mask_loss
 from crab_min.pave import Patch, PatchConfig
 from crab_min.qformer import QFormerConfig, QFormerConnector

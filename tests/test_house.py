@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "crab_min").rglob("*.py")) + [ROOT / "train.py", ROOT / "
 # Rooms in the order of imports: a file imports nothing of a later room. A name is a file or a
 # folder of crab_min; train and infer are the commands.
 ORDER = [
-    "errors installation devices",
+    "errors installation devices text_files",
     "config",
     "answers",
     "tasks",

@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from crab_min.evaluation.routing import record_routing
 from crab_min.ilora import (
     ILoraConfig,
     ILoraError,
     ILoraLinear,
     MergeError,
     loop_form,
-    record_routing,
     route,
     stacked_form,
 )

@@ -173,7 +173,7 @@ def test_what_models_really_write_is_read(name, text, expected):
         ("ave", "A dog from 0 to 10.", "no <event>"),
         ("ave", "<event>dog</event>", "without times"),
         ("ave", "<event>(0 10)</event>", "without a label"),
-        ("ave", "<event>dog, (0.5 3)</event>", "without times"),
+        ("ave", "<event>dog, (0.5.5 3)</event>", "without times"),
         (
             "ave",
             "<event>dog</event> <range>0,4</range> <event>cat</event> <range>4,10</range>",
@@ -181,7 +181,7 @@ def test_what_models_really_write_is_read(name, text, expected):
         ),
         ("avvp", "<event>dog, (0 10)</event>", "no <audio_event>"),
         ("s4", "[1,2]", "no box"),
-        ("s4", "[0.1,0.2,0.3,0.4]", "no box"),
+        ("s4", "[0.1.2,0.2,0.3,0.4]", "no box"),
         ("s4", "[0,0,300,100]", "0 .. 224"),
         ("s4", "[-1,0,30,100]", "0 .. 224"),
         ("arig", "[50,0,30,100]", "x1 <= x2"),

@@ -9,9 +9,8 @@ from crab_min.backbones.composed import load_base
 from crab_min.data import read_samples
 from crab_min.errors import ModelError
 from crab_min.evaluation.pictures import draw_routing
-from crab_min.evaluation.routing import KINDS, routing_stats
+from crab_min.evaluation.routing import KINDS, record_routing, routing_stats
 from crab_min.features import Features
-from crab_min.ilora import record_routing
 from crab_min.model import ASSETS, AdapterConfig
 from crab_min.tools import heads
 

@@ -150,7 +150,8 @@ class ComposedModel(PatchedModel):
         """Write config.json, model.safetensors (half precision) and tokenizer.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n")
+        text = json.dumps(asdict(self.config), indent=1) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
         state = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         if self.llm.config.tie_word_embeddings:
             state.pop("llm.lm_head.weight")
@@ -276,7 +277,7 @@ def load_base(
             raise ModelError(
                 f"{folder / name}: missing; `python train.py tiny-base --out {folder}` makes a base"
             )
-    config = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     with same_random_weights() if is_random else nullcontext():
         model = model_class(config, load_tokenizer(folder / "tokenizer.json"))
     model.requires_grad_(False).eval()

@@ -181,12 +181,16 @@ def draw_on(
     heights = [height_of[kind] for _, kind, _, _ in media]
     if events:
         heights.append(0.4 * len(events))
+    if not heights:  # a question without media
+        heights = [0.1]
     all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if not media:
+        all_axes[0].axis("off")
     for axes, (name, kind, arrays, seconds) in zip(all_axes, media):
         draw_medium(axes, kind, arrays, seconds, answer, gold or Answer())
         axes.set_title(name, fontsize=8, loc="left")
     if events:
-        draw_events(all_axes[-1], events, max(seconds for *_, seconds in media))
+        draw_events(all_axes[-1], events, max((seconds for *_, seconds in media), default=0))
 
     # The question above, the answer below
     lines, colour = [f"answer: {text}"], "black"
@@ -261,7 +265,7 @@ def draw_curves(path: Path, log: Path) -> None:
     Four plots: the loss, the metric on held-out rows (the gradient norm where it was not measured),
     the learning rate, the speed.
     """
-    lines = log.read_text().splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     if len(lines) < 3:  # the first names the columns
         return
     # An empty cell is NaN; a line that was cut off is left out

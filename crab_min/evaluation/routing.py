@@ -14,8 +14,10 @@ Shapes: B samples, L tokens, K heads, N tokens of one kind.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from crab_min.errors import ModelError
-from crab_min.ilora import ILoraLinear, record_routing
+from crab_min.ilora import ILoraLinear, route
 from crab_min.model import NO_LABEL, AVLanguageModel, Batch
 
 # Kinds of tokens: the text of the prompt, the media in it, and the answer
@@ -47,6 +49,28 @@ class RoutingStats:
 
     share: dict[RouterKey, np.ndarray]  # the mean weight (K,) of each head; they sum to 1
     token_counts: dict[RouterKey, int]
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Record the routing weights: `with record_routing(model) as weights: model(...)`.
+
+    Yields:
+        name of the adapted linear in `model` -> w (..., K) of its last forward, in float32,
+        without gradient.
+    """
+    weights: dict[str, Tensor] = {}
+
+    def record(name: str, router: nn.Module, inputs: tuple, logits: Tensor) -> None:
+        weights[name] = route(logits.detach())
+
+    # a hook on every router, which is removed at the end of the block
+    with ExitStack() as hooks:
+        for name, layer in model.named_modules():
+            if isinstance(layer, ILoraLinear):
+                for router in layer.ilora_router.values():
+                    hooks.enter_context(router.register_forward_hook(partial(record, name)))
+        yield weights
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ Shapes: U steps in time, S tokens per step, W wide; N points.
 
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from crab_min.errors import MediaError
+from crab_min.media.kinds import replace_folder
 
 # 3D points as 3D-LLM releases them, for CREMA: two folders, with the features of a scene (N, W) in
 # the first and the coordinates (N, 3) of the same points in the second.
 POINTS = "voxelized_features_sam_nonzero_preprocess", "voxelized_voxels_sam_nonzero_preprocess"
+
+
+HALF_MAX = float(np.finfo(np.float16).max)  # features are kept in half precision
 
 
 # --- features and pictures ------------------------------------------------------------------------
@@ -45,9 +48,9 @@ def read_array(path: str, frames: int, size: int) -> np.ndarray:
     if array.dtype == np.uint8:
         return spread_pictures(path, array, frames, size)
     features = array.astype(np.float32)
-    finite = np.isfinite(features).all()
+    finite = bool((np.abs(features) <= HALF_MAX).all())
     if not 2 <= features.ndim <= 4 or not features.size or not finite:
-        reason = "" if finite else " with values that are not finite"
+        reason = "" if finite else " with values that are not finite in half precision"
         raise MediaError(
             f"{path}: an array of shape {features.shape}{reason}; a side channel is "
             "(steps, width), (steps, tokens, width) or (steps, rows, columns, width)"
@@ -126,12 +129,20 @@ def read_points(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         xyz, features = load_npz_points(path)
     else:
         features = load_array(path)
-        xyz = load_array(str(Path(path.replace(*POINTS)).with_suffix(".npy")))
+        try:
+            coordinates = replace_folder(path, *POINTS).with_suffix(".npy")
+        except ValueError:
+            expected = f"a .npz of points, or a file in a folder {POINTS[0]}"
+            raise MediaError(f"{path}: expected {expected}") from None
+        xyz = load_array(str(coordinates))
     if xyz.ndim == 2:
         xyz = xyz[None]  # (1, N, 3): one step
     if features is not None and features.ndim == 2:
         features = features[None]  # (1, N, W)
 
+    for values in (xyz, features):
+        if values is not None and not (np.abs(values) <= HALF_MAX).all():
+            raise MediaError(f"{path}: points with values that are not finite in half precision")
     fitting = features is None or features.shape[:2] == xyz.shape[:2]
     if xyz.ndim != 3 or xyz.shape[-1] != 3 or not xyz.size or not fitting:
         shape = None if features is None else features.shape

@@ -18,6 +18,16 @@ def media_kind(path: str | Path) -> str:
     return ""
 
 
+def replace_folder(path: str | Path, old: str, new: str) -> Path:
+    """Return a path in which the last folder of the name `old` has the name `new`.
+
+    Raises ValueError without such a folder.
+    """
+    parts = list(Path(path).parts)
+    last = len(parts) - 1 - parts[::-1].index(old)
+    return Path(*parts[:last], new, *parts[last + 1 :])
+
+
 def media_files(folder: Path) -> list[Path]:
     """Return the media files of a folder by name; hidden files and folders are left out."""
     found = [file for file in folder.iterdir() if media_kind(file) and file.is_file()]

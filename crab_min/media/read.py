@@ -31,6 +31,9 @@ from crab_min.media.tracks import AudioTrack, VideoTrack, check_file, open_clip
 PREROLL = 1.0  # seconds of sound decoded around a window: MP3, AAC and Opus need a run-in
 SEEK_FROM = 60.0  # seconds: a window of sound that begins later is sought (60 s decode in 0.1 s)
 
+MOST_BYTES = 2e9  # of the frames of one clip
+LOUDEST = 100.0  # a larger value is no sound in floats of full scale 1, but perhaps in integers
+
 Window = tuple[float, float]  # (start, end) in seconds
 
 
@@ -71,6 +74,8 @@ def read_video(
     """
     if frames < 1:
         raise MediaError(f"{path}: {frames} frames asked for; ask for 1 or more")
+    if frames * (size or 0) ** 2 * 3 > MOST_BYTES:
+        raise MediaError(f"{path}: {frames} frames of {size} pixels are over 2 GB; ask for fewer")
     if os.path.isdir(path):
         return read_folder(path, frames, size, window)
     with open_clip(path) as clip:
@@ -215,12 +220,22 @@ def read_audio(
             track.seek(start - PREROLL)
         # copy what overlaps with the window
         for segment_start, segment in track.segments(rate, end + PREROLL):
+            check_wave(path, segment, segment_start, rate)
             offset = round((segment_start - start) * rate)  # of the segment in the window
             low = max(offset, 0)
             high = min(offset + len(segment), len(wave))
             if low < high:
                 wave[low:high] = segment[low - offset : high - offset]
         return Audio(wave, seconds, silent=False)
+
+
+def check_wave(path: str | Path, wave: np.ndarray, start: float, rate: int) -> None:
+    """Raise MediaError for a value that is no sound, and say at which second it is."""
+    unusable = ~(np.abs(wave) <= LOUDEST)  # also nan
+    if unusable.any():
+        index = int(unusable.argmax())
+        value = f"{wave[index]:g} at {start + index / rate:.2f} s"
+        raise MediaError(f"{path}: {value}; full scale is -1 to 1: write the file again")
 
 
 def media_seconds(path: str | Path) -> float:
@@ -269,14 +284,40 @@ def read_image(path: str | Path, size: int | None = 224) -> np.ndarray:
     Raises:
         MediaError: a file that is missing or no readable image.
     """
+    image = open_image(path)
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.array(image)  # (H, W, 3)
+
+
+def open_image(path: str | Path, mode: str = "RGB") -> Image.Image:
+    """Open an image in a mode of 8 bits per channel, turned as its EXIF tells.
+
+    Raises MediaError.
+    """
     check_file(path)
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            return eight_bits(ImageOps.exif_transpose(opened)).convert(mode)
     # Pillow raises SyntaxError for a broken PNG
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = f"not a readable image ({error})"
         raise MediaError(f"{path}: {reason}; fetch it again or name an image file") from None
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.array(image)  # (H, W, 3)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of 16 bits (0 to 65535) or of floats (0 to 1) to 8 bits; others stay.
+
+    Pillow's own conversion would make all values above 255 white.
+
+    Raises:
+        ValueError: values outside of these.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, np.float64)
+    full = 1 if image.mode == "F" else 65535
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= full:  # also refuses nan
+        raise ValueError(f"mode {image.mode} with values {low:g} to {high:g}, not 0 to {full}")
+    return Image.fromarray(np.uint8(values * 255 / full + 0.5))

@@ -59,6 +59,7 @@ from crab_min.runs.asking import asking_words
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
 from crab_min.runs.log import check_tracker
 from crab_min.side_channels import add_side_channels, limit_media
+from crab_min.trained_parts import unadapted
 from crab_min.trainer import fit, trained_parameters
 
 ANSWERS = "answers.partial.jsonl"  # to the test rows, while they are being answered
@@ -313,7 +314,9 @@ def describe_trained(model: AVLanguageModel) -> str:
     for name, module in model.trainable_modules().items():
         if any(parameter.requires_grad for parameter in module.parameters()):
             parts.append(name)
-    return f"trained: {trained:,} of {total:,} parameters, in {', '.join(parts)}"
+    text = f"trained: {trained:,} of {total:,} parameters, in {', '.join(parts)}"
+    without = unadapted(model.llm) if "adapter" in parts else []
+    return f"{text}; without an adapter: {', '.join(without)}" if without else text
 
 
 def evaluate_baseline(run: Run) -> None:

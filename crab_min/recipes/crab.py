@@ -10,6 +10,7 @@ python train.py crab-tiny --stage masks      mask tokens and mask decoder
 Each stage is a run that starts from the run of the stage before. At full size: crab-7b.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from crab_min.answers import MASK_TOKENS
 from crab_min.backbones import load
 from crab_min.config import CrabSettings, with_values
 from crab_min.data import Sample, gold_mask
-from crab_min.errors import RunError
+from crab_min.errors import DataError, RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.interface import PromptPart
 from crab_min.model import ASSETS, AVLanguageModel, Batch
@@ -266,6 +267,7 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
         in_target: False leaves the target text as it is.
     """
     changed = []
+    missing = []
     for sample in samples:
         if not sample.task.mask_head:
             changed.append(sample)
@@ -273,13 +275,22 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
         answer = sample.task.parse(sample.target) if sample.target else sample.gold
 
         # an object that is denied has no mask
-        image = next(part.path for part in sample.media if part.kind == "image")
-        file = mask_path(Path(image), sample.task.name, sample.row)
-        mask = str(file) if answer.boxes and file.exists() else ""
+        mask = ""
+        if answer.boxes:
+            image = next(part.path for part in sample.media if part.kind == "image")
+            mask = str(mask_path(Path(image), sample.task.name, sample.row))
+            if not os.path.exists(mask):
+                missing.append(mask)
+                mask = ""
         target = sample.target
         if answer.boxes and target and in_target:
             target += "".join(MASK_TOKENS)
         changed.append(replace(sample, mask=mask, target=target))
+    if missing:
+        text = f"{len(missing)} masks are missing, the first is {missing[0]}"
+        if not any(sample.mask for sample in changed):
+            raise DataError(f"{text}; no row has one")
+        tqdm.write(f"note: {text}; their rows learn text alone")
     return changed
 
 

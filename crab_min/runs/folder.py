@@ -7,7 +7,6 @@ random state of every process, and how many batches were taken. Files and folder
 not at all: they are written under a temporary name and renamed.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -22,14 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from crab_min.config import RECIPES, Settings, settings_from, settings_from_old
 from crab_min.errors import RunError
 from crab_min.interface import PromptLayout, QuestionForm
 from crab_min.runs import processes
+from crab_min.text_files import read_json
 
 # settings that do not change the result: a run may continue with other values of these
 FREE = {
-    "data": ["max_bad", "allow_missing", "workers"],
+    "data": ["max_bad", "allow_missing", "workers", "cache_features"],
     "run": [
         "out",
         "device",
@@ -120,7 +125,7 @@ def load_saved_run(folder: Path) -> SavedRun:
         RunError: the file is missing, or is not that of a run.
     """
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = read_json(folder / "config.json")
 
         # the first version: flat settings under "train"
         if "train" in saved:
@@ -212,16 +217,17 @@ def choose_folder(settings: Settings, name: str) -> Path:
 def lock_run(folder: Path) -> TextIO:
     """Make the folder, lock it, and return the lock file.
 
-    The lock file unlocks the folder when it closes.
+    The lock file unlocks the folder when it closes. Windows has no such lock.
 
     Raises:
         RunError: another process has locked the folder, or it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        file = open(folder / "lock", "w", encoding="utf-8")
         # lockf, not flock: worker processes that outlive a kill would keep a flock
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunError(
             f"{folder}: in use by another process; wait for it, or choose another --out"
@@ -291,7 +297,17 @@ def save_checkpoint(
 
     Args:
         keep: how many of the newest checkpoints stay.
+
+    Raises:
+        RunError: a weight is not finite; older checkpoints stay.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise RunError(
+                f"step {progress.step}: {name} has weights that are not finite. The last "
+                "checkpoint is kept: train with a lower --lr into another --out"
+            )
+
     # the random states of all processes
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

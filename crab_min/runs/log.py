@@ -1,8 +1,8 @@
 """The log of a run: log.csv and the progress bar; and stopping with Ctrl-C."""
 
 import os
-import resource
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from crab_min.errors import RunError
 from crab_min.runs import processes
@@ -137,7 +142,10 @@ def memory() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

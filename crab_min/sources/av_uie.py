@@ -7,15 +7,15 @@ same for all of them.
 Differs from the release: the target of a mask is text, its box and three points.
 """
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from crab_min.answers import GRID, Box, Point, mask_box
-from crab_min.errors import DataError
+from crab_min.errors import DataError, MediaError
+from crab_min.media.kinds import replace_folder
+from crab_min.media.read import read_image
+from crab_min.text_files import read_csv, read_json
 
 CLASSES = 71  # of AVSS, with the background
 
@@ -33,15 +33,18 @@ def read_list(path: Path) -> list[dict]:
     Raises:
         DataError: a file that is broken or holds something else.
     """
-    try:
-        if path.suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            rows = find_rows(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        form = path.suffix[1:].upper()
-        raise DataError(f"{path}: broken {form} ({error}); repair or download it again") from None
+    if path.suffix == ".csv":
+        _, numbered = read_csv(path)
+        rows = [row for _, row in numbered]
+    else:
+        content = read_json(path)
+        try:
+            rows = find_rows(content)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
+    if not rows:
+        raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
     return rows
@@ -63,9 +66,14 @@ def join_lvis(content: dict) -> list[dict]:
     """Return the annotations of an LVIS file.
 
     Each has its image and the name of its category.
+
+    Raises:
+        ValueError: an id stands there twice. KeyError and TypeError: another form.
     """
     images = {image["id"]: image for image in content["images"]}
     names = {category["id"]: category["name"] for category in content["categories"]}
+    if len(images) < len(content["images"]) or len(names) < len(content["categories"]):
+        raise ValueError("two images or two categories have one id")
     return [
         {**row, "image": images[row["image_id"]], "name": names[row["category_id"]]}
         for row in content["annotations"]
@@ -76,12 +84,16 @@ def join_lvis(content: dict) -> list[dict]:
 
 
 def mask_path(frame: Path, task: str, row: dict) -> Path:
-    """Return where the release keeps the mask of a frame."""
-    if task == "ref_avs":
-        number = row.get("frame_idx", row.get("idx"))
-        folder = frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}"
-        return folder / f"0000{number}.png"
-    return Path(str(frame.with_suffix(".png")).replace("/frames/", "/labels_rgb/"))
+    """Return where the release keeps the mask of a frame. Raises DataError."""
+    try:
+        if task == "ref_avs":
+            number = row.get("frame_idx", row.get("idx"))
+            folder = frame.parents[3] / "gt_mask" / row["vid"] / f"fid_{row['fid']}"
+            return folder / f"0000{number}.png"
+        return replace_folder(frame.with_suffix(".png"), "frames", "labels_rgb")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        expected = "CLIP/frames/NUMBER.jpg was expected, and of ref_avs the fields vid and fid"
+        raise DataError(f"{frame}: no mask goes with it ({error}); {expected}") from None
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -90,8 +102,8 @@ def read_mask(path: Path) -> np.ndarray:
     Raises DataError.
     """
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except OSError as error:
+        return read_image(path, size=None)
+    except MediaError as error:
         reason = f"mask missing or unreadable ({error})"
         raise DataError(f"{path}: {reason}; it is needed for the gold") from None
 

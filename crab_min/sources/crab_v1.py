@@ -21,6 +21,7 @@ from pathlib import Path
 
 from crab_min.answers import GRID, answer_tag, box_text, points_text
 from crab_min.sources.av_uie import box_and_points, mask_objects, mask_path, read_mask
+from crab_min.text_files import read_text
 
 LVIS_AREA = 1000  # smallest area of an object that is asked for, in pixels, as in the release
 SILENT = 1000  # first coordinate of a box where nothing sounds (ARIG)
@@ -86,7 +87,7 @@ def clip_paths(folder: Path, name: str, videos: str) -> dict[str, str]:
 
 def read_label(folder: Path, name: str | int) -> str:
     """Read a target text, which has a file of its own."""
-    return (folder / "converted_label" / f"{name}.txt").read_text(encoding="utf-8").strip()
+    return read_text(folder / "converted_label" / f"{name}.txt").strip()
 
 
 # --- segmentation and grounding -------------------------------------------------------------------

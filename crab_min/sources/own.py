@@ -16,11 +16,11 @@ with absolute paths. Other fields: "options" (multiple choice), "sides" {name: f
 channels), "split", "start", "end", and "where", the file and line for messages.
 """
 
-import csv
-import io
-import json
+import difflib
+import math
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -28,13 +28,22 @@ from crab_min.answers import answer_tag
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart, QuestionForm, text_part
 from crab_min.media.kinds import media_files, media_kind
+from crab_min.text_files import parse_json, read_csv, read_text
 
 TABLES = (".csv", ".tsv", ".jsonl")
 KINDS = ("video", "audio", "image")
-MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
+# a tag stands for a medium; behind a backslash it is a word
+MEDIA_TAG_TEXT = "(<video>|<audio>|<image>)"
+MEDIA_TAG = re.compile(rf"(?<!\\){MEDIA_TAG_TEXT}")
+WORD = re.compile(rf"\\{MEDIA_TAG_TEXT}")
 LISTED_LABELS = 30  # labels that a question names, at most
 LABEL_WORDS = 5  # words of an answer in a table that still counts as a label
 TEST_SHARE = 5  # one clip of so many of each label is a test clip
+COLUMNS = ("clip", "file", "label", "question", "answer", "split", "start", "end", "audio")
+# key of a .jsonl's line -> types of its value; the last two are written by this module
+FIELDS = {"messages": [list], "videos": [list], "audios": [list], "images": [list]}
+FIELDS |= {"sides": [dict], "options": [list], "split": [str], "start": [int, float]}
+FIELDS |= {"end": [int, float], "clip": [str], "where": [str]}
 ROW_FORM = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], '
     '"videos": [...], "audios": [...], "images": [...]}'
@@ -76,17 +85,6 @@ def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
     return rows
 
 
-def read_text(path: Path) -> str:
-    """Read a text file; a byte order mark, as spreadsheets write it, is left out."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: {error}; --data takes a .csv or .jsonl file in UTF-8, a folder of class "
-            "folders, or the folder that holds ave/, avqa/, ... (AVUIE_2)"
-        ) from None
-
-
 # --- class folders and tables ---------------------------------------------------------------------
 
 
@@ -100,33 +98,34 @@ def read_class_folders(folder: Path) -> list[dict]:
 
 def read_table(path: Path, answers: bool) -> list[dict]:
     """Read a table with a heading; commas, semicolons or tabs between its columns."""
-    text = read_text(path)
-    heading = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=heading.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [str(name).strip().lower() for name in reader.fieldnames or []]
-    if "clip" not in columns:
-        columns = ["clip" if name == "file" else name for name in columns]
-    reader.fieldnames = columns
+    columns, numbered = read_csv(path)
+    if "clip" not in columns and "file" in columns:
+        columns = [*columns, "clip"]
+        for _, cells in numbered:
+            cells["clip"] = cells.pop("file", "")
     has_answers = "label" in columns or {"question", "answer"} <= set(columns)
     if "clip" not in columns or not (has_answers or (not answers and "question" in columns)):
         raise DataError(f"{path}: columns {', '.join(columns) or 'none'}; expected {TABLE_FORM}")
+    note_unused(path, "columns", [name for name in columns if name and name not in COLUMNS])
 
     # each line by itself, so that an error names it
-    cells = []
-    for row in reader:
-        values = {k: v.strip() for k, v in row.items() if isinstance(k, str) and isinstance(v, str)}
-        if not any(values.values()):
-            continue
-        values["where"] = f"{path}, line {reader.line_num}"
+    table = []
+    for line, cells in numbered:
+        cells["where"] = f"{path}, line {line}"
         for name in ("clip", "label", "question", "answer"):
-            if name in columns and not values.get(name):
-                raise DataError(f"{values['where']}: no {name}; a line is {TABLE_FORM}")
-        cells.append(values)
+            if name in columns and not cells.get(name):
+                raise DataError(f"{cells['where']}: no {name}; a line is {TABLE_FORM}")
+        table.append(cells)
     if "label" in columns:
-        return labelled_rows(cells, path.parent)
-    is_label = all(len(row.get("answer", "").split()) <= LABEL_WORDS for row in cells)
-    return [question_row(row, path.parent, is_label) for row in cells]
+        return labelled_rows(table, path.parent)
+    is_label = all(is_short(cells.get("answer", "")) for cells in table)
+    return [question_row(cells, path.parent, is_label) for cells in table]
+
+
+def note_unused(path: Path, what: str, names: list[str]) -> None:
+    """Say on stderr which columns or keys of a file are not used."""
+    if names:
+        print(f"note: {path}: {what} that are not used: {', '.join(names)}", file=sys.stderr)
 
 
 def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
@@ -137,6 +136,9 @@ def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
         question = f"Which of these is it: {', '.join(labels)}?"
     rows = []
     for cells in labelled:
+        if "<" in cells["label"]:
+            where = cells.get("where", cells["clip"])
+            raise DataError(f"{where}: label {cells['label']!r}; a label has no <")
         messages = [turn("user", cells.get("question") or question)]
         messages.append(turn("assistant", answer_tag(cells["label"])))
         rows.append(clip_row(cells, folder, messages) | {"options": labels})
@@ -156,6 +158,11 @@ def question_row(cells: dict, folder: Path, is_label: bool) -> dict:
     return clip_row(cells, folder, messages)
 
 
+def is_short(answer: str) -> bool:
+    """Tell whether an answer can be a label, which stands in a tag."""
+    return len(answer.split()) <= LABEL_WORDS and "<" not in answer
+
+
 def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
     """Make the row of one clip of a table.
 
@@ -166,47 +173,51 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
         DataError: a cell holds something else.
     """
     where = cells.get("where", cells["clip"])
-    clip = str((folder / cells["clip"]).absolute())
-    sound = str((folder / cells["audio"]).absolute()) if cells.get("audio") else ""
+    clip = media_path(folder, cells["clip"])
+    sound = media_path(folder, cells["audio"]) if cells.get("audio") else ""
     kind = media_kind(clip) or "video"
     files: dict[str, list[str]] = {kind: [clip]}
     if sound or (kind == "video" and not Path(clip).is_dir()):  # a folder of frames has no sound
         files["audio"] = [sound or clip]
     markers = [f"{name}: <{name}>" for name in files]
-    question = without_tags(messages[0]["content"], where)
-    messages[0]["content"] = "\n".join([*markers, question])
+    messages[0]["content"] = "\n".join([*markers, as_text(messages[0]["content"])])
 
     row = {"messages": messages, **{f"{name}s": files.get(name, []) for name in KINDS}}
-    return row | {"clip": clip, "where": where} | split_and_span(cells, where)
+    row |= {"clip": clip, "where": where}
+    try:
+        return row | split_and_span(cells)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
-def split_and_span(cells: dict, where: str) -> dict:
-    """Return the split of a row, and the start and end of its clip in seconds (0: of the file).
+def media_path(folder: Path, name: str) -> str:
+    """Return the absolute path of a medium; a path as Windows writes it is read too."""
+    path = folder / name
+    if "\\" in name and not path.exists():
+        path = folder / name.replace("\\", "/")
+    return str(path.absolute())
+
+
+def split_and_span(row: dict) -> dict:
+    """Return the split of a row, and the seconds of its clip.
 
     Raises:
-        DataError: a split that is neither train nor test, or something else than seconds.
+        ValueError: they are something else.
     """
-    split = str(cells.get("split") or "").lower()
+    split = str(row.get("split") or "").lower()
     if split not in ("", "train", "test"):
-        raise DataError(f"{where}: split {cells['split']!r}; expected train or test")
+        raise ValueError(f"split {row['split']!r}; expected train or test")
     span = {}
     for name in ("start", "end"):
         try:
-            span[name] = float(cells.get(name) or 0)
-        except (TypeError, ValueError):
-            raise DataError(f"{where}: {name} {cells[name]!r}; expected seconds") from None
-    start, end = span["start"], span["end"]
-    if start < 0 or (end and end <= start):
-        raise DataError(f"{where}: start {start:g} and end {end:g}; end comes later")
+            span[name] = float(str(row.get(name) or 0).replace(",", "."))
+        except ValueError:
+            raise ValueError(f"{name} {row[name]!r}; expected seconds") from None
+        if not 0 <= span[name] < math.inf:
+            raise ValueError(f"{name} {row[name]!r}; expected seconds")
+    if span["end"] and span["end"] <= span["start"]:
+        raise ValueError(f"start {span['start']:g} and end {span['end']:g}; end comes later")
     return {"split": split, **span}
-
-
-def without_tags(question: str, where: str) -> str:
-    """Return a question. Raises DataError where it holds a tag, which would stand for a file."""
-    tag = MEDIA_TAG.search(question)
-    if tag:
-        raise DataError(f"{where}: {tag[0]} in {question!r} stands for a file; word it otherwise")
-    return question
 
 
 def turn(role: str, content: str) -> dict:
@@ -218,44 +229,75 @@ def turn(role: str, content: str) -> dict:
 
 
 def read_jsonl(path: Path, answers: bool) -> list[dict]:
-    """Read a .jsonl: one JSON object per line, of the form ROW_FORM.
+    r"""Read a .jsonl: one JSON object per line, of the form ROW_FORM.
 
     A file takes the place of its tag in the text (<video>, <audio>, <image>), or stands before the
-    text where there is no tag. Paths are relative to the file's folder.
+    text where there is no tag; \<video> is the word itself. Paths are relative to the file's
+    folder.
     """
     rows = []
+    unused: dict[str, None] = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = jsonl_row(json.loads(line), path.parent, answers) | {"where": where}
-            conversation_parts(row)
-            rows.append(row | split_and_span(row, where))
-        except DataError:
-            raise
+            row = parse_json(line)
+            unused |= dict.fromkeys(check_fields(row))
+            rows.append(jsonl_row(row, path.parent, answers) | {"where": where})
+            conversation_parts(rows[-1])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{where}: not {ROW_FORM} ({reason})") from None
+    note_unused(path, "keys", list(unused))
     return rows
+
+
+def check_fields(row: dict) -> list[str]:
+    """Return the keys of a line that are not used.
+
+    Raises:
+        ValueError: a key is misspelt or names media, or a value is of another type.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("a line is an object")
+    unused = []
+    for name, value in row.items():
+        items = value if isinstance(value, list) else [value]
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, 1, cutoff=0.75)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            if close or any(isinstance(item, str) and media_kind(item) for item in items):
+                raise ValueError(f"unknown key {name!r}{hint}")
+            unused.append(name)
+        elif value is not None and type(value) not in FIELDS[name]:
+            expected = " or ".join(kind.__name__ for kind in FIELDS[name])
+            raise ValueError(f"{name!r} is {value!r}; expected {expected}")
+    for name in ("videos", "audios", "images"):
+        if not all(isinstance(path, str) and path for path in row.get(name) or []):
+            raise ValueError(f"{name!r} is {row[name]!r}; expected a list of paths")
+    return unused
 
 
 def jsonl_row(row: dict, folder: Path, answers: bool) -> dict:
     """Return a line's row with absolute paths. Raises ValueError and its like."""
     messages = [turn(m["role"], m["content"].strip()) for m in row["messages"]]
+    for message in messages:
+        if message["role"] == "assistant" and not message["content"]:
+            raise ValueError("an empty answer")
     roles = [message["role"] for message in messages]
     if roles[:1] == ["system"]:
         roles = roles[1:]
-    if answers and (len(roles) < 2 or roles[-1] != "assistant"):
+    if not roles or (answers and (len(roles) < 2 or roles[-1] != "assistant")):
         raise ValueError("the last of two or more messages must be the assistant's")
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
         raise ValueError(f"roles {', '.join(roles)}: user and assistant take turns")
     paths = {}
     for kind in KINDS:
-        paths[f"{kind}s"] = [str((folder / file).absolute()) for file in row.get(f"{kind}s") or []]
+        paths[f"{kind}s"] = [media_path(folder, file) for file in row.get(f"{kind}s") or []]
     sides = row.get("sides") or {}
-    paths["sides"] = {name: str((folder / file).absolute()) for name, file in sides.items()}
-    return {**row, **paths, "messages": messages}
+    paths["sides"] = {name: media_path(folder, file) for name, file in sides.items()}
+    return {**row, **paths, **split_and_span(row), "messages": messages}
 
 
 # --- rows -> prompts ------------------------------------------------------------------------------
@@ -278,16 +320,17 @@ def conversation_parts(row: dict) -> list[tuple[list[PromptPart], str]]:
     remaining = {}
     for kind in KINDS:
         paths = row.get(f"{kind}s") or []
-        tags = text.count(f"<{kind}>")
+        tags = count_tags(text, kind)
         if tags == 0:
             untagged += f"<{kind}>" * len(paths)
         elif tags != len(paths):
-            raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s")
+            advice = f"\\<{kind}> is the word itself"
+            raise ValueError(f"{tags} <{kind}> in the text, {len(paths)} in {kind}s; {advice}")
         remaining[kind] = iter(paths)
     questions[0]["content"] = untagged + questions[0]["content"]
 
     # turn by turn; tags become media, in order
-    span = {"start": float(row.get("start") or 0), "end": float(row.get("end") or 0)}
+    span = {"start": row.get("start", 0.0), "end": row.get("end", 0.0)}
     prompts: list[tuple[list[PromptPart], str]] = []
     parts: list[PromptPart] = []
     for message in messages:
@@ -301,6 +344,16 @@ def conversation_parts(row: dict) -> list[tuple[list[PromptPart], str]]:
     if messages[-1]["role"] == "user":
         prompts.append((parts, ""))
     return prompts
+
+
+def count_tags(text: str, kind: str) -> int:
+    """Count the tags of a kind of medium in a text."""
+    return MEDIA_TAG.findall(text).count(f"<{kind}>")
+
+
+def as_text(text: str) -> str:
+    r"""Return a text whose tags are but words: <video> becomes \<video>."""
+    return re.sub(MEDIA_TAG_TEXT, r"\\\1", text)
 
 
 def tagged_parts(text: str, remaining: dict, span: dict[str, float]) -> list[PromptPart]:
@@ -317,7 +370,7 @@ def tagged_parts(text: str, remaining: dict, span: dict[str, float]) -> list[Pro
             seconds = {} if kind == "image" else span
             parts.append(PromptPart(kind, path=next(remaining[kind]), **seconds))
         elif piece:
-            parts.append(text_part(piece))
+            parts.append(text_part(WORD.sub(r"\1", piece)))
     if not parts or parts[-1].kind != "text":
         parts.append(text_part("\n"))  # what follows a prompt is expected behind text
     return parts
@@ -358,14 +411,14 @@ def split_question(parts: list[PromptPart]) -> tuple[str, str]:
     pieces = []
     for part in parts:
         if not part.role:
-            pieces.append(part.text if part.kind == "text" else f"<{part.kind}>")
+            pieces.append(as_text(part.text) if part.kind == "text" else f"<{part.kind}>")
     asked = [i for i, part in enumerate(pieces) if part.strip() and not MEDIA_TAG.fullmatch(part)]
     if not asked:
         return "".join(pieces) + "{question}", ""
     last = asked[-1]
     question = pieces[last].strip()
     pieces[last] = pieces[last].replace(question, "{question}", 1)
-    return "".join(pieces), question
+    return "".join(pieces), WORD.sub(r"\1", question)
 
 
 def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> dict:
@@ -379,7 +432,7 @@ def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> 
     """
     text = form.text
     for kind in KINDS:
-        tags = text.count(f"<{kind}>")
+        tags = count_tags(text, kind)
         if tags and tags != len(files.get(kind, [])):
             names = ", ".join(Path(path).name for paths in files.values() for path in paths)
             raise DataError(
@@ -387,8 +440,8 @@ def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> 
                 f"{len(files.get(kind, []))} {kind} files; its form: {text!r}"
             )
     messages = [turn("system", form.system)] if form.system else []
-    question = without_tags(question, "question")
-    messages.append(turn("user", text.replace("{question}", question)))
+    before, _, after = text.rpartition("{question}")
+    messages.append(turn("user", before + as_text(question) + after))
     row = {"messages": messages, "options": list(form.options)}
     return row | {f"{kind}s": files.get(kind, []) for kind in KINDS}
 
@@ -428,6 +481,6 @@ def split_rows(rows: list[dict], seed: int) -> list[dict]:
 
 
 def clip_of(row: dict) -> str:
-    """Return the first file of a row, which stands for its clip."""
+    """Return the first file of a row, which stands for its clip, or its text if it has none."""
     files = [*row.get("videos", []), *row.get("images", []), *row.get("audios", [])]
-    return files[0] if files else ""
+    return files[0] if files else row["messages"][0]["content"]

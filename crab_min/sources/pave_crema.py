@@ -37,6 +37,8 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     """
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
+    if not dialogue:
+        raise ValueError("a dialog without turns")
     first = 1 if train else len(dialogue)
     for count in range(first, len(dialogue) + 1):
         *before, last = dialogue[:count]

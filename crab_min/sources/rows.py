@@ -30,6 +30,9 @@ class Layout:
     test: str  # file with the test rows; may be that of the training rows, or "" without any
 
 
+# Errors of a row in which a field is missing or holds something else.
+UNLIKE_RELEASED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError)
+
 # The first layout of a task whose file is there counts.
 # fmt: off
 RELEASED_LAYOUTS = (
@@ -98,7 +101,7 @@ def read_rows(root: Path, task: str, split: str, limit: int = 0) -> list[dict]:
             continue
         try:
             rows += layout.convert(root / layout.folder, row, split == "train")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+        except UNLIKE_RELEASED as error:
             raise DataError(
                 f"{path}, row {index}: {type(error).__name__}: {error}; "
                 f"a row of {task} as released was expected"

@@ -393,4 +393,4 @@ def corpus(renderer: Renderer, seed: int) -> list[str]:
         lines += [row["text"] for row in task_rows]
     lines += [row.get("question", "") for row in rows["avqa"]]
     lines += [task.instruction for task in TASKS.values() if task.v2]
-    return lines + [" ".join(COMMON_ENGLISH.read_text().split())] * 3
+    return lines + [" ".join(COMMON_ENGLISH.read_text(encoding="utf-8").split())] * 3

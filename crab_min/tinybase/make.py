@@ -89,7 +89,7 @@ def start_or_continue(
     """Return a new base and its progress, or those of an interrupted run."""
     # an interrupted run: the model as it was after its last finished stage
     if (folder / "base.json").exists():
-        progress = Progress(**json.loads((folder / "base.json").read_text()))
+        progress = Progress(**json.loads((folder / "base.json").read_text(encoding="utf-8")))
         if progress.figures:
             raise ModelError(
                 f"{folder}: holds a finished base, which will not be overwritten; "

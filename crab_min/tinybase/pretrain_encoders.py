@@ -26,6 +26,7 @@ from crab_min.answers import GRID, mask_box
 from crab_min.backbones.composed import ComposedModel
 from crab_min.config import BaseConfig
 from crab_min.devices import bf16_autocast
+from crab_min.errors import RunError
 from crab_min.world.rendering import Renderer
 from crab_min.world.scenes import EMOTIONS, Scene
 from crab_min.world.things import RATE, SECONDS, SIZE
@@ -81,7 +82,9 @@ def train_stage(
             # learn
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not norm.isfinite():
+                raise RunError(f"{name}, step {step}: the norm of the gradient is {norm}")
             optimizer.step()
             schedule.step()
 

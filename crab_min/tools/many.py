@@ -15,6 +15,7 @@ from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features
 from crab_min.runs.folder import atomic_write
 from crab_min.sources.own import TABLES, clip_of, read_own_rows, split_question
+from crab_min.text_files import parse_json, read_csv, read_text
 from crab_min.tools.loading import LoadedRun
 from crab_min.tools.questions import clips_of, prepare, question_sample
 
@@ -130,11 +131,7 @@ def read_question_file(path: Path) -> tuple[list[str], list[dict]]:
     Raises:
         DataError: the file cannot be read, or has no questions.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--questions {path}: {error}") from None
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not lines:
         raise DataError(f"--questions {path}: no questions; a line is one")
     suffix = path.suffix.lower()
@@ -142,18 +139,18 @@ def read_question_file(path: Path) -> tuple[list[str], list[dict]]:
         return lines, []
     if suffix == ".jsonl" and '"messages"' not in lines[0]:
         try:
-            return [str(json.loads(line)["question"]) for line in lines], []
+            questions = [parse_json(line)["question"] for line in lines]
+            if not all(isinstance(question, str) and question.strip() for question in questions):
+                raise ValueError("a question is a text")
+            return questions, []
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f'--questions {path}: a line is {{"question": ...}} or has messages ({error})'
             ) from None
     if suffix != ".jsonl":
-        delimiter = max(",;\t", key=lines[0].count)
-        table = csv.DictReader(io.StringIO("\n".join(lines)), delimiter=delimiter)
-        columns = [name.strip().lower() for name in table.fieldnames or []]
+        columns, numbered = read_csv(path)
         if "question" in columns and not {"clip", "file"} & set(columns):
-            table.fieldnames = columns
-            return [row["question"] for row in table if row["question"]], []
+            return [row["question"] for _, row in numbered if row.get("question")], []
     return [], read_own_rows(path, answers=False)
 
 

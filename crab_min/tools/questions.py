@@ -13,7 +13,7 @@ from crab_min.media.kinds import media_files, media_kind
 from crab_min.media.read import has_sound
 from crab_min.media.tracks import check_file
 from crab_min.side_channels import add_side_channels
-from crab_min.sources.own import MEDIA_TAG, class_folders, form_row
+from crab_min.sources.own import MEDIA_TAG, class_folders, count_tags, form_row
 from crab_min.tasks import TASKS, Task
 from crab_min.tools.loading import LoadedRun
 
@@ -74,7 +74,10 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
     root = built_in_data(run, given.things, given.seed, "test")
     task = chosen_task(given, default="s4" if run.model.predicts_masks else "avqa")
     split = "test" if "test" in task.splits else "train"
-    sample = read_samples(root, [task.name], split, limit=1 + given.index)[-1]
+    samples = read_samples(root, [task.name], split, limit=1 + given.index)
+    if given.index >= len(samples):
+        raise DataError(f"--index {given.index}: {task.name} has {len(samples)} {split} rows")
+    sample = samples[given.index]
     if not given.json:
         print(f"no clip given: {sample.id} of the built-in world, {sample.media[0].path}")
     return prepare([sample], given, run)
@@ -118,7 +121,7 @@ def files_of(given: Namespace, run: LoadedRun, clip: Path | None) -> dict[str, l
     if given.audio:
         files["audio"] = [*files.get("audio", []), *map(os.path.abspath, given.audio)]
     elif "video" in files and "audio" not in files:
-        asks_for_it = "<audio>" in run.form.text
+        asks_for_it = count_tags(run.form.text, "audio") > 0
         if asks_for_it or (not MEDIA_TAG.search(run.form.text) and has_sound(files["video"][0])):
             files["audio"] = list(files["video"])
     return files

@@ -1,5 +1,6 @@
 """One answer to a question about a clip: its text, its parsed form, its mask and its picture."""
 
+import itertools
 import json
 import time
 from argparse import Namespace
@@ -88,8 +89,7 @@ def reply_to(
     if given.routes:
         with_answer = model.collate([sample.parts], features([sample]), [text])
         draw_routing(Path(given.routes), {task.name: routing_stats(model, [with_answer])})
-    default = Path("answers") / f"{Path(sample.media[0].path).stem}_{task.name}.png"
-    picture = Path(given.picture or default)
+    picture = Path(given.picture or default_picture(sample))
     reply = Reply(sample, text, answer, seconds, picture)
     draw_answer(picture, sample, answer, text)
     if mask is not None:
@@ -98,6 +98,16 @@ def reply_to(
     elif make_masks and task.mask_head:
         reply.no_mask = "the answer has no mask tokens, or does not parse"
     return reply
+
+
+def default_picture(sample: Sample) -> Path:
+    """Return a file for the picture of an answer that is not yet there."""
+    clip = Path(sample.media[0].path).stem if sample.media else "answer"
+    for number in itertools.count(1):
+        suffix = f"_{number}" if number > 1 else ""
+        file = Path("answers") / f"{clip}_{sample.task.name}{suffix}.png"
+        if not file.exists():
+            return file
 
 
 def answer_text(
@@ -152,7 +162,8 @@ def fields_of(answer: Answer) -> dict:
 
 def json_line(reply: Reply) -> str:
     """Return a reply as one line of JSON."""
-    line = {"clip": reply.sample.media[0].path}
+    media = reply.sample.media
+    line = {"clip": media[0].path if media else ""}
     if reply.mask_file:
         line["mask"] = str(reply.mask_file)
     elif reply.no_mask:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crab_min.config import WorldConfig
-from crab_min.media.workers import exit_with_parent
+from crab_min.media.workers import exit_with_parent, start_method
 from crab_min.media.write import write_audio, write_video
 from crab_min.tasks import TASKS
 from crab_min.world.clip_rows import Rows, clip_rows, match_rows
@@ -125,7 +126,8 @@ def write_rows(
         if items and split in TASKS[folder].splits:
             (root / folder).mkdir(exist_ok=True)
             released = [release_row(folder, split, row) for row in items]
-            (root / folder / f"{split}.json").write_text(json.dumps(released, indent=1))
+            text = json.dumps(released, indent=1)
+            (root / folder / f"{split}.json").write_text(text, encoding="utf-8")
 
 
 def release_row(folder: str, split: str, row: dict) -> dict:
@@ -162,10 +164,15 @@ def write_in_processes(write: Callable, clips: list) -> None:
 
     There is a progress bar.
     """
+    bar = partial(tqdm, total=len(clips), desc="building the world", unit="clip")
+    method = start_method()
+    if method is None:
+        list(bar(map(write, clips)))
+        return
     workers = min(os.cpu_count() or 1, 8)
-    with ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool:
-        written = pool.map(write, clips, chunksize=8)
-        list(tqdm(written, total=len(clips), desc="building the world", unit="clip"))
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, context, exit_with_parent) as pool:
+        list(bar(pool.map(write, clips, chunksize=8)))
 
 
 @lru_cache(1)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from crab_min.world.faces import draw_face, mouth_opening, speak
 from crab_min.world.scenes import KINDS, SPLITS, Object, Scene, make_scene
-from crab_min.world.things import RATE, SECONDS, SIZE, draw_things, load_things
+from crab_min.world.things import RATE, SECONDS, SIZE, cutout, draw_things, load_things
 
 # name of a place: (colour of the sky, colour of the ground)
 PLACES = {
@@ -74,16 +74,8 @@ class Renderer:
         return frame
 
     def cutout(self, thing: int, size: int, angle: int) -> np.ndarray:
-        """Return a thing's RGBA picture (h, w, 4).
-
-        Its longer side has `size` pixels, then it is turned.
-        """
-        picture = self.things[thing].sprite
-        scale = size / max(picture.size)
-        width = max(1, round(picture.width * scale))
-        height = max(1, round(picture.height * scale))
-        picture = picture.resize((width, height), Image.LANCZOS)
-        return np.asarray(picture.rotate(angle, Image.BICUBIC, expand=True))
+        """Return a thing's RGBA picture (h, w, 4) in a size and at an angle."""
+        return cutout(self.things[thing].sprite, size, angle)
 
     def mask(self, scene: Scene, obj: Object, t: float) -> np.ndarray:
         """Return the pixels of an object at second t: (96, 96) uint8 of 0 or 255.

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from crab_min.world.things import SECONDS, SIZE, Thing
+from crab_min.world.things import LARGEST, SECONDS, SIZE, SMALLEST, Thing
 
 # A change of what is drawn or said needs a new version, and a new tiny base.
 VERSION = 7
@@ -167,7 +167,7 @@ def add_things(scene: Scene, things: list[Thing], rng: np.random.Generator) -> N
         if role != "off-screen":
             obj.x = 16 + 32 * int(next(columns)) + int(rng.integers(-3, 4))
             obj.y = 26 + 44 * int(rng.integers(2)) + int(rng.integers(-4, 5))
-            obj.size = int(rng.integers(24, 33))
+            obj.size = int(rng.integers(SMALLEST, LARGEST + 1))
             always_seen = scene.kind == "one" or rng.random() < 0.5
             obj.seen = [(0, SECONDS)] if always_seen else [random_span(rng, 5, 9)]
         if role != "silent":

@@ -111,7 +111,7 @@ def build_side_world(
             for name in names:
                 row = question_row(scene, marked, name, names if together else [name])
                 lines.append(json.dumps(row))
-        (rows_folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (rows_folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return rows_folder / "train.jsonl"
 
 

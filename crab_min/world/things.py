@@ -8,7 +8,8 @@ takes cut-out pictures and recordings instead.
 Shapes: pictures are RGBA, waves (160000,) float32 in [-1, 1]: ten seconds at 16 kHz.
 """
 
-import json
+import os
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,15 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from crab_min.errors import DataError, MediaError
-from crab_min.media.read import read_audio
+from crab_min.media.read import open_image, read_audio
+from crab_min.text_files import read_json
 
 # A clip of the world: pixels of a side, sound samples per second (Hz), seconds.
 SIZE, RATE, SECONDS = 96, 16000, 10
+# Pixels of the longer side of a thing that stands (scenes.add_things).
+SMALLEST, LARGEST = 24, 32
+SILENCE = 1e-4  # root mean square of a wave below which it is silent
+SHORTEST = 0.05  # seconds of a recording
 SOUND_ENDINGS = (".ogg", ".wav", ".mp3")
 EXPECTED = "--things takes a folder with a NAME.png and a NAME.ogg, .wav or .mp3 per thing"
 
@@ -157,7 +163,7 @@ def equalise(wave: np.ndarray) -> np.ndarray:
 
     Silence stays silence.
     """
-    level = max(float(np.sqrt(np.mean(wave**2))), 1e-4)
+    level = max(float(np.sqrt(np.mean(wave**2))), SILENCE)
     return np.clip(wave * (0.1 / level), -1, 1).astype(np.float32)
 
 
@@ -166,19 +172,33 @@ def load_things(folder: str) -> list[Thing]:
     """Load things from the files of a folder.
 
     They are NAME.png (with transparency) and NAME.ogg, .wav or .mp3. Labels and kinds stand in its
-    things.json where it has one: {"NAME": {"label", "kind"}}. Raises DataError where fewer than
-    four things have a picture and a sound that can be read.
+    things.json where it has one: {"NAME": {"label", "kind"}}.
+
+    Raises:
+        DataError: fewer than four things have a picture and a sound, or some cannot be used; names
+            all of these.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{folder}: no such folder; {EXPECTED}")
     entries = load_entries(root / "things.json")
-    things = []
-    for picture in sorted(root.glob("*.png")):
-        sounds = [picture.with_suffix(ending) for ending in SOUND_ENDINGS]
-        sound = next((path for path in sounds if path.exists()), None)
-        if sound is not None:
-            things.append(load_thing(picture, sound, entries.get(picture.stem, {})))
+    files = {path.name.lower(): path for path in sorted(root.iterdir())}
+    things, faults = [], []
+    for name, picture in files.items():
+        stem, ending = os.path.splitext(name)
+        if ending != ".png":
+            continue
+        sounds = [files[stem + end] for end in SOUND_ENDINGS if stem + end in files]
+        try:
+            if not sounds:
+                raise DataError(f"{picture}: no sound of this name")
+            things.append(load_thing(picture, sounds[0], entries.get(picture.stem, {})))
+            if [thing.label for thing in things].count(things[-1].label) > 1:
+                raise DataError(f"{picture}: another thing is called {things[-1].label!r} too")
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError(f"{'; '.join(faults)}. Replace or remove these; {EXPECTED}")
     if len(things) < 4:
         raise DataError(f"{folder}: {len(things)} things, at least 4 are needed; {EXPECTED}")
     return things
@@ -186,28 +206,48 @@ def load_things(folder: str) -> list[Thing]:
 
 def load_entries(path: Path) -> dict[str, dict]:
     """Read things.json; an absent file has no entries. Raises DataError."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        expected = '{"NAME": {"label": "..."}}'
-        raise DataError(f"{path}: not JSON ({error}); expected {expected}") from None
+    entries = read_json(path) if path.exists() else {}
+    values = entries.values() if isinstance(entries, dict) else [None]
+    if not all(isinstance(value, dict) for value in values):
+        raise DataError(f'{path}: expected {{"NAME": {{"label": "..."}}}}')
+    return entries
 
 
 def load_thing(picture: Path, sound: Path, entry: dict) -> Thing:
     """Load one thing; `entry` is its entry in things.json. Raises DataError."""
     try:
-        sprite = Image.open(picture).convert("RGBA")
-        wave = read_audio(str(sound), RATE).wave
-    except (OSError, MediaError) as error:
-        raise DataError(f"{picture}: cannot be read ({error}); replace or remove it") from None
+        sprite = open_image(picture, "RGBA")
+        wave = read_audio(str(sound), RATE, lambda seconds: (0, min(seconds, SECONDS))).wave
+    except MediaError as error:
+        raise DataError(str(error)) from None
+    label = entry.get("label", picture.stem.replace("_", " ").strip())
+    if not isinstance(label, str) or not re.search(r"\w", label) or re.search(r"[<>()\[\]]", label):
+        raise DataError(f"{picture}: label {label!r}; a label is words without brackets")
     box = sprite.getchannel("A").getbbox()  # what is not transparent
-    if box is None or not len(wave):
-        raise DataError(f"{picture}: nothing to see or to hear; replace or remove it")
+    if box is None or not is_visible(sprite.crop(box)):
+        raise DataError(f"{picture}: nothing is left of it at {SMALLEST} pixels")
+    if len(wave) < SHORTEST * RATE or np.sqrt(np.mean(wave[: 2 * RATE] ** 2)) < SILENCE:
+        raise DataError(f"{sound}: silent in its first 2 seconds, or shorter than {SHORTEST} s")
 
-    label = entry.get("label", picture.stem.replace("_", " "))
     verbs = {"instrument": "playing", "object": "using"}
     verb = verbs.get(entry.get("kind"), "hearing")
     wave = np.resize(wave, SECONDS * RATE)  # a recording shorter than the clip is repeated
     return Thing(label, f"{verb} a {label}", sprite.crop(box), equalise(wave))
+
+
+def cutout(sprite: Image.Image, size: int, angle: int) -> np.ndarray:
+    """Return a picture as RGBA (h, w, 4): its longer side has `size` pixels, then it is turned."""
+    scale = size / max(sprite.size)
+    width = max(1, round(sprite.width * scale))
+    height = max(1, round(sprite.height * scale))
+    sprite = sprite.resize((width, height), Image.LANCZOS)
+    return np.asarray(sprite.rotate(angle, Image.BICUBIC, expand=True))
+
+
+def is_visible(sprite: Image.Image) -> bool:
+    """Tell whether a picture has a mask in every size and angle of a scene with masks."""
+    for size in range(SMALLEST, LARGEST + 1):
+        for angle in (-18, 0, 18):
+            if cutout(sprite, size, angle)[..., 3].max() <= 127:
+                return False
+    return True
