@@ -80,6 +80,10 @@ class Task:
     gold: tuple = ()
     gold_test: tuple = ()  # of test rows, where they differ from training rows
     mask_head: str = ""  # of a mask decoder: "binary", "classes" (one per pixel), "" without masks
+    # Of a model whose layout says so: answers without a tag, and how it names an option, such as
+    # "Option {letter}"; "" for the option's text.
+    bare: bool = False
+    option_name: str = ""
 
     # Scores: names from evaluation/metrics.py
     metric: str = "accuracy"  # of one sample
@@ -98,7 +102,8 @@ class Task:
         Where it does not parse, `error` says why. Nothing is raised.
         """
         try:
-            answer = self.form.parse(text)
+            tagged = answers.tag_bare_answer(text, self.form.tag) if self.bare else text
+            answer = self.form.parse(tagged)
             if self.options:
                 answer.choice = answers.find_option(answer.choice, self.options)
             return answer
@@ -108,6 +113,13 @@ class Task:
     def format(self, answer: Answer) -> str:
         """Write the label of an answer, without reasoning."""
         return self.form.format(answer)
+
+    def format_option(self, options: Sequence[str], index: int) -> str:
+        """Write the answer that names one of several options, as the model writes it."""
+        text = str(options[index])
+        if self.option_name:
+            return self.option_name.format(letter=chr(ord("A") + index))
+        return text if self.bare else self.format(Answer(choice=text))
 
     def gold_answer(self, row: dict[str, Any], split: str = "test") -> Answer:
         """Return the gold answer of an annotation row.

@@ -49,6 +49,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
             "video_path": video,
             "audio_path": video,
             "dialogue": f"{context}Question: {last['question'].strip()}",
+            "turns": [(turn["question"], turn["answer"]) for turn in dialogue[:count]],
             "answer": last["answer"],
         }
 

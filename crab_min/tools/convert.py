@@ -1,6 +1,9 @@
 """Conversion of the authors' released files to a run folder for `infer.py --run`.
 
-    python -m crab_min.tools.convert crab_plus finetune_weights.bin --out runs/released
+    python -m crab_min.tools.convert crab_plus finetune_weights.bin --prompts-from Crab_Plus/
+
+The run is asked in its authors' form (released/layouts.py). Their words are read from a clone of
+their repository, or from a file (released/wording.py).
 
 The tables of names stand in `released/`, one module per paper, and `released/weights.py` applies
 them. This module sorts the weights into the files of a run, as train.py writes them: adapter/ and
@@ -25,12 +28,14 @@ from crab_min.model import peft_config
 from crab_min.pave import Patch, PatchConfig
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, atomic_write
+from crab_min.tools.released.layouts import released_form
 from crab_min.tools.released.weights import (
     adapter_sizes,
     convert,
     missing_modalities,
     read_state_dict,
 )
+from crab_min.tools.released.wording import Wording, missing_words, read_wording
 from crab_min.trained_parts import ADAPTER_FILE, SavedPart, check_fit, save_part
 
 # the preset whose backbone the released weights belong to
@@ -288,7 +293,14 @@ def check_fusion(weights: dict[str, Tensor], names: list[str]) -> None:
 
 
 # --- run folder ----------------------------------------------------------------------------------
-def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: list[str]) -> str:
+def convert_files(
+    paper: str,
+    files: list[str],
+    out: Path,
+    preset: str,
+    sides: list[str],
+    prompts_from: str = "",
+) -> str:
     """Write a run folder from released files.
 
     Args:
@@ -297,9 +309,10 @@ def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: l
         out: the run folder, which must be new or empty.
         preset: a preset with the backbone of the released model.
         sides: names of side channels or modalities, see `sort_weights`.
+        prompts_from: a file or folder with the authors' words; "" for none.
 
     Returns:
-        A summary in one line.
+        A summary: what the run holds, and which of the authors' words are missing.
 
     Raises:
         ModelError: the folder is not empty, the preset is another paper's, or the files cannot be
@@ -311,16 +324,15 @@ def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: l
     if PRESETS[preset].recipe != recipe:
         names = [name for name, other in PRESETS.items() if other.recipe == recipe]
         raise ModelError(f"--preset {preset}: files of {paper} want one of {', '.join(names)}")
+    wording = read_wording(paper, prompts_from) if prompts_from else Wording()
     weights = read_files(paper, files)
     try:
         model = sort_weights(weights, paper, sides)
     except ModelError as error:
         raise ModelError(f"{', '.join(files)}: {error}") from error
-    write_run(out, model, preset, files)
-    return (
-        f"{out}: {model.describe()}. It was trained with other instructions: "
-        "for its answers give them with --prompts"
-    )
+    write_run(out, model, paper, preset, wording, files)
+    lines = [f"{out}: {model.describe()}", missing_words(paper, wording.prompts)]
+    return "\n".join(filter(None, lines))
 
 
 def read_files(paper: str, files: list[str]) -> dict[str, Tensor]:
@@ -369,8 +381,15 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
     return with_values(RECIPES[recipe](), **values)
 
 
-def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) -> None:
-    """Write the parts of a run, its settings, and metrics of a run that took no step."""
+def write_run(
+    out: Path,
+    model: ReleasedModel,
+    paper: str,
+    preset: str,
+    wording: Wording,
+    files: list[str],
+) -> None:
+    """Write the parts of a run, its settings and form, and metrics of a run without a step."""
     settings = run_settings(preset, model)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -382,8 +401,13 @@ def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) ->
     for part in model.parts.values():
         save_part(out, part.name, part.state, part.config)
 
-    # settings
-    SavedRun(preset, PRESETS[preset].recipe, settings).save(out)
+    # settings, and the form in which it is asked
+    form = released_form(paper)
+    layout = wording.put_into(form.layout)
+    prompts = form.prompts | wording.prompts
+    saved = SavedRun(preset, PRESETS[preset].recipe, settings, 0, form.token_limits(), layout)
+    saved.prompts = prompts
+    saved.save(out)
     metrics = {"tasks": {}, "seconds": 0, "steps": 0, "converted": [str(file) for file in files]}
     atomic_write(out / "metrics.json", json.dumps(metrics))
 
@@ -414,6 +438,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="whose backbone the run names (default: the paper's large one)",
     )
     parser.add_argument(
+        "--prompts-from",
+        default="",
+        metavar="PATH",
+        help="the authors' words: a clone of their repository, or a .json file "
+        "(released/wording.py)",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show a traceback where something goes wrong"
     )
     return parser
@@ -427,7 +458,8 @@ def main(arguments: list[str]) -> int:
     sides = (given.side or default_sides).split(",")
 
     def run():
-        print(convert_files(given.paper, given.files, Path(out), preset, sides))
+        words = given.prompts_from
+        print(convert_files(given.paper, given.files, Path(out), preset, sides, words))
 
     return run_command(run, given.debug)
 

@@ -24,6 +24,7 @@ from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.recipes import common
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, load_saved_run
+from crab_min.tools.released.wording import missing_words
 
 SHIPPED = ASSETS / "crab_plus-tiny"
 NO_RUN = (
@@ -117,12 +118,21 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
     if on.type != "cpu":
         print(f"device: {describe_device(on)}", file=sys.stderr)
     model = recipe.load_model(saved.settings, device=on)
-    model.load_trained(Path(folder))
     if saved.layout:
-        model.layout = saved.layout
+        model.use_layout(saved.layout)
+        if saved.layout.paper:
+            note_missing_words(saved)
+    model.load_trained(Path(folder))
     model.to(on)
     model.bf16 = saved.settings.training.bf16
     return LoadedRun(Path(folder), saved, recipe, model.eval(), saved.form)
+
+
+def note_missing_words(saved: SavedRun) -> None:
+    """Say which of its authors' words a run of released weights is asked without."""
+    line = missing_words(saved.layout.paper, saved.prompts)
+    if line:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def fetch_run(name: str) -> Path:
