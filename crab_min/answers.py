@@ -73,6 +73,7 @@ class Answer:
     owners: list[int] = field(default_factory=list, compare=False)
     # Gold answers alone: the options of a row with options, or all right texts of an open question.
     choices: tuple[str, ...] = field(default=(), compare=False)
+    seconds: int = field(default=0, compare=False)  # gold, of events: length of the clip, if known
 
     def objects(self) -> list[tuple[Box, list[Point]]]:
         """Pair each box with its points."""

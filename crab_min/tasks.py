@@ -14,6 +14,7 @@ The folders of AV-UIE v2 (Crab+) come first, then what AV-UIE v1 (Crab, arXiv 25
 replaces any of them.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ class Task:
         # Read them. A value of another type fails in many ways.
         try:
             answer = reader(*values)
+            answer.seconds = math.ceil(float(row.get("duration") or 0))
             if self.options:  # only a check: a gold label is in canonical form already
                 answers.find_option(answer.choice, self.options)
             return answer
@@ -212,7 +214,7 @@ TASKS = {task.name: task for task in (
     # MUSIC-AVQA: questions about a minute of music, nine types of them.
     Task(name="avqa", family="qa", instruction="Question: {question}", audio="spread",
          gold=(answers.read_label, "answer"),
-         set_metrics=("substring_released", "part_of_gold"), types=("type",)),
+         set_metrics=("substring_released", "gold_in_answer", "part_of_gold"), types=("type",)),
     # AVQA: questions about everyday videos, with options.
     Task(name="avqa_thu", family="qa", instruction="Question: {question} Options: {choices}",
          gold=(answers.read_option, "answer", "multi_choice"),
@@ -248,7 +250,7 @@ TASKS = {task.name: task for task in (
     Task(name="ref_avs", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="tenth",
          instruction="Is {description} in the image? If true, give its box and three points.",
          form=EXISTS, target="output", gold_test=(answers.read_exists, "gold_boxes"),
-         mask_head="binary", metric="exists_box"),
+         mask_head="binary", metric="exists_box", types=("split",)),
     # ARIG (audio-referred image grounding): the box of the sounding object, on images of S4.
     Task(name="arig", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifths",
          instruction="Which thing sounds? Give its box.", form=BOX, target="label_content",

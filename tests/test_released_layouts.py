@@ -312,11 +312,11 @@ class Data:
 class Data:
     def __getitem__(self, index):
         if True:
-            qa_input = self.text(ann['situation']) + '. Asked: ' + self.text(ann["question"]) + ' So?'
+            qa_input = self.text(ann['situation']) + '. Asked: ' + self.text(ann["question"]) + ' ?'
         else:
             qa_input = 'Asked in pretraining: ' + self.text(ann["question"])
 """,
-        {"sqa3d": "{situation}. Asked: {question} So?"},
+        {"sqa3d": "{situation}. Asked: {question} ?"},
     ),
 }
 

@@ -62,8 +62,14 @@ def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
     return types
 
 
+# Ref-AVS reports its three test splits apart
+SPLITS = {"test_s": "seen", "test_u": "unseen", "test_n": "null"}
+
+
 def question_type(sample: Sample) -> str:
     """Return the type of a sample's question; "" if its row names none."""
+    if sample.task.types == ("split",):
+        return SPLITS.get(sample.row.get("split"), "")
     names = [str(sample.row.get(field, "")) for field in sample.task.types]
     return " ".join(re.sub(r'[][",]', "", name) for name in names)
 
