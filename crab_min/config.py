@@ -423,6 +423,10 @@ class AnswerConfig:
         "a pretrained model instead of a run: hub id or folder of Qwen2.5-Omni, LLaVA-OneVision "
         "or BLIP-2, or a preset",
     )
+    weights: str = flag("", "of a run's base model, where they are now (default: as in its config)")
+    vision: str = flag("", "of a run: its vision encoder, likewise")
+    audio_encoder: str = flag("", "of a run: its BEATs checkpoint, likewise")
+    llm: str = flag("", "of a run: its LM, likewise")
     load_in_4bit: bool = flag(
         False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes"
     )

@@ -134,8 +134,9 @@ def score_masks(samples: list[Sample], masks: Masks) -> dict[str, dict]:
         splits: dict[str, list[tuple]] = {}
         for row in rows:
             splits.setdefault(question_type(row[0]), []).append(row)
-        for split in sorted(splits.keys() - {""}):
-            results[f"{task.name} {split}"] = score_task_masks(task, splits[split])
+        if len(splits) > 1:
+            for split in sorted(splits.keys() - {""}):
+                results[f"{task.name} {split}"] = score_task_masks(task, splits[split])
     return results
 
 

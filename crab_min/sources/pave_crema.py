@@ -20,8 +20,12 @@ from crab_min.answers import answer_tag
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
 
 # Side channels of CREMA: where they lie in a source's folder. Depth, flow and normals are folders
-# of pictures, one per video; points are 3D-LLM's features, one file per scene.
+# of pictures, one per video; points are 3D-LLM's features, one file per scene. Of PAVE: features of
+# sounds (ImageBind), of dense frames (LanguageBind), and of a scene (LLaVA-3D).
 SIDE_CHANNELS = {
+    "audio": "audio_features/{name}.pt",
+    "dense": "dense_features/{name}.pt",
+    "scene": "scene_features/{name}/video_features.pt",
     "depth": "videos_depth/{name}",
     "flow": "videos_flow/{name}",
     "normals": "videos_norm/{name}",
@@ -38,6 +42,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
     first = 1 if train else len(dialogue)
+    sides = side_channels(folder, row["image_id"])
     for count in range(first, len(dialogue) + 1):
         *before, last = dialogue[:count]
         context = ""
@@ -51,6 +56,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
             "dialogue": f"{context}Question: {last['question'].strip()}",
             "turns": [(turn["question"], turn["answer"]) for turn in dialogue[:count]],
             "answer": last["answer"],
+            "sides": sides,
         }
 
 
@@ -86,6 +92,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
         "answer": answer,
         "label": answer_tag(answer),
         "question": question,
+        "sides": side_channels(folder, row["video_id"]),
     }
 
 

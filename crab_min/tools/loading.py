@@ -81,18 +81,28 @@ def load_asked(given: Namespace) -> LoadedRun:
     else:
         shipped = given.demo or given.model == SHIPPED.name
         folder = str(SHIPPED) if shipped else given.run
-        run = load_run(folder, given.device, given.load_in_4bit)
+        paths = {
+            "weights": given.weights,
+            "vision": given.vision,
+            "audio": given.audio_encoder,
+            "llm": given.llm,
+        }
+        run = load_run(folder, given.device, given.load_in_4bit, paths)
     apply_model_flags(run, given)
     return run
 
 
-def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> LoadedRun:
+def load_run(
+    folder: str, device: str = "", load_in_4bit: bool = False, paths: dict[str, str] | None = None
+) -> LoadedRun:
     """Load a run with its trained parts, ready to answer.
 
     Args:
         folder: "" for the newest finished run under runs/.
         device: as devices.choose_device takes it.
         load_in_4bit: the LM in 4 bits, also where it was trained otherwise.
+        paths: where parts of the base model are on this machine, by the name of their setting;
+            "" for what the run's config.json says.
 
     Raises:
         RunError: the folder is not that of a run, there is no run, or there is no such device.
@@ -113,6 +123,8 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
     saved = load_saved_run(Path(folder))
     if load_in_4bit:
         saved.settings = with_values(saved.settings, load_in_4bit=True)
+    given = {name: path for name, path in (paths or {}).items() if path}
+    saved.settings = with_values(saved.settings, **given)
     recipe = importlib.import_module(f"crab_min.recipes.{saved.recipe}")
     on = choose_device(device, saved.settings.backbone.pretrained)
     if on.type != "cpu":
