@@ -282,8 +282,8 @@ class ModalityConfig:
         "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
         'a name that rows have under "sides" or that encoders.register names',
     )
-    fusion: Literal["concat", "add"] = flag(
-        "concat", "fused tokens behind the video's, or added to them"
+    fusion: Literal["concat", "add", "none"] = flag(
+        "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
     modality_dropout: float = flag(
@@ -298,10 +298,12 @@ class ModalityConfig:
 
     def __post_init__(self):
         names = self.names
+        if self.fusion == "none" and len(names) == 1:
+            return
         if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
             raise RunError(
                 f"--modalities {self.modalities}: name rgb, the video, first, and each other "
-                "modality once"
+                "modality once; one alone goes with --fusion none"
             )
 
     @property
@@ -337,7 +339,7 @@ class CremaSettings(Settings):
 
     @property
     def side_channels(self) -> list[str]:
-        return self.crema.names[1:]
+        return [name for name in self.crema.names if name != "rgb"]
 
     @property
     def sequential(self) -> bool:

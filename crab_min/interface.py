@@ -74,6 +74,7 @@ class PromptLayout:
     between_options: str = "; "
     lower_slots: tuple[str, ...] = ()  # slots that are written in lower case
     plain_tasks: tuple[str, ...] = ()  # tasks whose slots pass plain_text, as in LAVIS
+    sound: str = ""  # the window of every sound, a name of audio_windows; "" for that of its task
     dialogue_turns: bool = False  # a dialogue is a conversation, not text in one question
 
     # --- what a model makes of the prompt
@@ -161,7 +162,7 @@ def build_prompt(
         lead = layout.leads.get(medium.kind, "")
         before, after = (text.format(marker=medium.marker, lead=lead) for text in around)
         add_text(parts, before if parts else before.lstrip("\n"))
-        parts.append(media_part(task, medium, row, root))
+        parts.append(media_part(task, medium, row, root, layout.sound))
         if medium is CLIP:
             parts.append(replace(media_part(task, IMAGE, row, root), side=FRAME))
         add_text(parts, after)
@@ -204,15 +205,15 @@ def text_part(text: str) -> PromptPart:
     return PromptPart("text", text=text)
 
 
-def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
-    """Return the part of one medium of a row."""
+def media_part(task: Task, medium: Medium, row: dict, root: str, window: str = "") -> PromptPart:
+    """Return the part of one medium of a row; window: of a sound, instead of the task's."""
     value = task.read_field(row, medium.fields, f"the path of the {medium.kind} file")
     # A path may leave the folder of its task: "../../ave/video/x.mp4".
     path = os.path.normpath(os.path.join(root, task.name, medium.subfolder, str(value)))
     if medium.kind != "audio":
         return PromptPart(medium.kind, path=path, frames=task.frames)
     # Rows of AV-UIE v1 name a window of their own: Crab uses more of some sounds than Crab+.
-    window = row.get("window", task.audio)
+    window = window or row.get("window", task.audio)
     return PromptPart("audio", path=path, window=window, index=frame_index(task, row, window))
 
 
@@ -319,6 +320,7 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
         first4           the first four seconds, one by one                        meld
         spread           10 windows of 2 seconds: in a minute [i - 0.5, i + 1.5]   avqa
                          for i = 0, 6, ..., 54
+        opening          two pieces of 5.12 s from the start, 512 mel frames each  CREMA, released
 
     A piece may reach beyond the file, where there is silence. Below 20 seconds the windows of
     "spread" would overlap, and "tenths" replaces it. The released code scales time instead: there
@@ -338,6 +340,9 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
         return [(float(second), second + 1.0) for second in range(4)]
     if name == "spread" and seconds >= 20:
         return [(i * seconds / 10 - 0.5, i * seconds / 10 + 1.5) for i in range(10)]
+    if name == "opening":
+        # the last mel frame of a piece reaches 15 ms into the next one
+        return [(0.0, 5.135), (5.12, 10.255)]
     n_parts = PARTS[name]
     windows = [(i * seconds / n_parts, (i + 1) * seconds / n_parts) for i in range(n_parts)]
     return [windows[index]] if name in ONE_PART else windows

@@ -19,13 +19,12 @@ from crab_min.answers import answer_tag
 # A question's type is the word it begins with, as SQA3D's results are tabled.
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
 
-# Side channels of CREMA: where they lie in a source's folder. Depth, flow and normals are folders
-# of pictures, one per video; points are 3D-LLM's features, one file per scene. Of PAVE: features of
-# sounds (ImageBind), of dense frames (LanguageBind), and of a scene (LLaVA-3D).
+# Side channels: where they lie in a source's folder. Of CREMA depth, flow and normals are folders
+# of pictures, one per video; points are 3D-LLM's features, one file per scene. Of PAVE audio and
+# fast are features of sounds (ImageBind) and of dense frames (LanguageBind), one file per video.
 SIDE_CHANNELS = {
     "audio": "audio_features/{name}.pt",
-    "dense": "dense_features/{name}.pt",
-    "scene": "scene_features/{name}/video_features.pt",
+    "fast": "fast_features/{name}.pt",
     "depth": "videos_depth/{name}",
     "flow": "videos_flow/{name}",
     "normals": "videos_norm/{name}",

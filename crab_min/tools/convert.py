@@ -15,9 +15,10 @@ import json
 import re
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -54,6 +55,7 @@ RELEASED_FUSION = {"mode": "concat", "aligned": False}
 
 # CREMA's names of modalities where ours differ
 OUR_MODALITY_NAMES = {"norm": "normals", "pc": "points"}
+UNNORMED = ("points",)  # the released code has their norm, and does not use it
 # a modality inside the name of a weight: its own parts, or its low-rank pair
 MODALITY_IN_NAME = re.compile(r"(?P<before>\.(?:parts|A|B)\.)(?P<modality>\w+)(?=\.)")
 
@@ -68,6 +70,7 @@ class ReleasedModel:
         encoder_tensors: how many adapter tensors of the encoders are left out.
         parts: what else is trained, by name.
         sides: the side channels that have a patch (PAVE), or the modalities, rgb first (CREMA).
+        notes: what else the files say of the model.
     """
 
     adapter: dict[str, Tensor]
@@ -76,6 +79,7 @@ class ReleasedModel:
     encoder_tensors: int
     parts: dict[str, SavedPart]
     sides: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """Return one line that names the parts."""
@@ -87,7 +91,7 @@ class ReleasedModel:
             text += f", {', '.join(self.parts)}"
         if self.encoder_tensors:
             text += f"; {self.encoder_tensors} tensors in the encoders left out, their B is zero"
-        return text
+        return "; ".join([text, *self.notes])
 
 
 def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> ReleasedModel:
@@ -111,10 +115,12 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
 
     # is all there that `sides` names?
     check_patches(others, sides)
+    notes = []
     if paper == "crema":
         others = rename_modalities(others)
+        notes = add_missing_adapters(others, sides)
         check_modalities(others, sides)
-        check_fusion(others, sides)
+        notes += check_fusion(others, sides)
 
     # the other parts, with what their files say of them
     parts = {}
@@ -128,6 +134,7 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
         encoder_tensors=len(adapter) - len(lm_adapter),
         parts=parts,
         sides=[side for side in sides if {f"patch_{side}", f"modality_{side}"} & parts.keys()],
+        notes=notes,
     )
 
 
@@ -202,7 +209,8 @@ def part_config(name: str, state: dict[str, Tensor], sides: list[str]) -> dict:
         norm = state[f"parts.{modality}.norm.weight"]
         first = state.get(f"parts.{modality}.input.weight", norm)
         ranks = [len(weight) for key, weight in state.items() if f".A.{modality}." in key]
-        return {"width": first.shape[-1], "rank": ranks[0]}
+        normed = modality not in UNNORMED
+        return {"width": first.shape[-1], "rank": ranks[0], "normed": normed}
     if name == "fusion":
         return {"names": sides[1:], **RELEASED_FUSION}
     return {}
@@ -257,16 +265,38 @@ def rename_modalities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {MODALITY_IN_NAME.sub(our_name, name): w for name, w in weights.items()}
 
 
+def add_missing_adapters(weights: dict[str, Tensor], names: list[str]) -> list[str]:
+    """Give zero adapters to modalities that have none in the files, but all else.
+
+    So released files have the video of the zero-shot runs, which is read without one.
+
+    Returns:
+        A line that names them, or none.
+    """
+    base = re.compile(r"(.*\.(?:query|value))\.base\.weight")
+    lines = []
+    for name, absent in missing_modalities(weights, names).items():
+        linears = [match[1] for match in map(base.fullmatch, list(weights)) if match]
+        if absent != ["adapter"] or not linears:
+            continue
+        for linear in linears:
+            out, width = weights[f"{linear}.base.weight"].shape
+            weights[f"{linear}.A.{name}.weight"] = torch.zeros(1, width)
+            weights[f"{linear}.B.{name}.weight"] = torch.zeros(out, 1)
+        lines.append(f"{name} has no adapter in these files, as in the zero-shot runs")
+    return lines
+
+
 def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ModelError unless rgb comes first and each of the modalities is whole."""
+    """Raise ModelError unless rgb comes first, or is not there, and all modalities are whole."""
     missing = missing_modalities(weights, names)
-    if names[:1] == ["rgb"] and not missing:
+    if (names[:1] == ["rgb"] or len(names) == 1) and not missing:
         return
 
     # say what is wrong, and which modalities could be named instead
     problems = [f"{name} lacks {', '.join(parts)}" for name, parts in missing.items()]
     if not problems:
-        problems = ["name rgb first"]
+        problems = ["name rgb first, or one modality alone"]
     present = {name.split(".")[2] for name in weights if name.startswith("multimodal.parts.")}
     whole = [name for name in sorted(present) if not missing_modalities(weights, [name])]
     raise ModelError(
@@ -276,19 +306,27 @@ def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
     )
 
 
-def check_fusion(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ModelError unless the fusion has columns for all the modalities but rgb."""
-    width = len(weights["multimodal.parts.rgb.out.0.weight"])  # of the LM
+def check_fusion(weights: dict[str, Tensor], names: list[str]) -> list[str]:
+    """Check that the fusion has columns for all the modalities but rgb, or that there is none.
+
+    Returns:
+        A line that says what follows where there is none.
+
+    Raises:
+        ModelError: a fusion of other modalities.
+    """
     fusion = weights.get("fusion.linear.weight")  # (width, width x fused modalities)
+    if fusion is None:
+        order = "one after the other" if len(names) > 1 else "alone"
+        return [f"no fusion in these files: {'+'.join(names)} in the prompt, {order}"]
+    width, columns = fusion.shape
     expected = len(names) - 1
-    columns = 0 if fusion is None else fusion.shape[1]
     if columns == expected * width:
-        return
-    found = f"a fusion of {columns // width} modalities" if columns else "no fusion weights"
-    wanted = f"a fusion of the {expected} beside rgb, in this order" if expected else "none"
+        return []
+    wanted = f"one of the {expected} beside rgb, in this order" if expected else "none"
     raise ModelError(
-        f"--side {','.join(names)}: {found} in these files, expected {wanted}. Name rgb and the "
-        "modalities that were fused, or give the file of the fusion too"
+        f"--side {','.join(names)}: a fusion of {columns // width} modalities in these files, "
+        f"expected {wanted}. Name rgb and the modalities that were fused"
     )
 
 
@@ -300,6 +338,7 @@ def convert_files(
     preset: str,
     sides: list[str],
     prompts_from: str = "",
+    audio: str = "",
 ) -> str:
     """Write a run folder from released files.
 
@@ -310,6 +349,7 @@ def convert_files(
         preset: a preset with the backbone of the released model.
         sides: names of side channels or modalities, see `sort_weights`.
         prompts_from: a file or folder with the authors' words; "" for none.
+        audio: the BEATs checkpoint of the run, if it is known already.
 
     Returns:
         A summary: what the run holds, and which of the authors' words are missing.
@@ -330,7 +370,10 @@ def convert_files(
         model = sort_weights(weights, paper, sides)
     except ModelError as error:
         raise ModelError(f"{', '.join(files)}: {error}") from error
-    write_run(out, model, paper, preset, wording, files)
+    settings = run_settings(preset, model)
+    if audio:
+        settings = with_values(settings, audio=audio)
+    write_run(out, model, settings, paper, preset, wording, files)
     lines = [f"{out}: {model.describe()}", missing_words(paper, wording.prompts)]
     return "\n".join(filter(None, lines))
 
@@ -349,8 +392,9 @@ def read_files(paper: str, files: list[str]) -> dict[str, Tensor]:
         except ModelError as error:
             raise ModelError(f"{file}: {error}") from error
 
+        # CREMA's file of a task replaces what it trained of the file that it started from
         twice = sorted(weights.keys() & new.keys())
-        if twice:
+        if twice and paper != "crema":
             raise ModelError(
                 f"{file}: {twice[0]} and {len(twice) - 1} others were in a file before it; "
                 "give each weight once"
@@ -375,8 +419,8 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
     elif recipe == "pave":
         values |= {"side": sides or "none"}
     elif recipe == "crema":
-        rank = model.parts["modality_rgb"].config["rank"]
-        fusion = RELEASED_FUSION["mode"]
+        rank = max(model.parts[f"modality_{side}"].config["rank"] for side in model.sides)
+        fusion = RELEASED_FUSION["mode"] if "fusion" in model.parts else "none"
         values |= {"modalities": sides, "modality_rank": rank, "fusion": fusion}
     return with_values(RECIPES[recipe](), **values)
 
@@ -384,13 +428,13 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
 def write_run(
     out: Path,
     model: ReleasedModel,
+    settings: Settings,
     paper: str,
     preset: str,
     wording: Wording,
     files: list[str],
 ) -> None:
     """Write the parts of a run, its settings and form, and metrics of a run without a step."""
-    settings = run_settings(preset, model)
     out.mkdir(parents=True, exist_ok=True)
 
     # weights

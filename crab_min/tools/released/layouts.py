@@ -110,6 +110,7 @@ CREMA = ReleasedForm(
         option="Option {letter}: {text}",
         between_options=" ",
         plain_tasks=("avqa", "sqa3d"),
+        sound="opening",
         text_tokens=77,
         bare_answers=True,
         option_name="Option {letter}",
