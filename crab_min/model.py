@@ -252,8 +252,6 @@ class AVLanguageModel(nn.Module):
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
-        if self.layout.joined:
-            return self.joined_prompt_ids(parts, media)
         system = next((part.text for part in parts if part.role == "system"), "")
         ids = [*self.bos_ids, *self.opening_ids(system)]
         after = self.encode_layout(self.layout.after)
@@ -276,27 +274,6 @@ class AVLanguageModel(nn.Module):
             else:
                 ids += self.placeholder_ids(next(remaining))
         return ids + after
-
-    def joined_prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
-        """Return the token ids of a prompt whose texts are tokenized up to the next medium.
-
-        A tokenizer may make one token of the end of the template and the beginning of a text.
-        """
-        layout = self.layout
-        ids, text = [*self.bos_ids], layout.before
-        remaining = iter(media)
-        for part in parts:
-            if part.role == "system":
-                text = text.replace(layout.system, part.text)
-            elif part.role == "assistant":  # an answer given before
-                ids += self.encode_text(text + layout.after) + self.answer_ids(part.text)
-                ids, text = ids + self.encode_layout(layout.turn or ""), ""
-            elif part.kind == "text":
-                text += part.text
-            else:
-                ids += self.encode_text(text) + self.placeholder_ids(next(remaining))
-                text = ""
-        return ids + self.encode_text(text + layout.after)
 
     def opening_ids(self, system: str) -> list[int]:
         """Return the token ids before a prompt, with a system text of its own if it has one."""

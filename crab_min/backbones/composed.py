@@ -28,7 +28,7 @@ from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.interface import PromptLayout
+from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import ASSETS, MediaTokens
 from crab_min.pave import Patches
 from crab_min.qformer import QFormerConfig, QFormerConnector
@@ -122,6 +122,30 @@ class ComposedModel(PatchedModel):
     def layers_of_tokens(self) -> list[nn.Module]:
         """Return the layers that get rows for the tokens around media."""
         return [self.llm.get_input_embeddings()]
+
+    def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
+        """Return the token ids of a prompt, with placeholders for its media.
+
+        A `joined` layout is tokenized from one medium to the next: a tokenizer may make one token
+        of the end of the template and the beginning of a text.
+        """
+        if not self.layout.joined:
+            return super().prompt_ids(parts, media)
+        layout = self.layout
+        ids, text = [*self.bos_ids], layout.before
+        remaining = iter(media)
+        for part in parts:
+            if part.role == "system":
+                text = text.replace(layout.system, part.text)
+            elif part.role == "assistant":  # an answer given before
+                ids += self.encode_text(text + layout.after) + self.answer_ids(part.text)
+                ids, text = ids + self.encode_layout(layout.turn or ""), ""
+            elif part.kind == "text":
+                text += part.text
+            else:
+                ids += self.encode_text(text) + self.placeholder_ids(next(remaining))
+                text = ""
+        return ids + self.encode_text(text + layout.after)
 
     # --- media
     @torch.no_grad()
