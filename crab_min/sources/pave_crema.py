@@ -41,7 +41,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
     first = 1 if train else len(dialogue)
-    sides = side_channels(folder, row["image_id"])
+    sides = with_own_sound(side_channels(folder, row["image_id"]), video)
     for count in range(first, len(dialogue) + 1):
         *before, last = dialogue[:count]
         context = ""
@@ -91,7 +91,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
         "answer": answer,
         "label": answer_tag(answer),
         "question": question,
-        "sides": side_channels(folder, row["video_id"]),
+        "sides": with_own_sound(side_channels(folder, row["video_id"]), video),
     }
 
 
@@ -112,6 +112,11 @@ def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 def video_path(folder: Path, name: str) -> str:
     """Return the path of a video, whose sound is in the same file."""
     return str((folder / "videos" / f"{name}.mp4").absolute())
+
+
+def with_own_sound(sides: dict[str, str], video: str) -> dict[str, str]:
+    """Return side channels with those that a video has by itself, if there are others."""
+    return {"audio": video, "fast": video, **sides} if sides else {}
 
 
 def side_channels(folder: Path, name: str) -> dict[str, str]:
