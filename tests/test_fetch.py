@@ -238,6 +238,10 @@ def test_each_file_of_crab_becomes_the_run_it_belongs_to(name, hub, small_world,
         expected = {"visual_qformer", "audio_qformer", "embeddings", "head", "mask_decoder"}
         assert parts == expected and stages == "masks"
         assert "positional encodings are not in these files" in printed
+        score = ["--eval", "--data", str(small_world), "--tasks", "s4", "--test-rows", "2"]
+        score += ["--run", str(run), *QUICK, "--out", str(tmp_path / "out")]
+        assert infer.main(score) == 0
+        assert "masks of s4: coverage" in capsys.readouterr().out
         image = next((small_world / "s4").rglob("*.jpg"))
         ask = ["--image", str(image), "--audio", clip, "--task", "s4"]
     else:
@@ -282,6 +286,18 @@ def test_beats_beside_the_files_is_taken_and_a_run_moves(hub, music, tmp_path, c
     assert infer.main([clip, "What?", *flags]) == 2
     assert "blip2-flan-t5-xl" in capsys.readouterr().err
     assert infer.main([clip, "What?", *flags, "--weights", "tiny-random"]) == 0
+
+
+def test_an_unknown_layout_in_a_run_is_one_line(hub, music, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert fetch.main(["crab_plus", "--from", str(hub["crab_plus"]), "--out", str(run)]) == 0
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"paper": "crab_plus"', '"paper": "crab_3"'))
+    capsys.readouterr()
+    clip = str(music / "music-avqa" / "videos" / "0.mp4")
+    assert infer.main([clip, "What?", "--run", str(run), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "layout of 'crab_3': none is known" in error and error.count("\n") == 1
 
 
 def test_what_cannot_be_fetched_is_one_line(hub, tmp_path, capsys):
