@@ -89,7 +89,7 @@ RELEASES = {
     ),
     "crema": Release(
         "Shoubin/CREMA", {"zero-shot": ["crema_pretrained.pth"], "initial": ["crema_initial.pth"]},
-        sides={"initial": "rgb"}, hears=True, flags="--beams 5",
+        sides={"initial": "rgb"}, hears=True,
     ),
 }
 # fmt: on

@@ -211,12 +211,13 @@ def announce_download(name: str) -> None:
 
 
 def apply_model_flags(run: LoadedRun, given: Namespace) -> None:
-    """Load the patches of --patch, and switch off the modalities of --skip.
+    """Load the patches of --patch, switch off the modalities of --skip, and settle --beams.
 
     Raises:
         RunError: the model has no such modality.
         ModelError: a patch does not fit the model.
     """
+    given.beams = given.beams or run.model.layout.beams
     for file in given.patch:
         run.model.load_patch(Path(file))
     skippable = getattr(run.model, "skipped_modalities", None)
