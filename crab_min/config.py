@@ -290,8 +290,8 @@ class ModalityConfig:
         "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
         'a name that rows have under "sides" or that encoders.register names',
     )
-    fusion: Literal["concat", "add"] = flag(
-        "concat", "fused tokens behind the video's, or added to them"
+    fusion: Literal["concat", "add", "none"] = flag(
+        "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former", least=1)
     modality_dropout: float = flag(
@@ -306,10 +306,12 @@ class ModalityConfig:
 
     def __post_init__(self):
         names = self.names
+        if self.fusion == "none" and len(names) == 1:
+            return
         if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
             raise RunError(
                 f"--modalities {self.modalities}: name rgb, the video, first, and each other "
-                "modality once"
+                "modality once; one alone goes with --fusion none"
             )
 
     @property
@@ -345,7 +347,7 @@ class CremaSettings(Settings):
 
     @property
     def side_channels(self) -> list[str]:
-        return self.crema.names[1:]
+        return [name for name in self.crema.names if name != "rgb"]
 
     @property
     def sequential(self) -> bool:
@@ -433,13 +435,19 @@ class AnswerConfig:
         "a pretrained model instead of a run: hub id or folder of Qwen2.5-Omni, LLaVA-OneVision "
         "or BLIP-2, or a preset",
     )
+    weights: str = flag("", "of a run's base model, where they are now (default: as in its config)")
+    vision: str = flag("", "of a run: its vision encoder, likewise")
+    audio_encoder: str = flag("", "of a run: its BEATs checkpoint, likewise")
+    llm: str = flag("", "of a run: its LM, likewise")
     load_in_4bit: bool = flag(
         False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes"
     )
     side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
-    beams: int = flag(1, "beams of the search for an answer (CREMA: 5)", least=1)
+    beams: int = flag(
+        0, "beams of the search for an answer (default: 1; of released CREMA 5, as its authors)"
+    )
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
     device: Literal["", "cuda", "cpu", "mps"] = flag("", DEVICE_HELP)
@@ -469,6 +477,9 @@ class ScoreConfig:
         least=1,
     )
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
+    compare: Literal["", "paper"] = flag(
+        "", "paper: also print the numbers beside the published ones, with their sources"
+    )
     out: str = flag(
         "",
         "where predictions and metrics go (default: RUN/eval_SPLIT); with --questions the .csv or "

@@ -152,6 +152,10 @@ class AVLanguageModel(nn.Module):
         """Return the precision in which the model encodes, generates and scores."""
         return bf16_autocast(self.device, self.bf16 and self.device.type == "cuda")
 
+    def use_layout(self, layout: PromptLayout) -> None:
+        """Take the layout of a run, before its trained parts are loaded."""
+        self.layout = layout
+
     # --- what a backbone defines
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
         """Encode several media of one kind. Encoders are frozen: the result can be kept.
@@ -260,15 +264,17 @@ class AVLanguageModel(nn.Module):
         """Return the token ids of a prompt, with placeholders for its media."""
         system = next((part.text for part in parts if part.role == "system"), "")
         ids = [*self.bos_ids, *self.opening_ids(system)]
+        after = self.encode_layout(self.layout.after)
+        longest = max(0, self.layout.text_tokens - len(after)) or None
         remaining = iter(media)
         for part in parts:
             if part.role == "assistant":  # an answer given before, and the next question's opening
-                ids += self.encode_layout(self.layout.after) + self.answer_ids(part.text)
+                ids += after + self.answer_ids(part.text)
                 ids += self.encode_layout(self.layout.turn or "")
             elif part.role == "system":
                 continue
             elif part.kind == "text":
-                ids += self.encode_text(part.text)
+                ids += self.encode_text(part.text)[:longest]
             elif part.kind not in self.media_tokens:
                 raise ModelError(
                     f"{part.kind}: not in a prompt of this model, which takes "
@@ -277,7 +283,7 @@ class AVLanguageModel(nn.Module):
                 )
             else:
                 ids += self.placeholder_ids(next(remaining))
-        return ids + self.encode_layout(self.layout.after)
+        return ids + after
 
     def opening_ids(self, system: str) -> list[int]:
         """Return the token ids before a prompt, with a system text of its own if it has one."""

@@ -60,6 +60,25 @@ def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
     return replace(sample, parts=parts)
 
 
+def show_alone(samples: list[Sample], name: str) -> list[Sample]:
+    """Put one side channel into the place of the video or image of each sample.
+
+    Raises:
+        DataError: a sample that does not have it.
+    """
+    alone = []
+    for sample in samples:
+        sounds = [part for part in sample.media if part.kind == "audio"]
+        pictures = [part for part in sample.media if part.kind in ("video", "image")]
+        files = side_files(sample, pictures, sounds)
+        if name not in files:
+            raise DataError(f"{sample.id}: no {name}, only {', '.join(files) or 'no side channel'}")
+        part = replace(side_part(name, files[name], pictures, sounds), side="")
+        texts = [part for part in without_sound(sample.parts) if part.kind == "text"]
+        alone.append(replace(sample, parts=[part, *texts]))
+    return alone
+
+
 def side_files(
     sample: Sample, pictures: list[PromptPart], sounds: list[PromptPart]
 ) -> dict[str, str]:
@@ -113,13 +132,13 @@ def side_part(
     frames = pictures[0].frames if pictures else Task.frames
     span = {"start": pictures[0].start, "end": pictures[0].end} if pictures else {}
 
-    # a stream of many frames, 3D points, and stored features
-    if name == "fast":
-        return PromptPart("fast", path=path, side=name, **span)
+    # 3D points, stored features, and a stream of many frames
     if suffix == ".npz" or POINTS[0] in Path(path).parts:
         return PromptPart("points", path=path, side=name)
     if suffix in (".npy", ".pt", ".safetensors"):
         return PromptPart("array", path=path, frames=frames, side=name)
+    if name == "fast":
+        return PromptPart("fast", path=path, side=name, **span)
 
     # a sound keeps the window of the sample's own sound
     if name == "audio":

@@ -2,6 +2,7 @@
 
     [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question    "concat": Zbar behind the video, as released
     [P_t, Z_t + Zbar_t]_t, question                "add": Zbar on top of the video
+    one modality after the other, question         "none": not fused (unfused.py)
 
 Z_t are the Q tokens of frame t and P_t the words "Frame t: ". Zbar_t are the tokens of all other
 modalities, fused into Q tokens however many modalities there are (self-gated fusion, crema.py). All
@@ -39,6 +40,7 @@ from crab_min.backbones.composed import (
 )
 from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.tiny_random import tiny_blip2
+from crab_min.backbones.unfused import steps_of, unfused_tokens
 from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
@@ -92,6 +94,7 @@ class CremaModel(AVLanguageModel):
         # how modalities are fused
         self.fusion: SelfGatedFusion | None = None  # there is none before the first side modality
         self.fusion_mode = "concat"
+        self.unfused_names: list[str] = []  # "none": the side modalities, in their order
         self.aligned = True
         # how they are trained, and which of them are read without their adapters (zero-shot)
         self.modality_dropout = 0.0
@@ -114,6 +117,9 @@ class CremaModel(AVLanguageModel):
         return self.fusion is not None and self.fusion_mode == "concat"
 
     def token_count(self, medium: MediaFeatures) -> int:
+        if self.fusion_mode == "none":
+            steps = steps_of(medium, self.side_names, self.frame_prefix)
+            return len(steps) * self.multimodal.config.queries
         video = len(medium.features) * self.multimodal.config.queries
         return 2 * video if self.appends_fused else video
 
@@ -121,6 +127,11 @@ class CremaModel(AVLanguageModel):
         frames = len(medium.features)
         placeholder = self.media_tokens[medium.kind].placeholder
         queries = [placeholder] * self.multimodal.config.queries
+        if self.fusion_mode == "none":
+            ids = []
+            for step in steps_of(medium, self.side_names, self.frame_prefix):
+                ids += self.encode_text(step.words) + queries
+            return ids
         prefixes = [self.encode_text(self.frame_prefix.format(t + 1)) for t in range(frames)]
 
         # [P_t, Z_t]_t
@@ -173,6 +184,9 @@ class CremaModel(AVLanguageModel):
     # --- tokens
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (token_count, D) of each video with its other modalities."""
+        if self.fusion_mode == "none":
+            return unfused_tokens(self, media)
+
         # Z, and Zbar on top of it or behind it
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
@@ -245,11 +259,20 @@ class CremaModel(AVLanguageModel):
     # --- modalities
     @property
     def side_names(self) -> list[str]:
+        if self.fusion_mode == "none":
+            return [name for name in self.unfused_names if name in self.multimodal.parts]
         return self.fusion.names if self.fusion is not None else []
+
+    def choose_modalities(self, config: ModalityConfig) -> None:
+        """Take how modalities are joined; without rgb the one there is stands in the prompt."""
+        self.fusion_mode = config.fusion
+        self.unfused_names = [name for name in config.names if name != "rgb"]
+        if "rgb" not in config.names:
+            self.media_tokens |= dict.fromkeys(self.unfused_names, self.media_tokens["video"])
 
     def configure(self, config: ModalityConfig) -> None:
         """Take the settings of a run, before modalities are added. rgb gets a new adapter."""
-        self.fusion_mode = config.fusion
+        self.choose_modalities(config)
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
         for linear in self.multimodal.adapted_linears():
@@ -269,7 +292,8 @@ class CremaModel(AVLanguageModel):
         self.multimodal.add(name, width)
         rgb = self.multimodal.module_of("rgb").state_dict()  # without an input projection
         self.multimodal.module_of(name).load_state_dict(rgb, strict=False)
-        self.rebuild_fusion([*self.side_names, name])
+        if self.fusion_mode != "none":
+            self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:
         """Make the fusion of the modalities `names`, with the columns that it had of them.
@@ -367,7 +391,8 @@ class CremaModel(AVLanguageModel):
             return {"names": self.side_names, "mode": self.fusion_mode, "aligned": self.aligned}
         if name.startswith("modality_"):
             name = name.removeprefix("modality_")
-            return {"width": self.multimodal.module_of(name).width, "rank": self.rank_of(name)}
+            module = self.multimodal.module_of(name)
+            return {"width": module.width, "rank": self.rank_of(name), "normed": module.normed}
         return super().part_config(name)
 
     def prepare_part(self, part: SavedPart) -> None:
@@ -379,6 +404,7 @@ class CremaModel(AVLanguageModel):
         elif part.name.startswith("modality_"):
             name = part.name.removeprefix("modality_")
             self.prepare_modality(name, part.config["width"], part.config["rank"])
+            self.multimodal.module_of(name).normed = part.config.get("normed", True)
         elif part.name != "shared_qformer":
             super().prepare_part(part)
 

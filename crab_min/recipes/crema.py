@@ -24,7 +24,7 @@ from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes import common
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
-from crab_min.side_channels import add_side_channels, count_missing, limit_media
+from crab_min.side_channels import add_side_channels, count_missing, limit_media, show_alone
 from crab_min.trainer import Step, StepResult, backward, update
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
@@ -52,7 +52,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
 
     # the test rows once more with fewer modalities
     evaluation = common.evaluate_test_rows(run)
-    if run.test_rows:
+    if run.test_rows and "rgb" in settings.crema.names:
         add_subsets(run, evaluation)
     return common.finish(run, evaluation)
 
@@ -197,7 +197,9 @@ def load_model(
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return common.load_model(settings, empty, device)
+    model = common.load_model(settings, empty, device)
+    model.choose_modalities(settings.crema)
+    return model
 
 
 def add_trained_parts(
@@ -221,12 +223,15 @@ def prepare_samples(
 ) -> list[Sample]:
     """Put samples into CREMA's form.
 
-    The prompt has no sound, and the modalities stand behind the video.
+    The prompt has no sound, and the modalities stand behind the video. One without a video takes
+    its place.
 
     Args:
         side_channels: names that replace those of the run.
     """
     names = settings.side_channels if side_channels is None else side_channels
+    if "rgb" not in settings.crema.names:
+        return limit_media(show_alone(samples, settings.side_channels[0]), settings.data)
     return limit_media(add_side_channels(samples, names, needed=False), settings.data)
 
 

@@ -16,6 +16,7 @@ from crab_min.features import Features
 from crab_min.interface import load_prompts
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import count_missing
+from crab_min.tools.compare import comparison
 from crab_min.tools.loading import LoadedRun, load_asked
 from crab_min.tools.questions import built_in_data, prepare
 from crab_min.tools.reply import mask_maker
@@ -76,6 +77,8 @@ def evaluate_split(given: Namespace) -> None:
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     partial.unlink()
     print("\n".join([evaluation_table(evaluation.scores), *evaluation.tables]))
+    if given.compare:
+        print(comparison(evaluation, run.saved.recipe))
     print(f"{missing} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
 
 
@@ -102,6 +105,7 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
     tasks = pick_tasks(given.task or given.tasks)
     prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
     target, seed = settings.data.target, settings.training.seed
+    layout = run.model.layout
     kept = run.folder / "test.jsonl"  # test rows of one's own
 
     # --data, the test rows that the run kept, the run's data as it was split, or the built-in world
@@ -121,7 +125,7 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
         if given.test_rows:
             samples = first_of_each_task(samples, given.test_rows)
     else:
-        samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
+        samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows, layout)
     samples = prepare(samples, given, run)
     if given.ablate:  # after `prepare`: a sound may be a side channel
         samples = ablate_modality(samples, given.ablate)
