@@ -45,6 +45,11 @@ class DataConfig:
         "reasoning", "training target: reasoning followed by the label, or the label alone"
     )
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
+    features: str = flag(
+        "",
+        "NAME=FOLDER,...: the files of a side channel or modality, named like the clips (pave, "
+        "crema); tools.features writes such folders",
+    )
     frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)")
     max_frames: int = flag(0, "frames per video at most (0: no limit)")
     max_audio_seconds: float = flag(
@@ -59,6 +64,20 @@ class DataConfig:
     )
     cache_features: bool = flag(True, "keep the features of the frozen encoders in memory")
     workers: int = flag(min(4, os.cpu_count() or 1), "processes that decode media")
+
+    def __post_init__(self):
+        for name, folder in self.feature_folders.items():
+            if not name or not folder:
+                raise RunError(f"--features {self.features}: give NAME=FOLDER, or several with ,")
+
+    @property
+    def feature_folders(self) -> dict[str, str]:
+        """Return the folders of `features` by side channel."""
+        folders = {}
+        for item in filter(None, self.features.split(",")):
+            name, _, folder = item.strip().partition("=")
+            folders[name] = folder
+        return folders
 
 
 @dataclass
@@ -259,12 +278,27 @@ class SideChannelConfig:
     compare_lora: bool = flag(
         False, "train LoRA alone first, and print both beside the frozen model"
     )
+    freeze_patch: str = flag(
+        "", "comma-separated side channels whose patches come from --init-from and do not learn"
+    )
+    # training rows of MUSIC-AVQA whose type names the sound come twice, as released
+    double_audio_rows: bool = False
     # the channels that questions of the built-in world are about; "": those of `side`
     questions: str = ""
     width: int = 512
     layers: int = 2
     rope: bool = False  # rotary positions in time, row and column
     shared_kv: bool = False  # values through the key projection, as released
+
+    def __post_init__(self):
+        for name in self.frozen:
+            if name not in self.channels:
+                raise RunError(f"--freeze-patch {name}: not among --side {self.side}")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Return the names of `freeze_patch`."""
+        return [name.strip() for name in self.freeze_patch.split(",") if name.strip()]
 
     @property
     def channels(self) -> list[str]:
@@ -428,6 +462,7 @@ class AnswerConfig:
     )
     side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
+    features: str = flag("", "NAME=FOLDER,...: files of side channels, in place of the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
     beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")

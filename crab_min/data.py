@@ -8,7 +8,6 @@ needed: `load_media` turns one part of a prompt into arrays, in a worker process
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -393,7 +392,7 @@ def clip_window(part: PromptPart) -> tuple[float, float] | None:
     """Return the start and end in seconds of a part of a clip; None for the whole clip."""
     if not part.start and not part.end:
         return None
-    seconds = 0.0 if os.path.isdir(part.path) else media_seconds(part.path)
+    seconds = media_seconds(part.path)
     return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
 
 

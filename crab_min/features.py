@@ -42,6 +42,7 @@ class Features:
         cache: part -> its features; without `keep`, of the present batch alone.
         unreadable: part -> the reason.
         announced: files that `prepare` has been asked for so far.
+        first_of: side channel -> width and path of its first features.
     """
 
     model: AVLanguageModel
@@ -51,6 +52,7 @@ class Features:
     cache: dict[PromptPart, MediaFeatures] = field(default_factory=dict)
     unreadable: dict[PromptPart, str] = field(default_factory=dict)
     announced: int = 0
+    first_of: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
         """Return the samples whose media can be read.
@@ -168,9 +170,26 @@ class Features:
         # half precision: what an encoder gives is kept for every epoch
         for (kind, own, _), media in groups.items():
             for medium, features in zip(media, self.encode_group(kind, own, media)):
+                error = self.width_error(medium.part, features)
+                if error:
+                    self.skip(medium.part, error, strict)
+                    continue
                 features.features = features.features.half()
                 features.scales = [scale.half() for scale in features.scales]
                 self.cache[medium.part] = features
+
+    def width_error(self, part: PromptPart, features: MediaFeatures) -> str:
+        """Say that features of a side channel are of another width than those before; or ""."""
+        if not part.side:
+            return ""
+        width = features.features.shape[-1]
+        first_width, first_path = self.first_of.setdefault(part.side, (width, part.path))
+        if width == first_width:
+            return ""
+        return (
+            f"{part.path}: side channel {part.side} {width} wide, in {first_path} {first_width}; "
+            "give files of one encoder"
+        )
 
     def encode_group(self, kind: str, own: str, media: list[LoadedMedia]) -> list[MediaFeatures]:
         """Encode media of one kind and shape.

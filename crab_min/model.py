@@ -226,16 +226,22 @@ class AVLanguageModel(nn.Module):
     ) -> tuple[list[PromptPart], list[MediaFeatures]]:
         """Return the parts and the media of a prompt as the LM is shown them.
 
-        Each side channel is taken out and attached to the video before it.
+        Each side channel is taken out and attached to the video before it; of several parts with
+        one name the steps are interleaved.
         """
         media_parts = [part for part in parts if part.kind != "text"]
         in_prompt: list[MediaFeatures] = []
+        views: list[dict[str, list[MediaFeatures]]] = []  # of each medium, by side channel
         for part, features in zip(media_parts, media):
             if part.side:
-                sides = {**in_prompt[-1].sides, part.side: features}
-                in_prompt[-1] = replace(in_prompt[-1], sides=sides)
+                views[-1].setdefault(part.side, []).append(features)
             else:
                 in_prompt.append(features)
+                views.append({})
+        for i, by_name in enumerate(views):
+            if by_name:
+                sides = {name: interleave_views(name, own) for name, own in by_name.items()}
+                in_prompt[i] = replace(in_prompt[i], sides=sides)
         return [part for part in parts if not part.side], in_prompt
 
     def prompt_length(self, parts: list[PromptPart], media: list[MediaFeatures]) -> int:
@@ -497,6 +503,21 @@ def index_by_kind(media: list[MediaFeatures]) -> list[int]:
     """Return for each medium of a prompt how many of its kind come before it."""
     kinds = [medium.kind for medium in media]
     return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+
+
+def interleave_views(name: str, views: list[MediaFeatures]) -> MediaFeatures:
+    """Make one side channel of several views (U, S, W): all views of a step, then the next step.
+
+    Raises:
+        ModelError: views of different shapes.
+    """
+    if len(views) == 1:
+        return views[0]
+    shapes = sorted({tuple(view.features.shape) for view in views})
+    if len(shapes) > 1:
+        raise ModelError(f"side channel {name}: views of different shapes, {shapes}")
+    features = torch.stack([view.features for view in views], 1).flatten(0, 1)  # (U views, S, W)
+    return replace(views[0], features=features, mask=None)
 
 
 def tensor_ids(medium: MediaFeatures) -> tuple:

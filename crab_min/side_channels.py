@@ -16,34 +16,53 @@ from crab_min.data import Sample
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
-from crab_min.media.arrays import POINTS
+from crab_min.media.arrays import POINTS, SUFFIXES
+from crab_min.media.kinds import media_kind
 from crab_min.tasks import Task
 
 AUDIO_MARKER = re.compile(r"\s*audio( one| two)?: ")  # what build_prompt writes before a sound
 VISUAL = ("video", "view", "flow", "array")  # kinds that have a number of frames
 
 
-def add_side_channels(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
+def add_side_channels(
+    samples: list[Sample],
+    names: list[str],
+    needed: bool = True,
+    folders: dict[str, str] | None = None,
+) -> list[Sample]:
     """Put the prompts of samples into the form of PAVE and CREMA.
 
     Args:
         names: side channels to put behind the video or image; without any, the sound is only
             removed.
         needed: every sample must have at least one of them.
+        folders: of side channels whose files are named like the clips (--features).
 
     Raises:
-        DataError: a sample has several videos or sounds, or none of the needed side channels.
+        DataError: a sample has several videos or sounds, or none of the needed side channels; no
+            such folder.
     """
-    return [add_to_prompt(sample, names, needed) for sample in samples]
+    chosen = {name: folder for name, folder in (folders or {}).items() if name in names}
+    for name, folder in chosen.items():
+        if not Path(folder).is_dir():
+            raise DataError(f"--features {name}={folder}: no such folder")
+    return [add_to_prompt(sample, names, needed, chosen) for sample in samples]
 
 
-def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
+def add_to_prompt(
+    sample: Sample, names: list[str], needed: bool, folders: dict[str, str]
+) -> Sample:
     """Put the prompt of one sample into the form of PAVE and CREMA."""
     # the side channels that the sample has
     sounds = [part for part in sample.media if part.kind == "audio"]
     pictures = [part for part in sample.media if part.kind in ("video", "image")]
     files = side_files(sample, pictures, sounds)
-    sides = [side_part(name, files[name], pictures, sounds) for name in names if name in files]
+    for medium in [*pictures, *sounds][:1]:
+        files |= {name: feature_file(folder, medium.path) for name, folder in folders.items()}
+    sides = []
+    for name in names:
+        views = view_files(files[name]) if name in files else []
+        sides += [side_part(name, file, pictures, sounds) for file in views]
     if names and (len(pictures) != 1 or len(sounds) > 1 or (needed and not sides)):
         raise DataError(
             f"{sample.id}: {len(pictures)} videos or images, {len(sounds)} sounds and the side "
@@ -62,14 +81,14 @@ def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
 
 def side_files(
     sample: Sample, pictures: list[PromptPart], sounds: list[PromptPart]
-) -> dict[str, str]:
-    """Return the file of each side channel that a sample has, by name.
+) -> dict[str, str | list[str]]:
+    """Return the file of each side channel that a sample has, or its views, by name.
 
     A row names files under "sides". If it names none, "audio" is the sample's sound and "fast" its
     video. "flow" and the channels of registered encoders are made of the video, unless "sides"
     names a file for them.
     """
-    files: dict[str, str] = {}
+    files: dict[str, str | list[str]] = {}
     video = ""
     if pictures and pictures[0].kind == "video":
         video = pictures[0].path
@@ -77,7 +96,7 @@ def side_files(
 
     # files that the row names
     if sample.row.get("sides"):
-        return files | {name: str(path) for name, path in sample.row["sides"].items() if path}
+        return files | {name: path for name, path in sample.row["sides"].items() if path}
 
     # the sample's own media
     if sounds:
@@ -85,6 +104,37 @@ def side_files(
     if video:
         files["fast"] = video
     return files
+
+
+def feature_file(folder: str, clip: str) -> str:
+    """Return the file, or the folder of files, of a clip in a folder of --features.
+
+    Where there is none it is the path of a .npy, whose reading says that it is missing.
+    """
+    name = Path(clip).name if Path(clip).is_dir() else Path(clip).stem
+    for suffix in ("", *SUFFIXES, ".mp4", ".wav"):
+        path = Path(folder, name + suffix)
+        if path.exists():
+            return str(path)
+    return str(Path(folder, f"{name}.npy"))
+
+
+def view_files(path: str | list[str]) -> list[str]:
+    """Return the files of a side channel: several for several views, as PAVE's exo cameras.
+
+    Args:
+        path: a file, a folder of pictures (one clip), a folder of feature files or videos (a view
+            each), or a list of files.
+    """
+    if isinstance(path, list):
+        return [str(file) for file in path]
+    if not Path(path).is_dir():
+        return [path]
+    files = sorted(Path(path).iterdir())
+    if any(media_kind(file) == "image" for file in files):
+        return [path]
+    views = [str(f) for f in files if f.suffix in SUFFIXES or media_kind(f) == "video"]
+    return views or [path]
 
 
 def without_sound(parts: list[PromptPart]) -> list[PromptPart]:

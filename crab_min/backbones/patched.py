@@ -23,6 +23,7 @@ class PatchedModel(AVLanguageModel):
 
     patches: Patches
     patch_widths: tuple[int, int]
+    frozen_patches: list[str] = []  # those of a run that this one starts from (--freeze-patch)
 
     @property
     def side_names(self) -> list[str]:
@@ -42,6 +43,7 @@ class PatchedModel(AVLanguageModel):
         )
         self.patches[name] = Patch(sizes)
         self.patches.to(self.device)
+        self.frozen_patches = settings.frozen
 
     def load_patch(self, file: Path | str) -> None:
         trained_parts.load_parts(self, [trained_parts.read_patch(Path(file))])
@@ -53,7 +55,14 @@ class PatchedModel(AVLanguageModel):
 
     def set_trainable(self, parts: list[str]) -> None:
         super().set_trainable(parts)
-        self.patches.requires_grad_(True)
+        for name in self.frozen_patches:
+            if f"patch_{name}" not in self.loaded_parts:
+                raise ModelError(
+                    f"--freeze-patch {name}: no such patch to start from; give --init-from a run "
+                    f"with --side {name}"
+                )
+        for name, patch in self.patches.items():
+            patch.requires_grad_(name not in self.frozen_patches)
 
     def part_config(self, name: str) -> dict:
         if name.startswith("patch_"):

@@ -113,7 +113,7 @@ def add_subsets(run: common.Run, evaluation: Evaluation) -> None:
     for subset in [["rgb"], *(["rgb", name] for name in names[1:])]:
         if subset != names:
             title = "+".join(subset)
-            rows = add_side_channels(run.test_rows, subset[1:], needed=False)
+            rows = prepare_samples(run.test_rows, run.settings, subset[1:])
             strict = not run.settings.data.allow_missing
             texts = generate_answers(
                 run.model, run.features, rows, run.decoding, title, strict=strict
@@ -227,7 +227,9 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.side_channels if side_channels is None else side_channels
-    return limit_media(add_side_channels(samples, names, needed=False), settings.data)
+    folders = settings.data.feature_folders
+    samples = add_side_channels(samples, names, needed=False, folders=folders)
+    return limit_media(samples, settings.data)
 
 
 def built_in_data(settings: CremaSettings) -> Path:

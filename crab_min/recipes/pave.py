@@ -161,7 +161,22 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.patch.channels if side_channels is None else side_channels
-    return limit_media(add_side_channels(samples, names), settings.data)
+    samples = add_side_channels(samples, names, folders=settings.data.feature_folders)
+    if settings.patch.double_audio_rows:
+        samples = double_audio_rows(samples)
+    return limit_media(samples, settings.data)
+
+
+def double_audio_rows(samples: list[Sample]) -> list[Sample]:
+    """Return samples in which training rows of a type with "Audio" in it come twice.
+
+    So PAVE trains on MUSIC-AVQA: all of its rows but those of type Visual are doubled.
+    """
+    doubled = []
+    for sample in samples:
+        learned_twice = sample.target and "Audio" in str(sample.row.get("type", ""))
+        doubled += [sample] * (2 if learned_twice else 1)
+    return doubled
 
 
 def built_in_data(settings: PaveSettings) -> Path:

@@ -36,6 +36,7 @@ PAVE = LARGE | dict(
     backbone="llava_onevision",
     adapter="lora", r=64, alpha=16, dropout=0.05,
     trainable="adapter", lr=2e-5, connector_lr=2e-5, max_grad_norm=0.1, batch_size=16, epochs=2,
+    patch_double_audio_rows=True,
 )
 CREMA = dict(
     task_sampling_exponent=1.0,

@@ -4,7 +4,7 @@ Their rows become AV-UIE v2 rows.
 
 Each function takes the folder of a source, one of its rows, and whether it is for training, and
 yields the rows that this one becomes. Where the folders lie: RELEASED_LAYOUTS in rows.py. A folder
-has videos/NAME.mp4, of a ScanNet scene its frames as a film.
+has videos/NAME.mp4 or a folder of frames, videos/NAME/*.jpg, as PAVE and CREMA keep ScanNet.
 
 Differs from PAVE: of AVSD every turn is a sample of its own; PAVE answers five turns in one.
 """
@@ -103,8 +103,9 @@ def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def video_path(folder: Path, name: str) -> str:
-    """Return the path of a video, whose sound is in the same file."""
-    return str((folder / "videos" / f"{name}.mp4").absolute())
+    """Return the path of a video, whose sound is in the same file, or of its frames' folder."""
+    frames = folder / "videos" / name
+    return str((frames if frames.is_dir() else frames.with_name(f"{name}.mp4")).absolute())
 
 
 def side_channels(folder: Path, name: str) -> dict[str, str]:
