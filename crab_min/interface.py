@@ -192,7 +192,8 @@ def load_prompts(path: str) -> dict[str, str]:
 
 
 # --- audio windows --------------------------------------------------------------------------------
-PARTS = {"tenths": 10, "tenth": 10, "fifths": 5, "fifth": 5, "spread": 10}  # equal parts of a sound
+# equal parts of a sound
+PARTS = {"whole": 1, "tenths": 10, "tenth": 10, "fifths": 5, "fifth": 5, "spread": 10}
 ONE_PART = {"tenth", "fifth"}  # only the part that goes with the frame in the prompt
 
 
@@ -200,6 +201,7 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
     """Return the pieces of a sound that a task uses, as (start, end) in seconds.
 
         name             pieces                                                    e.g. task
+        whole            the whole sound                                           tools.features
         tenths, fifths   the whole sound, in 10 or 5 equal parts                   ave; arig
         tenth, fifth     one of these parts                                        ref_avs; s4
         first4           the first four seconds, one by one                        meld

@@ -65,8 +65,9 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     name = f"{preset}-{side}"
     with_patch = with_values(settings, compare_lora=False)
     out = f"{out}-without" if out else ""
+    asked = ",".join(settings.patch.channels)
     without = with_values(
-        with_patch, side="none", patch_questions=",".join(settings.patch.channels), out=out
+        with_patch, side="none", freeze_patch="", features="", patch_questions=asked, out=out
     )
 
     # LoRA alone is not trained again if a command before this one was interrupted
