@@ -127,8 +127,10 @@ def media_part(task: Task, medium: Medium, row: dict, root: str) -> PromptPart:
     value = task.read_field(row, medium.fields, f"the path of the {medium.kind} file")
     # A path may leave the folder of its task: "../../ave/video/x.mp4".
     path = os.path.normpath(os.path.join(root, task.name, medium.subfolder, str(value)))
+    # Rows of some benchmarks ask about a part of a clip.
+    start, end = row.get("clip_seconds", (0.0, 0.0))
     if medium.kind != "audio":
-        return PromptPart(medium.kind, path=path, frames=task.frames)
+        return PromptPart(medium.kind, path=path, frames=task.frames, start=start, end=end)
     # Rows of AV-UIE v1 name a window of their own: Crab uses more of some sounds than Crab+.
     window = row.get("window", task.audio)
     return PromptPart("audio", path=path, window=window, index=frame_index(task, row, window))

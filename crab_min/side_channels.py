@@ -58,7 +58,8 @@ def add_to_prompt(
     pictures = [part for part in sample.media if part.kind in ("video", "image")]
     files = side_files(sample, pictures, sounds)
     for medium in [*pictures, *sounds][:1]:
-        files |= {name: feature_file(folder, medium.path) for name, folder in folders.items()}
+        clip = sample.row.get("clip_name") or clip_name(medium.path)
+        files |= {name: feature_file(folder, clip) for name, folder in folders.items()}
     sides = []
     for name in names:
         views = view_files(files[name]) if name in files else []
@@ -111,12 +112,16 @@ def feature_file(folder: str, clip: str) -> str:
 
     Where there is none it is the path of a .npy, whose reading says that it is missing.
     """
-    name = Path(clip).name if Path(clip).is_dir() else Path(clip).stem
     for suffix in ("", *SUFFIXES, ".mp4", ".wav"):
-        path = Path(folder, name + suffix)
+        path = Path(folder, clip + suffix)
         if path.exists():
             return str(path)
-    return str(Path(folder, f"{name}.npy"))
+    return str(Path(folder, f"{clip}.npy"))
+
+
+def clip_name(path: str) -> str:
+    """Return the name of a clip: of its file without the ending, or of its folder of frames."""
+    return Path(path).name if Path(path).is_dir() else Path(path).stem
 
 
 def view_files(path: str | list[str]) -> list[str]:

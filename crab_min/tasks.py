@@ -160,6 +160,9 @@ MASK_BOXES = (answers.read_boxes, "gold_boxes")
 # What the rows of a family have in common. Of emotions the first four seconds are heard.
 emotion = partial(Task, family="emotion", instruction="Which emotion does the person show?",
                   frames=4, audio="first4", set_metrics=("by_class",))
+multiple_choice = partial(Task, family="qa", v2=False, media=(VIDEO,),
+                          instruction="Question: {question} Options: {choices}",
+                          gold=(answers.read_option, "answer", "multi_choice"), types=("type",))
 captioning = partial(Task, family="captioning", form=TEXT, target="label_content",
                      metric="rouge_l", set_metrics=("cider",))
 
@@ -268,7 +271,7 @@ TASKS = {task.name: task for task in (
     Task(name="scanqa", family="qa", v2=False, media=(VIDEO,),
          instruction="Answer in a few words: {question}",
          form=TEXT, target="answer", gold=(answers.read_texts, "answers"),
-         metric="exact_match", set_metrics=("refined",)),
+         metric="exact_match", set_metrics=("refined", "cider", "bleu_4", "rouge_l_coco")),
     # SQA3D: questions asked from a described place in a scanned room (PAVE, CREMA).
     Task(name="sqa3d", family="qa", v2=False, media=(VIDEO,),
          instruction="Answer in a few words: {situation} {question}",
@@ -278,5 +281,23 @@ TASKS = {task.name: task for task in (
     Task(name="nextqa", family="qa", v2=False, media=(VIDEO,),
          instruction="Question: {question} Options: {choices}",
          gold=(answers.read_option, "answer", "multi_choice"), types=("type",)),
+    # VideoMME, MVBench, MLVU: multiple choice about short, moving and long videos (PAVE).
+    multiple_choice(name="videomme", splits=("test",)),
+    multiple_choice(name="mvbench", splits=("test",)),
+    multiple_choice(name="mlvu", splits=("test",)),
+    # Touch-QA, Thermal-QA: what a hand feels, how warm it is (CREMA).
+    multiple_choice(name="touchqa", types=()),
+    multiple_choice(name="thermalqa", types=()),
+    # PerceptionTest: memory, physics, abstraction and semantics, three options (CREMA).
+    multiple_choice(name="perceptiontest", types=("area", "reasoning")),
+    # Ego-Exo4D: how well the person does it, seen from the head and from around (PAVE).
+    Task(name="egoexo", family="action", v2=False, media=(VIDEO,),
+         instruction="How well is it done: novice, early expert, intermediate expert or late "
+                     "expert?",
+         options=("novice", "early expert", "intermediate expert", "late expert"),
+         gold=(answers.read_label, "proficiency_score"), types=("scenario_name",)),
+    # VGGSound: 309 classes of sound; most likely the seventh task of CREMA.
+    Task(name="vggsound", family="action", v2=False, instruction="What makes the sound?",
+         gold=(answers.read_label, "label")),
 )}
 # fmt: on

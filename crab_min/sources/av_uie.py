@@ -18,6 +18,7 @@ from crab_min.answers import GRID, Box, Point, mask_box
 from crab_min.errors import DataError
 
 CLASSES = 71  # of AVSS, with the background
+HEADERS = {"vggsound.csv": ["id", "second", "label", "split"]}  # of a .csv that has none
 
 
 # --- annotation files -----------------------------------------------------------------------------
@@ -27,16 +28,19 @@ def read_list(path: Path) -> list[dict]:
     """Read the rows of an annotation file.
 
     Args:
-        path: a JSON list of objects, or a JSON file of AVSD (the rows are its dialogs) or of LVIS
-            (they are its annotations, with their image and name), or a .csv with a header.
+        path: a JSON list of objects, or a JSON file of another form (`find_rows`), or a .csv with a
+            header; or a folder of JSON lists, whose rows get their file's name as "file".
 
     Raises:
         DataError: a file that is broken or holds something else.
     """
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        return [{**row, "file": file.stem} for file in files for row in read_list(file)]
     try:
         if path.suffix == ".csv":
             with open(path, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+                rows = list(csv.DictReader(file, HEADERS.get(path.name)))
         else:
             rows = find_rows(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -50,13 +54,28 @@ def read_list(path: Path) -> list[dict]:
 def find_rows(content):
     """Return the list of rows in the content of a JSON file.
 
-    Without a list, returns what is there instead of it.
+    They are the dialogs of AVSD, the annotations of LVIS (with their image and name) and of
+    Ego-Exo4D, and the questions of PerceptionTest (with their video). Without a list, returns what
+    is there instead of it.
     """
     if not isinstance(content, dict):
         return content
     if {"images", "annotations", "categories"} <= content.keys():
         return join_lvis(content)
-    return content.get("dialogs", content)
+    for name in ("dialogs", "annotations"):
+        if name in content:
+            return content[name]
+    if content and all(isinstance(v, dict) and "mc_question" in v for v in content.values()):
+        return join_videos(content)
+    return content
+
+
+def join_videos(content: dict) -> list[dict]:
+    """Return the questions of a file of PerceptionTest, each with its video."""
+    rows = []
+    for video, about in content.items():
+        rows += [{**question, "video_id": video} for question in about["mc_question"]]
+    return rows
 
 
 def join_lvis(content: dict) -> list[dict]:

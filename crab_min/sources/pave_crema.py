@@ -19,12 +19,14 @@ from crab_min.answers import answer_tag
 # A question's type is the word it begins with, as SQA3D's results are tabled.
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
 
-# Side channels of CREMA: where they lie in a source's folder. Depth, flow and normals are folders
-# of pictures, one per video; points are 3D-LLM's features, one file per scene.
+# Side channels of CREMA: where they lie in a source's folder. Points are 3D-LLM's features, one
+# file per scene; the others are folders of pictures, one per video.
 SIDE_CHANNELS = {
     "depth": "videos_depth/{name}",
     "flow": "videos_flow/{name}",
     "normals": "videos_norm/{name}",
+    "touch": "videos_touch/{name}",
+    "thermal": "videos_thermal/{name}",
     "points": "voxelized_features_sam_nonzero_preprocess/{name}.pt",
 }
 
