@@ -158,6 +158,29 @@ def test_a_row_that_is_not_as_released_is_named(tmp_path):
         read_samples(tmp_path, ["videomme"], "test")
 
 
+# --- PAVE's training files ------------------------------------------------------------------------
+def test_rows_in_llavas_form_have_all_their_turns(released, tmp_path):
+    """As PAVE trains on them; the video is known by the name before its first point."""
+    turns = [("human", "<image>\nWho is there?"), ("gpt", "a man")]
+    turns += [("human", "Does he speak?"), ("gpt", "no")]
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    row = {"id": 1, "video": "Charades/ABC.0.mp4", "conversations": conversations}
+    (tmp_path / "videos").mkdir()
+    shutil.copy(released / "x.mp4", tmp_path / "videos/ABC.mp4")
+    write(tmp_path / "train.json", [row])
+    write(tmp_path / "lines.jsonl", json.dumps(row) + "\n")
+    for name in ("train.json", "lines.jsonl"):
+        first, second = read_samples(tmp_path / name, [], "train")
+        assert (first.target, second.target) == ("a man", "no")
+        assert [part.path for part in second.media] == [str(tmp_path / "videos/ABC.mp4")]
+        assert [part.role for part in second.parts if part.role] == ["assistant"]
+    (with_side, _) = add_side_channels([first, second], ["fast"])
+    assert [part.kind for part in with_side.media] == ["video", "fast"]
+    write(tmp_path / "train.json", {"rows": []})
+    with pytest.raises(DataError, match="expected a list of objects of the form"):
+        read_samples(tmp_path / "train.json", [], "train")
+
+
 def test_exo_views_train_one_patch(released, tmp_path):
     command = "pave-tiny --no-compare-lora --side view --tasks egoexo --target label --steps 2"
     small = "--batch-size 1 --no-baseline --workers 0 --data".split()

@@ -28,8 +28,9 @@ from crab_min.answers import answer_tag
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart, QuestionForm, text_part
 from crab_min.media.kinds import media_files, media_kind
+from crab_min.sources.llava import conversation_row, is_llava
 
-TABLES = (".csv", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = ("video", "audio", "image")
 MEDIA_TAG = re.compile("(<video>|<audio>|<image>)")
 LISTED_LABELS = 30  # labels that a question names, at most
@@ -66,7 +67,7 @@ def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
     """
     if path.is_dir():
         rows = read_class_folders(path)
-    elif path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() in (".jsonl", ".json"):
         rows = read_jsonl(path, answers)
     else:
         rows = read_table(path, answers)
@@ -199,23 +200,42 @@ def turn(role: str, content: str) -> dict:
 
 
 def read_jsonl(path: Path, answers: bool) -> list[dict]:
-    """Read a .jsonl: one JSON object per line, of the form ROW_FORM.
+    """Read a .jsonl, one JSON object of the form ROW_FORM per line, or a .json with a list of them.
 
-    A file takes the place of its tag in the text (<video>, <audio>, <image>), or stands before the
-    text where there is no tag. Paths are relative to the file's folder.
+    Objects may be in LLaVA's form too (llava.py). A file takes the place of its tag in the text
+    (<video>, <audio>, <image>), or stands before the text where there is no tag. Paths are relative
+    to the file's folder.
     """
     rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for where, text in json_texts(path):
         try:
-            rows.append(jsonl_row(json.loads(line), path.parent, answers) | {"where": where})
+            row = json.loads(text) if isinstance(text, str) else text
+            if is_llava(row):
+                row = conversation_row(row, path.parent)
+            rows.append(jsonl_row(row, path.parent, answers) | {"where": where})
             conversation_parts(rows[-1])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{where}: not {ROW_FORM} ({reason})") from None
     return rows
+
+
+def json_texts(path: Path) -> list[tuple[str, str | dict]]:
+    """Return the lines of a .jsonl, or the objects of a .json, each with its place.
+
+    Raises DataError: a .json that holds no list of objects.
+    """
+    text = read_text(path)
+    if path.suffix.lower() == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    try:
+        objects = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: broken JSON ({error})") from None
+    if not isinstance(objects, list):
+        raise DataError(f"{path}: expected a list of objects of the form {ROW_FORM}")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(objects)]
 
 
 def jsonl_row(row: dict, folder: Path, answers: bool) -> dict:
