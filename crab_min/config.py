@@ -314,7 +314,8 @@ class ModalityConfig:
     modalities: str = flag(
         "rgb,audio",
         "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
-        'a name that rows have under "sides" or that encoders.register names',
+        'a name that rows have under "sides" or that encoders.register names; without rgb they are '
+        "trained with no video, as on captions",
     )
     fusion: Literal["concat", "add"] = flag(
         "concat", "fused tokens behind the video's, or added to them"
@@ -332,7 +333,7 @@ class ModalityConfig:
 
     def __post_init__(self):
         names = self.names
-        if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
+        if "rgb" in names[1:] or len(set(names)) < len(names) or not all(names):
             raise RunError(
                 f"--modalities {self.modalities}: name rgb, the video, first, and each other "
                 "modality once"
@@ -342,6 +343,11 @@ class ModalityConfig:
     def names(self) -> list[str]:
         """Return the names of `modalities`, rgb first."""
         return [name.strip() for name in self.modalities.split(",")]
+
+    @property
+    def has_video(self) -> bool:
+        """Tell whether there is a video, which the other modalities stand beside."""
+        return self.names[0] == "rgb"
 
 
 @dataclass
@@ -371,7 +377,7 @@ class CremaSettings(Settings):
 
     @property
     def side_channels(self) -> list[str]:
-        return self.crema.names[1:]
+        return [name for name in self.crema.names if name != "rgb"]
 
     @property
     def sequential(self) -> bool:

@@ -21,6 +21,7 @@ from crab_min.media.kinds import media_kind
 from crab_min.tasks import Task
 
 AUDIO_MARKER = re.compile(r"\s*audio( one| two)?: ")  # what build_prompt writes before a sound
+MARKER = re.compile(r"\s*(video|audio|image)( one| two)?: ")  # and before any medium
 VISUAL = ("video", "view", "flow", "array")  # kinds that have a number of frames
 
 
@@ -29,6 +30,7 @@ def add_side_channels(
     names: list[str],
     needed: bool = True,
     folders: dict[str, str] | None = None,
+    with_video: bool = True,
 ) -> list[Sample]:
     """Put the prompts of samples into the form of PAVE and CREMA.
 
@@ -37,6 +39,7 @@ def add_side_channels(
             removed.
         needed: every sample must have at least one of them.
         folders: of side channels whose files are named like the clips (--features).
+        with_video: False takes the video out; the side channels stand at the start of the prompt.
 
     Raises:
         DataError: a sample has several videos or sounds, or none of the needed side channels; no
@@ -46,11 +49,11 @@ def add_side_channels(
     for name, folder in chosen.items():
         if not Path(folder).is_dir():
             raise DataError(f"--features {name}={folder}: no such folder")
-    return [add_to_prompt(sample, names, needed, chosen) for sample in samples]
+    return [add_to_prompt(sample, names, needed, chosen, with_video) for sample in samples]
 
 
 def add_to_prompt(
-    sample: Sample, names: list[str], needed: bool, folders: dict[str, str]
+    sample: Sample, names: list[str], needed: bool, folders: dict[str, str], with_video: bool
 ) -> Sample:
     """Put the prompt of one sample into the form of PAVE and CREMA."""
     # the side channels that the sample has
@@ -64,6 +67,10 @@ def add_to_prompt(
     for name in names:
         views = view_files(files[name]) if name in files else []
         sides += [side_part(name, file, pictures, sounds) for file in views]
+    if not with_video and sides:
+        texts = [part for part in sample.parts if part.kind == "text"]
+        texts = [part for part in texts if not MARKER.fullmatch(part.text)]
+        return replace(sample, parts=[*sides, *texts])
     if names and (len(pictures) != 1 or len(sounds) > 1 or (needed and not sides)):
         raise DataError(
             f"{sample.id}: {len(pictures)} videos or images, {len(sounds)} sounds and the side "

@@ -7,7 +7,8 @@ Z_t are the Q tokens of frame t and P_t the words "Frame t: ". Zbar_t are the to
 modalities, fused into Q tokens however many modalities there are (self-gated fusion, crema.py). All
 go through one frozen Q-Former. A modality is a side channel of the video: what an encoder makes of
 a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything that
-encoders.register names. A clip without a modality has zero tokens in its place.
+encoders.register names. A clip without a modality has zero tokens in its place. A prompt without a
+video has the tokens of its modalities themselves, all steps of each; nothing is fused.
 
 In modality-sequential training each batch gives one update per modality, of its own parameters and
 the fusion (`set_active_modalities`). The passes of a batch share the tokens of the modalities that
@@ -89,6 +90,7 @@ class CremaModel(AVLanguageModel):
         self.number = number
         self.frame_size = vision.size
 
+        self.has_video = True  # False while modalities are trained without one
         # how modalities are fused
         self.fusion: SelfGatedFusion | None = None  # there is none before the first side modality
         self.fusion_mode = "concat"
@@ -108,16 +110,35 @@ class CremaModel(AVLanguageModel):
     encode = ComposedModel.encode
 
     # --- prompts
+    def arrange(
+        self, parts: list[PromptPart], media: list[MediaFeatures]
+    ) -> tuple[list[PromptPart], list[MediaFeatures]]:
+        """Return parts and media as the LM is shown them: without a video the modalities alone."""
+        kinds = {part.kind for part in parts if not part.side}
+        if kinds != {"text"}:
+            return super().arrange(parts, media)
+        sides = iter(media)
+        shown_parts, shown_media = [], []
+        for part in parts:
+            if part.side:
+                shown_media.append(replace(next(sides), kind=part.side))
+                part = replace(part, kind=part.side)
+            shown_parts.append(part)
+        return shown_parts, shown_media
+
     @property
     def appends_fused(self) -> bool:
         """Tell whether fused tokens have places of their own behind the video's."""
         return self.fusion is not None and self.fusion_mode == "concat"
 
     def token_count(self, medium: MediaFeatures) -> int:
-        video = len(medium.features) * self.multimodal.config.queries
-        return 2 * video if self.appends_fused else video
+        tokens = len(medium.features) * self.multimodal.config.queries
+        is_video = medium.kind in ("video", "image")
+        return 2 * tokens if is_video and self.appends_fused else tokens
 
     def placeholder_ids(self, medium: MediaFeatures) -> list[int]:
+        if medium.kind not in ("video", "image"):  # a modality by itself, without words before it
+            return super().placeholder_ids(medium)
         frames = len(medium.features)
         placeholder = self.media_tokens[medium.kind].placeholder
         queries = [placeholder] * self.multimodal.config.queries
@@ -172,7 +193,11 @@ class CremaModel(AVLanguageModel):
 
     # --- tokens
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
-        """Compute the tokens (token_count, D) of each video with its other modalities."""
+        """Compute the tokens (token_count, D) of each video, or of each modality by itself."""
+        names = {"rgb" if m.kind in ("video", "image") else m.kind for m in media}
+        if names != {"rgb"}:
+            return self.tokens_alone(media, media_index)
+
         # Z, and Zbar on top of it or behind it
         lengths = [len(medium.features) for medium in media]
         streams = [self.encode_modality("rgb", media)]  # (sum of T, Q, D) each
@@ -189,6 +214,20 @@ class CremaModel(AVLanguageModel):
             stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
             by_video.append(stream.split(lengths))  # (T, Q, D) each
         return [torch.cat(video).flatten(0, 1) for video in zip(*by_video)]
+
+    def tokens_alone(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
+        """Compute the tokens (U Q, D) of modalities that stand in prompts without a video."""
+        tokens: list = [None] * len(media)
+        for name in {medium.kind for medium in media}:
+            positions = [i for i, medium in enumerate(media) if medium.kind == name]
+            group = [media[i] for i in positions]
+            lengths = [len(medium.features) for medium in group]
+            index = [media_index[i] for i in positions]
+            encoded = self.encode_modality(name, group)  # (sum of U, Q, D)
+            encoded = add_embeddings(encoded, lengths, index, self.time, self.number)
+            for i, own in zip(positions, encoded.split(lengths)):
+                tokens[i] = own.flatten(0, 1)
+        return tokens
 
     def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
         """Compute the tokens (sum of T, Q, D) of one modality of several clips."""
@@ -249,6 +288,7 @@ class CremaModel(AVLanguageModel):
 
     def configure(self, config: ModalityConfig) -> None:
         """Take the settings of a run, before modalities are added. rgb gets a new adapter."""
+        self.has_video = config.has_video
         self.fusion_mode = config.fusion
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
@@ -276,6 +316,8 @@ class CremaModel(AVLanguageModel):
 
         Columns of new modalities are zero, so that they change nothing at first.
         """
+        video_tokens = self.media_tokens["video"]
+        self.media_tokens |= dict.fromkeys(names, video_tokens)  # where there is no video
         d = self.multimodal.config.width_out  # a modality has d columns
         old, self.fusion = self.fusion, SelfGatedFusion(names, d).to(self.device)
         new = self.fusion.linear
@@ -294,7 +336,7 @@ class CremaModel(AVLanguageModel):
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
         """Return what a step on one modality trains: its own parameters and the fusion."""
         parameters = list(self.multimodal.parameters_of(name).values())
-        if self.fusion is not None:
+        if self.fusion is not None and self.has_video:
             parameters += self.fusion.parameters()
         return parameters
 
@@ -310,8 +352,10 @@ class CremaModel(AVLanguageModel):
                 raise ModelError(
                     f"modality {name!r}: not in this model, which has {', '.join(there)}"
                 )
-        # the fusion learns with every modality, and stays as it is
+        # the fusion learns with every modality, where there is a video
         self.multimodal.requires_grad_(False)
+        if self.fusion is not None:
+            self.fusion.requires_grad_(self.has_video)
         self.active_modalities = set(names)
         for name in names:
             if self.cached_tokens is not None:
@@ -340,13 +384,18 @@ class CremaModel(AVLanguageModel):
 
     def set_trainable(self, parts: list[str]) -> None:
         super().set_trainable(parts)
-        self.set_active_modalities(["rgb", *self.side_names])
+        self.set_active_modalities(self.trained_modalities)
+
+    @property
+    def trained_modalities(self) -> list[str]:
+        """Return the modalities that a run trains, rgb among them if it has a video."""
+        return ["rgb", *self.side_names] if self.has_video else self.side_names
 
     # --- files
     def parts_to_save(self) -> list[str]:
         """Return all modalities and the fusion, and what else learns or was loaded."""
-        parts = [f"modality_{name}" for name in ["rgb", *self.side_names]]
-        if self.fusion is not None:
+        parts = [f"modality_{name}" for name in self.trained_modalities]
+        if self.fusion is not None and self.has_video:
             parts.append("fusion")
         # released weights bring a frozen Q-Former of their own
         if "shared_qformer" in self.loaded_parts:
@@ -390,6 +439,8 @@ class CremaModel(AVLanguageModel):
                 return
             self.multimodal.remove(name)
         self.multimodal.add(name, width)
+        if name != "rgb" and name not in self.side_names:  # a run without a video has no fusion
+            self.rebuild_fusion([*self.side_names, name])
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a modality's adapter in the Q-Former."""

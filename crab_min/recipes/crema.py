@@ -4,7 +4,11 @@ Any modality goes through one Q-Former.
 
 python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
 
-At full size: crema-xl.
+At full size: crema-xl. A new modality can be pretrained without a video, on captions of sound or of
+3D points; the run with the video then starts from there:
+
+python train.py crema-tiny --modalities audio --tasks audiocaps --data DATA --out runs/sound
+python train.py crema-tiny --modalities rgb,audio --init-from runs/sound
 """
 
 import json
@@ -52,7 +56,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
 
     # the test rows once more with fewer modalities
     evaluation = common.evaluate_test_rows(run)
-    if run.test_rows:
+    if run.test_rows and settings.crema.has_video:
         add_subsets(run, evaluation)
     return common.finish(run, evaluation)
 
@@ -228,7 +232,9 @@ def prepare_samples(
     """
     names = settings.side_channels if side_channels is None else side_channels
     folders = settings.data.feature_folders
-    samples = add_side_channels(samples, names, needed=False, folders=folders)
+    samples = add_side_channels(
+        samples, names, needed=False, folders=folders, with_video=settings.crema.has_video
+    )
     return limit_media(samples, settings.data)
 
 
