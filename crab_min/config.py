@@ -243,10 +243,10 @@ class Settings:
 class StageConfig:
     """Crab's training stages."""
 
-    stage: Literal["visual", "audio", "unified", "masks"] = flag(
+    stage: Literal["visual", "audio", "unified", "masks-align", "masks"] = flag(
         "visual",
         "visual or audio (align that connector on captions), unified (all tasks), "
-        "masks (the mask decoder)",
+        "masks-align (the mask decoder on LVIS), masks (the mask decoder on all tasks with masks)",
     )
     text_steps: int = flag(0, "masks: the first steps, which learn the text of the answers alone")
 

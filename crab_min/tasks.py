@@ -257,10 +257,10 @@ TASKS = {task.name: task for task in (
          mask_head="classes", metric="all_boxes"),
     # AudioCaps: captions of sounds, for pretraining.
     captioning(name="audiocaps", v2=False, media=(IMAGE_AUDIO,), instruction="Say what is heard."),
-    # LVIS: boxes of named objects in photographs, for pretraining.
+    # LVIS: boxes and masks of named objects in photographs, for pretraining.
     Task(name="lvis", family="segmentation", v2=False, media=(IMAGE,),
          instruction="Where is the {name}? Give its box.",
-         form=BOX, target="label_content", metric="first_box"),
+         form=BOX, target="label_content", mask_head="binary", metric="first_box"),
 
     # --- what PAVE and CREMA add --------------------------------------------------------------
     # AVSD: a dialogue about a video (PAVE).

@@ -6,15 +6,19 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image, ImageDraw
 from test_modalities import load_blip2, run_train
 
-from crab_min.config import AdapterConfig, ModalityConfig
-from crab_min.data import read_samples
+from crab_min.config import AdapterConfig, CrabSettings, ModalityConfig, with_values
+from crab_min.data import gold_mask, read_samples
 from crab_min.errors import RunError
 from crab_min.features import Features
+from crab_min.model import ASSETS
+from crab_min.recipes import crab
 from crab_min.side_channels import add_side_channels
 from crab_min.trained_parts import read_part
 
+SHIPPED = ASSETS / "crab_plus-tiny"
 SHORT = "--steps 2 --batch-size 4 --workers 0 --no-baseline --test-rows 2 --data"
 
 
@@ -78,6 +82,83 @@ def test_a_pretrained_modality_goes_into_the_run_with_the_video(captions, small_
     assert (second / "parts/modality_rgb.safetensors").exists()
 
 
+# --- Crab's stages on the data they name ----------------------------------------------------------
+def test_the_tasks_that_are_named_are_aligned_on():
+    for stage, given, expected in (
+        ("audio", "all", "avcap"),
+        ("audio", "audiocaps", "audiocaps"),
+        ("visual", "ks,ucf", "ks,ucf"),
+        ("masks-align", "all", "lvis"),
+        ("masks", "all", "s4,ms3,ref_avs,avss"),
+    ):
+        settings = with_values(CrabSettings(), stage=stage, tasks=given)
+        assert crab.run_settings(settings).data.tasks == expected
+
+
+def test_the_audio_stage_learns_audiocaps(captions, tmp_path, capsys):
+    command = f"crab-tiny --stage audio --init-from {SHIPPED} {SHORT}"
+    out = ["--out", str(tmp_path / "run"), "--tasks"]
+    assert run_train(command, str(captions), *out, "audiocaps") == 0
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert list(metrics["tasks"]) == ["audiocaps"]
+    wrong = f"crab-tiny --stage visual --tasks audiocaps {SHORT}"
+    assert run_train(wrong, str(captions), "--out", str(tmp_path / "wrong")) == 2
+    assert "no video or image in it to align the connector on" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def lvis(tmp_path_factory):
+    """LVIS as released: pictures with one rectangle each, as box and as polygon."""
+    root = tmp_path_factory.mktemp("lvis")
+    (root / "lvis/train2017").mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(12):
+        left, top = 8 + 4 * i, 8 + 2 * i
+        picture = Image.new("RGB", (128, 96), "black")
+        corners = (left, top, left + 40, top + 40)
+        ImageDraw.Draw(picture).rectangle(corners, fill="red")
+        picture.save(root / f"lvis/train2017/{i}.png")
+        url = f"http://images.cocodataset.org/train2017/{i}.png"
+        images.append({"id": i, "width": 128, "height": 96, "coco_url": url})
+        polygon = [left, top, left + 40, top, left + 40, top + 40, left, top + 40]
+        about = {"id": i, "image_id": i, "category_id": 1, "bbox": [left, top, 40, 40]}
+        annotations.append({**about, "area": 1600, "segmentation": [polygon]})
+    content = {"images": images, "categories": [{"id": 1, "name": "red_block"}]}
+    for split, part in (("train", annotations[:8]), ("val", annotations[8:])):
+        file = root / f"lvis/lvis_v1_{split}.json"
+        file.write_text(json.dumps({**content, "annotations": part}))
+    return root
+
+
+def test_the_gold_mask_of_lvis_is_its_polygon(lvis):
+    (sample, *_) = crab.add_mask_tokens(read_samples(lvis, ["lvis"], "train"))
+    mask = gold_mask(sample)
+    assert mask.shape == (96, 128) and mask[8:49, 8:49].all() and mask.sum() == 41 * 41
+    assert gold_mask(sample, 224).shape == (224, 224)
+    assert sample.gold.boxes == [(14, 19, 84, 112)]  # pixels on the 224 x 224 grid
+    assert sample.target.endswith("<mask_5>")
+
+
+def test_the_decoder_is_aligned_on_lvis_and_goes_into_the_mask_stage(
+    lvis, small_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    short = "--steps 4 --text-steps 2 --batch-size 2 --workers 0 --no-baseline --test-rows 2"
+    assert run_train(f"crab-tiny --stage masks-align {short} --data {lvis}") == 0
+    aligned = tmp_path / "runs/crab-tiny-masks-align"
+    scores = json.loads((aligned / "metrics.json").read_text())["masks"]
+    assert set(scores) == {"lvis"} and scores["lvis"]["n"] == 2
+
+    masks = f"crab-tiny --stage masks {short} --tasks s4 --data"
+    assert run_train(masks, str(small_world), "--out", "runs/masks") == 0
+    saved = json.loads((tmp_path / "runs/masks/config.json").read_text())
+    assert saved["settings"]["training"]["init_from"] == "runs/crab-tiny-masks-align"
+
+    assert run_train("crab-tiny --stage masks-align --steps 4 --text-steps 2") == 2
+    assert "LVIS is not in the built-in world" in capsys.readouterr().err
+
+
+# --- settings -------------------------------------------------------------------------------------
 def test_the_video_comes_first_or_not_at_all():
     assert not ModalityConfig(modalities="audio,points").has_video
     with pytest.raises(RunError, match="name rgb, the video, first"):

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from crab_min.answers import GRID, Box, Point, mask_box
 from crab_min.errors import DataError
@@ -113,6 +113,19 @@ def read_mask(path: Path) -> np.ndarray:
     except OSError as error:
         reason = f"mask missing or unreadable ({error})"
         raise DataError(f"{path}: {reason}; it is needed for the gold") from None
+
+
+def draw_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """Draw the polygons of an object of LVIS as a mask (H, W, 3) uint8.
+
+    Args:
+        polygons: x and y in turn, in pixels.
+        size: width and height of the image in pixels.
+    """
+    mask = Image.new("RGB", size)
+    for polygon in polygons:
+        ImageDraw.Draw(mask).polygon(polygon, fill="white")
+    return np.asarray(mask)
 
 
 def mask_classes(mask: np.ndarray) -> np.ndarray:
