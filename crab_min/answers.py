@@ -73,6 +73,7 @@ class Answer:
     owners: list[int] = field(default_factory=list, compare=False)
     # Gold answers alone: the options of a row with options, or all right texts of an open question.
     choices: tuple[str, ...] = field(default=(), compare=False)
+    seconds: int = field(default=0, compare=False)  # gold, of events: length of the clip, if known
 
     def objects(self) -> list[tuple[Box, list[Point]]]:
         """Pair each box with its points."""
@@ -182,10 +183,13 @@ def normalize_label(label: str | int, choices: tuple = ()) -> str:
     options = [normalize_label(choice) for choice in choices]
     if text in options:
         return text
-    # "one" and "b" name the option with the index 1.
-    name = text.strip("()")
+    # "one", "b" and "option b" name the option with the index 1, and so does "(b) dog" if it is it.
+    name = text.removeprefix("option ").strip("()")
     for index, option in enumerate(options):
-        if name == chr(ord("a") + index) or name in NUMBER_WORDS[index : index + 1]:
+        letter = chr(ord("a") + index)
+        if name == letter or name in NUMBER_WORDS[index : index + 1]:
+            return option
+        if re.fullmatch(rf"\(?{letter}[).:]+ ?{re.escape(option)}", text):
             return option
     return text
 
@@ -360,27 +364,47 @@ def parse_text(text: str) -> Answer:
     return Answer(text=text.strip())
 
 
+# --- bare answers ---------------------------------------------------------------------------------
+def tag_bare_answer(text: str, tag: str) -> str:
+    """Put a bare answer into its tag; a text that has tags, or no tag to have, stays as it is.
+
+    Args:
+        tag: of the output form. Before the boxes of EXISTS only the word true or false is tagged.
+
+    >>> tag_bare_answer("Two.", "answer"), tag_bare_answer("<answer>two</answer>", "answer")
+    ('<answer> Two.</answer>', '<answer>two</answer>')
+    """
+    if not tag or not text.strip() or TAG.search(text):
+        return text
+    exists = re.match(r"\W*(true|false)\b", text, flags=re.IGNORECASE)
+    if exists:
+        return answer_tag(exists[1]) + text[exists.end() :]
+    return f"<{tag}> {text.strip()}</{tag}>"
+
+
 # --- the output forms -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class OutputForm:
     """One way to write a label after the reasoning: a function for each direction.
 
-    `parse` raises ParseError; form.parse(form.format(answer)) == answer.
+    `parse` raises ParseError; form.parse(form.format(answer)) == answer. `tag` is what stands
+    around the whole of a label that is one word or one list of events.
     """
 
     name: str
     parse: Callable[[str], Answer]
     format: Callable[[Answer], str]
+    tag: str = ""
 
 
 # fmt: off
-CHOICE    = OutputForm("choice",    parse_choice,    format_choice)
-EVENT     = OutputForm("event",     parse_event,     format_events)
-EVENTS    = OutputForm("events",    parse_events,    format_events)
+CHOICE    = OutputForm("choice",    parse_choice,    format_choice, tag="answer")
+EVENT     = OutputForm("event",     parse_event,     format_events, tag="event")
+EVENTS    = OutputForm("events",    parse_events,    format_events, tag="event")
 AV_EVENTS = OutputForm("av_events", parse_av_events, format_av_events)
 BOX       = OutputForm("box",       partial(parse_boxes, with_points=False), format_boxes)
 BOXES     = OutputForm("boxes",     parse_boxes,     format_boxes)
-EXISTS    = OutputForm("exists",    parse_exists,    format_exists)
+EXISTS    = OutputForm("exists",    parse_exists,    format_exists, tag="answer")
 TEXT      = OutputForm("text",      parse_text,      format_text)
 # fmt: on
 

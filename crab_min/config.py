@@ -317,8 +317,8 @@ class ModalityConfig:
         'a name that rows have under "sides" or that encoders.register names; without rgb they are '
         "trained with no video, as on captions",
     )
-    fusion: Literal["concat", "add"] = flag(
-        "concat", "fused tokens behind the video's, or added to them"
+    fusion: Literal["concat", "add", "none"] = flag(
+        "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
     modality_dropout: float = flag(
@@ -333,10 +333,15 @@ class ModalityConfig:
 
     def __post_init__(self):
         names = self.names
+        if not self.has_video and self.fusion != "none":
+            raise RunError(
+                f"--modalities {self.modalities}: name rgb, the video, first; without it give "
+                "--fusion none"
+            )
         if "rgb" in names[1:] or len(set(names)) < len(names) or not all(names):
             raise RunError(
                 f"--modalities {self.modalities}: name rgb, the video, first, and each other "
-                "modality once"
+                "modality once; one alone goes with --fusion none"
             )
 
     @property
@@ -463,6 +468,10 @@ class AnswerConfig:
         "a pretrained model instead of a run: hub id or folder of Qwen2.5-Omni, LLaVA-OneVision "
         "or BLIP-2, or a preset",
     )
+    weights: str = flag("", "of a run's base model, where they are now (default: as in its config)")
+    vision: str = flag("", "of a run: its vision encoder, likewise")
+    audio_encoder: str = flag("", "of a run: its BEATs checkpoint, likewise")
+    llm: str = flag("", "of a run: its LM, likewise")
     load_in_4bit: bool = flag(
         False, "the frozen LM in 4 bits (NF4), a quarter of its memory; needs bitsandbytes"
     )

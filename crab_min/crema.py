@@ -34,7 +34,7 @@ What differs from the released code: wrapped linears in place of a fork of BERT;
 (released: 0.1), while BERT's own 0.1 stays where BLIP-2's Q-Former is loaded; g_e is the mean over
 the epoch (released: the last step's norm); steps of sound can be aligned with the frames (released:
 their mean stands at each frame); every modality's LayerNorm is used (released: 3D points skip
-theirs, so released weights of `pc` read otherwise here).
+theirs, and so do converted weights, `MMQAModule.normed`).
 """
 
 import math
@@ -76,6 +76,7 @@ class MMQAModule(nn.Module):
         else:
             self.input = nn.Linear(width, config.width_in)
         self.norm = nn.LayerNorm(config.width_in)
+        self.normed = True  # False leaves the norm out, as released for 3D points
         self.out = make_mlp(config)  # the projection to the LM
 
 
@@ -151,7 +152,9 @@ class MultimodalQFormer(nn.Module):
                 f"{tuple(features.shape)}; are they another encoder's, or another modality's? One "
                 f"of another width is a modality of its own: add(name, width)"
             )
-        features = module.norm(module.input(features))  # (B, T, S, W)
+        features = module.input(features)  # (B, T, S, W)
+        if module.normed:
+            features = module.norm(features)
 
         # the low-rank pairs of this modality act, and of no other
         linears = self.adapted_linears()

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 from crab_min.answers import TEXT, Answer, mask_box
 from crab_min.config import DataConfig
 from crab_min.errors import DataError, MediaError
-from crab_min.interface import PromptPart, QuestionForm, audio_windows, build_prompt
+from crab_min.interface import (
+    OURS,
+    PromptLayout,
+    PromptPart,
+    QuestionForm,
+    audio_windows,
+    build_prompt,
+)
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import exit_with_parent
@@ -96,6 +103,7 @@ def read_samples(
     target: str = "reasoning",
     prompts: dict | None = None,
     limit: int = 0,
+    layout: PromptLayout = OURS,
 ) -> list[Sample]:
     """Read the samples of a split, task by task.
 
@@ -107,6 +115,7 @@ def read_samples(
         target: "reasoning" (the annotated text) or "label" (its tags alone).
         prompts: instructions by task name, instead of ours.
         limit: rows per task at most; 0 for all.
+        layout: the form of the prompts and answers.
 
     Raises:
         DataError: no rows at all, or a row that cannot be used.
@@ -115,7 +124,8 @@ def read_samples(
     if is_own(root):
         rows = read_own_rows(root)
         rows = [row for row in rows if row.get("split") in (None, "", split)]
-        return own_samples(rows[: limit or None], split)
+        samples = own_samples(rows[: limit or None], split)
+        return [replace(sample, task=layout.adapt(sample.task)) for sample in samples]
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... "
@@ -131,7 +141,8 @@ def read_samples(
         for index, row in enumerate(read_rows(root, name, split, limit)):
             # an error names the file and the row that has to be mended
             try:
-                sample = make_sample(TASKS[name], row, root, split, index, target, prompts)
+                form = (target, prompts, layout)
+                sample = make_sample(TASKS[name], row, root, split, index, *form)
             except DataError as error:
                 raise DataError(f"{path}, row {index}: {error}") from None
             samples.append(sample)
@@ -144,14 +155,22 @@ def read_samples(
 
 
 def make_sample(
-    task: Task, row: dict, root: Path, split: str, index: int, target: str, prompts: dict | None
+    task: Task,
+    row: dict,
+    root: Path,
+    split: str,
+    index: int,
+    target: str,
+    prompts: dict | None,
+    layout: PromptLayout = OURS,
 ) -> Sample:
     """Make the sample of one annotation row; arguments as in `read_samples`.
 
     Raises:
         DataError: a field is missing or holds something else.
     """
-    parts = build_prompt(task, row, str(root), prompts)
+    task = layout.adapt(task)
+    parts = build_prompt(task, row, str(root), prompts, layout)
 
     # test rows with a mask have no boxes: they are those of the mask's objects
     if split == "test" and task.mask_head == "binary" and "gold_boxes" not in row:

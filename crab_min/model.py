@@ -148,6 +148,10 @@ class AVLanguageModel(nn.Module):
         """Return the precision in which the model encodes, generates and scores."""
         return bf16_autocast(self.device, self.bf16 and self.device.type == "cuda")
 
+    def use_layout(self, layout: PromptLayout) -> None:
+        """Take the layout of a run, before its trained parts are loaded."""
+        self.layout = layout
+
     # --- what a backbone defines
     def encode(self, kind: str, media: list, seconds: list[float]) -> list[MediaFeatures]:
         """Encode several media of one kind. Encoders are frozen: the result can be kept.
@@ -254,17 +258,21 @@ class AVLanguageModel(nn.Module):
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
+        if self.layout.joined:
+            return self.joined_prompt_ids(parts, media)
         system = next((part.text for part in parts if part.role == "system"), "")
         ids = [*self.bos_ids, *self.opening_ids(system)]
+        after = self.encode_layout(self.layout.after)
+        longest = max(0, self.layout.text_tokens - len(after)) or None
         remaining = iter(media)
         for part in parts:
             if part.role == "assistant":  # an answer given before, and the next question's opening
-                ids += self.encode_layout(self.layout.after) + self.answer_ids(part.text)
+                ids += after + self.answer_ids(part.text)
                 ids += self.encode_layout(self.layout.turn or "")
             elif part.role == "system":
                 continue
             elif part.kind == "text":
-                ids += self.encode_text(part.text)
+                ids += self.encode_text(part.text)[:longest]
             elif part.kind not in self.media_tokens:
                 raise ModelError(
                     f"{part.kind}: not in a prompt of this model, which takes "
@@ -273,7 +281,28 @@ class AVLanguageModel(nn.Module):
                 )
             else:
                 ids += self.placeholder_ids(next(remaining))
-        return ids + self.encode_layout(self.layout.after)
+        return ids + after
+
+    def joined_prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
+        """Return the token ids of a prompt whose texts are tokenized up to the next medium.
+
+        A tokenizer may make one token of the end of the template and the beginning of a text.
+        """
+        layout = self.layout
+        ids, text = [*self.bos_ids], layout.before
+        remaining = iter(media)
+        for part in parts:
+            if part.role == "system":
+                text = text.replace(layout.system, part.text)
+            elif part.role == "assistant":  # an answer given before
+                ids += self.encode_text(text + layout.after) + self.answer_ids(part.text)
+                ids, text = ids + self.encode_layout(layout.turn or ""), ""
+            elif part.kind == "text":
+                text += part.text
+            else:
+                ids += self.encode_text(text) + self.placeholder_ids(next(remaining))
+                text = ""
+        return ids + self.encode_text(text + layout.after)
 
     def opening_ids(self, system: str) -> list[int]:
         """Return the token ids before a prompt, with a system text of its own if it has one."""

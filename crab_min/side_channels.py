@@ -174,13 +174,13 @@ def side_part(
     suffix = Path(path).suffix
     frames = pictures[0].frames if pictures else Task.frames
 
-    # a stream of many frames, 3D points, and stored features
-    if name == "fast":
-        return PromptPart("fast", path=path, side=name)
+    # 3D points, stored features, and a stream of many frames
     if suffix == ".npz" or POINTS[0] in path:
         return PromptPart("points", path=path, side=name)
     if suffix in (".npy", ".pt", ".safetensors"):
         return PromptPart("array", path=path, frames=frames, side=name)
+    if name == "fast":
+        return PromptPart("fast", path=path, side=name)
 
     # a sound keeps the window of the sample's own sound
     if name == "audio":

@@ -14,6 +14,7 @@ The folders of AV-UIE v2 (Crab+) come first, then what AV-UIE v1 (Crab, arXiv 25
 replaces any of them.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ class Task:
     gold: tuple = ()
     gold_test: tuple = ()  # of test rows, where they differ from training rows
     mask_head: str = ""  # of a mask decoder: "binary", "classes" (one per pixel), "" without masks
+    # Of a model whose layout says so: answers without a tag, and how it names an option, such as
+    # "Option {letter}"; "" for the option's text.
+    bare: bool = False
+    option_name: str = ""
 
     # Scores: names from evaluation/metrics.py
     metric: str = "accuracy"  # of one sample
@@ -98,7 +103,8 @@ class Task:
         Where it does not parse, `error` says why. Nothing is raised.
         """
         try:
-            answer = self.form.parse(text)
+            tagged = answers.tag_bare_answer(text, self.form.tag) if self.bare else text
+            answer = self.form.parse(tagged)
             if self.options:
                 answer.choice = answers.find_option(answer.choice, self.options)
             return answer
@@ -108,6 +114,13 @@ class Task:
     def format(self, answer: Answer) -> str:
         """Write the label of an answer, without reasoning."""
         return self.form.format(answer)
+
+    def format_option(self, options: Sequence[str], index: int) -> str:
+        """Write the answer that names one of several options, as the model writes it."""
+        text = str(options[index])
+        if self.option_name:
+            return self.option_name.format(letter=chr(ord("A") + index))
+        return text if self.bare else self.format(Answer(choice=text))
 
     def gold_answer(self, row: dict[str, Any], split: str = "test") -> Answer:
         """Return the gold answer of an annotation row.
@@ -128,6 +141,7 @@ class Task:
         # Read them. A value of another type fails in many ways.
         try:
             answer = reader(*values)
+            answer.seconds = math.ceil(float(row.get("duration") or 0))
             if self.options:  # only a check: a gold label is in canonical form already
                 answers.find_option(answer.choice, self.options)
             return answer
@@ -203,7 +217,7 @@ TASKS = {task.name: task for task in (
     # MUSIC-AVQA: questions about a minute of music, nine types of them.
     Task(name="avqa", family="qa", instruction="Question: {question}", audio="spread",
          gold=(answers.read_label, "answer"),
-         set_metrics=("substring_released", "part_of_gold"), types=("type",)),
+         set_metrics=("substring_released", "gold_in_answer", "part_of_gold"), types=("type",)),
     # AVQA: questions about everyday videos, with options.
     Task(name="avqa_thu", family="qa", instruction="Question: {question} Options: {choices}",
          gold=(answers.read_option, "answer", "multi_choice"),
@@ -239,7 +253,7 @@ TASKS = {task.name: task for task in (
     Task(name="ref_avs", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="tenth",
          instruction="Is {description} in the image? If true, give its box and three points.",
          form=EXISTS, target="output", gold_test=(answers.read_exists, "gold_boxes"),
-         mask_head="binary", metric="exists_box"),
+         mask_head="binary", metric="exists_box", types=("split",)),
     # ARIG (audio-referred image grounding): the box of the sounding object, on images of S4.
     Task(name="arig", family="segmentation", media=(IMAGE, IMAGE_AUDIO), audio="fifths",
          instruction="Which thing sounds? Give its box.", form=BOX, target="label_content",

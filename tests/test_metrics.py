@@ -90,6 +90,7 @@ def test_the_released_avqa_scorer_takes_parts_of_words_and_leaves_out_answers_th
     assert result["all"] == {
         "substring_released": 1,
         "counted_released": 0.5,
+        "gold_in_answer": 0.5,
         "part_of_gold": 0.25,
     }
 
@@ -100,6 +101,12 @@ def test_cremas_avqa_score_takes_an_answer_that_is_part_of_the_gold():
     golds = choices("acoustic guitar", "two", "piano", "guitar", "yes")
     result = score(TASKS["avqa"], predictions, golds)
     assert result["metric"] == 1 / 5 and result["all"]["part_of_gold"] == 3 / 5
+
+
+def test_paves_scorer_looks_for_the_gold_label_in_any_answer():
+    predictions = choices("There are two of them", "no piano", "None")
+    golds = choices("two", "no", "yes")
+    assert score(TASKS["avqa"], predictions, golds)["all"]["gold_in_answer"] == 2 / 3
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -115,6 +122,50 @@ def test_cremas_avqa_score_takes_an_answer_that_is_part_of_the_gold():
 def test_ave_counts_seconds_with_the_right_label(prediction, expected):
     gold = event("Violin, fiddle", (0, 6))
     assert main_number("ave", prediction, gold) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("task", "duration", "spans", "expected"),
+    [
+        ("ave", 0, [(15, 20)], 1),
+        ("ave", 0, [(30, 40)], 25 / 40),  # to 40 s: 5 missed, 10 invented
+        ("ave", 60, [(30, 40)], 45 / 60),
+        ("ave", 60, [(15, 20), (50, 60)], 50 / 60),
+        ("ave", 0, [(0, 5)], 10 / 20),  # to 20 s: 5 missed, 5 invented
+        ("unav", 0, [(15, 20)], 1),
+        ("unav", 0, [(30, 40)], 0),
+        ("unav", 0, [(10, 20)], 2 * 5 / 15),
+        ("unav", 60, [(15, 20), (50, 60)], 2 * 5 / 20),
+        ("avvp", 0, [(15, 20)], 1),
+        ("avvp", 0, [(30, 40)], 0),
+        ("avvp", 60, [(10, 20)], 2 * 5 / 15),
+    ],
+)
+def test_events_after_ten_seconds_count(task, duration, spans, expected):
+    gold = event("dog", (15, 20))
+    prediction = event("dog", *spans)
+    if task == "avvp":
+        gold = Answer(audio_events=gold.events, visual_events=gold.events)
+        prediction = Answer(audio_events=prediction.events, visual_events=prediction.events)
+    gold.seconds = duration
+    assert main_number(task, prediction, gold) == pytest.approx(expected)
+
+
+def test_unav_at_its_real_length():
+    """Two events in a minute: speech to the end is right, a second dog is not."""
+    gold = Answer(events=[("dog", [(2, 7), (41, 45)]), ("speech", [(20, 60)])])
+    prediction = Answer(events=[("dog", [(2, 7), (50, 54)]), ("speech", [(20, 60)])])
+    result = score(TASKS["unav"], [prediction], [gold])
+    assert result["metric"] == pytest.approx((2 * 5 / 18 + 1) / 2)
+    assert result["all"]["miou"] == pytest.approx((1 + 0 + 1) / 3)
+    assert result["all"]["f1_at_50"] == pytest.approx(2 * 2 / 6)
+
+
+def test_a_row_may_name_the_length_of_its_clip():
+    row = {"event": "Dog", "start_time": 2, "end_time": 8, "duration": 59.6}
+    gold = TASKS["ave"].gold_answer(row)
+    assert gold.seconds == 60
+    assert main_number("ave", event("dog", (2, 8), (40, 50)), gold) == pytest.approx(50 / 60)
 
 
 def test_the_released_ave_scorer_includes_the_end_and_counts_unparsed_answers_as_right():

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from released import write_released
@@ -16,7 +18,7 @@ import train
 from crab_min.backbones.load import load_model
 from crab_min.config import AdapterConfig, BackboneConfig, ModalityConfig
 from crab_min.data import load_media, read_samples
-from crab_min.encoders import ENCODERS, VisionEncoder, register
+from crab_min.encoders import ENCODERS, MediaFeatures, VisionEncoder, register
 from crab_min.errors import ModelError
 from crab_min.evaluation.answering import options, rank_options
 from crab_min.evaluation.budget import TokenBudget
@@ -427,7 +429,9 @@ def test_crema_xl_trains_answers_and_goes_to_released_names_and_back(small_world
     assert model.side_names == ["audio", "flow"] and not model.aligned
 
 
-def test_released_files_that_lack_a_modality_or_the_fusion_are_refused(tmp_path, capsys):
+def test_released_files_that_lack_a_modality_are_refused_and_without_a_fusion_not_fused(
+    tmp_path, capsys
+):
     model = load_blip2("tiny-random")
     model.configure(CONFIG)
     for name in ("audio", "flow"):
@@ -443,13 +447,118 @@ def test_released_files_that_lack_a_modality_or_the_fusion_are_refused(tmp_path,
     cases = [
         ("two", "rgb,audio,flow", "flow lacks queries, norm, projection, adapter; whole in"),
         ("two", "rgb,audio", "a fusion of 2 modalities in these files"),
-        ("unfused", "rgb,audio,flow", "no fusion weights in these files"),
+        ("two", "audio,rgb", "name rgb first, or one modality alone"),
     ]
     for name, sides, reason in cases:
         file = str(tmp_path / f"{name}.pth")
         assert convert_main(["crema", file, "--side", sides, "--out", str(out)]) == 2
         assert reason in capsys.readouterr().err
         assert not out.exists()
+
+    command = ["crema", str(tmp_path / "unfused.pth"), "--side", "rgb,flow", "--out", str(out)]
+    assert convert_main(command) == 0
+    assert "no fusion in these files: rgb+flow in the prompt" in capsys.readouterr().out
+    assert load_saved_run(out).settings.crema.fusion == "none"
+
+
+# --- CREMA's zero-shot runs: no fusion ------------------------------------------------------------
+JOINS = ["rgb", "rgb,audio", "rgb,points", "audio", "points"]
+
+
+@pytest.fixture(scope="module")
+def zero_shot(tmp_path_factory):
+    """A released file of the zero-shot runs: no adapter of rgb, and no fusion."""
+    folder = tmp_path_factory.mktemp("zero_shot")
+    model = load_blip2("tiny-random")
+    model.configure(ModalityConfig("rgb,audio,points", fusion="none", modality_rank=4))
+    for name, width in (("audio", 128), ("points", 32)):
+        model.add_side_channel(name, width)
+    model.loaded_parts.add("shared_qformer")
+    model.save_trained(folder)
+    write_released("crema", folder, folder / "whole.pth")
+    released = read_checkpoint(folder / "whole.pth")
+    adapter = re.compile(r".*\.w_[ab]_rgb\.weight")
+    kept = {name: weight for name, weight in released.items() if not adapter.fullmatch(name)}
+    torch.save({"model": kept}, folder / "crema_pretrained.pth")
+    return folder / "crema_pretrained.pth"
+
+
+@pytest.mark.parametrize("sides", JOINS)
+def test_each_join_of_the_zero_shot_runs_loads_and_answers(
+    sides, zero_shot, small_world, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    command = ["crema", str(zero_shot), "--side", sides, "--out", str(run)]
+    assert convert_main(command) == 0
+    assert ("rgb has no adapter" in capsys.readouterr().out) == ("rgb" in sides)
+    points = tmp_path / "points.npz"
+    xyz = np.random.default_rng(0).integers(0, 256, (1, 20, 3))
+    np.savez(points, xyz=xyz, features=np.ones((1, 20, 32), np.float32))
+    clip = str(next((small_world / "ave" / "video").glob("*.mp4")))
+    flags = ["--run", str(run), "--weights", "tiny-random", "--max-new-tokens", "2", "--json"]
+    if "points" in sides:
+        flags += ["--side", f"points={points}"]
+    assert infer.main([clip, "What is heard?", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["task"] == "avqa"
+
+
+@pytest.mark.parametrize("sides", JOINS)
+def test_the_tokens_of_a_join_stand_in_the_released_order(sides):
+    model = load_blip2("tiny-random")
+    model.choose_modalities(ModalityConfig(sides, fusion="none"))
+    for name in ("audio", "points"):
+        if name in sides:
+            model.add_side_channel(name, 32)
+            randomize(model.multimodal)
+    features = {
+        "rgb": MediaFeatures("video", torch.randn(2, 5, 32)),
+        "audio": MediaFeatures("audio", torch.randn(2, 7, 32)),
+        "points": MediaFeatures("points", torch.randn(1, 20, 32)),
+    }
+    names = sides.split(",")
+    beside = {name: features[name] for name in names[1:]}
+    medium = replace(features[names[0]], sides=beside)
+
+    # [P_t, Z_t]_t, then a sound without words or points behind theirs; alone both are "Audio: "
+    queries = [model.media_tokens["video"].placeholder] * 4
+    frames = [["Frame 1: ", queries, "Frame 2: ", queries], []]["rgb" not in sides]
+    sound, points = [queries, queries], ["3D Model: ", queries]
+    expected = {
+        "rgb": frames,
+        "rgb,audio": [*frames, *sound],
+        "rgb,points": [*frames, *points],
+        "audio": ["Audio: ", *sound],
+        "points": ["Audio: ", queries],
+    }[sides]
+    ids = []
+    for piece in expected:
+        ids += model.encode_text(piece) if isinstance(piece, str) else piece
+    assert model.placeholder_ids(medium) == ids
+    assert model.token_count(medium) == ids.count(queries[0])
+
+    tokens = torch.cat([model.encode_modality(n, [features[n]]).flatten(0, 1) for n in names])
+    torch.testing.assert_close(model.tokens([medium], [0])[0], tokens)
+
+
+def randomize(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter.data, std=0.2)
+
+
+def test_points_skip_their_norm_where_the_release_does(zero_shot, tmp_path):
+    run = tmp_path / "run"
+    assert convert_main(["crema", str(zero_shot), "--side", "points", "--out", str(run)]) == 0
+    model = load_blip2("tiny-random")
+    model.choose_modalities(ModalityConfig("points", fusion="none"))
+    model.load_trained(run)
+    module = model.multimodal.module_of("points")
+    assert not module.normed
+    features = torch.randn(1, 1, 6, 32)
+    without = model.multimodal("points", features)
+    module.norm.weight.data.fill_(9)
+    assert torch.equal(model.multimodal("points", features), without)
+    module.normed = True
+    assert not torch.equal(model.multimodal("points", features), without)
 
 
 def test_a_converted_run_keeps_its_own_frozen_qformer(tmp_path):

@@ -45,7 +45,7 @@ def captions(small_world, tmp_path_factory):
 def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weights):
     model = load_blip2(weights)
     model.add_adapter(AdapterConfig(adapter="none"))
-    model.configure(ModalityConfig(modalities="audio", modality_rank=4))
+    model.configure(ModalityConfig("audio", "none", 4))
     samples = read_samples(captions, ["audiocaps"], "train")[:2]
     samples = add_side_channels(samples, ["audio"], with_video=False)
     assert [part.kind for part in samples[0].parts] == ["audio", "text"]
@@ -68,7 +68,16 @@ def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weigh
 def test_a_pretrained_modality_goes_into_the_run_with_the_video(captions, small_world, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     command = f"crema-tiny --modality-rank 4 {SHORT}"
-    alone = ["--modalities", "audio", "--tasks", "audiocaps", "--out", str(first)]
+    alone = [
+        "--modalities",
+        "audio",
+        "--fusion",
+        "none",
+        "--tasks",
+        "audiocaps",
+        "--out",
+        str(first),
+    ]
     assert run_train(command, str(captions), *alone) == 0
     assert sorted(f.name for f in (first / "parts").iterdir()) == ["modality_audio.safetensors"]
     metrics = json.loads((first / "metrics.json").read_text())
@@ -160,6 +169,8 @@ def test_the_decoder_is_aligned_on_lvis_and_goes_into_the_mask_stage(
 
 # --- settings -------------------------------------------------------------------------------------
 def test_the_video_comes_first_or_not_at_all():
-    assert not ModalityConfig(modalities="audio,points").has_video
-    with pytest.raises(RunError, match="name rgb, the video, first"):
-        ModalityConfig(modalities="audio,rgb")
+    assert not ModalityConfig("audio,points", "none").has_video
+    with pytest.raises(RunError, match="name rgb, the video, first; without it give --fusion none"):
+        ModalityConfig("audio")
+    with pytest.raises(RunError, match="each other modality once"):
+        ModalityConfig("audio,rgb", "none")

@@ -26,13 +26,14 @@ from transformers import (
 import infer
 import train
 from crab_min import trainer
-from crab_min.answers import MASK_TOKENS
+from crab_min.answers import MASK_TOKENS, Answer
 from crab_min.backbones.load import load_model
 from crab_min.config import AdapterConfig, BackboneConfig, MaskDecoderConfig
 from crab_min.data import gold_mask, read_samples
 from crab_min.errors import ModelError
 from crab_min.evaluation.masks import masks_from_boxes, score_masks
 from crab_min.evaluation.sam2 import Sam2, box_mask
+from crab_min.evaluation.scores import score_all
 from crab_min.evaluation.swaps import swap_audio
 from crab_min.interface import PromptPart
 from crab_min.masks import (
@@ -328,6 +329,24 @@ def test_scores_of_perfect_absent_and_denied(small_world):
     everywhere = score_masks(samples, [quarter] * len(samples))["ref_avs"]
     assert everywhere["null_s"] == pytest.approx(0.5)
     assert everywhere["null_s_background"] == pytest.approx((1 / 3) ** 0.5)
+
+
+def test_the_splits_of_ref_avs_are_scored_apart(small_world):
+    samples = add_mask_tokens(read_samples(small_world, ["ref_avs"], "test"))
+    there = next(sample for sample in samples if gold_mask(sample) is not None)
+    rows = []
+    for split, mask in (("test_s", there.mask), ("test_u", there.mask), ("test_n", "")):
+        row = {**there.row, "split": split}
+        gold = there.gold if mask else Answer(exists=False)
+        rows.append(dataclasses.replace(there, row=row, mask=mask, gold=gold))
+    perfect = gold_mask(there).astype(np.float32)
+    scores = score_masks(rows, [perfect, None, perfect])
+    assert scores["ref_avs seen"]["miou"] > 0.9 and scores["ref_avs unseen"]["miou"] == 0
+    assert scores["ref_avs null"]["null_s"] > 0 and scores["ref_avs null"]["n"] == 0
+
+    text = there.task.format(there.gold)
+    types = score_all(rows, [text, "<answer> false</answer>", text])["ref_avs"]["types"]
+    assert [types[name]["metric"] for name in ("seen", "unseen", "null")] == [1, 0, 0]
 
 
 # --- SAM2 -----------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
     [P_t, Z_t]_t, [P_t]_t, [Zbar_t]_t, question    "concat": Zbar behind the video, as released
     [P_t, Z_t + Zbar_t]_t, question                "add": Zbar on top of the video
+    one modality after the other, question         "none": not fused (unfused.py)
 
 Z_t are the Q tokens of frame t and P_t the words "Frame t: ". Zbar_t are the tokens of all other
 modalities, fused into Q tokens however many modalities there are (self-gated fusion, crema.py). All
 go through one frozen Q-Former. A modality is a side channel of the video: what an encoder makes of
 a sound, of pictures (flow, depth, normals, thermal, touch), of 3D points, or of anything that
-encoders.register names. A clip without a modality has zero tokens in its place. A prompt without a
-video has the tokens of its modalities themselves, all steps of each; nothing is fused.
+encoders.register names. A clip without a modality has zero tokens in its place.
 
 In modality-sequential training each batch gives one update per modality, of its own parameters and
 the fusion (`set_active_modalities`). The passes of a batch share the tokens of the modalities that
@@ -40,6 +40,7 @@ from crab_min.backbones.composed import (
 )
 from crab_min.backbones.empty import counting_tokenizer, without_weights
 from crab_min.backbones.tiny_random import tiny_blip2
+from crab_min.backbones.unfused import steps_of, unfused_tokens
 from crab_min.config import BackboneConfig, ModalityConfig
 from crab_min.crema import MultimodalConfig, MultimodalQFormer, SelfGatedFusion, over_frames
 from crab_min.encoders import AudioEncoder, MediaFeatures, VisionEncoder
@@ -94,6 +95,7 @@ class CremaModel(AVLanguageModel):
         # how modalities are fused
         self.fusion: SelfGatedFusion | None = None  # there is none before the first side modality
         self.fusion_mode = "concat"
+        self.unfused_names: list[str] = []  # "none": the side modalities, in their order
         self.aligned = True
         # how they are trained, and which of them are read without their adapters (zero-shot)
         self.modality_dropout = 0.0
@@ -132,16 +134,21 @@ class CremaModel(AVLanguageModel):
         return self.fusion is not None and self.fusion_mode == "concat"
 
     def token_count(self, medium: MediaFeatures) -> int:
-        tokens = len(medium.features) * self.multimodal.config.queries
-        is_video = medium.kind in ("video", "image")
-        return 2 * tokens if is_video and self.appends_fused else tokens
+        if self.fusion_mode == "none":
+            steps = steps_of(medium, self.side_names, self.frame_prefix)
+            return len(steps) * self.multimodal.config.queries
+        video = len(medium.features) * self.multimodal.config.queries
+        return 2 * video if self.appends_fused else video
 
     def placeholder_ids(self, medium: MediaFeatures) -> list[int]:
-        if medium.kind not in ("video", "image"):  # a modality by itself, without words before it
-            return super().placeholder_ids(medium)
         frames = len(medium.features)
         placeholder = self.media_tokens[medium.kind].placeholder
         queries = [placeholder] * self.multimodal.config.queries
+        if self.fusion_mode == "none":
+            ids = []
+            for step in steps_of(medium, self.side_names, self.frame_prefix):
+                ids += self.encode_text(step.words) + queries
+            return ids
         prefixes = [self.encode_text(self.frame_prefix.format(t + 1)) for t in range(frames)]
 
         # [P_t, Z_t]_t
@@ -193,10 +200,9 @@ class CremaModel(AVLanguageModel):
 
     # --- tokens
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
-        """Compute the tokens (token_count, D) of each video, or of each modality by itself."""
-        names = {"rgb" if m.kind in ("video", "image") else m.kind for m in media}
-        if names != {"rgb"}:
-            return self.tokens_alone(media, media_index)
+        """Compute the tokens (token_count, D) of each video with its other modalities."""
+        if self.fusion_mode == "none":
+            return unfused_tokens(self, media)
 
         # Z, and Zbar on top of it or behind it
         lengths = [len(medium.features) for medium in media]
@@ -214,20 +220,6 @@ class CremaModel(AVLanguageModel):
             stream = add_embeddings(stream, lengths, media_index, self.time, self.number)
             by_video.append(stream.split(lengths))  # (T, Q, D) each
         return [torch.cat(video).flatten(0, 1) for video in zip(*by_video)]
-
-    def tokens_alone(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
-        """Compute the tokens (U Q, D) of modalities that stand in prompts without a video."""
-        tokens: list = [None] * len(media)
-        for name in {medium.kind for medium in media}:
-            positions = [i for i, medium in enumerate(media) if medium.kind == name]
-            group = [media[i] for i in positions]
-            lengths = [len(medium.features) for medium in group]
-            index = [media_index[i] for i in positions]
-            encoded = self.encode_modality(name, group)  # (sum of U, Q, D)
-            encoded = add_embeddings(encoded, lengths, index, self.time, self.number)
-            for i, own in zip(positions, encoded.split(lengths)):
-                tokens[i] = own.flatten(0, 1)
-        return tokens
 
     def encode_modality(self, name: str, media: list[MediaFeatures]) -> Tensor:
         """Compute the tokens (sum of T, Q, D) of one modality of several clips."""
@@ -284,12 +276,21 @@ class CremaModel(AVLanguageModel):
     # --- modalities
     @property
     def side_names(self) -> list[str]:
+        if self.fusion_mode == "none":
+            return [name for name in self.unfused_names if name in self.multimodal.parts]
         return self.fusion.names if self.fusion is not None else []
+
+    def choose_modalities(self, config: ModalityConfig) -> None:
+        """Take how modalities are joined; without rgb they stand in the prompt by themselves."""
+        self.fusion_mode = config.fusion
+        self.unfused_names = [name for name in config.names if name != "rgb"]
+        self.has_video = config.has_video
+        if not self.has_video:
+            self.media_tokens |= dict.fromkeys(self.unfused_names, self.media_tokens["video"])
 
     def configure(self, config: ModalityConfig) -> None:
         """Take the settings of a run, before modalities are added. rgb gets a new adapter."""
-        self.has_video = config.has_video
-        self.fusion_mode = config.fusion
+        self.choose_modalities(config)
         self.modality_dropout = config.modality_dropout
         self.multimodal.config.rank = config.modality_rank
         for linear in self.multimodal.adapted_linears():
@@ -309,15 +310,14 @@ class CremaModel(AVLanguageModel):
         self.multimodal.add(name, width)
         rgb = self.multimodal.module_of("rgb").state_dict()  # without an input projection
         self.multimodal.module_of(name).load_state_dict(rgb, strict=False)
-        self.rebuild_fusion([*self.side_names, name])
+        if self.fusion_mode != "none":
+            self.rebuild_fusion([*self.side_names, name])
 
     def rebuild_fusion(self, names: list[str]) -> None:
         """Make the fusion of the modalities `names`, with the columns that it had of them.
 
         Columns of new modalities are zero, so that they change nothing at first.
         """
-        video_tokens = self.media_tokens["video"]
-        self.media_tokens |= dict.fromkeys(names, video_tokens)  # where there is no video
         d = self.multimodal.config.width_out  # a modality has d columns
         old, self.fusion = self.fusion, SelfGatedFusion(names, d).to(self.device)
         new = self.fusion.linear
@@ -336,7 +336,7 @@ class CremaModel(AVLanguageModel):
     def modality_parameters(self, name: str) -> list[nn.Parameter]:
         """Return what a step on one modality trains: its own parameters and the fusion."""
         parameters = list(self.multimodal.parameters_of(name).values())
-        if self.fusion is not None and self.has_video:
+        if self.fusion is not None:
             parameters += self.fusion.parameters()
         return parameters
 
@@ -352,10 +352,8 @@ class CremaModel(AVLanguageModel):
                 raise ModelError(
                     f"modality {name!r}: not in this model, which has {', '.join(there)}"
                 )
-        # the fusion learns with every modality, where there is a video
+        # the fusion learns with every modality, and stays as it is
         self.multimodal.requires_grad_(False)
-        if self.fusion is not None:
-            self.fusion.requires_grad_(self.has_video)
         self.active_modalities = set(names)
         for name in names:
             if self.cached_tokens is not None:
@@ -395,7 +393,7 @@ class CremaModel(AVLanguageModel):
     def parts_to_save(self) -> list[str]:
         """Return all modalities and the fusion, and what else learns or was loaded."""
         parts = [f"modality_{name}" for name in self.trained_modalities]
-        if self.fusion is not None and self.has_video:
+        if self.fusion is not None:
             parts.append("fusion")
         # released weights bring a frozen Q-Former of their own
         if "shared_qformer" in self.loaded_parts:
@@ -416,7 +414,8 @@ class CremaModel(AVLanguageModel):
             return {"names": self.side_names, "mode": self.fusion_mode, "aligned": self.aligned}
         if name.startswith("modality_"):
             name = name.removeprefix("modality_")
-            return {"width": self.multimodal.module_of(name).width, "rank": self.rank_of(name)}
+            module = self.multimodal.module_of(name)
+            return {"width": module.width, "rank": self.rank_of(name), "normed": module.normed}
         return super().part_config(name)
 
     def prepare_part(self, part: SavedPart) -> None:
@@ -428,6 +427,7 @@ class CremaModel(AVLanguageModel):
         elif part.name.startswith("modality_"):
             name = part.name.removeprefix("modality_")
             self.prepare_modality(name, part.config["width"], part.config["rank"])
+            self.multimodal.module_of(name).normed = part.config.get("normed", True)
         elif part.name != "shared_qformer":
             super().prepare_part(part)
 
@@ -439,8 +439,6 @@ class CremaModel(AVLanguageModel):
                 return
             self.multimodal.remove(name)
         self.multimodal.add(name, width)
-        if name != "rgb" and name not in self.side_names:  # a run without a video has no fusion
-            self.rebuild_fusion([*self.side_names, name])
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a modality's adapter in the Q-Former."""

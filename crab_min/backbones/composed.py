@@ -34,6 +34,13 @@ from crab_min.pave import Patches
 from crab_min.qformer import QFormerConfig, QFormerConnector
 
 PLACEHOLDERS = {"video": "<video>", "image": "<image>", "audio": "<audio>"}
+# the tokens that Crab adds to Llama-2, in the order of their ids; MASK_TOKENS follow
+CRAB_TOKENS = (
+    *("<image>", "<image_start>", "<image_end>"),
+    *("<video>", "<video_start>", "<video_end>"),
+    *("<audio>", "<audio_start>", "<audio_end>"),
+    *("<mask_start>", "<mask_end>"),
+)
 SPECIALS = ("<pad>", "<s>", "</s>", *PLACEHOLDERS.values())
 VISUAL, AUDIO = ("video", "image"), ("audio",)
 
@@ -94,6 +101,35 @@ class ComposedModel(PatchedModel):
         # patches query with the Q-Former's output, before the MLP
         self.patches = Patches()
         self.patch_widths = (visual.hidden, width)
+
+    def use_layout(self, layout: PromptLayout) -> None:
+        """Take the layout of a run; tokens around its media get embeddings.
+
+        Crab draws these at random, and neither trains nor saves them before its mask stage.
+        """
+        super().use_layout(layout)
+        if not layout.marks:
+            return
+        self.tokenizer.add_tokens(list(CRAB_TOKENS), special_tokens=True)
+        self.grow_embeddings(len(self.tokenizer))
+        for kind, names in layout.marks.items():
+            before, after = self.tokenizer.convert_tokens_to_ids(list(names))
+            placeholder = self.media_tokens[kind].placeholder
+            self.media_tokens[kind] = MediaTokens([before], placeholder, [after])
+
+    def grow_embeddings(self, count: int) -> None:
+        """Give the input embeddings as many rows as there are tokens; new ones are random."""
+        embeddings = self.llm.get_input_embeddings()
+        embeddings = getattr(embeddings, "words", embeddings)  # below those of mask tokens
+        missing = count - len(embeddings.weight)
+        if missing <= 0:
+            return
+        weight = embeddings.weight.detach()
+        with same_random_weights():
+            rows = torch.randn(missing, weight.shape[1]) * weight.float().std().cpu()
+        weight = torch.cat([weight, rows.to(weight.device, weight.dtype)])
+        embeddings.weight = nn.Parameter(weight, requires_grad=False)
+        embeddings.num_embeddings = count
 
     # --- media
     @torch.no_grad()
@@ -249,7 +285,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         )
     with named_weights("tokenizer", str(name)):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.add_tokens(list(PLACEHOLDERS.values()), special_tokens=True)
+    tokenizer.add_tokens(list(CRAB_TOKENS), special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 

@@ -21,6 +21,7 @@ from crab_min.answers import MASK_TOKENS
 from crab_min.backbones.composed import ComposedModel
 from crab_min.config import MaskDecoderConfig
 from crab_min.encoders import MediaFeatures
+from crab_min.interface import FRAME
 from crab_min.masks import MaskBranch, MaskConfig, loss_of_masks
 from crab_min.model import NO_LABEL, Batch, cross_entropy
 
@@ -179,6 +180,7 @@ class MaskingModel(ComposedModel):
         for row, count in enumerate(batch.media_counts):
             for _ in range(count):
                 medium = next(media)
+                medium = medium.sides.get(FRAME, medium)
                 if medium.scales:
                     images[row] = medium
         return images

@@ -6,9 +6,9 @@ prompts of every backbone. And each video says how many seconds a pair of its fr
 processor of transformers takes one rate for a whole call, and assumes two frames per second where
 none is given.
 
-What differs from the released code: padding on the left; text between the two videos of a2v and
-the two sounds of v2a (released: run together, as with `separate_media=False`); seconds of a pair
-of frames from the clip's length (released: always 2.0).
+What differs from the released code: padding on the left. Our layout has text between the two
+videos of a2v and the two sounds of v2a, and seconds of a pair of frames from the clip's length; the
+released one runs them together (`separate_media=False`) and always has 2.0 (`seconds_per_grid`).
 
 Shapes: P patches of 14 x 14 pixels and two frames, F mel frames of 10 ms, D width of the LM.
 """
@@ -227,6 +227,8 @@ class OmniModel(PatchedModel):
         if videos:
             grids = [self.grid(medium) for medium in videos]
             seconds = [medium.seconds / grid[0] for medium, grid in zip(videos, grids)]
+            if self.layout.seconds_per_grid:
+                seconds = [self.layout.seconds_per_grid] * len(videos)
             inputs["video_grid_thw"] = torch.tensor(grids, device=device)
             inputs["video_second_per_grid"] = torch.tensor(seconds, device=device)
         if sounds:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from crab_min.answers import Answer
 from crab_min.data import Sample
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features, cut
@@ -153,7 +152,7 @@ def options(sample: Sample) -> list[str]:
     There are none for an open question.
     """
     choices = sample.row.get("options") or sample.row.get("multi_choice") or []
-    return [sample.task.format(Answer(choice=str(choice))) for choice in choices]
+    return [sample.task.format_option(choices, index) for index in range(len(choices))]
 
 
 @torch.no_grad()

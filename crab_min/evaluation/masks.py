@@ -17,11 +17,12 @@ from crab_min.evaluation.answering import plan_batches
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.evaluation.mask_metrics import by_class, hard, null_s, soft
 from crab_min.evaluation.sam2 import Sam2, box_mask
-from crab_min.evaluation.scores import by_task
+from crab_min.evaluation.scores import by_task, question_type
 from crab_min.features import Features
 from crab_min.media.read import read_image
 from crab_min.model import AVLanguageModel
 from crab_min.sources.av_uie import CLASSES
+from crab_min.tasks import Task
 
 Masks = list[np.ndarray | None]
 MakeMasks = Callable[[Features, list[Sample], list[str]], Masks]
@@ -123,35 +124,47 @@ def score_masks(samples: list[Sample], masks: Masks) -> dict[str, dict]:
         scores), "hard_miou" and "hard_f" (Crab+'s, on binary masks), or for AVSS the numbers by
         class; "coverage", the share of these samples with a predicted mask; and "n". Over samples
         with an empty gold mask (Ref-AVS's null split): "null_s", "null_s_background" and "null_n".
+        The test splits of Ref-AVS are scored apart too: "ref_avs seen", "unseen", "null".
     """
     results = {}
     for task, rows in by_task(samples, masks).items():
         if not task.mask_head:
             continue
-        gold = np.stack([on_grid(gold_mask(sample, GRID)) for sample, _ in rows])  # (N, 224, 224)
-        predicted = np.stack([on_grid(mask) for _, mask in rows])  # (N, 224, 224)
-        has_object = gold.any((1, 2))  # (N,)
-        has_mask = np.array([mask is not None for _, mask in rows])
-
-        # samples with an object
-        coverage = float(has_mask[has_object].mean()) if has_object.any() else 0.0
-        result = {"coverage": coverage, "n": int(has_object.sum())}
-        predicted_object, gold_object = predicted[has_object], gold[has_object]
-        if task.mask_head == "classes":
-            result |= by_class(predicted_object.astype(int), gold_object.astype(int), CLASSES)
-        elif has_object.any():
-            result |= soft(predicted_object, gold_object)
-            binary = hard(predicted_object > 0.5, gold_object)
-            result |= {f"hard_{name}": value for name, value in binary.items()}
-
-        # samples without one
-        if not has_object.all():
-            predicted_null = predicted[~has_object] > 0.5
-            result["null_s"] = null_s(predicted_null)
-            result["null_s_background"] = null_s(predicted_null, of_background=True)
-            result["null_n"] = len(predicted_null)
-        results[task.name] = result
+        results[task.name] = score_task_masks(task, rows)
+        splits: dict[str, list[tuple]] = {}
+        for row in rows:
+            splits.setdefault(question_type(row[0]), []).append(row)
+        if len(splits) > 1:
+            for split in sorted(splits.keys() - {""}):
+                results[f"{task.name} {split}"] = score_task_masks(task, splits[split])
     return results
+
+
+def score_task_masks(task: Task, rows: list[tuple]) -> dict[str, float]:
+    """Score the masks of a task, see `score_masks`; rows: (sample, mask or None)."""
+    gold = np.stack([on_grid(gold_mask(sample, GRID)) for sample, _ in rows])  # (N, 224, 224)
+    predicted = np.stack([on_grid(mask) for _, mask in rows])  # (N, 224, 224)
+    has_object = gold.any((1, 2))  # (N,)
+    has_mask = np.array([mask is not None for _, mask in rows])
+
+    # samples with an object
+    coverage = float(has_mask[has_object].mean()) if has_object.any() else 0.0
+    result = {"coverage": coverage, "n": int(has_object.sum())}
+    predicted_object, gold_object = predicted[has_object], gold[has_object]
+    if task.mask_head == "classes":
+        result |= by_class(predicted_object.astype(int), gold_object.astype(int), CLASSES)
+    elif has_object.any():
+        result |= soft(predicted_object, gold_object)
+        binary = hard(predicted_object > 0.5, gold_object)
+        result |= {f"hard_{name}": value for name, value in binary.items()}
+
+    # samples without one
+    if not has_object.all():
+        predicted_null = predicted[~has_object] > 0.5
+        result["null_s"] = null_s(predicted_null)
+        result["null_s_background"] = null_s(predicted_null, of_background=True)
+        result["null_n"] = len(predicted_null)
+    return result
 
 
 def on_grid(mask: np.ndarray | None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     key          main number
     accuracy     1 where the canonical labels are equal
-    segments     AVE: share of the 10 seconds that have the right label
+    segments     AVE: share of the seconds that have the right label
     event_f      UnAV: F over seconds, averaged over classes
     av_event_f   AVVP: segment F, averaged over audio, visual and audio-visual events
     first_box    ARIG, S4: IoU of the first box
@@ -14,8 +14,9 @@
 A metric returns its main number under "metric", with other numbers that papers report. Numbers that
 need a whole set of answers, such as CIDEr, are in the table SETS; those of texts are in
 text_metrics.py. An answer that does not parse scores 0; it is counted, never dropped. The end of a
-span is exclusive, and only the seconds 0 to 9 of a clip are scored. Scorers that differ, as the
-authors released them, are in released_metrics.py; the metrics of masks are in mask_metrics.py.
+span is exclusive. Clips may be longer than the 10 seconds of AVE and LLP (canonical.clip_seconds).
+Scorers that differ, as the authors released them, are in released_metrics.py; the metrics of masks
+are in mask_metrics.py.
 """
 
 from collections import Counter
@@ -28,6 +29,7 @@ from crab_min.evaluation import released_metrics, text_metrics
 from crab_min.evaluation.canonical import (
     canonical_choice,
     canonical_text,
+    clip_seconds,
     label_per_second,
     seconds_by_class,
 )
@@ -66,9 +68,12 @@ def by_class(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]
 def segment_accuracy(prediction: Answer, gold: Answer) -> dict[str, float]:
     """Return the share of the seconds that have the right label, for AVE.
 
-    A second without the event is right where the gold answer has none there either.
+    A second without the event is right where the gold answer has none there either. The seconds are
+    those of the clip.
     """
-    correct = [p == g for p, g in zip(label_per_second(prediction), label_per_second(gold))]
+    count = clip_seconds(prediction, gold)
+    labels = zip(label_per_second(prediction, count), label_per_second(gold, count))
+    correct = [predicted == expected for predicted, expected in labels]
     released = released_metrics.segment_accuracy_released(prediction, gold)
     return {"metric": fmean(correct), "segment_accuracy_released": released}
 
@@ -189,11 +194,12 @@ def match_one_to_one(overlaps: list[tuple[float, int, int]]) -> list[float]:
 def av_event_f(prediction: Answer, gold: Answer) -> dict[str, float]:
     """Return AVVP's segment and event F.
 
-    They are computed as in avvp_eval_metrics.py of Crab and Crab+.
+    They are computed as in avvp_eval_metrics.py of Crab and Crab+, which is made for 10 seconds.
 
     metric: "type@AV" of segments, the mean of their audio, visual and audio-visual F.
     """
-    predicted, expected = av_seconds(prediction), av_seconds(gold)
+    count = clip_seconds(prediction, gold)
+    predicted, expected = av_seconds(prediction, count), av_seconds(gold, count)
     segment = av_f_scores(predicted, expected, segment_counts)
     event = av_f_scores(predicted, expected, event_counts)
     scores = {"metric": fmean(segment[kind] for kind in ("audio", "visual", "audio_visual"))}
@@ -202,11 +208,11 @@ def av_event_f(prediction: Answer, gold: Answer) -> dict[str, float]:
     return scores
 
 
-def av_seconds(answer: Answer) -> dict[str, dict[str, set[int]]]:
-    """Return {"audio" or "visual": {label: seconds}}."""
+def av_seconds(answer: Answer, count: int) -> dict[str, dict[str, set[int]]]:
+    """Return {"audio" or "visual": {label: seconds}} of the first `count` seconds."""
     return {
-        "audio": seconds_by_class(answer.audio_events),
-        "visual": seconds_by_class(answer.visual_events),
+        "audio": seconds_by_class(answer.audio_events, count),
+        "visual": seconds_by_class(answer.visual_events, count),
     }
 
 
@@ -329,6 +335,7 @@ SETS = {
 }
 # As released: (prediction, gold) -> right or wrong; the number is the share of right answers
 SHARES = {
+    "gold_in_answer": released_metrics.gold_in_answer,
     "part_of_gold": released_metrics.part_of_gold,
     "refined": released_metrics.refined,
     "substring_of_gold": released_metrics.substring_of_gold,

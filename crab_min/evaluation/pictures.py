@@ -180,7 +180,9 @@ def draw_on(
     heights = [height_of[kind] for _, kind, _, _ in media]
     if events:
         heights.append(0.4 * len(events))
-    all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    all_axes = []
+    if heights:  # points and stored features are not drawn
+        all_axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, (name, kind, arrays, seconds) in zip(all_axes, media):
         draw_medium(axes, kind, arrays, seconds, answer, gold or Answer())
         axes.set_title(name, fontsize=8, loc="left")

@@ -28,8 +28,7 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[s
     """Score MUSIC-AVQA as MokA's avqa_eval.py: is the gold label part of the answer?
 
     "piano" is right for "no". Answers outside the vocabulary, here the gold labels of the set, are
-    left out; `counted_released` is the share of the answers that are not. PAVE's calculate_acc.py
-    has the same test without a vocabulary.
+    left out; `counted_released` is the share of the answers that are not.
     """
     vocabulary = {canonical_choice(gold) for gold in golds}
     correct = []
@@ -40,6 +39,15 @@ def substring_released(predictions: list[Answer], golds: list[Answer]) -> dict[s
         "substring_released": fmean(correct) if correct else 0.0,
         "counted_released": len(correct) / len(golds),
     }
+
+
+def gold_in_answer(prediction: Answer, gold: Answer) -> bool:
+    """Score MUSIC-AVQA as PAVE's calculate_acc.py: is the gold label part of the answer?
+
+    Letters are small on both sides; an answer of any length counts, and none is left out.
+    """
+    text = prediction.text if prediction.choice is None else prediction.choice
+    return str(gold.choice).lower() in text.lower()
 
 
 def part_of_gold(prediction: Answer, gold: Answer) -> bool:

@@ -50,7 +50,7 @@ def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
     groups: dict[str, list[tuple[Answer, Answer]]] = {}  # pairs of a predicted and a gold answer
     for sample, text in rows:
         groups.setdefault(question_type(sample), []).append((task.parse(text), sample.gold))
-    if set(groups) == {""}:
+    if set(groups) == {""} or (task.types == BY_SPLIT and len(groups) == 1):
         return {}
 
     types = {}
@@ -62,8 +62,15 @@ def score_types(task: Task, rows: list[tuple[Sample, str]]) -> dict[str, dict]:
     return types
 
 
+# Ref-AVS reports its three test splits apart
+BY_SPLIT = ("split",)
+SPLITS = {"test_s": "seen", "test_u": "unseen", "test_n": "null"}
+
+
 def question_type(sample: Sample) -> str:
     """Return the type of a sample's question; "" if its row names none."""
+    if sample.task.types == BY_SPLIT:
+        return SPLITS.get(sample.row.get("split"), "")
     names = [str(sample.row.get(field, "")) for field in sample.task.types]
     return " ".join(re.sub(r'[][",]', "", name) for name in names)
 

@@ -7,8 +7,8 @@ python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
 At full size: crema-xl. A new modality can be pretrained without a video, on captions of sound or of
 3D points; the run with the video then starts from there:
 
-python train.py crema-tiny --modalities audio --tasks audiocaps --data DATA --out runs/sound
-python train.py crema-tiny --modalities rgb,audio --init-from runs/sound
+python train.py crema-tiny --modalities audio --fusion none --tasks audiocaps --data DATA
+python train.py crema-tiny --modalities rgb,audio --init-from runs/crema-tiny
 """
 
 import json
@@ -201,7 +201,9 @@ def load_model(
             f"--backbone {settings.backbone.backbone}: modalities go through the Q-Former of "
             "--backbone blip2; for a side channel on another backbone train a pave preset"
         )
-    return common.load_model(settings, empty, device)
+    model = common.load_model(settings, empty, device)
+    model.choose_modalities(settings.crema)
+    return model
 
 
 def add_trained_parts(
@@ -225,7 +227,8 @@ def prepare_samples(
 ) -> list[Sample]:
     """Put samples into CREMA's form.
 
-    The prompt has no sound, and the modalities stand behind the video.
+    The prompt has no sound, and the modalities stand behind the video. One without a video takes
+    its place.
 
     Args:
         side_channels: names that replace those of the run.

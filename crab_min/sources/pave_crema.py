@@ -19,9 +19,12 @@ from crab_min.answers import answer_tag
 # A question's type is the word it begins with, as SQA3D's results are tabled.
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
 
-# Side channels of CREMA: where they lie in a source's folder. Points are 3D-LLM's features, one
-# file per scene; the others are folders of pictures, one per video.
+# Side channels: where they lie in a source's folder. Of CREMA points are 3D-LLM's features, one
+# file per scene; the others are folders of pictures, one per video. Of PAVE audio and fast are
+# features of sounds (ImageBind) and of dense frames (LanguageBind), one file per video.
 SIDE_CHANNELS = {
+    "audio": "audio_features/{name}.pt",
+    "fast": "fast_features/{name}.pt",
     "depth": "videos_depth/{name}",
     "flow": "videos_flow/{name}",
     "normals": "videos_norm/{name}",
@@ -40,6 +43,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
     first = 1 if train else len(dialogue)
+    sides = side_channels(folder, row["image_id"])
     for count in range(first, len(dialogue) + 1):
         *before, last = dialogue[:count]
         context = ""
@@ -51,7 +55,9 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
             "video_path": video,
             "audio_path": video,
             "dialogue": f"{context}Question: {last['question'].strip()}",
+            "turns": [(turn["question"], turn["answer"]) for turn in dialogue[:count]],
             "answer": last["answer"],
+            "sides": sides,
         }
 
 
@@ -87,6 +93,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
         "answer": answer,
         "label": answer_tag(answer),
         "question": question,
+        "sides": side_channels(folder, row["video_id"]),
     }
 
 

@@ -1,6 +1,9 @@
 """Conversion of the authors' released files to a run folder for `infer.py --run`.
 
-    python -m crab_min.tools.convert crab_plus finetune_weights.bin --out runs/released
+    python -m crab_min.tools.convert crab_plus finetune_weights.bin --prompts-from Crab_Plus/
+
+The run is asked in its authors' form (released/layouts.py). Their words are read from a clone of
+their repository, or from a file (released/wording.py).
 
 The tables of names stand in `released/`, one module per paper, and `released/weights.py` applies
 them. This module sorts the weights into the files of a run, as train.py writes them: adapter/ and
@@ -12,9 +15,10 @@ import json
 import re
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,12 +29,14 @@ from crab_min.model import peft_config
 from crab_min.pave import Patch, PatchConfig
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, atomic_write
+from crab_min.tools.released.layouts import released_form
 from crab_min.tools.released.weights import (
     adapter_sizes,
     convert,
     missing_modalities,
     read_state_dict,
 )
+from crab_min.tools.released.wording import Wording, missing_words, read_wording
 from crab_min.trained_parts import ADAPTER_FILE, SavedPart, check_fit, save_part
 
 # the preset whose backbone the released weights belong to
@@ -49,6 +55,7 @@ RELEASED_FUSION = {"mode": "concat", "aligned": False}
 
 # CREMA's names of modalities where ours differ
 OUR_MODALITY_NAMES = {"norm": "normals", "pc": "points"}
+UNNORMED = ("points",)  # the released code has their norm, and does not use it
 # a modality inside the name of a weight: its own parts, or its low-rank pair
 MODALITY_IN_NAME = re.compile(r"(?P<before>\.(?:parts|A|B)\.)(?P<modality>\w+)(?=\.)")
 
@@ -63,6 +70,7 @@ class ReleasedModel:
         encoder_tensors: how many adapter tensors of the encoders are left out.
         parts: what else is trained, by name.
         sides: the side channels that have a patch (PAVE), or the modalities, rgb first (CREMA).
+        notes: what else the files say of the model.
     """
 
     adapter: dict[str, Tensor]
@@ -71,6 +79,7 @@ class ReleasedModel:
     encoder_tensors: int
     parts: dict[str, SavedPart]
     sides: list[str]
+    notes: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
         """Return one line that names the parts."""
@@ -82,7 +91,7 @@ class ReleasedModel:
             text += f", {', '.join(self.parts)}"
         if self.encoder_tensors:
             text += f"; {self.encoder_tensors} tensors in the encoders left out, their B is zero"
-        return text
+        return "; ".join([text, *self.notes])
 
 
 def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> ReleasedModel:
@@ -106,10 +115,12 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
 
     # is all there that `sides` names?
     check_patches(others, sides)
+    notes = []
     if paper == "crema":
         others = rename_modalities(others)
+        notes = add_missing_adapters(others, sides)
         check_modalities(others, sides)
-        check_fusion(others, sides)
+        notes += check_fusion(others, sides)
 
     # the other parts, with what their files say of them
     parts = {}
@@ -123,6 +134,7 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
         encoder_tensors=len(adapter) - len(lm_adapter),
         parts=parts,
         sides=[side for side in sides if {f"patch_{side}", f"modality_{side}"} & parts.keys()],
+        notes=notes,
     )
 
 
@@ -197,7 +209,8 @@ def part_config(name: str, state: dict[str, Tensor], sides: list[str]) -> dict:
         norm = state[f"parts.{modality}.norm.weight"]
         first = state.get(f"parts.{modality}.input.weight", norm)
         ranks = [len(weight) for key, weight in state.items() if f".A.{modality}." in key]
-        return {"width": first.shape[-1], "rank": ranks[0]}
+        normed = modality not in UNNORMED
+        return {"width": first.shape[-1], "rank": ranks[0], "normed": normed}
     if name == "fusion":
         return {"names": sides[1:], **RELEASED_FUSION}
     return {}
@@ -252,16 +265,38 @@ def rename_modalities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {MODALITY_IN_NAME.sub(our_name, name): w for name, w in weights.items()}
 
 
+def add_missing_adapters(weights: dict[str, Tensor], names: list[str]) -> list[str]:
+    """Give zero adapters to modalities that have none in the files, but all else.
+
+    So released files have the video of the zero-shot runs, which is read without one.
+
+    Returns:
+        A line that names them, or none.
+    """
+    base = re.compile(r"(.*\.(?:query|value))\.base\.weight")
+    lines = []
+    for name, absent in missing_modalities(weights, names).items():
+        linears = [match[1] for match in map(base.fullmatch, list(weights)) if match]
+        if absent != ["adapter"] or not linears:
+            continue
+        for linear in linears:
+            out, width = weights[f"{linear}.base.weight"].shape
+            weights[f"{linear}.A.{name}.weight"] = torch.zeros(1, width)
+            weights[f"{linear}.B.{name}.weight"] = torch.zeros(out, 1)
+        lines.append(f"{name} has no adapter in these files, as in the zero-shot runs")
+    return lines
+
+
 def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ModelError unless rgb comes first and each of the modalities is whole."""
+    """Raise ModelError unless rgb comes first, or is not there, and all modalities are whole."""
     missing = missing_modalities(weights, names)
-    if names[:1] == ["rgb"] and not missing:
+    if (names[:1] == ["rgb"] or len(names) == 1) and not missing:
         return
 
     # say what is wrong, and which modalities could be named instead
     problems = [f"{name} lacks {', '.join(parts)}" for name, parts in missing.items()]
     if not problems:
-        problems = ["name rgb first"]
+        problems = ["name rgb first, or one modality alone"]
     present = {name.split(".")[2] for name in weights if name.startswith("multimodal.parts.")}
     whole = [name for name in sorted(present) if not missing_modalities(weights, [name])]
     raise ModelError(
@@ -271,24 +306,40 @@ def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
     )
 
 
-def check_fusion(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ModelError unless the fusion has columns for all the modalities but rgb."""
-    width = len(weights["multimodal.parts.rgb.out.0.weight"])  # of the LM
+def check_fusion(weights: dict[str, Tensor], names: list[str]) -> list[str]:
+    """Check that the fusion has columns for all the modalities but rgb, or that there is none.
+
+    Returns:
+        A line that says what follows where there is none.
+
+    Raises:
+        ModelError: a fusion of other modalities.
+    """
     fusion = weights.get("fusion.linear.weight")  # (width, width x fused modalities)
+    if fusion is None:
+        order = "one after the other" if len(names) > 1 else "alone"
+        return [f"no fusion in these files: {'+'.join(names)} in the prompt, {order}"]
+    width, columns = fusion.shape
     expected = len(names) - 1
-    columns = 0 if fusion is None else fusion.shape[1]
     if columns == expected * width:
-        return
-    found = f"a fusion of {columns // width} modalities" if columns else "no fusion weights"
-    wanted = f"a fusion of the {expected} beside rgb, in this order" if expected else "none"
+        return []
+    wanted = f"one of the {expected} beside rgb, in this order" if expected else "none"
     raise ModelError(
-        f"--side {','.join(names)}: {found} in these files, expected {wanted}. Name rgb and the "
-        "modalities that were fused, or give the file of the fusion too"
+        f"--side {','.join(names)}: a fusion of {columns // width} modalities in these files, "
+        f"expected {wanted}. Name rgb and the modalities that were fused"
     )
 
 
 # --- run folder ----------------------------------------------------------------------------------
-def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: list[str]) -> str:
+def convert_files(
+    paper: str,
+    files: list[str],
+    out: Path,
+    preset: str,
+    sides: list[str],
+    prompts_from: str = "",
+    audio: str = "",
+) -> str:
     """Write a run folder from released files.
 
     Args:
@@ -297,9 +348,11 @@ def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: l
         out: the run folder, which must be new or empty.
         preset: a preset with the backbone of the released model.
         sides: names of side channels or modalities, see `sort_weights`.
+        prompts_from: a file or folder with the authors' words; "" for none.
+        audio: the BEATs checkpoint of the run, if it is known already.
 
     Returns:
-        A summary in one line.
+        A summary: what the run holds, and which of the authors' words are missing.
 
     Raises:
         ModelError: the folder is not empty, the preset is another paper's, or the files cannot be
@@ -311,16 +364,18 @@ def convert_files(paper: str, files: list[str], out: Path, preset: str, sides: l
     if PRESETS[preset].recipe != recipe:
         names = [name for name, other in PRESETS.items() if other.recipe == recipe]
         raise ModelError(f"--preset {preset}: files of {paper} want one of {', '.join(names)}")
+    wording = read_wording(paper, prompts_from) if prompts_from else Wording()
     weights = read_files(paper, files)
     try:
         model = sort_weights(weights, paper, sides)
     except ModelError as error:
         raise ModelError(f"{', '.join(files)}: {error}") from error
-    write_run(out, model, preset, files)
-    return (
-        f"{out}: {model.describe()}. It was trained with other instructions: "
-        "for its answers give them with --prompts"
-    )
+    settings = run_settings(preset, model)
+    if audio:
+        settings = with_values(settings, audio=audio)
+    write_run(out, model, settings, paper, preset, wording, files)
+    lines = [f"{out}: {model.describe()}", missing_words(paper, wording.prompts)]
+    return "\n".join(filter(None, lines))
 
 
 def read_files(paper: str, files: list[str]) -> dict[str, Tensor]:
@@ -337,8 +392,9 @@ def read_files(paper: str, files: list[str]) -> dict[str, Tensor]:
         except ModelError as error:
             raise ModelError(f"{file}: {error}") from error
 
+        # CREMA's file of a task replaces what it trained of the file that it started from
         twice = sorted(weights.keys() & new.keys())
-        if twice:
+        if twice and paper != "crema":
             raise ModelError(
                 f"{file}: {twice[0]} and {len(twice) - 1} others were in a file before it; "
                 "give each weight once"
@@ -363,15 +419,22 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
     elif recipe == "pave":
         values |= {"side": sides or "none"}
     elif recipe == "crema":
-        rank = model.parts["modality_rgb"].config["rank"]
-        fusion = RELEASED_FUSION["mode"]
+        rank = max(model.parts[f"modality_{side}"].config["rank"] for side in model.sides)
+        fusion = RELEASED_FUSION["mode"] if "fusion" in model.parts else "none"
         values |= {"modalities": sides, "modality_rank": rank, "fusion": fusion}
     return with_values(RECIPES[recipe](), **values)
 
 
-def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) -> None:
-    """Write the parts of a run, its settings, and metrics of a run that took no step."""
-    settings = run_settings(preset, model)
+def write_run(
+    out: Path,
+    model: ReleasedModel,
+    settings: Settings,
+    paper: str,
+    preset: str,
+    wording: Wording,
+    files: list[str],
+) -> None:
+    """Write the parts of a run, its settings and form, and metrics of a run without a step."""
     out.mkdir(parents=True, exist_ok=True)
 
     # weights
@@ -382,8 +445,13 @@ def write_run(out: Path, model: ReleasedModel, preset: str, files: list[str]) ->
     for part in model.parts.values():
         save_part(out, part.name, part.state, part.config)
 
-    # settings
-    SavedRun(preset, PRESETS[preset].recipe, settings).save(out)
+    # settings, and the form in which it is asked
+    form = released_form(paper)
+    layout = wording.put_into(form.layout)
+    prompts = form.prompts | wording.prompts
+    saved = SavedRun(preset, PRESETS[preset].recipe, settings, 0, form.token_limits(), layout)
+    saved.prompts = prompts
+    saved.save(out)
     metrics = {"tasks": {}, "seconds": 0, "steps": 0, "converted": [str(file) for file in files]}
     atomic_write(out / "metrics.json", json.dumps(metrics))
 
@@ -414,6 +482,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="whose backbone the run names (default: the paper's large one)",
     )
     parser.add_argument(
+        "--prompts-from",
+        default="",
+        metavar="PATH",
+        help="the authors' words: a clone of their repository, or a .json file "
+        "(released/wording.py)",
+    )
+    parser.add_argument(
         "--debug", action="store_true", help="show a traceback where something goes wrong"
     )
     return parser
@@ -427,7 +502,8 @@ def main(arguments: list[str]) -> int:
     sides = (given.side or default_sides).split(",")
 
     def run():
-        print(convert_files(given.paper, given.files, Path(out), preset, sides))
+        words = given.prompts_from
+        print(convert_files(given.paper, given.files, Path(out), preset, sides, words))
 
     return run_command(run, given.debug)
 

@@ -106,7 +106,9 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
     tasks = pick_tasks(given.task or given.tasks)
     prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
     target = settings.data.target
-    samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
+    samples = read_samples(
+        root, tasks, given.split, target, prompts, given.test_rows, run.model.layout
+    )
     samples = prepare(samples, given, run)
     if given.ablate:  # after `prepare`: a sound may be a side channel
         samples = ablate_modality(samples, given.ablate)

@@ -24,6 +24,7 @@ from crab_min.model import ASSETS, AVLanguageModel
 from crab_min.recipes import common
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, load_saved_run
+from crab_min.tools.released.wording import missing_words
 
 SHIPPED = ASSETS / "crab_plus-tiny"
 NO_RUN = (
@@ -80,18 +81,28 @@ def load_asked(given: Namespace) -> LoadedRun:
     else:
         shipped = given.demo or given.model == SHIPPED.name
         folder = str(SHIPPED) if shipped else given.run
-        run = load_run(folder, given.device, given.load_in_4bit)
+        paths = {
+            "weights": given.weights,
+            "vision": given.vision,
+            "audio": given.audio_encoder,
+            "llm": given.llm,
+        }
+        run = load_run(folder, given.device, given.load_in_4bit, paths)
     apply_model_flags(run, given)
     return run
 
 
-def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> LoadedRun:
+def load_run(
+    folder: str, device: str = "", load_in_4bit: bool = False, paths: dict[str, str] | None = None
+) -> LoadedRun:
     """Load a run with its trained parts, ready to answer.
 
     Args:
         folder: "" for the newest finished run under runs/.
         device: as devices.choose_device takes it.
         load_in_4bit: the LM in 4 bits, also where it was trained otherwise.
+        paths: where parts of the base model are on this machine, by the name of their setting;
+            "" for what the run's config.json says.
 
     Raises:
         RunError: the folder is not that of a run, there is no run, or there is no such device.
@@ -112,17 +123,28 @@ def load_run(folder: str, device: str = "", load_in_4bit: bool = False) -> Loade
     saved = load_saved_run(Path(folder))
     if load_in_4bit:
         saved.settings = with_values(saved.settings, load_in_4bit=True)
+    given = {name: path for name, path in (paths or {}).items() if path}
+    saved.settings = with_values(saved.settings, **given)
     recipe = importlib.import_module(f"crab_min.recipes.{saved.recipe}")
     on = choose_device(device, saved.settings.backbone.pretrained)
     if on.type != "cpu":
         print(f"device: {describe_device(on)}", file=sys.stderr)
     model = recipe.load_model(saved.settings, device=on)
-    model.load_trained(Path(folder))
     if saved.layout:
-        model.layout = saved.layout
+        model.use_layout(saved.layout)
+        if saved.layout.paper:
+            note_missing_words(saved)
+    model.load_trained(Path(folder))
     model.to(on)
     model.bf16 = saved.settings.training.bf16
     return LoadedRun(Path(folder), saved, recipe, model.eval(), saved.form)
+
+
+def note_missing_words(saved: SavedRun) -> None:
+    """Say which of its authors' words a run of released weights is asked without."""
+    line = missing_words(saved.layout.paper, saved.prompts)
+    if line:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def fetch_run(name: str) -> Path:

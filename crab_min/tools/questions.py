@@ -67,7 +67,8 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
     root = built_in_data(run, given.things, given.seed, "test")
     task = chosen_task(given, default="s4" if run.model.predicts_masks else "avqa")
     split = "test" if "test" in task.splits else "train"
-    sample = read_samples(root, [task.name], split, limit=1 + given.index)[-1]
+    samples = read_samples(root, [task.name], split, limit=1 + given.index, layout=run.model.layout)
+    sample = samples[-1]
     if not given.json:
         print(f"no clip given: {sample.id} of the built-in world, {sample.media[0].path}")
     return prepare([sample], given, run)
@@ -83,9 +84,10 @@ def question_sample(
         id: of the sample.
     """
     if given.task or run.form is None:
-        task = chosen_task(given, question)
+        task = run.model.layout.adapt(chosen_task(given, question))
         prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
-        parts = build_prompt(task, row_of(given, clip, question), "", prompts)
+        row = row_of(given, clip, question)
+        parts = build_prompt(task, row, "", prompts, run.model.layout)
         sample = Sample(id, task, parts, "", Answer(), {})
     else:
         question = question or run.form.question
