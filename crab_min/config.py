@@ -320,6 +320,12 @@ class ModalityConfig:
     fusion: Literal["concat", "add", "none"] = flag(
         "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
     )
+    gated: bool = True  # the fused tokens pass through their own sigmoid, as in the paper
+    compare: Literal["", "fusion", "order"] = flag(
+        "",
+        "train several runs and print one table: the designs of the fusion, or the orders of the "
+        "modalities",
+    )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
     modality_dropout: float = flag(
         0.0, "share of its side modalities that a training sample goes without"

@@ -414,6 +414,13 @@ class AVLanguageModel(nn.Module):
         """
         raise ModelError(f"side channel {name}: this backbone reads none")
 
+    def lengths_by_join(self, medium: MediaFeatures) -> dict[str, int]:
+        """Return the prompt tokens of a video by how its side channels are joined, for --plan.
+
+        It is empty for a model that joins them in one way alone.
+        """
+        return {}
+
     def load_patch(self, file: Path | str) -> None:
         """Add the patch of a side channel from a file of a run (PAVE).
 

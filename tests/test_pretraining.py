@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def captions(small_world, tmp_path_factory):
 def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weights):
     model = load_blip2(weights)
     model.add_adapter(AdapterConfig(adapter="none"))
-    model.configure(ModalityConfig("audio", "none", 4))
+    model.configure(ModalityConfig("audio", "none", modality_rank=4))
     samples = read_samples(captions, ["audiocaps"], "train")[:2]
     samples = add_side_channels(samples, ["audio"], with_video=False)
     assert [part.kind for part in samples[0].parts] == ["audio", "text"]
@@ -89,6 +90,22 @@ def test_a_pretrained_modality_goes_into_the_run_with_the_video(captions, small_
     states = [read_part(run / "parts/modality_audio.safetensors").state for run in (first, second)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert (second / "parts/modality_rgb.safetensors").exists()
+
+
+def test_a_comparison_trains_a_run_per_design_once(tmp_path, monkeypatch, capsys):
+    """--compare fusion: five runs and one table; finished runs are not trained again."""
+    monkeypatch.chdir(tmp_path)
+    world = "--world-clips 8 --world-test 2 --batch-size 2 --steps 1 --no-baseline --workers 0"
+    command = f"crema-tiny --modality-rank 4 --modalities rgb,audio --compare fusion {world}"
+    assert run_train(command) == 0
+    table = capsys.readouterr().out.split("questions about")[-1]
+    for title in ("add", "concat", "add no gate", "concat no gate", "not fused"):
+        assert title in table.split("\n")[0]
+    runs = {path.parent.name: path.stat().st_mtime for path in Path("runs").glob("*/metrics.json")}
+    assert len(runs) == 5 and "crema-tiny-add_no_gate" in runs
+    assert run_train(command) == 0
+    for path in Path("runs").glob("*/metrics.json"):
+        assert path.stat().st_mtime == runs[path.parent.name]
 
 
 # --- Crab's stages on the data they name ----------------------------------------------------------

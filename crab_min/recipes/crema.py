@@ -3,6 +3,7 @@
 Any modality goes through one Q-Former.
 
 python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
+python train.py crema-tiny --modalities rgb,audio,flow --compare fusion
 
 At full size: crema-xl. A new modality can be pretrained without a video, on captions of sound or of
 3D points; the run with the video then starts from there:
@@ -26,6 +27,7 @@ from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes import common
+from crab_min.recipes.arms import train_arms
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import add_side_channels, count_missing, limit_media
@@ -34,7 +36,13 @@ from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
 def train(settings: CremaSettings, preset: str) -> dict:
-    """Train a run, by default in runs/PRESET, and return its metrics.json."""
+    """Train a run, by default in runs/PRESET, and return its metrics.json.
+
+    With --compare several runs; returns the metrics.json of the first.
+    """
+    if settings.crema.compare:
+        numbers = train_arms(settings, preset, arms_of(settings), train)
+        return next(iter(numbers.values()))
     settings = run_settings(settings)
     run = common.open_run("crema", preset, settings)
 
@@ -59,6 +67,25 @@ def train(settings: CremaSettings, preset: str) -> dict:
     if run.test_rows and settings.crema.has_video:
         add_subsets(run, evaluation)
     return common.finish(run, evaluation)
+
+
+def arms_of(settings: CremaSettings) -> dict[str, dict]:
+    """Return the runs of --compare: title -> the settings that they change."""
+    if settings.crema.compare == "order":
+        names = settings.side_channels
+        orders = [names[i:] + names[:i] for i in range(len(names))]
+        return {
+            ",".join(order): {"compare": "", "modalities": ",".join(["rgb", *order])}
+            for order in orders
+        }
+    designs = {
+        "add": {"fusion": "add"},
+        "concat": {"fusion": "concat"},
+        "add no gate": {"fusion": "add", "crema_gated": False},
+        "concat no gate": {"fusion": "concat", "crema_gated": False},
+        "not fused": {"fusion": "none"},
+    }
+    return {title: {"compare": "", **values} for title, values in designs.items()}
 
 
 class SequentialStep(Step):

@@ -8,7 +8,6 @@ The paper's other side channels are fast, depth and view. At full size: pave-0.5
 --compare-lora LoRA alone is trained first, on the same questions without the side channel.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import common
+from crab_min.recipes.arms import train_once
 from crab_min.runs import processes
-from crab_min.runs.folder import difference, load_saved_run
 from crab_min.side_channels import add_side_channels, limit_media
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
@@ -71,20 +70,11 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     )
 
     # LoRA alone is not trained again if a command before this one was interrupted
-    lora = train_once(without, f"{name}-without")
-    patch = train_once(with_patch, name)
+    lora = train_once(without, f"{name}-without", train_patch)
+    patch = train_once(with_patch, name, train_patch)
     if processes.rank() == 0:
         print(comparison_table(lora, patch))
     return patch
-
-
-def train_once(settings: PaveSettings, name: str) -> dict:
-    """Train a run, or return its metrics if an earlier command finished it."""
-    folder = Path(settings.run.out or f"runs/{name}")
-    if (folder / "metrics.json").exists():
-        if not difference(load_saved_run(folder).settings, settings):
-            return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return train_patch(settings, name)
 
 
 def comparison_table(lora: dict, patch: dict) -> str:
