@@ -514,6 +514,9 @@ class ScoreConfig:
         "tokens that are answered together, prompts and answers; halved where memory is short",
     )
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
+    compare: Literal["", "paper"] = flag(
+        "", "paper: also print the numbers beside the published ones, with their sources"
+    )
     out: str = flag(
         "",
         "where predictions and metrics go (default: RUN/eval_SPLIT); with --questions the .csv or "

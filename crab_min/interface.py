@@ -66,7 +66,8 @@ class PromptLayout:
     leads: dict[str, str] = field(default_factory=dict)
     # Names of tokens before and after a medium, by kind, for an LM that has none of its own.
     marks: dict[str, list[str]] = field(default_factory=dict)
-    # Tasks whose image is asked about as a frame of its clip, of so many frames (Crab).
+    # Tasks whose image is asked about as a frame of its clip, of so many frames (Crab); an image
+    # alone is an image.
     clip_frames: dict[str, int] = field(default_factory=dict)
     # The options of a question, each of them, and what is between them.
     options: str = "{options}"
@@ -89,15 +90,16 @@ class PromptLayout:
     def adapt(self, task: Task) -> Task:
         """Return a task with the media and the answers that it has in this layout."""
         if task.name in self.clip_frames:
-            media = (CLIP, *task.media[1:])
-            task = replace(task, media=media, frames=self.clip_frames[task.name])
+            frames = self.clip_frames[task.name]
+            sound = "fifths" if frames == PARTS["fifths"] else "tenths"
+            task = replace(task, media=(CLIP, *task.media[1:]), frames=frames, audio=sound)
         if self.bare_answers:
             task = replace(task, bare=True, option_name=self.option_name)
         return task
 
 
 OURS = PromptLayout()
-# The frames around an image, in the folder in which it lies.
+# The frames around an image, see frames_around.
 CLIP = Medium("video", "video", fields=("clip_path",), subfolder="")
 FRAME = "frame"  # the image itself then: a part without tokens, for a mask decoder
 
@@ -154,11 +156,13 @@ def build_prompt(
     # The media, in our layout each on a line of its own after its marker.
     parts: list[PromptPart] = []
     add_text(parts, layout.leads.get(task.name, ""))
-    if CLIP in task.media:
-        image = str(task.read_field(row, IMAGE.fields, "the path of the image file"))
-        row = {**row, "clip_path": os.path.dirname(image)}
+    media = task.media
+    if CLIP in media:
+        frames = frames_around(task, row)
+        row = {**row, "clip_path": frames}
+        media = media if frames else (IMAGE, *media[1:])
     around = layout.medium.split("{medium}")
-    for medium in task.media:
+    for medium in media:
         lead = layout.leads.get(medium.kind, "")
         before, after = (text.format(marker=medium.marker, lead=lead) for text in around)
         add_text(parts, before if parts else before.lstrip("\n"))
@@ -173,6 +177,13 @@ def build_prompt(
     text = fill_slots(task, instruction, row, layout)
     add_text(parts, layout.instruction.format(instruction=text))
     return parts
+
+
+def frames_around(task: Task, row: dict) -> str:
+    """Return the folder "frames" of a clip in which an image lies; "" for an image alone."""
+    image = str(task.read_field(row, IMAGE.fields, "the path of the image file"))
+    folder = os.path.dirname(image)
+    return folder if os.path.basename(folder) == "frames" else ""
 
 
 def add_text(parts: list[PromptPart], text: str) -> None:
@@ -234,7 +245,7 @@ def fill_slots(task: Task, instruction: str, row: dict, layout: PromptLayout = O
         text = text.lower() if name in layout.lower_slots else text
         slot_values[name] = plain_text(text) if task.name in layout.plain_tasks else text
     if "{second}" in instruction:
-        slot_values["second"] = ORDINALS[int(row["frame_idx"])]
+        slot_values["second"] = ORDINALS[frame_index(TASKS[task.name], row, "tenth")]
     # Replace all at once, so that {braces} in a question stay as they are.
     return re.sub(r"\{(\w+)\}", lambda match: slot_values[match[1]], instruction)
 

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from crab_min import trained_parts
 from crab_min.config import AdapterConfig
 from crab_min.devices import bf16_autocast
-from crab_min.encoders import MediaFeatures
+from crab_min.encoders import MediaFeatures, interleave_views
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.interface import PromptLayout, PromptPart
@@ -258,8 +258,6 @@ class AVLanguageModel(nn.Module):
 
     def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
         """Return the token ids of a prompt, with placeholders for its media."""
-        if self.layout.joined:
-            return self.joined_prompt_ids(parts, media)
         system = next((part.text for part in parts if part.role == "system"), "")
         ids = [*self.bos_ids, *self.opening_ids(system)]
         after = self.encode_layout(self.layout.after)
@@ -282,27 +280,6 @@ class AVLanguageModel(nn.Module):
             else:
                 ids += self.placeholder_ids(next(remaining))
         return ids + after
-
-    def joined_prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
-        """Return the token ids of a prompt whose texts are tokenized up to the next medium.
-
-        A tokenizer may make one token of the end of the template and the beginning of a text.
-        """
-        layout = self.layout
-        ids, text = [*self.bos_ids], layout.before
-        remaining = iter(media)
-        for part in parts:
-            if part.role == "system":
-                text = text.replace(layout.system, part.text)
-            elif part.role == "assistant":  # an answer given before
-                ids += self.encode_text(text + layout.after) + self.answer_ids(part.text)
-                ids, text = ids + self.encode_layout(layout.turn or ""), ""
-            elif part.kind == "text":
-                text += part.text
-            else:
-                ids += self.encode_text(text) + self.placeholder_ids(next(remaining))
-                text = ""
-        return ids + self.encode_text(text + layout.after)
 
     def opening_ids(self, system: str) -> list[int]:
         """Return the token ids before a prompt, with a system text of its own if it has one."""
@@ -539,21 +516,6 @@ def index_by_kind(media: list[MediaFeatures]) -> list[int]:
     """Return for each medium of a prompt how many of its kind come before it."""
     kinds = [medium.kind for medium in media]
     return [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-
-
-def interleave_views(name: str, views: list[MediaFeatures]) -> MediaFeatures:
-    """Make one side channel of several views (U, S, W): all views of a step, then the next step.
-
-    Raises:
-        ModelError: views of different shapes.
-    """
-    if len(views) == 1:
-        return views[0]
-    shapes = sorted({tuple(view.features.shape) for view in views})
-    if len(shapes) > 1:
-        raise ModelError(f"side channel {name}: views of different shapes, {shapes}")
-    features = torch.stack([view.features for view in views], 1).flatten(0, 1)  # (U views, S, W)
-    return replace(views[0], features=features, mask=None)
 
 
 def tensor_ids(medium: MediaFeatures) -> tuple:

@@ -141,7 +141,8 @@ class Task:
         # Read them. A value of another type fails in many ways.
         try:
             answer = reader(*values)
-            answer.seconds = math.ceil(float(row.get("duration") or 0))
+            if answer.events or answer.audio_events or answer.visual_events:
+                answer.seconds = math.ceil(float(row.get("duration") or 0))
             if self.options:  # only a check: a gold label is in canonical form already
                 answers.find_option(answer.choice, self.options)
             return answer

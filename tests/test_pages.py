@@ -19,7 +19,7 @@ from crab_min.cli import COMMANDS, REMOVED, RENAMED_INFER, flags_of, parse_train
 from crab_min.config import INFER, RECIPES, RENAMED, groups_of
 from crab_min.recipes.presets import PRESETS
 from crab_min.tasks import TASKS
-from crab_min.tools import check, convert, features, heads
+from crab_min.tools import check, convert, features, fetch, heads
 from crab_min.tools.reason import __main__ as reason
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_pictures_are_small_have_a_text_and_are_shown():
 
 def test_pages_docstrings_and_helps_name_flags_that_exist():
     known = {*train_flags(), *flags_of(INFER), *COMMANDS, "fit", *NO_FLAGS}
-    for tool in (check, convert, features, heads, reason):
+    for tool in (check, convert, features, fetch, heads, reason):
         known |= {option[2:] for option in tool.make_parser()._option_string_actions}
     unknown = []
     for place, text in all_texts():
@@ -230,7 +230,7 @@ def test_every_command_of_a_page_has_flags_that_exist_and_values_that_fit_togeth
         elif "infer.py" in command:
             infer.parse_infer(after(command, "infer.py"))
         elif "-m" in command:
-            tools = {tool.__name__: tool for tool in (check, convert, features, heads)}
+            tools = {tool.__name__: tool for tool in (check, convert, features, fetch, heads)}
             tool = tools.get(command[2], reason)  # a package with a __main__
             tool.make_parser().parse_args(command[3:])
         else:

@@ -21,7 +21,7 @@ from crab_min.tools.released.wording import Wording, missing_words, read_wording
 ROW = {
     **{f"{name}_path": f"{name}.mp4" for name in ("video", "video1", "video2")},
     **{f"{name}_path": f"{name}.wav" for name in ("audio", "audio1", "audio2")},
-    "image_path": "clip/3.jpg",
+    "image_path": "clip/frames/3.jpg",
     "frame_idx": 3,
     "question": 'Is the "CELLO" (left) louder',
     "question_text": "Who barks?",
@@ -148,7 +148,13 @@ def test_crab_is_asked_as_by_its_loader(task):
     )
     # a mask is asked of one frame of a clip, whose picture is no part of the text
     parts = build_prompt(RELEASED["crab"].layout.adapt(TASKS[task]), ROW)
-    assert [p.path for p in parts if p.side] == ([f"{task}/clip/3.jpg"] if asks_clip else [])
+    assert [p.path for p in parts if p.side] == ([f"{task}/clip/frames/3.jpg"] if asks_clip else [])
+    if asks_clip:
+        assert parts[1].path == f"{task}/clip/frames" and parts[1].kind == "video"
+        alone = build_prompt(
+            RELEASED["crab"].layout.adapt(TASKS[task]), {**ROW, "image_path": "3.jpg"}
+        )
+        assert [p.kind for p in alone if p.path] == ["image", "audio"]
 
 
 def test_crab_adds_its_tokens_to_a_tokenizer_in_their_order(tmp_path):
@@ -164,6 +170,13 @@ def test_crab_names_the_second_of_a_frame():
     prompts = {"s4": "Show it at the {second} second."}
     parts = build_prompt(TASKS["s4"], ROW, "", prompts)
     assert parts[-1].text == "\nShow it at the fourth second."
+    row = {name: value for name, value in ROW.items() if name != "frame_idx"}
+    parts = build_prompt(RELEASED["crab"].layout.adapt(TASKS["s4"]), row, "", prompts)
+    assert parts[-1].text.endswith("Show it at the fourth second.")
+    assert [(p.kind, p.frames, p.window) for p in parts if p.kind == "video"] == [
+        ("video", 5, "tenths")
+    ]
+    assert [p.window for p in parts if p.kind == "audio"] == ["fifths"]
 
 
 # --- PAVE: Qwen's chat, a dialogue is a conversation --------------------------------------------

@@ -12,12 +12,11 @@ import train
 from crab_min.backbones.load import load_model
 from crab_min.config import BackboneConfig, DataConfig, PaveSettings, SideChannelConfig, with_values
 from crab_min.data import read_samples
-from crab_min.encoders import MediaFeatures
+from crab_min.encoders import MediaFeatures, interleave_views
 from crab_min.errors import DataError, MediaError, ModelError, RunError
 from crab_min.features import Features
 from crab_min.media.arrays import read_array
 from crab_min.media.read import media_seconds, read_video
-from crab_min.model import interleave_views
 from crab_min.recipes import pave
 from crab_min.side_channels import add_side_channels
 from crab_min.trained_parts import read_part

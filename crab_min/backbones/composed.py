@@ -28,7 +28,7 @@ from crab_min.backbones.patched import PatchedModel
 from crab_min.backbones.tiny_random import same_random_weights
 from crab_min.encoders import ATTENTION, AudioEncoder, MediaFeatures, VisionEncoder
 from crab_min.errors import ModelError
-from crab_min.interface import PromptLayout
+from crab_min.interface import PromptLayout, PromptPart
 from crab_min.model import ASSETS, MediaTokens
 from crab_min.pave import Patches
 from crab_min.qformer import QFormerConfig, QFormerConnector
@@ -111,25 +111,41 @@ class ComposedModel(PatchedModel):
         if not layout.marks:
             return
         self.tokenizer.add_tokens(list(CRAB_TOKENS), special_tokens=True)
-        self.grow_embeddings(len(self.tokenizer))
+        count = 1 + max(self.tokenizer.convert_tokens_to_ids(list(CRAB_TOKENS)))
+        for layer in self.layers_of_tokens():
+            add_rows(layer, count)
         for kind, names in layout.marks.items():
             before, after = self.tokenizer.convert_tokens_to_ids(list(names))
             placeholder = self.media_tokens[kind].placeholder
             self.media_tokens[kind] = MediaTokens([before], placeholder, [after])
 
-    def grow_embeddings(self, count: int) -> None:
-        """Give the input embeddings as many rows as there are tokens; new ones are random."""
-        embeddings = self.llm.get_input_embeddings()
-        embeddings = getattr(embeddings, "words", embeddings)  # below those of mask tokens
-        missing = count - len(embeddings.weight)
-        if missing <= 0:
-            return
-        weight = embeddings.weight.detach()
-        with same_random_weights():
-            rows = torch.randn(missing, weight.shape[1]) * weight.float().std().cpu()
-        weight = torch.cat([weight, rows.to(weight.device, weight.dtype)])
-        embeddings.weight = nn.Parameter(weight, requires_grad=False)
-        embeddings.num_embeddings = count
+    def layers_of_tokens(self) -> list[nn.Module]:
+        """Return the layers that get rows for the tokens around media."""
+        return [self.llm.get_input_embeddings()]
+
+    def prompt_ids(self, parts: list[PromptPart], media: list[MediaFeatures]) -> list[int]:
+        """Return the token ids of a prompt, with placeholders for its media.
+
+        A `joined` layout is tokenized from one medium to the next: a tokenizer may make one token
+        of the end of the template and the beginning of a text.
+        """
+        if not self.layout.joined:
+            return super().prompt_ids(parts, media)
+        layout = self.layout
+        ids, text = [*self.bos_ids], layout.before
+        remaining = iter(media)
+        for part in parts:
+            if part.role == "system":
+                text = text.replace(layout.system, part.text)
+            elif part.role == "assistant":  # an answer given before
+                ids += self.encode_text(text + layout.after) + self.answer_ids(part.text)
+                ids, text = ids + self.encode_layout(layout.turn or ""), ""
+            elif part.kind == "text":
+                text += part.text
+            else:
+                ids += self.encode_text(text) + self.placeholder_ids(next(remaining))
+                text = ""
+        return ids + self.encode_text(text + layout.after)
 
     # --- media
     @torch.no_grad()
@@ -192,6 +208,19 @@ class ComposedModel(PatchedModel):
             state.pop("llm.lm_head.weight")
         save_file(state, folder / "model.safetensors")
         self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@torch.no_grad()
+def add_rows(layer: nn.Embedding | nn.Linear, count: int) -> None:
+    """Give embeddings or an output layer `count` rows; new ones are random, the same each time."""
+    weight = layer.weight
+    missing = count - len(weight)
+    if missing <= 0:
+        return
+    with same_random_weights():
+        rows = torch.randn(missing, weight.shape[1]) * weight.float().std().cpu()
+    weight = torch.cat([weight, rows.to(weight.device, weight.dtype)])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def pad_tokens(media: list[MediaFeatures], device: torch.device) -> tuple[Tensor, Tensor | None]:

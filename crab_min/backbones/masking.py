@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crab_min.answers import MASK_TOKENS
-from crab_min.backbones.composed import ComposedModel
+from crab_min.backbones.composed import CRAB_TOKENS, ComposedModel
 from crab_min.config import MaskDecoderConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.interface import FRAME
@@ -46,6 +46,7 @@ class MaskingModel(ComposedModel):
 
     def add_mask_decoder(self, config: MaskDecoderConfig) -> None:
         """Add mask tokens to the vocabulary, and a new decoder; before any adapter."""
+        self.tokenizer.add_tokens(list(CRAB_TOKENS), special_tokens=True)  # their ids come first
         self.tokenizer.add_tokens(list(MASK_TOKENS))
         self.mask_token_ids = self.tokenizer.convert_tokens_to_ids(list(MASK_TOKENS))
         sizes = MaskConfig(
@@ -63,6 +64,9 @@ class MaskingModel(ComposedModel):
         self.mask_branch.requires_grad_(False)
         self.mask_config = config
         self.cached_states = {}
+
+    def layers_of_tokens(self) -> list[nn.Module]:
+        return [self.llm.get_input_embeddings().words, self.llm.get_output_embeddings().head]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -238,7 +242,7 @@ class MaskingModel(ComposedModel):
     def trainable_modules(self) -> dict[str, nn.Module]:
         modules = super().trainable_modules()
         # the LM's own rows, without those of the mask tokens
-        modules["embeddings"] = self.llm.get_input_embeddings().words
+        modules["embeddings"], modules["head"] = self.layers_of_tokens()
         return modules | {"mask_decoder": self.mask_branch}
 
     def trainable_names(self) -> list[str]:

@@ -43,7 +43,7 @@ def avsd(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     video = video_path(folder, row["image_id"])
     dialogue = row["dialog"]
     first = 1 if train else len(dialogue)
-    sides = side_channels(folder, row["image_id"])
+    sides = with_own_sound(side_channels(folder, row["image_id"]), video)
     for count in range(first, len(dialogue) + 1):
         *before, last = dialogue[:count]
         context = ""
@@ -93,7 +93,7 @@ def music_avqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
         "answer": answer,
         "label": answer_tag(answer),
         "question": question,
-        "sides": side_channels(folder, row["video_id"]),
+        "sides": with_own_sound(side_channels(folder, row["video_id"]), video),
     }
 
 
@@ -115,6 +115,11 @@ def video_path(folder: Path, name: str) -> str:
     """Return the path of a video, whose sound is in the same file, or of its frames' folder."""
     frames = folder / "videos" / name
     return str((frames if frames.is_dir() else frames.with_name(f"{name}.mp4")).absolute())
+
+
+def with_own_sound(sides: dict[str, str], video: str) -> dict[str, str]:
+    """Return side channels with those that a video has by itself, if there are others."""
+    return {"audio": video, "fast": video, **sides} if sides else {}
 
 
 def side_channels(folder: Path, name: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crab_min.answers import MASK_TOKENS
 from crab_min.cli import Parser, run_command
 from crab_min.config import RECIPES, Settings, with_values
 from crab_min.errors import ModelError
@@ -121,6 +122,10 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
         notes = add_missing_adapters(others, sides)
         check_modalities(others, sides)
         notes += check_fusion(others, sides)
+
+    if "embeddings.weight" in others:
+        others = split_mask_rows(others)
+        notes = [MASKS_NOTE] if any(name.startswith("mask_decoder.") for name in others) else []
 
     # the other parts, with what their files say of them
     parts = {}
@@ -330,6 +335,35 @@ def check_fusion(weights: dict[str, Tensor], names: list[str]) -> list[str]:
     )
 
 
+MASK_TOKEN_COUNT = len(MASK_TOKENS)
+MASKS_NOTE = (
+    "masks: the positional encodings are not in these files, as the release draws them anew at "
+    "each start, so its masks differ from run to run; here one draw is kept"
+)
+
+
+def split_mask_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the mask tokens' rows of Crab's embeddings and output layer to its mask decoder.
+
+    What the files lack is added: the positional encodings, and a calibration that does nothing.
+    """
+    embeddings, head = weights["embeddings.weight"], weights["head.weight"]
+    width = weights["mask_decoder.decoder.no_mask"].shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    added = {
+        "embeddings.weight": embeddings[:-MASK_TOKEN_COUNT],
+        "head.weight": head[:-MASK_TOKEN_COUNT],
+        "mask_decoder.read": embeddings[-MASK_TOKEN_COUNT:],
+        "mask_decoder.said": head[-MASK_TOKEN_COUNT:],
+        "mask_decoder.mean": torch.zeros(embeddings.shape[1]),
+        "mask_decoder.std": torch.ones(embeddings.shape[1]),
+    }
+    for level in range(2):
+        matrix = torch.randn(2, width // 2, generator=generator)
+        added[f"mask_decoder.decoder.places.{level}.matrix"] = matrix
+    return weights | added
+
+
 # --- run folder ----------------------------------------------------------------------------------
 def convert_files(
     paper: str,
@@ -415,7 +449,7 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
     recipe = PRESETS[preset].recipe
     sides = ",".join(model.sides)
     if recipe == "crab":
-        values |= {"stage": "unified"}
+        values |= stage_values(model)
     elif recipe == "pave":
         values |= {"side": sides or "none"}
     elif recipe == "crema":
@@ -423,6 +457,23 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
         fusion = RELEASED_FUSION["mode"] if "fusion" in model.parts else "none"
         values |= {"modalities": sides, "modality_rank": rank, "fusion": fusion}
     return with_values(RECIPES[recipe](), **values)
+
+
+def stage_values(model: ReleasedModel) -> dict:
+    """Return the settings of the stage of Crab that the files come from."""
+    if "mask_decoder" not in model.parts:
+        connectors = [name.removesuffix("_qformer") for name in model.parts]
+        is_aligned_alone = len(connectors) == 1 and not model.adapter
+        return {"stage": connectors[0] if is_aligned_alone else "unified"}
+    state = model.parts["mask_decoder"].state
+    queries, width = state["decoder.queries"].shape
+    return {
+        "stage": "masks",
+        "masks_decoder": True,
+        "masks_queries": queries,
+        "masks_width": width,
+        "masks_chained": False,  # each layer of the query generator starts anew, as released
+    }
 
 
 def write_run(

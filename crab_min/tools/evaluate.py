@@ -15,6 +15,7 @@ from crab_min.features import Features
 from crab_min.interface import load_prompts
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import count_missing
+from crab_min.tools.compare import comparison
 from crab_min.tools.loading import LoadedRun, load_asked
 from crab_min.tools.questions import built_in_data, prepare
 from crab_min.tools.reply import mask_maker
@@ -74,6 +75,8 @@ def evaluate_split(given: Namespace) -> None:
     atomic_write(out / "metrics.json", json.dumps(metrics, indent=1))
     partial.unlink()
     print("\n".join([evaluation_table(evaluation.scores), *evaluation.tables]))
+    if given.compare:
+        print(comparison(evaluation, run.saved.recipe))
     print(f"{missing} rows with a missing clip; predictions, sheets and metrics.json are in {out}/")
 
 

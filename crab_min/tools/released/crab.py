@@ -72,21 +72,6 @@ CRAB_PRETRAIN = {
     **under(AUDIO_CONNECTOR, released="model.al_projector.", ours="audio_qformer."),
 }
 
-# a file of the unified stage, whose names PEFT begins with base_model.model.
-CRAB = {
-    **under(CRAB_PRETRAIN, released="base_model.model.", ours=""),
-    **CRAB_PRETRAIN,
-    "base_model.model.model.layers.{n}.{rest}.lora_A.weight": (
-        "base_model.model.model.layers.{n}.{rest}.ilora_A.weight"
-    ),
-    "base_model.model.model.layers.{n}.{rest}.lora_route.weight": (
-        "base_model.model.model.layers.{n}.{rest}.ilora_router.weight"
-    ),
-    "base_model.model.model.layers.{n}.{rest}.lora_B{head}.weight": (
-        "base_model.model.model.layers.{n}.{rest}.ilora_B.weight"
-    ),
-}
-
 # The mask decoder. Where torch packs query, key and value as in_proj_weight and in_proj_bias,
 # `weights.split_qkv` has made them q_proj, k_proj and v_proj before a name is looked up.
 # fmt: off
@@ -180,3 +165,25 @@ MASK_DECODER = {
     "mask_decoder.avss_classifier.{rest}": "classes.{rest}",
 }
 # fmt: on
+
+# a file of the unified stage, or of the mask stage, whose names PEFT begins with base_model.model.
+CRAB = {
+    **under(CRAB_PRETRAIN, released="base_model.model.", ours=""),
+    **CRAB_PRETRAIN,
+    **under(
+        MASK_DECODER,
+        released="base_model.model.model.seg_module.",
+        ours="mask_decoder.decoder.",
+    ),
+    "base_model.model.model.embed_tokens.weight": "embeddings.weight",
+    "base_model.model.lm_head.weight": "head.weight",
+    "base_model.model.model.layers.{n}.{rest}.lora_A.weight": (
+        "base_model.model.model.layers.{n}.{rest}.ilora_A.weight"
+    ),
+    "base_model.model.model.layers.{n}.{rest}.lora_route.weight": (
+        "base_model.model.model.layers.{n}.{rest}.ilora_router.weight"
+    ),
+    "base_model.model.model.layers.{n}.{rest}.lora_B{head}.weight": (
+        "base_model.model.model.layers.{n}.{rest}.ilora_B.weight"
+    ),
+}

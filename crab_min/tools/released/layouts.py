@@ -8,11 +8,9 @@ authors': wording.py reads them from a file, or from the authors' repository on 
     crab        lead-in by kind, start and end   line break            reasoning, then a tag
     crab_plus   one lead-in before all           nothing               reasoning, then a tag
     pave        nothing                          line break            bare
-    crema       "Frame t: " (blip2.py)           nothing               bare
+    crema       "Frame t: " of each frame        nothing               bare
 
-Read in the authors' loaders: GeWu-Lab/Crab dataset/unified_dataset.py, GeWu-Lab/Crab_Plus
-dataset/qwen2_5_omni/omni_dataset.py, dragonlzm/PAVE eval_pave_*.py, Yui010206/CREMA
-lavis/datasets/datasets/ and lavis/models/crema_models/crema.py.
+Read in the data sets and evaluation scripts of the four repositories that the rows name.
 """
 
 from dataclasses import dataclass, field, replace

@@ -30,6 +30,7 @@ from crab_min.tools.released.patterns import DROPPED, compile_pattern
 UNREADABLE = (
     SafetensorError,
     pickle.UnpicklingError,
+    OSError,
     EOFError,
     RuntimeError,
     ValueError,

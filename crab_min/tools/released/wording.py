@@ -21,7 +21,7 @@ from pathlib import Path
 from crab_min.errors import DataError
 from crab_min.interface import PromptLayout, check_prompts
 from crab_min.tasks import TASKS
-from crab_min.tools.released.layouts import RELEASED
+from crab_min.tools.released.layouts import released_form
 
 # variables and fields of the authors' loaders -> our placeholders
 PLACEHOLDERS = {
@@ -67,7 +67,7 @@ def read_wording(paper: str, path: str) -> Wording:
             raise DataError(f"{path}: not a file of wording ({error})") from None
         return wording
 
-    repository = RELEASED[paper].repository
+    repository = released_form(paper).repository
     read, names = REPOSITORIES[repository]
     wording = Wording()
     try:
@@ -87,8 +87,12 @@ def read_wording(paper: str, path: str) -> Wording:
 
 
 def missing_words(paper: str, prompts: dict[str, str]) -> str:
-    """Return a line that says which words are missing and where they are; "" for none."""
-    form = RELEASED[paper]
+    """Return a line that says which words are missing and where they are; "" for none.
+
+    Raises:
+        ModelError: no such paper.
+    """
+    form = released_form(paper)
     missing = [name for name in form.tasks if name not in prompts]
     if not missing:
         return ""
