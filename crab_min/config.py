@@ -278,6 +278,12 @@ class SideChannelConfig:
     compare_lora: bool = flag(
         False, "train LoRA alone first, and print both beside the frozen model"
     )
+    compare: str = flag(
+        "",
+        "train several runs and print one table: merge (a patch, or side tokens in the prompt)",
+    )
+    # how side tokens join the video: through a patch, or as tokens of the LM's prompt
+    merge: Literal["patch", "concat", "interleave"] = "patch"
     freeze_patch: str = flag(
         "", "comma-separated side channels whose patches come from --init-from and do not learn"
     )
@@ -321,10 +327,8 @@ class ModalityConfig:
         "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
     )
     gated: bool = True  # the fused tokens pass through their own sigmoid, as in the paper
-    compare: Literal["", "fusion", "order"] = flag(
-        "",
-        "train several runs and print one table: the designs of the fusion, or the orders of the "
-        "modalities",
+    compare: str = flag(
+        "", "train several runs and print one table: fusion (its designs), order (of modalities)"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former")
     modality_dropout: float = flag(

@@ -1,5 +1,6 @@
 """Side features as they are released: by shape, by folder, of several views; one patch frozen."""
 
+import copy
 import json
 import shutil
 
@@ -173,6 +174,44 @@ def test_a_row_may_name_a_list_of_views(clips, tmp_path):
     (sample,) = add_side_channels(clips[:1], ["view"])
     sides = [(p.kind, p.path) for p in sample.media if p.side]
     assert sides == [("view", "a.mp4"), ("view", "b.mp4")]
+
+
+# --- side tokens in the prompt, to compare the patch with -----------------------------------------
+@pytest.mark.parametrize("backbone", ["composed", "llava_onevision"])
+def test_side_tokens_stand_behind_the_video_or_behind_the_frame_of_their_time(
+    clips, tmp_path, backbone
+):
+    np.save(tmp_path / f"{name_of(clips[0])}.npy", np.random.rand(25, 3, 6).astype(np.float32))
+    (sample,) = add_side_channels(clips[:1], ["audio"], folders={"audio": str(tmp_path)})
+    base = load_model(BackboneConfig(backbone=backbone, weights="tiny-random"))
+    features = Features(base)([sample])
+    plain = base.collate([sample.parts], features)
+    (video,) = base.tokens(plain.media, [0])
+    for merge in ("concat", "interleave"):
+        model = copy.deepcopy(base)
+        model.add_side_channel("audio", 6, SideChannelConfig(merge=merge))
+        batch = model.collate([sample.parts], features)
+        assert batch.ids.shape[1] == plain.ids.shape[1] + 25 * 3
+        (tokens,) = model.tokens(batch.media, [0])
+        side = model.patches["audio"].out(features[0][1].features.float())  # (25, 3, D)
+        first = len(video) // 10  # tokens of a frame
+        if merge == "concat":
+            expected = torch.cat([video, side.flatten(0, 1)])
+        else:  # ten frames: the first five have three steps, the others two
+            frames = zip(video.split(first), side.tensor_split(10))
+            expected = torch.cat([torch.cat([frame, own.flatten(0, 1)]) for frame, own in frames])
+        torch.testing.assert_close(tokens, expected.to(tokens.dtype))
+        assert (
+            model.token_losses(model.collate([sample.parts], features, ["a dog"])).isfinite().all()
+        )
+    if backbone == "composed":
+        with pytest.raises(ModelError, match="goes with one side channel"):
+            model.add_side_channel("depth", 6, SideChannelConfig(merge="concat"))
+
+
+def test_an_unknown_comparison_is_one_line(capsys):
+    assert run_train("pave-tiny --compare everything") == 2
+    assert "--compare everything: choose from merge" in capsys.readouterr().err
 
 
 # --- rows doubled, one patch frozen ---------------------------------------------------------------

@@ -5,10 +5,11 @@ OUT-ARM. The same command continues: an arm that an earlier command finished is 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from crab_min.config import Settings, with_values
+from crab_min.errors import RunError
 from crab_min.recipes.common import types_of
 from crab_min.runs import processes
 from crab_min.runs.folder import difference, load_saved_run
@@ -33,6 +34,12 @@ def train_arms(
     if processes.rank() == 0:
         print(arm_table(numbers))
     return numbers
+
+
+def check_comparison(name: str, known: Iterable[str]) -> None:
+    """Raise RunError unless a comparison of this name is known."""
+    if name not in known:
+        raise RunError(f"--compare {name}: choose from {', '.join(known)}")
 
 
 def train_once(settings: Settings, name: str, train: Callable[[Settings, str], dict]) -> dict:

@@ -27,7 +27,7 @@ from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes import common
-from crab_min.recipes.arms import train_arms
+from crab_min.recipes.arms import check_comparison, train_arms
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
 from crab_min.side_channels import add_side_channels, count_missing, limit_media
@@ -41,6 +41,7 @@ def train(settings: CremaSettings, preset: str) -> dict:
     With --compare several runs; returns the metrics.json of the first.
     """
     if settings.crema.compare:
+        check_comparison(settings.crema.compare, ["fusion", "order"])
         numbers = train_arms(settings, preset, arms_of(settings), train)
         return next(iter(numbers.values()))
     settings = run_settings(settings)

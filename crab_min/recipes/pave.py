@@ -16,10 +16,19 @@ from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import common
-from crab_min.recipes.arms import train_once
+from crab_min.recipes.arms import check_comparison, train_arms, train_once
 from crab_min.runs import processes
 from crab_min.side_channels import add_side_channels, limit_media
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
+
+# name of a comparison -> title of a run -> the settings that it changes
+COMPARISONS = {
+    "merge": {
+        "patch": {"patch_merge": "patch"},
+        "concatenated": {"patch_merge": "concat"},
+        "interleaved": {"patch_merge": "interleave"},
+    }
+}
 
 
 def train(settings: PaveSettings, preset: str) -> dict:
@@ -28,9 +37,15 @@ def train(settings: PaveSettings, preset: str) -> dict:
     Returns:
         The numbers of its metrics.json.
     """
+    side = settings.patch.side
+    if settings.patch.compare:
+        check_comparison(settings.patch.compare, COMPARISONS)
+        shared = with_values(settings, compare="", compare_lora=False)
+        arms = COMPARISONS[settings.patch.compare]
+        return train_arms(shared, f"{preset}-{side}", arms, train_patch)["patch"]
     if settings.patch.compare_lora:
         return compare(settings, preset)
-    return train_patch(settings, f"{preset}-{settings.patch.side}")
+    return train_patch(settings, f"{preset}-{side}")
 
 
 def train_patch(settings: PaveSettings, name: str) -> dict:
