@@ -50,6 +50,11 @@ class DataConfig:
         "reasoning", "training target: reasoning followed by the label, or the label alone"
     )
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
+    features: str = flag(
+        "",
+        "NAME=FOLDER,...: the files of a side channel or modality, named like the clips (pave, "
+        "crema); tools.features writes such folders",
+    )
     frames: int = flag(0, "frames per video (0: as its task has it, mostly 10)")
     max_frames: int = flag(0, "frames per video at most (0: no limit)")
     max_audio_seconds: float = flag(
@@ -66,6 +71,20 @@ class DataConfig:
     )
     cache_features: bool = flag(True, "keep the features of the frozen encoders in memory")
     workers: int = flag(min(4, os.cpu_count() or 1), "processes that decode media")
+
+    def __post_init__(self):
+        for name, folder in self.feature_folders.items():
+            if not name or not folder:
+                raise RunError(f"--features {self.features}: give NAME=FOLDER, or several with ,")
+
+    @property
+    def feature_folders(self) -> dict[str, str]:
+        """Return the folders of `features` by side channel."""
+        folders = {}
+        for item in filter(None, self.features.split(",")):
+            name, _, folder = item.strip().partition("=")
+            folders[name] = folder
+        return folders
 
 
 @dataclass
@@ -232,10 +251,10 @@ class Settings:
 class StageConfig:
     """Crab's training stages."""
 
-    stage: Literal["visual", "audio", "unified", "masks"] = flag(
+    stage: Literal["visual", "audio", "unified", "masks-align", "masks"] = flag(
         "visual",
         "visual or audio (align that connector on captions), unified (all tasks), "
-        "masks (the mask decoder)",
+        "masks-align (the mask decoder on LVIS), masks (the mask decoder on all tasks with masks)",
     )
     text_steps: int = flag(0, "masks: the first steps, which learn the text of the answers alone")
 
@@ -267,12 +286,33 @@ class SideChannelConfig:
     compare_lora: bool = flag(
         False, "train LoRA alone first, and print both beside the frozen model"
     )
+    compare: str = flag(
+        "",
+        "train several runs and print one table: merge (a patch, or side tokens in the prompt)",
+    )
+    # how side tokens join the video: through a patch, or as tokens of the LM's prompt
+    merge: Literal["patch", "concat", "interleave"] = "patch"
+    freeze_patch: str = flag(
+        "", "comma-separated side channels whose patches come from --init-from and do not learn"
+    )
+    # training rows of MUSIC-AVQA whose type names the sound come twice, as released
+    double_audio_rows: bool = False
     # the channels that questions of the built-in world are about; "": those of `side`
     questions: str = ""
     width: int = 512
     layers: int = 2
     rope: bool = False  # rotary positions in time, row and column
     shared_kv: bool = False  # values through the key projection, as released
+
+    def __post_init__(self):
+        for name in self.frozen:
+            if name not in self.channels:
+                raise RunError(f"--freeze-patch {name}: not among --side {self.side}")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Return the names of `freeze_patch`."""
+        return [name.strip() for name in self.freeze_patch.split(",") if name.strip()]
 
     @property
     def channels(self) -> list[str]:
@@ -288,10 +328,15 @@ class ModalityConfig:
     modalities: str = flag(
         "rgb,audio",
         "comma-separated, rgb first: rgb, audio, flow, depth, normals, thermal, touch, points, or "
-        'a name that rows have under "sides" or that encoders.register names',
+        'a name that rows have under "sides" or that encoders.register names; without rgb they are '
+        "trained with no video, as on captions",
     )
     fusion: Literal["concat", "add", "none"] = flag(
         "concat", "fused tokens behind the video's, or added to them; none: all tokens, not fused"
+    )
+    gated: bool = True  # the fused tokens pass through their own sigmoid, as in the paper
+    compare: str = flag(
+        "", "train several runs and print one table: fusion (its designs), order (of modalities)"
     )
     modality_rank: int = flag(64, "rank of a modality's adapter in the Q-Former", least=1)
     modality_dropout: float = flag(
@@ -306,9 +351,12 @@ class ModalityConfig:
 
     def __post_init__(self):
         names = self.names
-        if self.fusion == "none" and len(names) == 1:
-            return
-        if names[0] != "rgb" or len(set(names)) < len(names) or not all(names):
+        if not self.has_video and self.fusion != "none":
+            raise RunError(
+                f"--modalities {self.modalities}: name rgb, the video, first; without it give "
+                "--fusion none"
+            )
+        if "rgb" in names[1:] or len(set(names)) < len(names) or not all(names):
             raise RunError(
                 f"--modalities {self.modalities}: name rgb, the video, first, and each other "
                 "modality once; one alone goes with --fusion none"
@@ -318,6 +366,11 @@ class ModalityConfig:
     def names(self) -> list[str]:
         """Return the names of `modalities`, rgb first."""
         return [name.strip() for name in self.modalities.split(",")]
+
+    @property
+    def has_video(self) -> bool:
+        """Tell whether there is a video, which the other modalities stand beside."""
+        return self.names[0] == "rgb"
 
 
 @dataclass
@@ -444,6 +497,7 @@ class AnswerConfig:
     )
     side: list = flag(None, "PAVE, CREMA: a side channel, NAME or NAME=FILE; none: the video alone")
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
+    features: str = flag("", "NAME=FOLDER,...: files of side channels, in place of the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
     beams: int = flag(
         0, "beams of the search for an answer (default: 1; of released CREMA 5, as its authors)"

@@ -232,12 +232,13 @@ class SelfGatedFusion(nn.Module):
     Args:
         names: the modalities that are fused; the columns of the linear follow their order.
         width: D.
+        gated: False leaves out the gate, for comparison: Z = F.
 
     Raises:
         ModelError: no names, or one of them twice.
     """
 
-    def __init__(self, names: list[str], width: int):
+    def __init__(self, names: list[str], width: int, gated: bool = True):
         super().__init__()
         if not names or len(set(names)) < len(names):
             raise ModelError(
@@ -245,6 +246,7 @@ class SelfGatedFusion(nn.Module):
                 f"each once"
             )
         self.names = list(names)
+        self.gated = gated
         self.linear = nn.Linear(len(names) * width, width)
 
     def forward(self, sides: dict[str, Tensor]) -> Tensor:
@@ -265,7 +267,7 @@ class SelfGatedFusion(nn.Module):
         tokens = [sides.get(name, zeros) for name in self.names]  # Z_1 .. Z_M-1
         # the gate is a sigmoid of the fused tokens themselves
         fused = self.linear(torch.cat(tokens, -1))  # F = W [Z_1; ...; Z_M-1] + b
-        return F.silu(fused)  # sigmoid(F) * F
+        return F.silu(fused) if self.gated else fused  # sigmoid(F) * F
 
     def check(self, sides: dict[str, Tensor]) -> None:
         """Raise ModelError unless all names are known and all tokens are of one shape."""

@@ -29,7 +29,7 @@ from crab_min.interface import (
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import loader_options
-from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
+from crab_min.sources.av_uie import draw_polygons, mask_classes, mask_objects, mask_path, read_mask
 from crab_min.sources.own import (
     conversation_parts,
     is_own,
@@ -208,7 +208,10 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
     """
     if not sample.mask:
         return None
-    mask = read_mask(Path(sample.mask))
+    if "polygons" in sample.row:
+        mask = draw_polygons(sample.row["polygons"], sample.row["image_size"])
+    else:
+        mask = read_mask(Path(sample.mask))
     if sample.task.mask_head == "classes":
         mask = mask_classes(mask)
     else:
@@ -424,7 +427,7 @@ def clip_window(part: PromptPart) -> tuple[float, float] | None:
     if not part.start and not part.end:
         return None
     seconds = media_seconds(part.path)
-    return part.start, min(part.end or seconds, seconds)
+    return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:

@@ -18,7 +18,7 @@ out, because a box on the 224 x 224 grid must mean the whole frame.
 Shapes: B clips, T time steps, S tokens per step, D width, N samples of sound.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,21 @@ class MediaFeatures:
     def side_tokens(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Return the side channels as pairs: features (U, S, W), mask (U, S) or None."""
         return {name: (side.features, side.mask) for name, side in self.sides.items()}
+
+
+def interleave_views(name: str, views: list[MediaFeatures]) -> MediaFeatures:
+    """Make one side channel of several views (U, S, W): all views of a step, then the next step.
+
+    Raises:
+        ModelError: views of different shapes.
+    """
+    if len(views) == 1:
+        return views[0]
+    shapes = sorted({tuple(view.features.shape) for view in views})
+    if len(shapes) > 1:
+        raise ModelError(f"side channel {name}: views of different shapes, {shapes}")
+    features = torch.stack([view.features for view in views], 1).flatten(0, 1)  # (U views, S, W)
+    return replace(views[0], features=features, mask=None)
 
 
 # --- frames ---------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Features:
         cache: part -> its features; without `keep`, of the present batch alone.
         unreadable: part -> the reason.
         announced: files that `prepare` has been asked for so far.
+        first_of: side channel -> width and path of its first features.
     """
 
     model: AVLanguageModel
@@ -55,6 +56,7 @@ class Features:
     cache: dict[PromptPart, MediaFeatures] = field(default_factory=dict)
     unreadable: dict[PromptPart, str] = field(default_factory=dict)
     announced: int = 0
+    first_of: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
         """Return the samples whose media can be read.
@@ -169,11 +171,14 @@ class Features:
     def add(
         self, loaded: list[LoadedMedia], features: dict[PromptPart, MediaFeatures], strict: bool
     ) -> None:
-        """Put features into the cache; note the files that could not be read."""
-        self.cache.update(features)
+        """Put features into the cache; note the files that cannot be used."""
         for medium in loaded:
-            if medium.error:
-                self.skip(medium.part, medium.error, strict)
+            part = medium.part
+            error = medium.error or self.width_error(part, features[part])
+            if error:
+                self.skip(part, error, strict)
+            else:
+                self.cache[part] = features[part]
 
     def encode(self, loaded: list[LoadedMedia]) -> dict[PromptPart, MediaFeatures]:
         """Encode decoded media; those of one kind and shape are one call."""
@@ -195,6 +200,19 @@ class Features:
                 features.scales = [scale.half() for scale in features.scales]
                 encoded[medium.part] = features
         return encoded
+
+    def width_error(self, part: PromptPart, features: MediaFeatures) -> str:
+        """Say that features of a side channel are of another width than those before; or ""."""
+        if not part.side:
+            return ""
+        width = features.features.shape[-1]
+        first_width, first_path = self.first_of.setdefault(part.side, (width, part.path))
+        if width == first_width:
+            return ""
+        return (
+            f"{part.path}: side channel {part.side} {width} wide, in {first_path} {first_width}; "
+            "give files of one encoder"
+        )
 
     def encode_group(self, kind: str, own: str, media: list[LoadedMedia]) -> list[MediaFeatures]:
         """Encode media of one kind and shape.

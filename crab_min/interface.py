@@ -222,8 +222,10 @@ def media_part(task: Task, medium: Medium, row: dict, root: str, window: str = "
     value = task.read_field(row, medium.fields, f"the path of the {medium.kind} file")
     # A path may leave the folder of its task: "../../ave/video/x.mp4".
     path = os.path.normpath(os.path.join(root, task.name, medium.subfolder, str(value)))
+    # Rows of some benchmarks ask about a part of a clip.
+    start, end = row.get("clip_seconds", (0.0, 0.0))
     if medium.kind != "audio":
-        return PromptPart(medium.kind, path=path, frames=task.frames)
+        return PromptPart(medium.kind, path=path, frames=task.frames, start=start, end=end)
     # Rows of AV-UIE v1 name a window of their own: Crab uses more of some sounds than Crab+.
     window = window or row.get("window", task.audio)
     return PromptPart("audio", path=path, window=window, index=frame_index(task, row, window))
@@ -320,7 +322,8 @@ def load_prompts(path: str) -> dict[str, str]:
 
 # --- frames and audio windows ---------------------------------------------------------------------
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-PARTS = {"tenths": 10, "tenth": 10, "fifths": 5, "fifth": 5, "spread": 10}  # equal parts of a sound
+# equal parts of a sound
+PARTS = {"whole": 1, "tenths": 10, "tenth": 10, "fifths": 5, "fifth": 5, "spread": 10}
 ONE_PART = {"tenth", "fifth"}  # only the part that goes with the frame in the prompt
 
 
@@ -328,6 +331,7 @@ def audio_windows(name: str, seconds: float, index: int = 0) -> list[tuple[float
     """Return the pieces of a sound that a task uses, as (start, end) in seconds.
 
         name             pieces                                                    e.g. task
+        whole            the whole sound                                           tools.features
         tenths, fifths   the whole sound, in 10 or 5 equal parts                   ave; arig
         tenth, fifth     one of these parts                                        ref_avs; s4
         first4           the first four seconds, one by one                        meld

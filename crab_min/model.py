@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from crab_min import trained_parts
 from crab_min.config import AdapterConfig
 from crab_min.devices import bf16_autocast
-from crab_min.encoders import MediaFeatures
+from crab_min.encoders import MediaFeatures, interleave_views
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.interface import PromptLayout, PromptPart
@@ -240,16 +240,22 @@ class AVLanguageModel(nn.Module):
     ) -> tuple[list[PromptPart], list[MediaFeatures]]:
         """Return the parts and the media of a prompt as the LM is shown them.
 
-        Each side channel is taken out and attached to the video before it.
+        Each side channel is taken out and attached to the video before it; of several parts with
+        one name the steps are interleaved.
         """
         media_parts = [part for part in parts if part.kind != "text"]
         in_prompt: list[MediaFeatures] = []
+        views: list[dict[str, list[MediaFeatures]]] = []  # of each medium, by side channel
         for part, features in zip(media_parts, media):
             if part.side:
-                sides = {**in_prompt[-1].sides, part.side: features}
-                in_prompt[-1] = replace(in_prompt[-1], sides=sides)
+                views[-1].setdefault(part.side, []).append(features)
             else:
                 in_prompt.append(features)
+                views.append({})
+        for i, by_name in enumerate(views):
+            if by_name:
+                sides = {name: interleave_views(name, own) for name, own in by_name.items()}
+                in_prompt[i] = replace(in_prompt[i], sides=sides)
         return [part for part in parts if not part.side], in_prompt
 
     def prompt_length(self, parts: list[PromptPart], media: list[MediaFeatures]) -> int:
@@ -394,6 +400,13 @@ class AVLanguageModel(nn.Module):
             ModelError: a backbone that reads none, or a name that it cannot have.
         """
         raise ModelError(f"side channel {name}: this backbone reads none")
+
+    def lengths_by_join(self, medium: MediaFeatures) -> dict[str, int]:
+        """Return the prompt tokens of a video by how its side channels are joined, for --plan.
+
+        It is empty for a model that joins them in one way alone.
+        """
+        return {}
 
     def load_patch(self, file: Path | str) -> None:
         """Add the patch of a side channel from a file of a run (PAVE).

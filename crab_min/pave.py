@@ -51,6 +51,7 @@ class PatchConfig:
     layers: int = 2
     shared_kv: bool = False  # values through the key projection, as released
     rope: bool = False  # rotary positions, as in the released patch for video of the 0.5B model
+    merge: str = "patch"  # or "concat", "interleave": see SideTokens
 
 
 class Block(nn.Module):
@@ -157,6 +158,45 @@ class Patch(nn.Module):
         for block in self.blocks:
             x = block(x, keys, key_valid, angles)
         return self.norm(self.out(x)).unflatten(0, (batch, frames))  # (B, T, Q, D)
+
+
+class SideTokens(nn.Module):
+    """Side tokens in the LM's prompt itself, to compare the patch with.
+
+    They are projected to the LM's width, and stand behind the video ("concat") or behind the frame
+    of their time ("interleave"). The released code has both and uses neither.
+    """
+
+    def __init__(self, config: PatchConfig):
+        super().__init__()
+        self.config = config
+        self.out = nn.Linear(config.side, config.out)
+
+    def forward(self, video: Tensor, side: Tensor, valid: Tensor | None) -> Tensor:
+        """Join side tokens to those of a video.
+
+        Args:
+            video: tokens for the LM (T, Q, D).
+            side: (U, S, W).
+            valid: (U, S), True for a token, False for padding; None: all are.
+
+        Returns:
+            (T Q + real side tokens, D).
+        """
+        side = self.out(side.float()).to(video.dtype)  # (U, S, D)
+        if valid is None:
+            valid = torch.ones(side.shape[:2], dtype=torch.bool, device=side.device)
+        if self.config.merge == "concat":
+            return torch.cat([video.flatten(0, 1), side[valid]])
+        joined = []
+        for frame, steps in zip(video, partition_steps(len(side), len(video))):
+            joined += [frame, side[steps][valid[steps]]]
+        return torch.cat(joined)
+
+
+def make_patch(config: PatchConfig) -> nn.Module:
+    """Make what joins a side channel to the video."""
+    return Patch(config) if config.merge == "patch" else SideTokens(config)
 
 
 # --- N(k): which side tokens belong to which frame ------------------------------------------------
@@ -311,7 +351,8 @@ class Patches(nn.ModuleDict):
         groups = defaultdict(list)
         for i, (video, side) in enumerate(zip(videos, sides)):
             for name in side.keys() & self.keys():
-                groups[name, video.shape[:2]].append(i)
+                if self[name].config.merge == "patch":
+                    groups[name, video.shape[:2]].append(i)
 
         patched = list(tokens)
         for (name, _), chosen in sorted(groups.items()):
@@ -323,6 +364,34 @@ class Patches(nn.ModuleDict):
             for i, update in zip(chosen, patch(video, side, steps, valid)):
                 patched[i] = patched[i] + update  # z' = z + g(v, s)
         return patched
+
+    def join_tokens(self, video: Tensor, sides: dict[str, tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Return the tokens of a video (T, Q, D) for the prompt, and of its side channels.
+
+        Those of a patch are in the video's tokens already. Returns (tokens, D).
+
+        Raises:
+            ModelError: features of another shape or width.
+        """
+        joined = video.flatten(0, 1)
+        for name in self.in_prompt(sides):
+            check_side_channel(name, [sides[name]], self[name].config.side)
+            features, mask = sides[name]
+            mask = None if mask is None else mask.to(video.device)
+            joined = self[name](video, features.to(video.device), mask)
+        return joined
+
+    def count_tokens(self, sides: dict[str, tuple[Tensor, Tensor | None]]) -> int:
+        """Return the number of side tokens in the prompt of a video."""
+        count = 0
+        for name in self.in_prompt(sides):
+            features, mask = sides[name]
+            count += features.shape[:2].numel() if mask is None else int(mask.sum())
+        return count
+
+    def in_prompt(self, sides: dict) -> list[str]:
+        """Return the side channel of a video that has tokens in the prompt: none or one."""
+        return [name for name in self if name in sides and self[name].config.merge != "patch"][:1]
 
 
 def check_side_channel(name: str, channel: list[tuple], width: int) -> None:

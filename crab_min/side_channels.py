@@ -16,34 +16,61 @@ from crab_min.data import Sample
 from crab_min.encoders import ENCODERS
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
-from crab_min.media.arrays import POINTS
+from crab_min.media.arrays import POINTS, SUFFIXES
+from crab_min.media.kinds import media_kind
 from crab_min.tasks import Task
 
 AUDIO_MARKER = re.compile(r"\s*audio( one| two)?: ")  # what build_prompt writes before a sound
+MARKER = re.compile(r"\s*(video|audio|image)( one| two)?: ")  # and before any medium
 VISUAL = ("video", "view", "flow", "array")  # kinds that have a number of frames
 
 
-def add_side_channels(samples: list[Sample], names: list[str], needed: bool = True) -> list[Sample]:
+def add_side_channels(
+    samples: list[Sample],
+    names: list[str],
+    needed: bool = True,
+    folders: dict[str, str] | None = None,
+    with_video: bool = True,
+) -> list[Sample]:
     """Put the prompts of samples into the form of PAVE and CREMA.
 
     Args:
         names: side channels to put behind the video or image; without any, the sound is only
             removed.
         needed: every sample must have at least one of them.
+        folders: of side channels whose files are named like the clips (--features).
+        with_video: False takes the video out; the side channels stand at the start of the prompt.
 
     Raises:
-        DataError: a sample has several videos or sounds, or none of the needed side channels.
+        DataError: a sample has several videos or sounds, or none of the needed side channels; no
+            such folder.
     """
-    return [add_to_prompt(sample, names, needed) for sample in samples]
+    chosen = {name: folder for name, folder in (folders or {}).items() if name in names}
+    for name, folder in chosen.items():
+        if not Path(folder).is_dir():
+            raise DataError(f"--features {name}={folder}: no such folder")
+    return [add_to_prompt(sample, names, needed, chosen, with_video) for sample in samples]
 
 
-def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
+def add_to_prompt(
+    sample: Sample, names: list[str], needed: bool, folders: dict[str, str], with_video: bool
+) -> Sample:
     """Put the prompt of one sample into the form of PAVE and CREMA."""
     # the side channels that the sample has
     sounds = [part for part in sample.media if part.kind == "audio"]
     pictures = [part for part in sample.media if part.kind in ("video", "image")]
     files = side_files(sample, pictures, sounds)
-    sides = [side_part(name, files[name], pictures, sounds) for name in names if name in files]
+    for medium in [*pictures, *sounds][:1]:
+        clip = sample.row.get("clip_name") or clip_name(medium.path)
+        files |= {name: feature_file(folder, clip) for name, folder in folders.items()}
+    sides = []
+    for name in names:
+        views = view_files(files[name]) if name in files else []
+        sides += [side_part(name, file, pictures, sounds) for file in views]
+    if not with_video and sides:
+        texts = [part for part in sample.parts if part.kind == "text"]
+        texts = [part for part in texts if not MARKER.fullmatch(part.text)]
+        return replace(sample, parts=[*sides, *texts])
     if names and (len(pictures) != 1 or len(sounds) > 1 or (needed and not sides)):
         raise DataError(
             f"{sample.id}: {len(pictures)} videos or images, {len(sounds)} sounds and the side "
@@ -60,35 +87,16 @@ def add_to_prompt(sample: Sample, names: list[str], needed: bool) -> Sample:
     return replace(sample, parts=parts)
 
 
-def show_alone(samples: list[Sample], name: str) -> list[Sample]:
-    """Put one side channel into the place of the video or image of each sample.
-
-    Raises:
-        DataError: a sample that does not have it.
-    """
-    alone = []
-    for sample in samples:
-        sounds = [part for part in sample.media if part.kind == "audio"]
-        pictures = [part for part in sample.media if part.kind in ("video", "image")]
-        files = side_files(sample, pictures, sounds)
-        if name not in files:
-            raise DataError(f"{sample.id}: no {name}, only {', '.join(files) or 'no side channel'}")
-        part = replace(side_part(name, files[name], pictures, sounds), side="")
-        texts = [part for part in without_sound(sample.parts) if part.kind == "text"]
-        alone.append(replace(sample, parts=[part, *texts]))
-    return alone
-
-
 def side_files(
     sample: Sample, pictures: list[PromptPart], sounds: list[PromptPart]
-) -> dict[str, str]:
-    """Return the file of each side channel that a sample has, by name.
+) -> dict[str, str | list[str]]:
+    """Return the file of each side channel that a sample has, or its views, by name.
 
     A row names files under "sides". If it names none, "audio" is the sample's sound and "fast" its
     video. "flow" and the channels of registered encoders are made of the video, unless "sides"
     names a file for them.
     """
-    files: dict[str, str] = {}
+    files: dict[str, str | list[str]] = {}
     video = ""
     if pictures and pictures[0].kind == "video":
         video = pictures[0].path
@@ -96,7 +104,7 @@ def side_files(
 
     # files that the row names
     if sample.row.get("sides"):
-        return files | {name: str(path) for name, path in sample.row["sides"].items() if path}
+        return files | {name: path for name, path in sample.row["sides"].items() if path}
 
     # the sample's own media
     if sounds:
@@ -104,6 +112,41 @@ def side_files(
     if video:
         files["fast"] = video
     return files
+
+
+def feature_file(folder: str, clip: str) -> str:
+    """Return the file, or the folder of files, of a clip in a folder of --features.
+
+    Where there is none it is the path of a .npy, whose reading says that it is missing.
+    """
+    for suffix in ("", *SUFFIXES, ".mp4", ".wav"):
+        path = Path(folder, clip + suffix)
+        if path.exists():
+            return str(path)
+    return str(Path(folder, f"{clip}.npy"))
+
+
+def clip_name(path: str) -> str:
+    """Return the name of a clip: of its file without the ending, or of its folder of frames."""
+    return Path(path).name if Path(path).is_dir() else Path(path).stem
+
+
+def view_files(path: str | list[str]) -> list[str]:
+    """Return the files of a side channel: several for several views, as PAVE's exo cameras.
+
+    Args:
+        path: a file, a folder of pictures (one clip), a folder of feature files or videos (a view
+            each), or a list of files.
+    """
+    if isinstance(path, list):
+        return [str(file) for file in path]
+    if not Path(path).is_dir():
+        return [path]
+    files = sorted(Path(path).iterdir())
+    if any(media_kind(file) == "image" for file in files):
+        return [path]
+    views = [str(f) for f in files if f.suffix in SUFFIXES or media_kind(f) == "video"]
+    return views or [path]
 
 
 def without_sound(parts: list[PromptPart]) -> list[PromptPart]:

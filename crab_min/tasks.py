@@ -175,6 +175,9 @@ MASK_BOXES = (answers.read_boxes, "gold_boxes")
 # What the rows of a family have in common. Of emotions the first four seconds are heard.
 emotion = partial(Task, family="emotion", instruction="Which emotion does the person show?",
                   frames=4, audio="first4", set_metrics=("by_class",))
+multiple_choice = partial(Task, family="qa", v2=False, media=(VIDEO,),
+                          instruction="Question: {question} Options: {choices}",
+                          gold=(answers.read_option, "answer", "multi_choice"), types=("type",))
 captioning = partial(Task, family="captioning", form=TEXT, target="label_content",
                      metric="rouge_l", set_metrics=("cider",))
 
@@ -269,10 +272,10 @@ TASKS = {task.name: task for task in (
          mask_head="classes", metric="all_boxes"),
     # AudioCaps: captions of sounds, for pretraining.
     captioning(name="audiocaps", v2=False, media=(IMAGE_AUDIO,), instruction="Say what is heard."),
-    # LVIS: boxes of named objects in photographs, for pretraining.
+    # LVIS: boxes and masks of named objects in photographs, for pretraining.
     Task(name="lvis", family="segmentation", v2=False, media=(IMAGE,),
          instruction="Where is the {name}? Give its box.",
-         form=BOX, target="label_content", metric="first_box"),
+         form=BOX, target="label_content", mask_head="binary", metric="first_box"),
 
     # --- what PAVE and CREMA add --------------------------------------------------------------
     # AVSD: a dialogue about a video (PAVE).
@@ -283,7 +286,7 @@ TASKS = {task.name: task for task in (
     Task(name="scanqa", family="qa", v2=False, media=(VIDEO,),
          instruction="Answer in a few words: {question}",
          form=TEXT, target="answer", gold=(answers.read_texts, "answers"),
-         metric="exact_match", set_metrics=("refined",)),
+         metric="exact_match", set_metrics=("refined", "cider", "bleu_4", "rouge_l_coco")),
     # SQA3D: questions asked from a described place in a scanned room (PAVE, CREMA).
     Task(name="sqa3d", family="qa", v2=False, media=(VIDEO,),
          instruction="Answer in a few words: {situation} {question}",
@@ -293,5 +296,23 @@ TASKS = {task.name: task for task in (
     Task(name="nextqa", family="qa", v2=False, media=(VIDEO,),
          instruction="Question: {question} Options: {choices}",
          gold=(answers.read_option, "answer", "multi_choice"), types=("type",)),
+    # VideoMME, MVBench, MLVU: multiple choice about short, moving and long videos (PAVE).
+    multiple_choice(name="videomme", splits=("test",)),
+    multiple_choice(name="mvbench", splits=("test",)),
+    multiple_choice(name="mlvu", splits=("test",)),
+    # Touch-QA, Thermal-QA: what a hand feels, how warm it is (CREMA).
+    multiple_choice(name="touchqa", types=()),
+    multiple_choice(name="thermalqa", types=()),
+    # PerceptionTest: memory, physics, abstraction and semantics, three options (CREMA).
+    multiple_choice(name="perceptiontest", types=("area", "reasoning")),
+    # Ego-Exo4D: how well the person does it, seen from the head and from around (PAVE).
+    Task(name="egoexo", family="action", v2=False, media=(VIDEO,),
+         instruction="How well is it done: novice, early expert, intermediate expert or late "
+                     "expert?",
+         options=("novice", "early expert", "intermediate expert", "late expert"),
+         gold=(answers.read_label, "proficiency_score"), types=("scenario_name",)),
+    # VGGSound: 309 classes of sound; most likely the seventh task of CREMA.
+    Task(name="vggsound", family="action", v2=False, instruction="What makes the sound?",
+         gold=(answers.read_label, "label")),
 )}
 # fmt: on

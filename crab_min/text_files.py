@@ -78,8 +78,13 @@ def read_json(path: str | Path):
         raise DataError(f"{path}: broken JSON ({error}); repair or download it again") from None
 
 
-def read_csv(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_csv(
+    path: str | Path, columns: list[str] | None = None
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Read a table with a heading; commas, semicolons or tabs stand between its columns.
+
+    Args:
+        columns: names of the columns of a table without a heading.
 
     Returns:
         The names of the columns in lower case, and for each row the line on which it begins and its
@@ -93,7 +98,7 @@ def read_csv(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str
         lines[0] = "\n"
     heading = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=heading.count)
-    columns: list[str] = []
+    columns = list(columns or [])
     rows = []
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1  # on which the next row begins

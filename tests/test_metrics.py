@@ -269,6 +269,28 @@ def test_cider_by_hand():
     assert half == pytest.approx(10 * 0.5 / 4 / 2)
 
 
+def test_texts_with_several_right_answers_by_hand():
+    """BLEU-4, ROUGE-L and CIDEr as pycocoevalcap defines them, all right answers as references."""
+    golds = [texts("a dog barks at the red door", "the dog barks"), texts("no")]
+    predictions = [Answer(text="the dog barks at the red door"), Answer(text="no")]
+    numbers = score(TASKS["scanqa"], predictions, golds)["all"]
+    # n-grams that a reference has: 6 + 1 of 7 + 1 words ("the" once), all pairs, all triples, and
+    # of the four groups of four words all but the first
+    assert numbers["bleu_4_own_words"] == pytest.approx((7 / 8 * 3 / 4) ** (1 / 4))
+    # precision 6/7 by the first reference, recall 1 by the second
+    precision, recall = 6 / 7, 1.0
+    f = (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
+    assert numbers["rouge_l_coco_own_words"] == pytest.approx((f + 1) / 2)
+    # a reference that is the prediction itself counts half, the other one does not lower it twice
+    same = score(TASKS["scanqa"], [golds[0], golds[1]], golds)["all"]["cider_own_words"]
+    alone = [texts(gold.text) for gold in golds]
+    assert 0 < same < score(TASKS["scanqa"], alone, alone)["all"]["cider_own_words"]
+
+    wrong = [Answer(text="x y", error="no text"), Answer(text="yes")]
+    numbers = score(TASKS["scanqa"], wrong, golds)["all"]
+    assert numbers["bleu_4_own_words"] == numbers["cider_own_words"] == 0
+
+
 def test_an_answer_in_a_dialogue_is_scored_like_a_caption():
     """ "he runs" for "he sleeps": 1 of 2 words, 0 of 1 pairs. "she runs" is right."""
     predictions = [Answer(text="He runs."), Answer(text="she runs")]
@@ -309,7 +331,7 @@ def test_a_scene_answer_is_right_if_it_equals_any_gold_and_refined_if_one_is_par
     prediction, strict, refined
 ):
     result = score(TASKS["scanqa"], [prediction], [texts("brown chair", "the chair")])
-    assert result["metric"] == strict and result["all"] == {"refined": refined}
+    assert result["metric"] == strict and result["all"]["refined"] == refined
 
 
 def test_an_empty_answer_never_matches_exactly():

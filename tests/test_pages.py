@@ -19,7 +19,7 @@ from crab_min.cli import COMMANDS, REMOVED, RENAMED_INFER, flags_of, parse_train
 from crab_min.config import INFER, RECIPES, RENAMED, groups_of
 from crab_min.recipes.presets import PRESETS
 from crab_min.tasks import TASKS
-from crab_min.tools import check, convert, fetch, heads
+from crab_min.tools import check, convert, features, fetch, heads
 from crab_min.tools.reason import __main__ as reason
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_pictures_are_small_have_a_text_and_are_shown():
 
 def test_pages_docstrings_and_helps_name_flags_that_exist():
     known = {*train_flags(), *flags_of(INFER), *COMMANDS, "fit", *NO_FLAGS}
-    for tool in (check, convert, fetch, heads, reason):
+    for tool in (check, convert, features, fetch, heads, reason):
         known |= {option[2:] for option in tool.make_parser()._option_string_actions}
     unknown = []
     for place, text in all_texts():
@@ -174,7 +174,7 @@ def test_docs_data_has_every_task_with_its_metric():
     for name, task in TASKS.items():
         cells = rows[name].split(" | ")
         assert cells[4].split(", ") == [task.metric, *task.set_metrics], name
-        assert cells[5] == ("both" if "test" in task.splits else "train only"), name
+        assert cells[5] == ("both" if len(task.splits) == 2 else f"{task.splits[0]} only"), name
         kinds = [medium.kind for medium in task.media]
         frames = f" ({task.frames})" if "video" in kinds else ""
         assert cells[1] == " ".join(kinds) + frames, name
@@ -230,14 +230,8 @@ def test_every_command_of_a_page_has_flags_that_exist_and_values_that_fit_togeth
         elif "infer.py" in command:
             infer.parse_infer(after(command, "infer.py"))
         elif "-m" in command:
-            tools = {
-                "check": check,
-                "convert": convert,
-                "fetch": fetch,
-                "heads": heads,
-                "reason": reason,
-            }
-            tool = tools[command[2].removeprefix("crab_min.tools.")]
+            tools = {tool.__name__: tool for tool in (check, convert, features, fetch, heads)}
+            tool = tools.get(command[2], reason)  # a package with a __main__
             tool.make_parser().parse_args(command[3:])
         else:
             assert (ROOT / command[1]).exists()

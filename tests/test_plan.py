@@ -1,6 +1,7 @@
 """The plan counts the run's own model, and its memory is what training and evaluation keep."""
 
 import importlib
+import re
 from functools import cache
 
 import pytest
@@ -247,3 +248,16 @@ def test_a_patch_costs_a_thousandth_of_its_base(preset, patch, lora, tflops, sha
     assert result.parts[ADAPTER].trained == lora
     assert operations / 1e12 == pytest.approx(tflops, rel=0.02)
     assert operations / result.base_operations == pytest.approx(share, abs=5e-5)
+
+
+def test_the_lm_reads_as_much_with_more_modalities_if_they_are_fused(capsys):
+    """Fused tokens do not grow with the modalities; those that are not fused do (CREMA)."""
+    counted = {}
+    for names in ("rgb,audio", "rgb,audio,flow,depth"):
+        assert train.main(f"crema-tiny --plan --modalities {names}".split()) == 0
+        printed = capsys.readouterr().out
+        lines = re.findall(r"modalities (fused|not fused): ([\d.]+) TFLOPs", printed)
+        counted[names] = {join: float(operations) for join, operations in lines}
+    few, more = counted.values()
+    assert few["fused"] == more["fused"] < more["not fused"]
+    assert few["not fused"] < more["not fused"]

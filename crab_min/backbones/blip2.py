@@ -91,9 +91,11 @@ class CremaModel(AVLanguageModel):
         self.number = number
         self.frame_size = vision.size
 
+        self.has_video = True  # False while modalities are trained without one
         # how modalities are fused
         self.fusion: SelfGatedFusion | None = None  # there is none before the first side modality
         self.fusion_mode = "concat"
+        self.gated = True
         self.unfused_names: list[str] = []  # "none": the side modalities, in their order
         self.aligned = True
         # how they are trained, and which of them are read without their adapters (zero-shot)
@@ -111,6 +113,22 @@ class CremaModel(AVLanguageModel):
     encode = ComposedModel.encode
 
     # --- prompts
+    def arrange(
+        self, parts: list[PromptPart], media: list[MediaFeatures]
+    ) -> tuple[list[PromptPart], list[MediaFeatures]]:
+        """Return parts and media as the LM is shown them: without a video the modalities alone."""
+        kinds = {part.kind for part in parts if not part.side}
+        if kinds != {"text"}:
+            return super().arrange(parts, media)
+        sides = iter(media)
+        shown_parts, shown_media = [], []
+        for part in parts:
+            if part.side:
+                shown_media.append(replace(next(sides), kind=part.side))
+                part = replace(part, kind=part.side)
+            shown_parts.append(part)
+        return shown_parts, shown_media
+
     @property
     def appends_fused(self) -> bool:
         """Tell whether fused tokens have places of their own behind the video's."""
@@ -146,28 +164,40 @@ class CremaModel(AVLanguageModel):
             ids += queries * frames
         return ids
 
+    def lengths_by_join(self, medium: MediaFeatures) -> dict[str, int]:
+        """Return the prompt tokens of a video with its modalities fused, and not fused."""
+        if self.fusion is None:
+            return {}
+        unfused = 0
+        for step in steps_of(medium, self.side_names, self.frame_prefix):
+            unfused += len(self.encode_text(step.words)) + self.multimodal.config.queries
+        return {"fused": len(self.placeholder_ids(medium)), "not fused": unfused}
+
     def collate(
         self,
         prompts: list[list[PromptPart]],
         media: list[list[MediaFeatures]],
         targets: list[str] | None = None,
     ) -> Batch:
+        if self.training and self.modality_dropout and self.has_video:
+            kept = [self.drop_modalities(*sample) for sample in zip(prompts, media)]
+            prompts, media = map(list, zip(*kept))
         # an LM with an encoder has its answers apart from the prompt, padded on the right
         batch = super().collate(prompts, media, None if self.is_encoder_decoder else targets)
         if self.is_encoder_decoder and targets:
             answers = [torch.tensor(self.answer_ids(text), device=self.device) for text in targets]
             batch.labels = pad_sequence(answers, batch_first=True, padding_value=NO_LABEL)
-        if self.training and self.modality_dropout:
-            batch.media = [self.drop_modalities(medium) for medium in batch.media]
         return batch
 
-    def drop_modalities(self, medium: MediaFeatures) -> MediaFeatures:
-        """Return a video without a random share of its side modalities."""
-        kept = {}
-        for name, side in medium.sides.items():
-            if torch.rand(()) >= self.modality_dropout:
-                kept[name] = side
-        return replace(medium, sides=kept)
+    def drop_modalities(
+        self, parts: list[PromptPart], media: list[MediaFeatures]
+    ) -> tuple[list[PromptPart], list[MediaFeatures]]:
+        """Return a prompt and its media without a random share of the side modalities."""
+        names = dict.fromkeys(part.side for part in parts if part.side)
+        dropped = {name for name in names if torch.rand(()) < self.modality_dropout}
+        media_parts = [part for part in parts if part.kind != "text"]
+        kept = [own for part, own in zip(media_parts, media) if part.side not in dropped]
+        return [part for part in parts if part.side not in dropped], kept
 
     def token_losses(self, batch: Batch) -> Tensor:
         if not self.is_encoder_decoder:
@@ -264,10 +294,12 @@ class CremaModel(AVLanguageModel):
         return self.fusion.names if self.fusion is not None else []
 
     def choose_modalities(self, config: ModalityConfig) -> None:
-        """Take how modalities are joined; without rgb the one there is stands in the prompt."""
+        """Take how modalities are joined; without rgb they stand in the prompt by themselves."""
         self.fusion_mode = config.fusion
+        self.gated = config.gated
         self.unfused_names = [name for name in config.names if name != "rgb"]
-        if "rgb" not in config.names:
+        self.has_video = config.has_video
+        if not self.has_video:
             self.media_tokens |= dict.fromkeys(self.unfused_names, self.media_tokens["video"])
 
     def configure(self, config: ModalityConfig) -> None:
@@ -301,7 +333,7 @@ class CremaModel(AVLanguageModel):
         Columns of new modalities are zero, so that they change nothing at first.
         """
         d = self.multimodal.config.width_out  # a modality has d columns
-        old, self.fusion = self.fusion, SelfGatedFusion(names, d).to(self.device)
+        old, self.fusion = self.fusion, SelfGatedFusion(names, d, self.gated).to(self.device)
         new = self.fusion.linear
         nn.init.zeros_(new.weight)
         nn.init.zeros_(new.bias)
@@ -364,12 +396,17 @@ class CremaModel(AVLanguageModel):
 
     def set_trainable(self, parts: list[str]) -> None:
         super().set_trainable(parts)
-        self.set_active_modalities(["rgb", *self.side_names])
+        self.set_active_modalities(self.trained_modalities)
+
+    @property
+    def trained_modalities(self) -> list[str]:
+        """Return the modalities that a run trains, rgb among them if it has a video."""
+        return ["rgb", *self.side_names] if self.has_video else self.side_names
 
     # --- files
     def parts_to_save(self) -> list[str]:
         """Return all modalities and the fusion, and what else learns or was loaded."""
-        parts = [f"modality_{name}" for name in ["rgb", *self.side_names]]
+        parts = [f"modality_{name}" for name in self.trained_modalities]
         if self.fusion is not None:
             parts.append("fusion")
         # released weights bring a frozen Q-Former of their own

@@ -160,7 +160,8 @@ class ComposedModel(PatchedModel):
 
     def token_count(self, medium: MediaFeatures) -> int:
         connector = self.audio_qformer if medium.kind in AUDIO else self.visual_qformer
-        return len(medium.features) * connector.config.queries
+        own = len(medium.features) * connector.config.queries
+        return own + self.patches.count_tokens(medium.side_tokens())
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T * Q, D) of each medium."""
@@ -182,8 +183,10 @@ class ComposedModel(PatchedModel):
             # what the patches add to each medium
             sides = [medium.side_tokens() for medium in group]
             patched = self.patches.add_to(connected.split(lengths), queries.split(lengths), sides)
-            for i, medium_tokens in zip(positions, patched):
-                tokens[i] = medium_tokens.flatten(0, 1)  # (T * Q, D)
+            for i, medium_tokens, side in zip(positions, patched, sides):
+                tokens[i] = self.patches.join_tokens(
+                    medium_tokens, side
+                )  # (T * Q + side tokens, D)
         return tokens
 
     # --- what is trained

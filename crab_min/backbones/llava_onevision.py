@@ -96,18 +96,20 @@ class LlavaModel(PatchedModel):
         return queries, tokens.unflatten(0, (len(pixels), -1))
 
     def token_count(self, medium: MediaFeatures) -> int:
-        return len(medium.features) * self.grid_side * (self.grid_side + 1)
+        own = len(medium.features) * self.grid_side * (self.grid_side + 1)
+        return own + self.patches.count_tokens(medium.side_tokens())
 
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (T R (R + 1), D) of each medium, with what the patches add."""
         queries, tokens = zip(*[self.queries_and_tokens(medium.features) for medium in media])
         sides = [medium.side_tokens() for medium in media]
         with_newlines = []
-        for x in self.patches.add_to(tokens, queries, sides):
+        for x, side in zip(self.patches.add_to(tokens, queries, sides), sides):
             x = x.to(tokens[0].dtype)  # (T, R R, D)
             x = x.unflatten(1, (self.grid_side, self.grid_side))  # (T, R, R, D)
             newline = self.llava.image_newline.to(x.dtype).expand(*x.shape[:2], 1, -1)
-            with_newlines.append(torch.cat([x, newline], 2).flatten(0, 2))  # (T R (R + 1), D)
+            x = torch.cat([x, newline], 2).flatten(1, 2)  # (T, R (R + 1), D)
+            with_newlines.append(self.patches.join_tokens(x, side))
         return with_newlines
 
 

@@ -53,6 +53,8 @@ class OmniModel(PatchedModel):
     Frames are 224 x 224 pixels: 64 tokens per pair of frames; sound has 25 tokens per second.
     """
 
+    joins_tokens = False  # its positions are those of the video's own grid
+
     frame_size = 224
 
     def __init__(

@@ -9,7 +9,7 @@ from crab_min import trained_parts
 from crab_min.config import SideChannelConfig
 from crab_min.errors import ModelError
 from crab_min.model import AVLanguageModel
-from crab_min.pave import Patch, PatchConfig, Patches
+from crab_min.pave import PatchConfig, Patches, make_patch
 from crab_min.trained_parts import SavedPart
 
 
@@ -23,6 +23,8 @@ class PatchedModel(AVLanguageModel):
 
     patches: Patches
     patch_widths: tuple[int, int]
+    frozen_patches: list[str] = []  # those of a run that this one starts from (--freeze-patch)
+    joins_tokens = True  # side tokens can stand in its prompt
 
     @property
     def side_names(self) -> list[str]:
@@ -30,6 +32,10 @@ class PatchedModel(AVLanguageModel):
 
     def add_side_channel(self, name: str, width: int, settings: SideChannelConfig) -> None:
         """Add a new patch for the side channel `name`, of features `width` wide."""
+        if settings.merge != "patch" and not self.joins_tokens:
+            raise ModelError(f"merge {settings.merge}: this backbone takes patches alone")
+        if settings.merge != "patch" and self.patches:
+            raise ModelError(f"merge {settings.merge}: goes with one side channel")
         video_width, lm_width = self.patch_widths
         sizes = PatchConfig(
             video=video_width,
@@ -39,9 +45,11 @@ class PatchedModel(AVLanguageModel):
             layers=settings.layers,
             shared_kv=settings.shared_kv,
             rope=settings.rope,
+            merge=settings.merge,
         )
-        self.patches[name] = Patch(sizes)
+        self.patches[name] = make_patch(sizes)
         self.patches.to(self.device)
+        self.frozen_patches = settings.frozen
 
     def load_patch(self, file: Path | str) -> None:
         trained_parts.load_parts(self, [trained_parts.read_patch(Path(file))])
@@ -53,7 +61,14 @@ class PatchedModel(AVLanguageModel):
 
     def set_trainable(self, parts: list[str]) -> None:
         super().set_trainable(parts)
-        self.patches.requires_grad_(True)
+        for name in self.frozen_patches:
+            if f"patch_{name}" not in self.loaded_parts:
+                raise ModelError(
+                    f"--freeze-patch {name}: no such patch to start from; give --init-from a run "
+                    f"with --side {name}"
+                )
+        for name, patch in self.patches.items():
+            patch.requires_grad_(name not in self.frozen_patches)
 
     def part_config(self, name: str) -> dict:
         if name.startswith("patch_"):
@@ -76,5 +91,5 @@ class PatchedModel(AVLanguageModel):
             )
         name = part.name.removeprefix("patch_")
         if name not in self.patches or self.patches[name].config != config:
-            self.patches[name] = Patch(config)
+            self.patches[name] = make_patch(config)
             self.patches.to(self.device)

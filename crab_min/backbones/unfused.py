@@ -21,6 +21,7 @@ from crab_min.encoders import MediaFeatures
 # modalities with steps of their own -> the words before them behind a video
 STREAMS = {"audio": "", "points": "3D Model: "}
 ALONE = "Audio: "  # before a sound or points without a video
+VIDEO = ("video", "image")  # kinds of media; any other is a modality by itself
 
 
 @dataclass
@@ -33,12 +34,12 @@ class Step:
 
 
 def steps_of(medium: MediaFeatures, names: list[str], frame_prefix: str) -> list[Step]:
-    """Return the steps of a video with its side modalities, or of a sound or points alone.
+    """Return the steps of a video with its side modalities, or of a modality by itself.
 
     Args:
         names: the side modalities in the order of the prompt.
     """
-    if medium.kind in STREAMS:
+    if medium.kind not in VIDEO:
         return stream_steps(medium.kind, len(medium.features), ALONE)
     present = [name for name in names if name in medium.sides]
     steps = []
@@ -68,7 +69,7 @@ def unfused_tokens(model, media: list[MediaFeatures]) -> list[Tensor]:
     # each modality of all media in one call
     sources: dict[str, list[tuple[int, MediaFeatures]]] = {}
     for i, medium in enumerate(media):
-        own = medium.kind if medium.kind in STREAMS else "rgb"
+        own = "rgb" if medium.kind in VIDEO else medium.kind
         sources.setdefault(own, []).append((i, medium))
         for name in model.side_names:
             if name in medium.sides:

@@ -12,21 +12,20 @@
     exact_match  ScanQA, SQA3D: 1 where the canonical text is one of the gold texts
 
 A metric returns its main number under "metric", with other numbers that papers report. Numbers that
-need a whole set of answers, such as CIDEr, are in the table SETS. An answer that does not parse
-scores 0; it is counted, never dropped. The end of a span is exclusive. Clips may be longer than the
-10 seconds of AVE and LLP (canonical.clip_seconds). Scorers that differ, as the authors released
-them, are in released_metrics.py; the metrics of masks are in mask_metrics.py.
+need a whole set of answers, such as CIDEr, are in the table SETS; those of texts are in
+text_metrics.py. An answer that does not parse scores 0; it is counted, never dropped. The end of a
+span is exclusive. Clips may be longer than the 10 seconds of AVE and LLP (canonical.clip_seconds).
+Scorers that differ, as the authors released them, are in released_metrics.py; the metrics of masks
+are in mask_metrics.py.
 """
 
-import math
-import re
 from collections import Counter
 from statistics import fmean, median_low
 from typing import NamedTuple
 
 from crab_min.answers import EXISTS, Answer, Box, normalize_label
 from crab_min.errors import DataError
-from crab_min.evaluation import released_metrics
+from crab_min.evaluation import released_metrics, text_metrics
 from crab_min.evaluation.canonical import (
     canonical_choice,
     canonical_text,
@@ -34,6 +33,7 @@ from crab_min.evaluation.canonical import (
     label_per_second,
     seconds_by_class,
 )
+from crab_min.evaluation.text_metrics import common_words, words_of
 from crab_min.tasks import Task
 
 
@@ -298,22 +298,11 @@ def exists_box(prediction: Answer, gold: Answer) -> dict[str, float]:
 
 
 # --- texts ----------------------------------------------------------------------------------------
-def words_of(answer: Answer) -> list[str]:
-    """Return the words of a caption: runs of letters and digits, in lower case."""
-    return re.findall(r"\w+", answer.text.lower())
-
-
 def rouge_l(prediction: Answer, gold: Answer) -> dict[str, float]:
     """Return F1 of the longest common subsequence (LCS) of words."""
     predicted, expected = words_of(prediction), words_of(gold)
-    # lcs[j]: length of the LCS of the predicted words so far and expected[:j]
-    lcs = [0] * (len(expected) + 1)
-    for word in predicted:
-        previous, lcs = lcs, [0]
-        for j, other in enumerate(expected):
-            longest = previous[j] + 1 if word == other else max(previous[j + 1], lcs[j])
-            lcs.append(longest)
-    return {"metric": 2 * lcs[-1] / max(len(predicted) + len(expected), 1)}
+    common = common_words(predicted, expected)
+    return {"metric": 2 * common / max(len(predicted) + len(expected), 1)}
 
 
 def exact_match(prediction: Answer, gold: Answer) -> dict[str, float]:
@@ -321,50 +310,6 @@ def exact_match(prediction: Answer, gold: Answer) -> dict[str, float]:
     gold_texts = [canonical_text(text) for text in gold.choices or (gold.text,)]
     text = canonical_text(prediction.text)
     return {"metric": float(text != "" and text in gold_texts)}
-
-
-def cider(predictions: list[Answer], golds: list[Answer]) -> dict[str, float]:
-    """Return CIDEr-D (Vedantam et al. 2015) times 10, with one reference each.
-
-    CIDEr-D is the cosine of tf-idf vectors of n-grams, averaged over n = 1 to 4. The weight of a
-    predicted n-gram is clipped at its weight in the reference, and a Gaussian punishes differences
-    in length. The factor 10 is customary. Papers use a Java tokenizer, hence the key
-    `cider_own_words`: their numbers differ a little.
-    """
-    # In how many references each n-gram occurs
-    references = [ngrams(words_of(gold)) for gold in golds]
-    frequency: Counter = Counter()
-    for reference in references:
-        for counts in reference:
-            frequency.update(counts.keys())
-
-    def tf_idf(counts: Counter) -> dict[tuple, float]:
-        log_n = math.log(len(golds))
-        return {g: n * (log_n - math.log(max(1, frequency[g]))) for g, n in counts.items()}
-
-    scores = []
-    for prediction, reference in zip(predictions, references):
-        candidate = ngrams([] if prediction.error else words_of(prediction))
-        # The released CIDEr-D measures lengths in bigrams; sigma is 6
-        difference = candidate[1].total() - reference[1].total()
-        length_penalty = math.exp(-(difference**2) / (2 * 6**2))
-        cosines = 0.0
-        for candidate_counts, reference_counts in zip(candidate, reference):
-            x, y = tf_idf(candidate_counts), tf_idf(reference_counts)
-            norm = math.hypot(*x.values()) * math.hypot(*y.values())
-            product = sum(min(weight, y[g]) * y[g] for g, weight in x.items() if g in y)
-            cosines += length_penalty * product / norm if norm else 0.0
-        scores.append(10 * cosines / 4)
-    return {"cider_own_words": fmean(scores)}
-
-
-def ngrams(words: list[str]) -> list[Counter]:
-    """Count the n-grams of a text, for n = 1, 2, 3, 4."""
-    counts = []
-    for n in (1, 2, 3, 4):
-        shifted = [words[k:] for k in range(n)]
-        counts.append(Counter(zip(*shifted)))
-    return counts
 
 
 # --- a task ---------------------------------------------------------------------------------------
@@ -383,7 +328,9 @@ METRICS = {
 # Of a whole set: (predictions, golds) -> numbers
 SETS = {
     "by_class": by_class,
-    "cider": cider,
+    "bleu_4": text_metrics.bleu_4,
+    "cider": text_metrics.cider,
+    "rouge_l_coco": text_metrics.rouge_l_coco,
     "substring_released": released_metrics.substring_released,
 }
 # As released: (prediction, gold) -> right or wrong; the number is the share of right answers

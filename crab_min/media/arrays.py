@@ -7,6 +7,7 @@ Shapes: U steps in time, S tokens per step, W wide; N points.
 
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from safetensors.torch import load_file
 
 from crab_min.errors import MediaError
 from crab_min.media.kinds import replace_folder
+
+SUFFIXES = (".npy", ".pt", ".safetensors", ".npz")
+# Released features whose shape alone does not tell their steps (PAVE)
+LLAVA_3D_TOKENS = 24 * 24  # of a frame; a scene is one row of 32 frames, (1, 18432, 1024)
+LANGUAGEBIND_STEP = (5, 1024)  # a class token, then 2 x 2 tokens
 
 # 3D points as 3D-LLM releases them, for CREMA: two folders, with the features of a scene (N, W) in
 # the first and the coordinates (N, 3) of the same points in the second.
@@ -47,7 +53,7 @@ def read_array(path: str, frames: int, size: int) -> np.ndarray:
     array = load_array(path)
     if array.dtype == np.uint8:
         return spread_pictures(path, array, frames, size)
-    features = array.astype(np.float32)
+    features = released_steps(array.astype(np.float32))
     finite = bool((np.abs(features) <= HALF_MAX).all())
     if not 2 <= features.ndim <= 4 or not features.size or not finite:
         reason = "" if finite else " with values that are not finite in half precision"
@@ -58,6 +64,23 @@ def read_array(path: str, frames: int, size: int) -> np.ndarray:
     if features.ndim == 2:
         return features[:, None]  # (U, 1, W)
     return features.reshape(len(features), -1, features.shape[-1])  # (U, S, W)
+
+
+def released_steps(features: np.ndarray) -> np.ndarray:
+    """Bring features that PAVE releases into steps and tokens; others stay as they are.
+
+    LLaVA-3D's frames stand in one row of tokens, (1, T * 576, W). LanguageBind's steps begin with a
+    class token, which PAVE leaves out.
+
+    Args:
+        features: of any number of axes.
+    """
+    shape = features.shape
+    if len(shape) == 3 and shape[0] == 1 and shape[1] % LLAVA_3D_TOKENS == 0:
+        return features.reshape(-1, LLAVA_3D_TOKENS, shape[2])  # (T, 576, W)
+    if len(shape) == 3 and shape[1:] == LANGUAGEBIND_STEP:
+        return features[:, 1:]  # (U, 4, W)
+    return features
 
 
 def spread_pictures(path: str, pictures: np.ndarray, frames: int, size: int) -> np.ndarray:
@@ -81,6 +104,8 @@ def spread_pictures(path: str, pictures: np.ndarray, frames: int, size: int) -> 
 
 def load_array(path: str) -> np.ndarray:
     """Load the one array of a .npy, .pt or .safetensors file. Raises MediaError."""
+    if not Path(path).exists():
+        raise MediaError(f"{path}: no such file; python -m crab_min.tools.features makes features")
     try:
         if path.endswith(".npy"):
             return np.asarray(np.load(path))

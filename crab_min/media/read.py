@@ -241,7 +241,7 @@ def check_wave(path: str | Path, wave: np.ndarray, start: float, rate: int) -> N
 def media_seconds(path: str | Path) -> float:
     """Return the length of a video, a folder of frames or a sound file, without decoding it.
 
-    Raises MediaError.
+    A folder of frames has one per second. Raises MediaError.
     """
     if os.path.isdir(path):
         return float(len(frame_files(path)))

@@ -156,6 +156,12 @@ def load_rows(
 
     # a wrong name is an error before the world is built
     run.model.check_trainable(settings.training.parts)
+    for name in data.feature_folders:
+        if name not in settings.side_channels:
+            raise RunError(
+                f"--features {name}=...: the run's side channels are "
+                f"{', '.join(settings.side_channels) or 'none'}"
+            )
     tasks = pick_tasks(data.tasks)
     prompts = load_prompts(data.prompts) if data.prompts else None
     root = data.data or processes.on_first(lambda: str(built_in_data(settings)))

@@ -7,7 +7,12 @@ python train.py crab-tiny --stage audio      align the audio Q-Former
 python train.py crab-tiny --stage unified    connectors and I-LoRA on all tasks
 python train.py crab-tiny --stage masks      mask tokens and mask decoder
 
-Each stage is a run that starts from the run of the stage before. At full size: crab-7b.
+Each stage is a run that starts from the run of the stage before. At full size: crab-7b. The paper
+aligns on other data than the built-in world has, which --data and --tasks name:
+
+python train.py crab-7b --stage visual --data llava_558k.json                 image captions
+python train.py crab-7b --stage audio --tasks audiocaps --data DATA           AudioCaps
+python train.py crab-7b --stage masks-align --data DATA                       LVIS; then masks
 """
 
 import os
@@ -31,9 +36,10 @@ from crab_min.tasks import TASKS
 from crab_min.trainer import collate_answers
 from crab_min.world.folders import build_world
 
-# stage that aligns a connector -> the kind of medium, and the field that captions it alone
-ALIGN = {"visual": ("video", "seen"), "audio": ("audio", "heard")}
-STAGE_BEFORE = {"audio": "visual", "unified": "audio", "masks": "unified"}
+# stage that aligns a connector -> the kinds of media, and the field that captions them alone
+ALIGN = {"visual": (("video", "image"), "seen"), "audio": (("audio",), "heard")}
+MASKS = ("masks-align", "masks")  # stages of the mask decoder
+STAGE_BEFORE = {"audio": "visual", "unified": "audio", "masks-align": "unified", "masks": "unified"}
 
 
 # --- the stages ----------------------------------------------------------------------------------
@@ -60,7 +66,7 @@ def train(settings: CrabSettings, preset: str) -> dict:
     # what learns: the connector of an aligning stage, else I-LoRA and what --trainable names
     add_trained_parts(run.model, settings)
     common.begin(run)
-    if stage == "masks":
+    if stage in MASKS:
         train_masks(run)
     else:
         common.train_model(run)
@@ -76,21 +82,24 @@ def run_settings(settings: CrabSettings) -> CrabSettings:
     stage = settings.stages.stage
     if settings.stages.text_steps and not learns_decoder_alone(settings):
         raise RunError(
-            "--text-steps wants --stage masks, --trainable with mask_decoder and "
+            "--text-steps wants --stage masks or masks-align, --trainable with mask_decoder and "
             "--cache-features: what the LM makes of the answers is kept then"
         )
 
     # one connector learns from captions
     if stage in ALIGN:
         connector = f"{stage}_qformer"
-        return with_values(settings, tasks="avcap", adapter="none", trainable=connector)
+        tasks = "avcap" if settings.data.tasks == "all" else settings.data.tasks
+        return with_values(settings, tasks=tasks, adapter="none", trainable=connector)
 
     # the tasks that have masks, and a decoder
-    if stage == "masks":
+    if stage in MASKS:
         check_text_steps(settings, settings.training.steps)
         tasks = settings.data.tasks
         if tasks == "all":
-            tasks = ",".join(name for name, task in TASKS.items() if task.mask_head)
+            with_masks = [name for name, task in TASKS.items() if task.mask_head]
+            with_masks.remove("lvis")
+            tasks = "lvis" if stage == "masks-align" else ",".join(with_masks)
         return with_values(settings, tasks=tasks, masks_decoder=True)
     return settings
 
@@ -112,8 +121,8 @@ def check_text_steps(settings: CrabSettings, steps: int) -> None:
 def starting_run(settings: CrabSettings, preset: str) -> str:
     """Return the folder of the run from which a stage starts; "" for the first stage.
 
-    By default that is the run of the stage before. The mask stage on the shipped base starts from
-    the shipped adapter.
+    By default that is the run of the stage before; for masks that of masks-align, if there is one.
+    The mask stages on the shipped base start from the shipped adapter.
 
     Raises:
         RunError: the stage before is not finished.
@@ -121,7 +130,10 @@ def starting_run(settings: CrabSettings, preset: str) -> str:
     stage, backbone = settings.stages.stage, settings.backbone
     if settings.training.init_from:
         return settings.training.init_from
-    if stage == "masks" and not (backbone.base or backbone.llm):
+    aligned = f"runs/{preset}-masks-align"
+    if stage == "masks" and (Path(aligned) / "metrics.json").exists():
+        return aligned
+    if stage in MASKS and not (backbone.base or backbone.llm):
         return str(ASSETS / "crab_plus-tiny")
     if stage not in STAGE_BEFORE:
         return ""
@@ -140,7 +152,7 @@ def starting_run(settings: CrabSettings, preset: str) -> str:
 
 def learns_decoder_alone(settings: CrabSettings) -> bool:
     """Tell whether the mask decoder learns from cached states of the LM."""
-    if settings.stages.stage != "masks" or learns_tokens(settings):
+    if settings.stages.stage not in MASKS or learns_tokens(settings):
         return False
     return settings.data.cache_features and "mask_decoder" in settings.training.parts
 
@@ -235,23 +247,28 @@ def prepare_samples(
     return common.prepare_samples(samples, settings, side_channels)
 
 
-def keep_modality(samples: list[Sample], kind: str, caption: str) -> list[Sample]:
+def keep_modality(samples: list[Sample], kinds: tuple[str, ...], caption: str) -> list[Sample]:
     """Return samples of a caption task without the other medium and its marker.
 
     Args:
-        kind: of the medium that stays.
+        kinds: of the media that stay.
         caption: the field with the caption of this modality alone, which becomes the target. Rows
             without it keep their target.
+
+    Raises:
+        RunError: a sample has no such medium.
     """
     changed = []
     for sample in samples:
         parts: list[PromptPart] = []
         for part in sample.parts:
-            if part.kind in ("text", kind):
+            if part.kind in ("text", *kinds):
                 parts.append(part)
             elif parts and parts[-1].kind == "text":
                 parts.pop()  # a text right before the other medium is its marker
         parts[0] = replace(parts[0], text=parts[0].text.lstrip("\n"))
+        if all(part.kind == "text" for part in parts):
+            raise RunError(f"{sample.id}: no {' or '.join(kinds)} in it to align the connector on")
         target = sample.row.get(caption, sample.target)
         changed.append(replace(sample, parts=parts, target=target))
     return changed
@@ -279,7 +296,7 @@ def add_mask_tokens(samples: list[Sample], in_target: bool = True) -> list[Sampl
         if answer.boxes:
             image = next(part.path for part in sample.media if part.kind == "image")
             mask = str(mask_path(Path(image), sample.task.name, sample.row))
-            if not os.path.exists(mask):
+            if not os.path.exists(mask) and "polygons" not in sample.row:
                 missing.append(mask)
                 mask = ""
         target = sample.target
@@ -313,5 +330,9 @@ def load_model(
 
 def built_in_data(settings: CrabSettings) -> Path:
     """Build the built-in world and return its folder; for masks it has more pictures."""
-    still = settings.stages.stage == "masks"
+    if settings.stages.stage == "masks-align" and settings.data.tasks == "lvis":
+        raise RunError(
+            "--stage masks-align: LVIS is not in the built-in world; name it with --data"
+        )
+    still = settings.stages.stage in MASKS
     return build_world(settings.world, settings.training.seed, still=still)

@@ -3,8 +3,13 @@
 Any modality goes through one Q-Former.
 
 python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
+python train.py crema-tiny --modalities rgb,audio,flow --compare fusion
 
-At full size: crema-xl.
+At full size: crema-xl. A new modality can be pretrained without a video, on captions of sound or of
+3D points; the run with the video then starts from there:
+
+python train.py crema-tiny --modalities audio --fusion none --tasks audiocaps --data DATA
+python train.py crema-tiny --modalities rgb,audio --init-from runs/crema-tiny
 """
 
 import json
@@ -22,15 +27,23 @@ from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes import common
+from crab_min.recipes.arms import check_comparison, train_arms
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
-from crab_min.side_channels import add_side_channels, count_missing, limit_media, show_alone
+from crab_min.side_channels import add_side_channels, count_missing, limit_media
 from crab_min.trainer import Step, StepResult, backward, update
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
 
 
 def train(settings: CremaSettings, preset: str) -> dict:
-    """Train a run, by default in runs/PRESET, and return its metrics.json."""
+    """Train a run, by default in runs/PRESET, and return its metrics.json.
+
+    With --compare several runs; returns the metrics.json of the first.
+    """
+    if settings.crema.compare:
+        check_comparison(settings.crema.compare, ["fusion", "order"])
+        numbers = train_arms(settings, preset, arms_of(settings), train)
+        return next(iter(numbers.values()))
     settings = run_settings(settings)
     run = common.open_run("crema", preset, settings)
 
@@ -52,9 +65,28 @@ def train(settings: CremaSettings, preset: str) -> dict:
 
     # the test rows once more with fewer modalities
     evaluation = common.evaluate_test_rows(run)
-    if run.test_rows and "rgb" in settings.crema.names:
+    if run.test_rows and settings.crema.has_video:
         add_subsets(run, evaluation)
     return common.finish(run, evaluation)
+
+
+def arms_of(settings: CremaSettings) -> dict[str, dict]:
+    """Return the runs of --compare: title -> the settings that they change."""
+    if settings.crema.compare == "order":
+        names = settings.side_channels
+        orders = [names[i:] + names[:i] for i in range(len(names))]
+        return {
+            ",".join(order): {"compare": "", "modalities": ",".join(["rgb", *order])}
+            for order in orders
+        }
+    designs = {
+        "add": {"fusion": "add"},
+        "concat": {"fusion": "concat"},
+        "add no gate": {"fusion": "add", "crema_gated": False},
+        "concat no gate": {"fusion": "concat", "crema_gated": False},
+        "not fused": {"fusion": "none"},
+    }
+    return {title: {"compare": "", **values} for title, values in designs.items()}
 
 
 class SequentialStep(Step):
@@ -113,7 +145,7 @@ def add_subsets(run: common.Run, evaluation: Evaluation) -> None:
     for subset in [["rgb"], *(["rgb", name] for name in names[1:])]:
         if subset != names:
             title = "+".join(subset)
-            rows = add_side_channels(run.test_rows, subset[1:], needed=False)
+            rows = prepare_samples(run.test_rows, run.settings, subset[1:])
             strict = not run.settings.data.allow_missing
             texts = generate_answers(
                 run.model, run.features, rows, run.decoding, title, strict=strict
@@ -230,9 +262,11 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.side_channels if side_channels is None else side_channels
-    if "rgb" not in settings.crema.names:
-        return limit_media(show_alone(samples, settings.side_channels[0]), settings.data)
-    return limit_media(add_side_channels(samples, names, needed=False), settings.data)
+    folders = settings.data.feature_folders
+    samples = add_side_channels(
+        samples, names, needed=False, folders=folders, with_video=settings.crema.has_video
+    )
+    return limit_media(samples, settings.data)
 
 
 def built_in_data(settings: CremaSettings) -> Path:

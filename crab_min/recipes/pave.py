@@ -8,7 +8,6 @@ The paper's other side channels are fast, depth and view. At full size: pave-0.5
 --compare-lora LoRA alone is trained first, on the same questions without the side channel.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -17,10 +16,19 @@ from crab_min.data import Sample
 from crab_min.errors import RunError
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import common
+from crab_min.recipes.arms import check_comparison, train_arms, train_once
 from crab_min.runs import processes
-from crab_min.runs.folder import difference, load_saved_run
 from crab_min.side_channels import add_side_channels, limit_media
 from crab_min.world.side_channels import CHANNELS, SHAPES, build_side_world
+
+# name of a comparison -> title of a run -> the settings that it changes
+COMPARISONS = {
+    "merge": {
+        "patch": {"patch_merge": "patch"},
+        "concatenated": {"patch_merge": "concat"},
+        "interleaved": {"patch_merge": "interleave"},
+    }
+}
 
 
 def train(settings: PaveSettings, preset: str) -> dict:
@@ -29,9 +37,15 @@ def train(settings: PaveSettings, preset: str) -> dict:
     Returns:
         The numbers of its metrics.json.
     """
+    side = settings.patch.side
+    if settings.patch.compare:
+        check_comparison(settings.patch.compare, COMPARISONS)
+        shared = with_values(settings, compare="", compare_lora=False)
+        arms = COMPARISONS[settings.patch.compare]
+        return train_arms(shared, f"{preset}-{side}", arms, train_patch)["patch"]
     if settings.patch.compare_lora:
         return compare(settings, preset)
-    return train_patch(settings, f"{preset}-{settings.patch.side}")
+    return train_patch(settings, f"{preset}-{side}")
 
 
 def train_patch(settings: PaveSettings, name: str) -> dict:
@@ -65,25 +79,17 @@ def compare(settings: PaveSettings, preset: str) -> dict:
     name = f"{preset}-{side}"
     with_patch = with_values(settings, compare_lora=False)
     out = f"{out}-without" if out else ""
+    asked = ",".join(settings.patch.channels)
     without = with_values(
-        with_patch, side="none", patch_questions=",".join(settings.patch.channels), out=out
+        with_patch, side="none", freeze_patch="", features="", patch_questions=asked, out=out
     )
 
     # LoRA alone is not trained again if a command before this one was interrupted
-    lora = train_once(without, f"{name}-without")
-    patch = train_once(with_patch, name)
+    lora = train_once(without, f"{name}-without", train_patch)
+    patch = train_once(with_patch, name, train_patch)
     if processes.rank() == 0:
         print(comparison_table(lora, patch))
     return patch
-
-
-def train_once(settings: PaveSettings, name: str) -> dict:
-    """Train a run, or return its metrics if an earlier command finished it."""
-    folder = Path(settings.run.out or f"runs/{name}")
-    if (folder / "metrics.json").exists():
-        if not difference(load_saved_run(folder).settings, settings):
-            return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return train_patch(settings, name)
 
 
 def comparison_table(lora: dict, patch: dict) -> str:
@@ -161,7 +167,22 @@ def prepare_samples(
         side_channels: names that replace those of the run.
     """
     names = settings.patch.channels if side_channels is None else side_channels
-    return limit_media(add_side_channels(samples, names), settings.data)
+    samples = add_side_channels(samples, names, folders=settings.data.feature_folders)
+    if settings.patch.double_audio_rows:
+        samples = double_audio_rows(samples)
+    return limit_media(samples, settings.data)
+
+
+def double_audio_rows(samples: list[Sample]) -> list[Sample]:
+    """Return samples in which training rows of a type with "Audio" in it come twice.
+
+    So PAVE trains on MUSIC-AVQA: all of its rows but those of type Visual are doubled.
+    """
+    doubled = []
+    for sample in samples:
+        learned_twice = sample.target and "Audio" in str(sample.row.get("type", ""))
+        doubled += [sample] * (2 if learned_twice else 1)
+    return doubled
 
 
 def built_in_data(settings: PaveSettings) -> Path:

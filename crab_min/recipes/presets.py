@@ -36,6 +36,7 @@ PAVE = LARGE | dict(
     backbone="llava_onevision",
     adapter="lora", r=64, alpha=16, dropout=0.05,
     trainable="adapter", lr=2e-5, connector_lr=2e-5, max_grad_norm=0.1, batch_size=16, epochs=2,
+    patch_double_audio_rows=True,
 )
 CREMA = dict(
     task_sampling_exponent=1.0,
@@ -58,12 +59,12 @@ PRESETS = {
     "crab-tiny": Preset(
         "crab", "Crab's recipe on the shipped tiny base: --stage visual, audio, unified, masks",
         dict(r=16, alpha=32, steps=400),
-        stages={"masks": dict(
+        stages=dict.fromkeys(("masks-align", "masks"), dict(
             world_clips=1800,
             trainable="adapter,connectors,mask_decoder", connector_lr=1e-3, beta2=0.98,
             warmup=0.05, text_steps=250, steps=1400,
             masks_width=64, masks_heads=4, masks_queries=16, masks_bce=2.0, masks_dice=2.0,
-        )},
+        )),
     ),
     "pave-tiny": Preset(
         "pave", "PAVE's recipe on the shipped tiny base: a patch and LoRA, beside LoRA alone",
@@ -105,7 +106,10 @@ PRESETS = {
             r=8, alpha=16, dropout=0.05,
             trainable="adapter,connectors", lr=1e-4, connector_lr=1e-4, batch_size=8, epochs=5,
         ),
-        stages={"masks": dict(trainable="mask_decoder,mask_tokens", epochs=30)},
+        stages={
+            "masks-align": dict(trainable="mask_decoder,mask_tokens"),
+            "masks": dict(trainable="mask_decoder,mask_tokens", epochs=30),
+        },
     ),
     "pave-0.5b": Preset(
         "pave", "PAVE on LLaVA-OneVision-0.5B: a patch for a side channel, and LoRA on its LM",

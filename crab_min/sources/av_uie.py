@@ -10,6 +10,7 @@ Differs from the release: the target of a mask is text, its box and three points
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from crab_min.answers import GRID, Box, Point, mask_box
 from crab_min.errors import DataError, MediaError
@@ -18,6 +19,7 @@ from crab_min.media.read import read_image
 from crab_min.text_files import read_csv, read_json
 
 CLASSES = 71  # of AVSS, with the background
+HEADERS = {"vggsound.csv": ["id", "second", "label", "split"]}  # of a .csv that has none
 
 
 # --- annotation files -----------------------------------------------------------------------------
@@ -27,14 +29,17 @@ def read_list(path: Path) -> list[dict]:
     """Read the rows of an annotation file.
 
     Args:
-        path: a JSON list of objects, or a JSON file of AVSD (the rows are its dialogs) or of LVIS
-            (they are its annotations, with their image and name), or a .csv with a header.
+        path: a JSON list of objects, or a JSON file of another form (`find_rows`), or a .csv with a
+            header; or a folder of JSON lists, whose rows get their file's name as "file".
 
     Raises:
         DataError: a file that is broken or holds something else.
     """
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        return [{**row, "file": file.stem} for file in files for row in read_list(file)]
     if path.suffix == ".csv":
-        _, numbered = read_csv(path)
+        _, numbered = read_csv(path, HEADERS.get(path.name))
         rows = [row for _, row in numbered]
     else:
         content = read_json(path)
@@ -42,7 +47,7 @@ def read_list(path: Path) -> list[dict]:
             rows = find_rows(content)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
+            raise DataError(f"{path}: not a form that is known here ({reason}); download it again") from None
     if not rows:
         raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -53,13 +58,28 @@ def read_list(path: Path) -> list[dict]:
 def find_rows(content):
     """Return the list of rows in the content of a JSON file.
 
-    Without a list, returns what is there instead of it.
+    They are the dialogs of AVSD, the annotations of LVIS (with their image and name) and of
+    Ego-Exo4D, and the questions of PerceptionTest (with their video). Without a list, returns what
+    is there instead of it.
     """
     if not isinstance(content, dict):
         return content
     if {"images", "annotations", "categories"} <= content.keys():
         return join_lvis(content)
-    return content.get("dialogs", content)
+    for name in ("dialogs", "annotations"):
+        if name in content:
+            return content[name]
+    if content and all(isinstance(v, dict) and "mc_question" in v for v in content.values()):
+        return join_videos(content)
+    return content
+
+
+def join_videos(content: dict) -> list[dict]:
+    """Return the questions of a file of PerceptionTest, each with its video."""
+    rows = []
+    for video, about in content.items():
+        rows += [{**question, "video_id": video} for question in about["mc_question"]]
+    return rows
 
 
 def join_lvis(content: dict) -> list[dict]:
@@ -106,6 +126,19 @@ def read_mask(path: Path) -> np.ndarray:
     except MediaError as error:
         reason = f"mask missing or unreadable ({error})"
         raise DataError(f"{path}: {reason}; it is needed for the gold") from None
+
+
+def draw_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """Draw the polygons of an object of LVIS as a mask (H, W, 3) uint8.
+
+    Args:
+        polygons: x and y in turn, in pixels.
+        size: width and height of the image in pixels.
+    """
+    mask = Image.new("RGB", size)
+    for polygon in polygons:
+        ImageDraw.Draw(mask).polygon(polygon, fill="white")
+    return np.asarray(mask)
 
 
 def mask_classes(mask: np.ndarray) -> np.ndarray:

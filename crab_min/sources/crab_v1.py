@@ -154,7 +154,7 @@ def arig(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
-    """Convert an object of LVIS, for pretraining on boxes. Small ones are left out."""
+    """Convert an object of LVIS, for pretraining on boxes and masks. Small ones are left out."""
     if row["area"] < LVIS_AREA:
         return
     # pixels of the image -> the 224 x 224 grid
@@ -164,11 +164,16 @@ def lvis(folder: Path, row: dict, train: bool) -> Iterator[dict]:
     box = (x * across, y * down, (x + width) * across, (y + height) * down)
     # http://images.cocodataset.org/train2017/1.jpg lies at train2017/1.jpg
     name = "/".join(image["coco_url"].split("/")[-2:])
-    yield {
+    changed = {
         "image_path": str((folder / name).absolute()),
         "name": row["name"].replace("_", " "),
         "label_content": box_text(map(round, box)),
+        "gold_boxes": [tuple(map(round, box))],
     }
+    if row.get("segmentation"):
+        changed["polygons"] = row["segmentation"]
+        changed["image_size"] = (image["width"], image["height"])
+    yield changed
 
 
 def read_frame(task: str, clip: Path, number: int, row: dict) -> tuple[dict, str]:

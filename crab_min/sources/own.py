@@ -28,9 +28,10 @@ from crab_min.answers import answer_tag
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart, QuestionForm, text_part
 from crab_min.media.kinds import media_files, media_kind
-from crab_min.text_files import parse_json, read_csv, read_text
+from crab_min.sources.llava import conversation_row, is_llava
+from crab_min.text_files import parse_json, read_csv, read_json, read_text
 
-TABLES = (".csv", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 KINDS = ("video", "audio", "image")
 # a tag stands for a medium; behind a backslash it is a word
 MEDIA_TAG_TEXT = "(<video>|<audio>|<image>)"
@@ -75,7 +76,7 @@ def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
     """
     if path.is_dir():
         rows = read_class_folders(path)
-    elif path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() in (".jsonl", ".json"):
         rows = read_jsonl(path, answers)
     else:
         rows = read_table(path, answers)
@@ -229,21 +230,21 @@ def turn(role: str, content: str) -> dict:
 
 
 def read_jsonl(path: Path, answers: bool) -> list[dict]:
-    r"""Read a .jsonl: one JSON object per line, of the form ROW_FORM.
+    r"""Read a .jsonl, one object of the form ROW_FORM per line, or a .json with a list of them.
 
-    A file takes the place of its tag in the text (<video>, <audio>, <image>), or stands before the
-    text where there is no tag; \<video> is the word itself. Paths are relative to the file's
-    folder.
+    Objects may be in LLaVA's form too (llava.py). A file takes the place of its tag in the text
+    (<video>, <audio>, <image>), or stands before the text where there is no tag; \<video> is the
+    word itself. Paths are relative to the file's folder.
     """
     rows = []
     unused: dict[str, None] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    for where, text in json_texts(path):
         try:
-            row = parse_json(line)
-            unused |= dict.fromkeys(check_fields(row))
+            row = parse_json(text) if isinstance(text, str) else text
+            if is_llava(row):
+                row = conversation_row(row, path.parent)
+            else:
+                unused |= dict.fromkeys(check_fields(row))
             rows.append(jsonl_row(row, path.parent, answers) | {"where": where})
             conversation_parts(rows[-1])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -251,6 +252,20 @@ def read_jsonl(path: Path, answers: bool) -> list[dict]:
             raise DataError(f"{where}: not {ROW_FORM} ({reason})") from None
     note_unused(path, "keys", list(unused))
     return rows
+
+
+def json_texts(path: Path) -> list[tuple[str, str | dict]]:
+    """Return the lines of a .jsonl, or the objects of a .json, each with its place.
+
+    Raises DataError: a .json that holds no list of objects.
+    """
+    if path.suffix.lower() == ".jsonl":
+        lines = enumerate(read_text(path).split("\n"), 1)
+        return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    objects = read_json(path)
+    if not isinstance(objects, list):
+        raise DataError(f"{path}: expected a list of objects of the form {ROW_FORM}")
+    return [(f"{path}, row {number}", row) for number, row in enumerate(objects)]
 
 
 def check_fields(row: dict) -> list[str]:

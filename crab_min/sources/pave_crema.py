@@ -4,7 +4,7 @@ Their rows become AV-UIE v2 rows.
 
 Each function takes the folder of a source, one of its rows, and whether it is for training, and
 yields the rows that this one becomes. Where the folders lie: RELEASED_LAYOUTS in rows.py. A folder
-has videos/NAME.mp4, of a ScanNet scene its frames as a film.
+has videos/NAME.mp4 or a folder of frames, videos/NAME/*.jpg, as PAVE and CREMA keep ScanNet.
 
 Differs from PAVE: of AVSD every turn is a sample of its own; PAVE answers five turns in one.
 """
@@ -19,15 +19,17 @@ from crab_min.answers import answer_tag
 # A question's type is the word it begins with, as SQA3D's results are tabled.
 QUESTION_TYPES = ("what", "is", "how", "can", "which")
 
-# Side channels: where they lie in a source's folder. Of CREMA depth, flow and normals are folders
-# of pictures, one per video; points are 3D-LLM's features, one file per scene. Of PAVE audio and
-# fast are features of sounds (ImageBind) and of dense frames (LanguageBind), one file per video.
+# Side channels: where they lie in a source's folder. Of CREMA points are 3D-LLM's features, one
+# file per scene; the others are folders of pictures, one per video. Of PAVE audio and fast are
+# features of sounds (ImageBind) and of dense frames (LanguageBind), one file per video.
 SIDE_CHANNELS = {
     "audio": "audio_features/{name}.pt",
     "fast": "fast_features/{name}.pt",
     "depth": "videos_depth/{name}",
     "flow": "videos_flow/{name}",
     "normals": "videos_norm/{name}",
+    "touch": "videos_touch/{name}",
+    "thermal": "videos_thermal/{name}",
     "points": "voxelized_features_sam_nonzero_preprocess/{name}.pt",
 }
 
@@ -112,8 +114,9 @@ def nextqa(folder: Path, row: dict, train: bool) -> Iterator[dict]:
 
 
 def video_path(folder: Path, name: str) -> str:
-    """Return the path of a video, whose sound is in the same file."""
-    return str((folder / "videos" / f"{name}.mp4").absolute())
+    """Return the path of a video, whose sound is in the same file, or of its frames' folder."""
+    frames = folder / "videos" / name
+    return str((frames if frames.is_dir() else frames.with_name(f"{name}.mp4")).absolute())
 
 
 def with_own_sound(sides: dict[str, str], video: str) -> dict[str, str]:

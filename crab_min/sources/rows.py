@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crab_min.errors import DataError
-from crab_min.sources import crab_v1, pave_crema
+from crab_min.sources import choices, crab_v1, pave_crema
 from crab_min.sources.av_uie import read_list
 
 
@@ -26,8 +26,8 @@ class Layout:
     task: str
     convert: Callable[[Path, dict, bool], Iterator[dict]]  # (folder, row, train) -> rows as in v2
     folder: str  # below the data folder
-    train: str  # file with the training rows
-    test: str  # file with the test rows; may be that of the training rows, or "" without any
+    train: str  # file with the training rows, or folder of such files; "" without any
+    test: str  # likewise with the test rows; may be that of the training rows
 
 
 # Errors of a row in which a field is missing or holds something else.
@@ -56,6 +56,17 @@ RELEASED_LAYOUTS = (
     Layout("scanqa", pave_crema.scene, "scanqa", "ScanQA_v1.0_train.json", "ScanQA_v1.0_val.json"),
     Layout("sqa3d", pave_crema.scene, "sqa3d", "SQA_train.json", "SQA_test.json"),
     Layout("nextqa", pave_crema.nextqa, "nextqa", "nextqa_train.json", "nextqa_val.json"),
+    Layout("avqa_thu", choices.avqa, "avqa", "train_qa.json", "val_qa.json"),
+    Layout("videomme", choices.choice, "videomme", "", "videomme.json"),
+    Layout("mvbench", choices.choice, "mvbench", "", "json"),
+    Layout("mlvu", choices.choice, "mlvu", "", "json"),
+    Layout("egoexo", choices.egoexo, "egoexo", "annotations/proficiency_demonstrator_train.json",
+           "annotations/proficiency_demonstrator_val.json"),
+    Layout("touchqa", choices.sensed, "touchqa", "touchqa_train.json", "touchqa_test.json"),
+    Layout("thermalqa", choices.sensed, "thermalqa", "thermalqa_train.json", "thermalqa_test.json"),
+    Layout("perceptiontest", choices.perception, "perceptiontest", "mc_question_train.json",
+           "mc_question_valid.json"),
+    Layout("vggsound", choices.vggsound, "vggsound", "vggsound.csv", "vggsound.csv"),
 )
 # fmt: on
 
@@ -69,8 +80,9 @@ def find_layout(root: Path, task: str, split: str) -> tuple[Path | None, Layout 
     if path.is_file():
         return path, None
     for layout in RELEASED_LAYOUTS:
-        path = root / layout.folder / (layout.train if split == "train" else layout.test)
-        if layout.task == task and path.is_file():
+        name = layout.train if split == "train" else layout.test
+        path = root / layout.folder / name
+        if layout.task == task and name and path.exists():
             return path, layout
     return None, None
 

@@ -227,6 +227,8 @@ def apply_model_flags(run: LoadedRun, given: Namespace) -> None:
         ModelError: a patch does not fit the model.
     """
     given.beams = given.beams or run.model.layout.beams
+    if given.features:
+        run.saved.settings = with_values(run.settings, features=given.features)
     for file in given.patch:
         run.model.load_patch(Path(file))
     skippable = getattr(run.model, "skipped_modalities", None)

@@ -111,6 +111,7 @@ class Plan:
         operations: of the LM in a training step, for a sample of the mean length.
         base_operations: of the frozen model's forward on the longest prompt, if it has patches.
         patch_operations: what each patch adds to them.
+        join_operations: of the LM's forward on the longest prompt, by how modalities are joined.
         memory: by the precision of the LM's weights.
     """
 
@@ -121,6 +122,7 @@ class Plan:
     operations: float
     base_operations: int
     patch_operations: dict[str, int]
+    join_operations: dict[str, int]
     memory: dict[str, Memory]
 
     @property
@@ -183,6 +185,7 @@ def plan(recipe: ModuleType, settings: Settings, clips: Clips | None = None) -> 
         longest.media = [without_values(medium) for medium in longest.media]
         memory = memory_by_precision(model, settings, longest)
         base_operations, patch_operations = count_patch_operations(model, longest)
+        join_operations = count_join_operations(model, longest)
     return Plan(
         settings=settings,
         parts=parts,
@@ -191,6 +194,7 @@ def plan(recipe: ModuleType, settings: Settings, clips: Clips | None = None) -> 
         operations=operations,
         base_operations=base_operations,
         patch_operations=patch_operations,
+        join_operations=join_operations,
         memory=memory,
     )
 
@@ -501,6 +505,14 @@ def count_patch_operations(model: AVLanguageModel, longest: Prompt) -> tuple[int
     return without + lm_operations(model, longest.tokens), added
 
 
+def count_join_operations(model: AVLanguageModel, longest: Prompt) -> dict[str, int]:
+    """Count the operations of the LM on the longest prompt, by how modalities are joined."""
+    joined = longest.media[0]
+    lengths = model.lengths_by_join(joined)
+    others = longest.tokens - lengths.get("fused", 0)
+    return {join: lm_operations(model, others + length) for join, length in lengths.items()}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -548,6 +560,10 @@ def cost_lines(result: Plan) -> list[str]:
         lines.append(
             f"the frozen base: {result.frozen:,} parameters, "
             f"{result.base_operations / 1e12:.3f} TFLOPs for the longest sample"
+        )
+    for join, operations in result.join_operations.items():
+        lines.append(
+            f"modalities {join}: {operations / 1e12:.4f} TFLOPs of the LM for the longest sample"
         )
     if result.whole_qformers:
         fewer = 1 - result.trained / result.whole_qformers

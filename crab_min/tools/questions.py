@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from crab_min.answers import Answer
+from crab_min.config import with_values
 from crab_min.data import OWN_LABELS, OWN_TEXTS, Sample, own_samples, pick_tasks, read_samples
 from crab_min.errors import DataError, RunError
 from crab_min.interface import PromptPart, build_prompt, load_prompts, text_part
@@ -180,10 +181,14 @@ def prepare(samples: list[Sample], given: Namespace, run: LoadedRun) -> list[Sam
                 f"{', '.join(run.model.side_names) or 'none'}; a patch is loaded with --patch FILE"
             )
 
-    # rows name the files of their side channels
+    # rows name the files of their side channels, which go before the run's folders
+    settings = run.settings
     if files:
         samples = [with_side_files(sample, names, files) for sample in samples]
-    return run.recipe.prepare_samples(samples, run.settings, names)
+        folders = settings.data.feature_folders
+        kept = [f"{name}={folder}" for name, folder in folders.items() if name not in files]
+        settings = with_values(settings, features=",".join(kept))
+    return run.recipe.prepare_samples(samples, settings, names)
 
 
 def silent(samples: list[Sample], run: LoadedRun) -> list[Sample]:
