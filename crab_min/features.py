@@ -15,17 +15,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from crab_min.config import DataConfig
 from crab_min.data import BLACK, LoadedMedia, Sample, decode_ahead
+from crab_min.devices import free_memory
 from crab_min.encoders import ENCODERS, MediaFeatures, encode_own, encode_side
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 
-ENCODED_TOGETHER = 8  # media
+ENCODED_TOGETHER = 8  # media that a frozen encoder takes at once
 FILES_WITHOUT_WORKERS = 32  # at most; starting workers costs more than decoding so few files
 
 SampleBatch = tuple[list[Sample], list[list[MediaFeatures]]]
@@ -42,6 +44,7 @@ class Features:
         cache: part -> its features; without `keep`, of the present batch alone.
         unreadable: part -> the reason.
         announced: files that `prepare` has been asked for so far.
+        together: media that an encoder takes at once; fewer where memory was too short.
     """
 
     model: AVLanguageModel
@@ -51,6 +54,7 @@ class Features:
     cache: dict[PromptPart, MediaFeatures] = field(default_factory=dict)
     unreadable: dict[PromptPart, str] = field(default_factory=dict)
     announced: int = 0
+    together: int = ENCODED_TOGETHER
 
     def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
         """Return the samples whose media can be read.
@@ -153,8 +157,7 @@ class Features:
                 bar.update(len(loaded))
 
     def encode(self, loaded: list[LoadedMedia], strict: bool) -> None:
-        """Put features of decoded media into the cache; one kind and shape is one call."""
-        # what can be stacked goes together
+        """Put features of decoded media into the cache; one kind and shape goes together."""
         groups: dict[tuple, list[LoadedMedia]] = {}
         for medium in loaded:
             if medium.error:
@@ -167,10 +170,34 @@ class Features:
 
         # half precision: what an encoder gives is kept for every epoch
         for (kind, own, _), media in groups.items():
-            for medium, features in zip(media, self.encode_group(kind, own, media)):
+            for medium, features in zip(media, self.encode_within_memory(kind, own, media)):
                 features.features = features.features.half()
                 features.scales = [scale.half() for scale in features.scales]
                 self.cache[medium.part] = features
+
+    def encode_within_memory(
+        self, kind: str, own: str, media: list[LoadedMedia]
+    ) -> list[MediaFeatures]:
+        """Encode media of one kind and shape, `together` at once.
+
+        Raises:
+            torch.OutOfMemoryError: one medium alone does not fit.
+        """
+        encoded: list[MediaFeatures] = []
+        while len(encoded) < len(media):
+            part = media[len(encoded) : len(encoded) + self.together]
+            try:
+                encoded += self.encode_group(kind, own, part)
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            # here, since within the handler the error keeps all tensors of the failed call
+            free_memory()
+            if self.together == ENCODED_TOGETHER:
+                tqdm.write(f"out of memory with {len(part)} media at once; encoding goes on with fewer")
+            self.together = len(part) // 2
+        return encoded
 
     def encode_group(self, kind: str, own: str, media: list[LoadedMedia]) -> list[MediaFeatures]:
         """Encode media of one kind and shape.

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import infer
 import train
-from crab_min.backbones.composed import load_base
+from crab_min.backbones.composed import ComposedModel, load_base
 from crab_min.backbones.masking import MaskingModel
 from crab_min.cli import parse_train
 from crab_min.config import RunConfig, Settings
@@ -119,6 +120,11 @@ def fail_above(monkeypatch, owner: type, method: str, rows: int) -> list[int]:
     return done
 
 
+def rows_of(folder: Path) -> dict[str, int]:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return {task: result["n"] for task, result in metrics["tasks"].items()}
+
+
 @pytest.mark.parametrize("mode, method", [("generate", "generate"), ("rank", "token_losses")])
 def test_an_evaluation_goes_on_with_fewer_rows(
     mode, method, small_world, tmp_path, monkeypatch, capsys
@@ -128,39 +134,92 @@ def test_an_evaluation_goes_on_with_fewer_rows(
     if mode == "rank":
         answers = [f"<answer> {name}</answer>" for name in ("yes", "no", "two")]
         monkeypatch.setattr("crab_min.evaluation.answering.options", lambda sample: answers)
-    command = f"--data {small_world} --tasks avqa,ks --test-rows 6 --steps 1 --batch-size 2"
-    command += f" --eval-mode {mode} --out {tmp_path / 'run'}"
-    assert train.main(command.split()) == 0
-    assert max(done) <= 3
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {task: result["n"] for task, result in metrics["tasks"].items()} == {"avqa": 6, "ks": 4}
+    rows = ["--data", str(small_world), "--tasks", "avqa,ks", "--test-rows", "6"]
+    run = tmp_path / "run"
+    command = f"--steps 1 --batch-size 2 --eval-mode {mode} --out {run}"
+    assert train.main([*rows, *command.split()]) == 0
+    assert max(done) <= 3 and rows_of(run) == {"avqa": 6, "ks": 4}
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("out of memory") == 1
+
+    assert infer.main(["--eval", *rows, "--run", str(run), "--max-new-tokens", "4"]) == 0
+    assert max(done) <= 3 and rows_of(run / "eval_test") == {"avqa": 6, "ks": 4}
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("out of memory") == 1
 
 
-def test_masks_go_on_with_fewer_rows(small_world, tmp_path, monkeypatch):
+# where memory ends: a function, and the number of its rows that is too much
+PLACES = {
+    "encoder": (ComposedModel, "encode", lambda model, kind, media, seconds: len(media)),
+    "embeddings": (AVLanguageModel, "embed", lambda model, batch: batch.rows),
+    "first token": (LlamaMLP, "forward", lambda mlp, x: len(x) if x.shape[1] > 1 else 0),
+    "later token": (LlamaMLP, "forward", lambda mlp, x: len(x) if x.shape[1] == 1 else 0),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_split_is_answered_wherever_memory_ends(
+    place, small_world, tmp_path, monkeypatch, capsys
+):
+    owner, method, rows = PLACES[place]
+    original, done = getattr(owner, method), []
+
+    def limited(*arguments):
+        if rows(*arguments) > 3:
+            raise torch.OutOfMemoryError(FULL)
+        done.append(rows(*arguments))
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, method, limited)
+    command = f"--eval --demo --data {small_world} --tasks avqa,ks --test-rows 6"
+    out = tmp_path / "eval"
+    assert infer.main([*command.split(), "--max-new-tokens", "4", "--out", str(out)]) == 0
+    assert max(done) <= 3 and rows_of(out) == {"avqa": 6, "ks": 4}
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("out of memory") == 1
+
+
+def test_masks_go_on_with_fewer_rows(small_world, tmp_path, monkeypatch, capsys):
     done = fail_above(monkeypatch, MaskingModel, "predict_masks", 2)
     cached = fail_above(monkeypatch, MaskingModel, "cache_answer_states", 3)
+    rows = ["--data", str(small_world), "--tasks", "s4", "--test-rows", "5"]
     run = tmp_path / "run"
-    command = f"crab-tiny --stage masks --data {small_world} --tasks s4 --test-rows 5 --steps 2"
-    assert train.main([*command.split(), "--text-steps", "1", "--out", str(run)]) == 0
+    command = f"crab-tiny --stage masks --steps 2 --text-steps 1 --out {run}"
+    assert train.main([*command.split(), *rows]) == 0
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["masks"]["s4"]["n"] == 4
     assert max(done + cached) <= 3
 
+    capsys.readouterr()
+    assert infer.main(["--eval", *rows, "--run", str(run)]) == 0
+    metrics = json.loads((run / "eval_test" / "metrics.json").read_text())
+    assert metrics["masks"]["s4"]["n"] == 4 and max(done) <= 2
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("out of memory") == 1
 
+
+TRAINING_PLACES = {
+    "collate": (AVLanguageModel, "collate"),
+    "forward": (AVLanguageModel, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "update": (torch.optim.AdamW, "step"),
+}
+
+
+@pytest.mark.parametrize("place", TRAINING_PLACES)
 def test_out_of_memory_in_training_keeps_the_last_checkpoint(
-    small_world, tmp_path, monkeypatch, capsys
+    place, small_world, tmp_path, monkeypatch, capsys
 ):
-    forward, calls = AVLanguageModel.forward, []
+    owner, method = TRAINING_PLACES[place]
+    original, calls = getattr(owner, method), []
 
-    def limited(self, batch: Batch):
+    def limited(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise torch.OutOfMemoryError(FULL)
-        return forward(self, batch)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(AVLanguageModel, "forward", limited)
+    monkeypatch.setattr(owner, method, limited)
     run = tmp_path / "run"
     command = (
         f"--data {small_world} --tasks ks --test-rows 1 --steps 5 --save-every 1 --no-baseline"
@@ -170,7 +229,7 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory" in error and "--batch-size" in error
     assert [checkpoint.name for checkpoint in checkpoints_of(run)] == ["step_3"]
-    assert train.main(command) == 0
+    assert train.main(command) == 0  # goes on from it
 
 
 def test_out_of_memory_elsewhere_is_one_line(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from crab_min.config import RunConfig
+from crab_min.devices import free_memory
 from crab_min.errors import RunError
 
 
@@ -78,8 +79,7 @@ class TokenBudget:
                 "train.py with fewer --frames or --load-in-4bit needs less, and train.py --plan "
                 "says how much"
             )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if not self.halved:
             tqdm.write(
                 f"out of memory with {rows} samples at once; evaluation goes on with fewer "
