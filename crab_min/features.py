@@ -195,7 +195,9 @@ class Features:
             # here, since within the handler the error keeps all tensors of the failed call
             free_memory()
             if self.together == ENCODED_TOGETHER:
-                tqdm.write(f"out of memory with {len(part)} media at once; encoding goes on with fewer")
+                tqdm.write(
+                    f"out of memory with {len(part)} media at once; encoding goes on with fewer"
+                )
             self.together = len(part) // 2
         return encoded
 

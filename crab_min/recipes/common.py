@@ -40,6 +40,7 @@ from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
 from crab_min.evaluation.budget import TokenBudget
+from crab_min.evaluation.lenient import lenient_metrics
 from crab_min.evaluation.page import write_card, write_page
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
@@ -314,7 +315,7 @@ def describe_trained(model: AVLanguageModel) -> str:
 
 
 def evaluate_baseline(run: Run) -> None:
-    """Score the test rows before training and write base.json.
+    """Score the test rows before training, strictly and leniently, and write base.json.
 
     Nothing is done if it exists already.
     """
@@ -327,7 +328,10 @@ def evaluate_baseline(run: Run) -> None:
         run.model, run.features, rows, run.decoding, "frozen base", unfinished, strict
     )
     if processes.rank() == 0:
-        atomic_write(run.folder / "base.json", json.dumps(score_all(rows, texts)))
+        scores = score_all(rows, texts)
+        for task, metric in lenient_metrics(rows, texts, run.train_rows).items():
+            scores[task]["lenient"] = metric
+        atomic_write(run.folder / "base.json", json.dumps(scores))
         unfinished.unlink(missing_ok=True)
 
 
@@ -499,6 +503,8 @@ def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) ->
     for task, result in results.items():
         if base:
             result["base"] = base[task]["metric"]
+            if "lenient" in base[task]:
+                result["base_lenient"] = base[task]["lenient"]
         result["constant"] = constant[task]
         if task in chances:
             result["chance"] = chances[task]
