@@ -109,6 +109,7 @@ class AVLanguageModel(nn.Module):
     connectors: tuple[str, ...] = ()  # the trainable modules between encoders and LM
     predicts_masks = False
     bf16 = True  # autocast on a GPU, as in training (devices.py)
+    is_sharded = False  # processes share the LM's layers (processes.shard) and run it together
 
     def __init__(
         self,
@@ -358,6 +359,7 @@ class AVLanguageModel(nn.Module):
                 do_sample=False,
                 num_beams=beams,
                 streamer=streamer,
+                synced_gpus=self.is_sharded,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.stop_ids,
             )

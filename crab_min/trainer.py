@@ -83,7 +83,7 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
     )
     # processes that share the LM gather its layers together, so each runs it equally often
     passes = len(batches)
-    if processes.is_sharded(model):
+    if model.is_sharded:
         passes = max(processes.gather(passes))
     loss = 0.0
     for batch in batches:

@@ -129,6 +129,7 @@ def load_backbone(run: Run, load_model: Callable) -> None:
     run.model = load_model(run.settings, device="cpu" if fsdp else run.device)
     if fsdp:
         processes.shard(run.model.llm)
+        run.model.is_sharded = True
     run.model.to(run.device)
     run.model.bf16 = run.settings.training.bf16
 
@@ -262,7 +263,7 @@ def begin(run: Run) -> None:
 
     # the folder belongs to this process from here on
     run.steps = range(steps_of(run.settings, len(run.train_rows)))
-    budget = TokenBudget(run.settings.run.eval_batch_tokens, retry=not training.fsdp)
+    budget = TokenBudget(run.settings.run.eval_batch_tokens, sharded=training.fsdp)
     limits = token_limits(model, run.train_rows)
     run.decoding = Decoding(limits, run.settings.run.eval_mode, budget=budget)
     if processes.rank() == 0:
