@@ -108,6 +108,7 @@ class AVLanguageModel(nn.Module):
     frame_size: int  # pixels per side of the square frames that it takes
     connectors: tuple[str, ...] = ()  # the trainable modules between encoders and LM
     predicts_masks = False
+    encodes_in_tokens = False  # `encode` prepares media, and the encoders run in `tokens`
     bf16 = True  # autocast on a GPU, as in training (devices.py)
     is_sharded = False  # processes share the LM's layers (processes.shard) and run it together
 

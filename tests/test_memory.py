@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,10 +16,11 @@ import train
 from crab_min.backbones.composed import ComposedModel, load_base
 from crab_min.backbones.masking import MaskingModel
 from crab_min.cli import parse_train
-from crab_min.config import RunConfig, Settings
+from crab_min.config import RunConfig, Settings, TrainingConfig
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.evaluation.budget import TokenBudget
+from crab_min.features import ENCODED_TOGETHER
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import checkpoints_of
@@ -26,10 +28,12 @@ from crab_min.tools.measure import (
     ANSWER,
     Prompt,
     cache_bytes,
+    encoding_bytes,
     evaluation_bytes,
     fill,
     lm_loss,
     read_prompts,
+    without_values,
 )
 from crab_min.tools.plan import plan, report
 
@@ -280,4 +284,23 @@ def test_the_plan_of_an_evaluation_is_what_the_profiler_counts(mode):
     with FakeTensorMode(allow_non_fake_inputs=True):
         fill(model)
         estimate = evaluation_bytes(model, settings, Prompt(length + ANSWER, []))
+    assert estimate == pytest.approx(peak, rel=0.2)
+
+
+def test_the_plan_of_the_encoders_is_what_the_profiler_counts():
+    rng = np.random.default_rng(0)
+    model = load_base()
+    pixels = rng.integers(0, 256, (10, model.frame_size, model.frame_size, 3), np.uint8)
+    together = ENCODED_TOGETHER
+    videos: list = []
+
+    def encode() -> None:
+        videos.extend(model.encode("video", together * [pixels], together * [10.0]))
+
+    peak = peak_bytes(encode, "cpu")
+    settings = Settings(training=TrainingConfig(batch_size=1))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(model)
+        prompt = Prompt(20_000, [without_values(videos[0])], {"video": (pixels, 10.0)})
+        estimate = encoding_bytes(model, settings, prompt)
     assert estimate == pytest.approx(peak, rel=0.2)
