@@ -5,7 +5,7 @@
 
 A tensor on it keeps a CPU tensor inside and says that it is on "far". An operator that is given
 tensors of both devices raises, as on a GPU. Tensors without dimensions may be on the CPU, and so
-may indices.
+may indices. There is no float64 on it, as on Apple's GPUs (MPS).
 """
 
 from collections import Counter
@@ -28,6 +28,8 @@ class Far(torch.Tensor):
 
     @staticmethod
     def __new__(cls, near: torch.Tensor):
+        if near.dtype == torch.float64:
+            raise TypeError("far has no float64")
         tensor = torch.Tensor._make_wrapper_subclass(
             cls,
             near.shape,

@@ -41,6 +41,16 @@ def test_pretrained_weights_want_a_gpu_or_to_be_asked_for(monkeypatch):
         choose_device("cuda")
 
 
+def test_apple_s_gpu_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device().type == "cpu"
+    assert choose_device("mps", "some/lm") == torch.device("mps")
+    with pytest.raises(RunError, match="some/lm: .*--device mps uses Apple's GPU"):
+        choose_device(weights="some/lm")
+    # in float32: neither training nor answering is cast to bfloat16
+    assert not devices.has_fast_bf16(torch.device("mps"))
+
+
 def test_a_driver_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
