@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from crab_min.errors import RunError
 from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import ENCODED_TOGETHER
+from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import checkpoints_of
@@ -38,6 +40,7 @@ from crab_min.tools.measure import (
 from crab_min.tools.plan import plan, report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu  # noqa: E402
 from common import peak_bytes  # noqa: E402
 
 FULL = "CUDA out of memory. Tried to allocate 14.5 GB"
@@ -304,3 +307,41 @@ def test_the_plan_of_the_encoders_is_what_the_profiler_counts():
         prompt = Prompt(20_000, [without_values(videos[0])], {"video": (pixels, 10.0)})
         estimate = encoding_bytes(model, settings, prompt)
     assert estimate == pytest.approx(peak, rel=0.2)
+
+
+# --- benchmarks/gpu.py ----------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_the_recipes_that_are_planned_here():
+    assert gpu.RECIPES == list(RECIPES)
+
+
+class Linear4bit(torch.nn.Linear):
+    """In the place of bitsandbytes' layer."""
+
+    def __init__(self, *sizes, bias, compute_dtype, device, quant_type, compress_statistics):
+        super().__init__(*sizes, bias=bias, device=device)
+        assert (compute_dtype, quant_type, compress_statistics) == (torch.bfloat16, "nf4", True)
+
+
+def params_4bit(data: torch.Tensor, requires_grad: bool, **options) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad)
+
+
+def test_the_benchmark_quantizes_every_linear_of_the_lm_and_no_other(monkeypatch):
+    """With layers that keep the values, the model answers as before."""
+    fake = SimpleNamespace(nn=SimpleNamespace(Linear4bit=Linear4bit, Params4bit=params_4bit))
+    monkeypatch.setattr(gpu, "import_bitsandbytes", lambda: fake)
+    torch.manual_seed(0)
+    model = load_base().eval()
+    batch = model.collate([[PromptPart("text", text="Who barks?")]], [[]], ["The dog."])
+    before = model.token_losses(batch)
+    gpu.quantize(model)
+    assert torch.equal(model.token_losses(batch), before)
+    small = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    linears = {
+        f"llm.model.layers.{name}"
+        for name, module in model.llm.model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert small == linears and len(small) > 6
