@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out gpu.json    # perhaps ten minutes on one GPU of 80 GB: not timed
     python benchmarks/gpu.py --tiny            # the same at toy sizes, on a CPU too
 
-Models have the real sizes and random weights, so nothing is downloaded. A recipe that asks for an
-LM in 4 bits is run in bfloat16, since weights are quantized while they are read from a file. A
-recipe that does not fit, or for which no time is left, says so in its row. Media are noise of the
-length that --plan assumes.
+Models have the real sizes and random weights, so nothing is downloaded. For --load-in-4bit the LM
+is built in bfloat16 and then quantized, where a run does so while it reads a file. A recipe that
+does not fit, that lacks bitsandbytes, or for which no time is left, says so in its row. Media are
+noise of the length that --plan assumes.
 
     planned, peak    GB of memory: the estimate of --plan, and the most that torch allocated (CUDA)
     encode           share of a step in frozen encoders and connectors
@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from common import now, peak_bytes, seconds_of
 from ilora import SIZES, measure, table
+from torch import nn
 
+from crab_min.backbones.common import import_bitsandbytes
 from crab_min.cli import parse_train
 from crab_min.config import Settings, with_values
 from crab_min.data import SAMPLE_RATE, Sample
@@ -38,19 +40,20 @@ from crab_min.evaluation.answering import DEFAULT_LIMIT
 from crab_min.interface import PromptPart, audio_windows
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.recipes.presets import PRESETS
-from crab_min.tools.measure import ANSWER, answered_together
+from crab_min.tools.measure import ANSWER, answered_together, lm_stacks
 from crab_min.tools.plan import CLIP_SECONDS, build_model, example_samples, plan
 from crab_min.trainer import backward, collate_answers, make_optimizer, update
 
 RECIPES = [
     "crab_plus-7b",
-    "crab_plus-7b --r 32 --alpha 64 --batch-size 1",
-    "crab_plus-3b",
+    "crab_plus-7b --load-in-4bit --r 32 --alpha 64 --batch-size 1",
+    "crab_plus-3b --load-in-4bit",
     "crab-7b --stage visual",
     "crab-7b --stage unified",
+    "crab-7b --stage unified --load-in-4bit",
     "crab-7b --stage masks",
     "pave-7b --batch-size 8",
-    "pave-7b --batch-size 2",
+    "pave-7b --load-in-4bit --batch-size 2",
     "pave-0.5b --batch-size 4",
     "crema-xl --modalities rgb,audio,flow",
 ]
@@ -185,6 +188,8 @@ def random_model(
         finally:
             torch.set_default_dtype(torch.float32)
     model.to(device)
+    if settings.backbone.load_in_4bit:
+        quantize(model)
     widths = {name: medium.features.shape[-1] for name, medium in sides.items()}
     with device:
         recipe.add_trained_parts(model, settings, widths)
@@ -192,7 +197,8 @@ def random_model(
 
     # the precision of every weight is that of a run
     for parameter, planned in zip(model.parameters(), meta.parameters(), strict=True):
-        parameter.data = parameter.data.to(planned.dtype)
+        if parameter.is_floating_point():  # not packed into 4 bits
+            parameter.data = parameter.data.to(planned.dtype)
     for buffer, planned in zip(model.buffers(), meta.buffers(), strict=True):
         buffer.data = buffer.data.to(planned.dtype)
 
@@ -208,6 +214,29 @@ def random_model(
         return media
 
     return model, features
+
+
+def quantize(model: AVLanguageModel) -> None:
+    """Put the linears of the LM into NF4, as backbones.common.load_pretrained does.
+
+    Raises:
+        ModelError: bitsandbytes cannot be used here.
+    """
+    bnb = import_bitsandbytes()
+    nf4 = {"quant_type": "nf4", "compress_statistics": True}
+    for stack in lm_stacks(model):
+        for name, linear in list(stack.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            sizes = linear.in_features, linear.out_features
+            small = bnb.nn.Linear4bit(
+                *sizes, bias=False, compute_dtype=torch.bfloat16, device="meta", **nf4
+            )
+            weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **nf4)
+            small.weight = weight.to(linear.weight.device)  # this quantizes
+            small.bias = linear.bias
+            stack.set_submodule(name, small)
+    model.llm.is_loaded_in_4bit = True  # PEFT asks
 
 
 def encode_noise(model: AVLanguageModel, part: PromptPart) -> MediaFeatures:

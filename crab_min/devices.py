@@ -65,6 +65,14 @@ def describe_device(device: torch.device) -> str:
     return f"{properties.name} ({properties.total_memory / 1e9:.0f} GB)"
 
 
+def free_memory() -> None:
+    """Return what torch keeps of freed tensors to the device, after an out-of-memory."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
 def bf16_autocast(device: torch.device, wanted: bool = True) -> torch.autocast:
     """Return a context for matrix products in bfloat16, where the hardware has them."""
     if device.type == "meta":  # --plan counts shapes

@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from crab_min.config import DataConfig
 from crab_min.data import BLACK, LoadedMedia, Sample, decode_ahead
-from crab_min.devices import one_core_per_thread
+from crab_min.devices import free_memory, one_core_per_thread
 from crab_min.encoders import ENCODERS, MediaFeatures, encode_own, encode_side
 from crab_min.errors import DataError
 from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 
-ENCODED_TOGETHER = 8  # media
+ENCODED_TOGETHER = 8  # media that a frozen encoder takes at once
 FILES_WITHOUT_WORKERS = 32  # at most; starting workers costs more than decoding so few files
 
 SampleBatch = tuple[list[Sample], list[list[MediaFeatures]]]
@@ -47,6 +47,7 @@ class Features:
         unreadable: part -> the reason.
         announced: files that `prepare` has been asked for so far.
         first_of: side channel -> width and path of its first features.
+        together: media that an encoder takes at once; fewer where memory was too short.
     """
 
     model: AVLanguageModel
@@ -57,6 +58,7 @@ class Features:
     unreadable: dict[PromptPart, str] = field(default_factory=dict)
     announced: int = 0
     first_of: dict[str, tuple[int, str]] = field(default_factory=dict)
+    together: int = ENCODED_TOGETHER
 
     def prepare(self, samples: list[Sample], strict: bool = True) -> list[Sample]:
         """Return the samples whose media can be read.
@@ -181,8 +183,7 @@ class Features:
                 self.cache[part] = features[part]
 
     def encode(self, loaded: list[LoadedMedia]) -> dict[PromptPart, MediaFeatures]:
-        """Encode decoded media; those of one kind and shape are one call."""
-        # what can be stacked goes together
+        """Encode decoded media; those of one kind and shape go together."""
         groups: dict[tuple, list[LoadedMedia]] = {}
         for medium in loaded:
             if medium.error:
@@ -195,7 +196,7 @@ class Features:
         # half precision: what an encoder gives is kept for every epoch
         encoded = {}
         for (kind, own, _), media in groups.items():
-            for medium, features in zip(media, self.encode_group(kind, own, media)):
+            for medium, features in zip(media, self.encode_within_memory(kind, own, media)):
                 features.features = features.features.half()
                 features.scales = [scale.half() for scale in features.scales]
                 encoded[medium.part] = features
@@ -213,6 +214,32 @@ class Features:
             f"{part.path}: side channel {part.side} {width} wide, in {first_path} {first_width}; "
             "give files of one encoder"
         )
+
+    def encode_within_memory(
+        self, kind: str, own: str, media: list[LoadedMedia]
+    ) -> list[MediaFeatures]:
+        """Encode media of one kind and shape, `together` at once.
+
+        Raises:
+            torch.OutOfMemoryError: one medium alone does not fit.
+        """
+        encoded: list[MediaFeatures] = []
+        while len(encoded) < len(media):
+            part = media[len(encoded) : len(encoded) + self.together]
+            try:
+                encoded += self.encode_group(kind, own, part)
+                continue
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+            # here, since within the handler the error keeps all tensors of the failed call
+            free_memory()
+            if self.together == ENCODED_TOGETHER:
+                tqdm.write(
+                    f"out of memory with {len(part)} media at once; encoding goes on with fewer"
+                )
+            self.together = len(part) // 2
+        return encoded
 
     def encode_group(self, kind: str, own: str, media: list[LoadedMedia]) -> list[MediaFeatures]:
         """Encode media of one kind and shape.

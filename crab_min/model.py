@@ -106,7 +106,9 @@ class AVLanguageModel(nn.Module):
     frame_size: int  # pixels per side of the square frames that it takes
     connectors: tuple[str, ...] = ()  # the trainable modules between encoders and LM
     predicts_masks = False
+    encodes_in_tokens = False  # `encode` prepares media, and the encoders run in `tokens`
     bf16 = True  # autocast on a GPU, as in training (devices.py)
+    is_sharded = False  # processes share the LM's layers (processes.shard) and run it together
 
     def __init__(
         self,
@@ -380,6 +382,7 @@ class AVLanguageModel(nn.Module):
                 do_sample=False,
                 num_beams=beams,
                 streamer=streamer,
+                synced_gpus=self.is_sharded,
                 pad_token_id=self.tokenizer.pad_token_id,
                 eos_token_id=self.stop_ids,
             )

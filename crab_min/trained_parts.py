@@ -14,6 +14,7 @@ The end of this file reads what earlier versions wrote.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +62,38 @@ def unadapted(llm: nn.Module) -> list[str]:
 
 def save_trained(model, folder: Path) -> None:
     """Write the adapter and the trained parts of a model into a folder."""
+    copy_trained(model)(folder)
+
+
+def copy_trained(model) -> Callable[[Path], None]:
+    """Copy the adapter and the trained parts of a model to the CPU.
+
+    Returns:
+        A function that writes the copies into a folder, while the model may learn on.
+    """
+    adapter = None
     if isinstance(model.llm, PeftModel):
-        # False: embeddings are a part of their own; "auto" would ask the hub about them
-        model.llm.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        named = model.llm.named_parameters()
+        adapter = copy_to_cpu({name: weight for name, weight in named if "lora_" in name})
+    parts = {}
     for name in model.parts_to_save():
-        save_part(folder, name, model.part_state(name), model.part_config(name))
+        parts[name] = copy_to_cpu(model.part_state(name)), model.part_config(name)
+
+    def write(folder: Path) -> None:
+        if adapter is not None:
+            # False: embeddings are a part of their own; "auto" would ask the hub about them
+            model.llm.save_pretrained(
+                folder / "adapter", state_dict=adapter, save_embedding_layers=False
+            )
+        for name, (state, config) in parts.items():
+            save_part(folder, name, state, config)
+
+    return write
+
+
+def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors on the CPU, which later steps do not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def save_part(folder: Path, name: str, state: dict[str, Tensor], config: dict) -> None:

@@ -36,7 +36,14 @@ from crab_min.features import Features, Mixer
 from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel, Batch
 from crab_min.runs import processes
-from crab_min.runs.folder import Progress, load_checkpoint, save_best, save_checkpoint
+from crab_min.runs.folder import (
+    Progress,
+    Writer,
+    background_writer,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from crab_min.runs.log import LogRow, open_log, stop_requested
 
 FRAME_TOKENS = 32  # about the length of a frame, an image or a second of sound
@@ -78,7 +85,7 @@ def backward(model: AVLanguageModel, batches: list[Batch], bf16: bool) -> StepRe
     )
     # processes that share the LM gather its layers together, so each runs it equally often
     passes = len(batches)
-    if processes.is_sharded(model):
+    if model.is_sharded:
         passes = max(processes.gather(passes))
     loss = 0.0
     for batch in batches:
@@ -203,13 +210,15 @@ def fit(
     """
     training, run = settings.training, settings.run
     train_step, optimizer = train_step or JointStep(), make_optimizer(model, training)
-    progress = resume(folder, model, optimizer, train_step, training.seed)
-    if before_first_step:
-        before_first_step()
+    progress = resume(folder, model, optimizer, train_step, training.seed, before_first_step)
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     saved_at = time.time()
     model.train()
-    with open_log(folder, progress.step, steps.stop, run.log_to) as log, stop_requested() as stop:
+    with (
+        open_log(folder, progress.step, steps.stop, run.log_to) as log,
+        stop_requested() as stop,
+        background_writer() as writer,
+    ):
         while progress.step < steps.stop and not train_step.finished:
             # read: the samples of this step as padded batches, without unreadable ones
             began = time.time()
@@ -218,25 +227,23 @@ def fit(
             micro_batches = [collate(model, rows, media) for rows, media in taken if rows]
 
             # learn
-            set_learning_rate(optimizer, progress.step, steps, training.warmup)
+            lr = set_learning_rate(optimizer, progress.step, steps, training.warmup)
             with naming_samples(progress.step + 1, micro_batches):
                 result = train_step(model, micro_batches, optimizer, training)
-            train_step.end(progress.step + 1)
-            progress = advanced(progress, train_step, training)
+            progress = end_step(progress, train_step, training)
             seconds = time.time() - began
 
             # evaluate
             metric = None
             if evaluate and progress.step % run.eval_every == 0:
-                metric = keep_best(evaluate, folder, model, progress)
+                metric = keep_best(evaluate, folder, progress, model, writer)
 
             # log, save; a run that is stopped with Ctrl-C saves first
-            lr = optimizer.param_groups[0]["lr"]
             log(LogRow(progress.step, lr, seconds, waited, metric, **asdict(result)))
             stopped = any(processes.gather(bool(stop)))
             last = progress.step == steps.stop or train_step.finished
             if last or stopped or is_time_to_save(run, progress.step, saved_at):
-                save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints)
+                save_checkpoint(folder, progress, model, optimizer, run.keep_checkpoints, writer)
                 saved_at = time.time()
             if stopped and not last:
                 raise KeyboardInterrupt
@@ -246,7 +253,12 @@ def fit(
 
 
 def resume(
-    folder: Path, model: AVLanguageModel, optimizer: Optimizer, train_step: Step, seed: int
+    folder: Path,
+    model: AVLanguageModel,
+    optimizer: Optimizer,
+    train_step: Step,
+    seed: int,
+    before_first_step: Callable[[], None] | None,
 ) -> Progress:
     """Restore the newest checkpoint if there is one, and make processes agree."""
     if processes.rank():
@@ -254,6 +266,8 @@ def resume(
     progress = load_checkpoint(folder, model, optimizer)
     train_step.restore(progress.step_state)
     processes.broadcast_parameters(trained_parameters(model))
+    if before_first_step:
+        before_first_step()
     return progress
 
 
@@ -269,20 +283,25 @@ def is_time_to_save(run: RunConfig, step: int, saved_at: float) -> bool:
     return bool(run.save_minutes) and processes.on_first(lambda: minutes > run.save_minutes)
 
 
-def advanced(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:
-    """Return the progress after one more step."""
+def end_step(progress: Progress, train_step: Step, config: TrainingConfig) -> Progress:
+    """Let the step object note the end of a step, and return the progress after it."""
+    train_step.end(progress.step + 1)
     batches = progress.batches + config.grad_accum * processes.count()
     return Progress(progress.step + 1, batches, progress.best, train_step.state())
 
 
 def keep_best(
-    evaluate: Callable[[], float], folder: Path, model: AVLanguageModel, progress: Progress
+    evaluate: Callable[[], float],
+    folder: Path,
+    progress: Progress,
+    model: AVLanguageModel,
+    writer: Writer,
 ) -> float:
     """Evaluate the held-out rows, and save the model if it is the best so far."""
     metric = evaluate()
     if progress.best is None or metric > progress.best:
         progress.best = metric
-        save_best(folder, model, progress)
+        save_best(folder, progress, model, writer)
     return metric
 
 
@@ -333,14 +352,15 @@ def sample_length(model: AVLanguageModel, sample: Sample) -> int:
     return length
 
 
-def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: float) -> None:
+def set_learning_rate(optimizer: Optimizer, step: int, steps: range, warmup: float) -> float:
     """Set the learning rate of a step: linear warm-up, then cosine to zero.
 
-    The schedule spans `steps`.
+    The schedule spans `steps`. Returns the rate of the first group of parameters.
     """
     factor = rate_factor(step - steps.start, len(steps), warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+    return optimizer.param_groups[0]["lr"]
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import far
 import pytest
 import torch
 
@@ -11,14 +12,18 @@ import train
 from crab_min import devices
 from crab_min.backbones import load
 from crab_min.cli import parse_train
+from crab_min.data import read_samples
 from crab_min.devices import choose_device
 from crab_min.errors import RunError
+from crab_min.features import Features
 from crab_min.model import AVLanguageModel
+from crab_min.recipes import crab_plus
 from crab_min.recipes.presets import PRESETS
+from crab_min.tasks import TASKS
 from crab_min.tools.loading import load_run
 from crab_min.tools.measure import lm_linears
 from crab_min.tools.plan import side_features
-from crab_min.trainer import trained_parameters
+from crab_min.trainer import JointStep, collate_answers, make_optimizer, trained_parameters
 
 # --- which device ---------------------------------------------------------------------------------
 
@@ -34,6 +39,16 @@ def test_pretrained_weights_want_a_gpu_or_to_be_asked_for(monkeypatch):
     assert choose_device("cpu", "some/lm") == torch.device("cpu")
     with pytest.raises(RunError, match="--device cuda: not on this machine, which has cpu"):
         choose_device("cuda")
+
+
+def test_apple_s_gpu_is_taken_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device().type == "cpu"
+    assert choose_device("mps", "some/lm") == torch.device("mps")
+    with pytest.raises(RunError, match="some/lm: .*--device mps uses Apple's GPU"):
+        choose_device(weights="some/lm")
+    # in float32: neither training nor answering is cast to bfloat16
+    assert not devices.has_fast_bf16(torch.device("mps"))
 
 
 def test_a_driver_that_is_too_old_is_named(monkeypatch):
@@ -75,6 +90,17 @@ TINY_RANDOM = {
     "llava_onevision": "pave-0.5b --weights tiny-random --frames 4",
     "blip2": "crema-xl --weights tiny-random --modality-rank 4",
 }
+
+
+# backbones and side channels, on which no tensor may stay behind on the CPU
+FAR = TINY_RANDOM | {
+    "patches": "pave-tiny --side audio,fast --no-compare-lora",
+    "modalities": "crema-tiny --modalities rgb,audio",
+    "alignment": "crab-tiny --stage visual",
+    "ranking": "crab_plus-tiny --eval-mode rank --adapter lora --gradient-checkpointing",
+}
+QUICK = ["modalities", "alignment"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAR if name not in QUICK]
 
 
 @pytest.fixture
@@ -190,3 +216,55 @@ def test_a_run_and_a_patch_are_loaded_onto_one_device(tmp_path, small_world, mon
     loaded.model.load_patch(copy)
     assert "patch_audio" in loaded.model.trainable_modules()
     assert devices_of(loaded.model) == {"meta"}
+
+
+# --- a device that is not the CPU, with real values ----------------------------------------------
+
+
+@pytest.fixture
+def on_far(monkeypatch):
+    """Let every command choose the device "far" (far.py), which takes no CPU tensors."""
+    far.set_up()
+    device = torch.device("far:0")
+    limits = dict.fromkeys(TASKS, 4)  # short answers
+    monkeypatch.setattr("crab_min.recipes.common.token_limits", lambda *_: limits)
+    for module in ("runs.processes", "tools.loading"):
+        monkeypatch.setattr(f"crab_min.{module}.choose_device", lambda *_: device)
+    with far.Factories():
+        yield
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAR],
+)
+def test_training_and_answers_mix_no_devices(backbone, on_far, small_world, tmp_path):
+    run = tmp_path / "run"
+    tasks = "s4" if "mask" in backbone else "avqa"
+    rows = ["--data", str(small_world), "--tasks", tasks, "--test-rows", "2"]
+    command = f"{FAR[backbone]} --steps 2 --batch-size 2 --save-every 1 --out {run}"
+    assert train.main([*command.split(), *rows, "--no-baseline"]) == 0
+    assert infer.main(["--eval", *rows, "--run", str(run), "--max-new-tokens", "4"]) == 0
+    metrics = json.loads((run / "eval_test" / "metrics.json").read_text())
+    assert metrics["tasks"][tasks]["n"] == 2
+
+
+# command -> how often the CPU waits for a GPU in a training step of two samples; of Omni's mostly
+# in transformers' encoders
+SYNCS = {"crab_plus-tiny": 7, "crab_plus-7b --weights tiny-random": 74}
+
+
+@pytest.mark.parametrize("command", SYNCS)
+def test_a_step_waits_for_the_gpu_no_more_often_than_it_did(command, on_far, small_world):
+    given, settings = parse_train(command.split())
+    model = crab_plus.load_model(settings).to("far")
+    samples = read_samples(small_world, ["avqa"], "train")[:2]
+    media = Features(model)(samples)
+    crab_plus.add_trained_parts(model, settings)
+    model.set_trainable(settings.training.parts)
+    optimizer = make_optimizer(model.train(), settings.training)
+
+    far.syncs.clear()
+    batch = collate_answers(model, samples, media)
+    JointStep()(model, [batch], optimizer, settings.training)
+    assert 0 < far.syncs.total() <= SYNCS[command], far.syncs

@@ -1,14 +1,18 @@
 """Pretrained weights that cannot be used are one line that says what to do."""
 
+import gc
 import json
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from crab_min.backbones.common import load_pretrained
 from crab_min.backbones.load import load_model
 from crab_min.backbones.tiny_random import tiny_blip2, tiny_omni
 from crab_min.beats import load_beats
@@ -35,6 +39,36 @@ def change_weights(config: BackboneConfig, change) -> None:
 def test_whole_weights_load(omni):
     model = load_model(omni)
     assert model.llm.dtype == torch.bfloat16
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("stored, most", [(torch.bfloat16, 0.3), (torch.float16, 1.3)])
+def test_a_model_is_never_in_host_memory_twice(stored, most, tmp_path):
+    """Weights in bfloat16 stay in the mapped file, which all share; others are copied once."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
+    config = LlamaConfig(vocab_size=1000, num_attention_heads=8, **sizes)
+    LlamaForCausalLM(config).to(stored).save_pretrained(tmp_path)
+    gc.collect()
+    loaded, peak, before = threading.Event(), [0], anonymous_bytes()
+
+    def watch() -> None:
+        while not loaded.wait(0.001):
+            peak[0] = max(peak[0], anonymous_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        model = load_pretrained(LlamaForCausalLM, str(tmp_path), False, [])
+    finally:
+        loaded.set()
+        watcher.join()
+    assert peak[0] < most * sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_a_git_lfs_pointer_is_named(omni, tmp_path):

@@ -9,9 +9,12 @@ import time
 import pytest
 
 from crab_min.answers import Answer
+from crab_min.data import Sample
 from crab_min.errors import DataError
 from crab_min.evaluation.canonical import canonical_text
+from crab_min.evaluation.lenient import lenient_metrics
 from crab_min.evaluation.metrics import best_constant, score
+from crab_min.evaluation.scores import score_all
 from crab_min.tasks import TASKS
 
 UNPARSED = Answer(error="no tag", text="...")
@@ -407,3 +410,38 @@ def test_the_best_constant_is_the_majority_or_the_median_box():
 def test_lists_must_match():
     with pytest.raises(ValueError, match="1 predictions for 2"):
         score(TASKS["avqa"], [UNPARSED], [UNPARSED, UNPARSED])
+
+
+# --- the frozen base ------------------------------------------------------------------------------
+GUITARS = ("guitar", "acoustic guitar", "drum")
+
+
+@pytest.mark.parametrize(
+    "task, text, right",
+    [
+        ("avqa", "It is an Acoustic guitar.", 1),
+        ("avqa", "<answer> acoustic guitar</answer>", 1),
+        ("avqa", "A guitar.", 0),
+        ("avqa", "The acoustic guitar or the drum", 0),
+        ("avqa", "I cannot say", 0),
+        ("avqa_thu", "(B)", 1),
+        ("avqa_thu", "B. acoustic guitar", 1),
+        ("a2v", "Video two fits.", 1),
+    ],
+)
+def test_a_base_without_tags_is_right_where_it_names_the_label_alone(task, text, right):
+    golds = {
+        "avqa": Answer(choice="acoustic guitar"),
+        "avqa_thu": Answer(choice="acoustic guitar", choices=GUITARS),
+        "a2v": Answer(choice="two"),
+    }
+    sample = Sample("0", TASKS[task], [], "", golds[task], {})
+    known = [Sample("1", TASKS[task], [], "", Answer(choice=name), {}) for name in GUITARS]
+    assert lenient_metrics([sample], [text], known) == {task: right}
+    # the trained model is scored strictly
+    assert score_all([sample], [text])[task]["metric"] == (right and "<answer>" in text)
+
+
+def test_events_and_boxes_have_no_lenient_score():
+    sample = Sample("0", TASKS["ave"], [], "", Answer(events=[("dog", [(0, 3)])]), {})
+    assert lenient_metrics([sample], ["A dog."], []) == {}

@@ -333,6 +333,62 @@ def test_processes_that_lack_a_modality_stay_equal(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+ANSWERS = """
+import sys
+from pathlib import Path
+
+from crab_min.backbones.composed import load_base
+from crab_min.data import read_samples
+from crab_min.evaluation import answering
+from crab_min.evaluation.answering import Decoding, generate_answers
+from crab_min.evaluation.budget import TokenBudget
+from crab_min.features import Features
+from crab_min.model import AVLanguageModel
+from crab_min.runs import processes
+
+processes.start()
+whole, sharded = load_base(), load_base()
+processes.shard(sharded.llm)
+sharded.is_sharded = True
+samples = []
+for task, count in (("avqa", 7), ("ks", 1), ("meld", 4)):
+    samples += read_samples(Path(sys.argv[1]), [task], "test")[:count]
+answers = [f"<answer> {name}</answer>" for name in ("yes", "no", "two")]
+answering.options = lambda sample: answers if sample.task.name == "avqa" else []
+
+generate, rows = AVLanguageModel.generate, []
+
+def counted(model, batch, limit, beams):
+    rows.append(batch.rows)
+    return generate(model, batch, limit, beams=beams)
+
+AVLanguageModel.generate = counted
+for mode in ("generate", "rank"):
+    texts = []
+    for model in (whole, sharded):
+        rows.clear()
+        # two processes make a different number of parts
+        budget = TokenBudget(450, sharded=model.is_sharded)
+        decoding = Decoding({"avqa": 12, "ks": 5, "meld": 4}, mode, budget=budget)
+        partial = Path(f"{mode}{model.is_sharded}.jsonl")
+        texts.append(generate_answers(model, Features(model), samples, decoding, partial=partial))
+    assert texts[0] == texts[1] and all(texts[0]), texts
+    # each process has answered its half, and has accompanied the other
+    half = 6 if mode == "generate" else 3
+    assert half <= sum(rows) <= half + 2, rows
+    assert partial.read_text().count(":") == len(samples)
+processes.end()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_lm_divide_the_evaluation(small_world, tmp_path):
+    script = tmp_path / "answers.py"
+    script.write_text(ANSWERS)
+    done = finish([*TWO, str(script), str(small_world)], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

@@ -175,7 +175,10 @@ class Stub(BaseHTTPRequestHandler):
     def behave(self, body: dict):
         prompt = text_of(body["messages"][0]["content"])
         closing = re.findall(r"Closing words: (.+)", prompt)[-1:]
-        label = re.search(r"<event> (\w+) ", closing[0])[1] if closing else "judge"
+        event = re.search(r"<event> (\w+) bell,", closing[0]) if closing else None
+        label = event[1] if event else "row"
+        if not closing:
+            label = "judge"
         with self.server.guard:
             self.server.bodies.append((label, body))
             self.server.asked[label] += 1
@@ -187,6 +190,8 @@ class Stub(BaseHTTPRequestHandler):
         if label == "judge":
             no = "noisy" in prompt
             return self.reply("No, it does not." if no else "Yes: the bell is named.")
+        if label == "row":  # of another folder than that of make_rows
+            return self.reply(f"This is what is seen and heard here. {closing[0]}")
         right = f"The {label} bell is seen and heard from 2 to 8. {closing[0]}"
         if number > 1 and label in ("slow", "busy", "down", "drops", "broken", "hangs"):
             return self.reply(right)
@@ -484,6 +489,23 @@ def test_the_template_is_verified_on_every_row(where, tmp_path, request, monkeyp
             assert [p.path for p in before.media] == [p.path for p in after.media]
     before, after = read_samples(data, tasks, "test"), read_samples(tmp_path / "out", tasks, "test")
     assert [sample.gold for sample in before] == [sample.gold for sample in after]
+
+
+def test_a_server_writes_every_folder_of_real_rows_which_the_check_counts(
+    tmp_path, real_media, stub, monkeypatch, capsys
+):
+    monkeypatch.setattr(report, "SHEET_ROWS", 2)
+    out, figure = tmp_path / "out", tmp_path / "check.png"
+    assert run(real_media, out, "--llm", stub.url, "--rewrite") == 0
+    count = json.loads((out / "report.json").read_text())["counts"]
+    captions = count["avcap"]["rows"]
+    assert count["all"]["verified"] == count["all"]["rows"] - captions == stub.asked["row"] > 0
+
+    files = ["--out", str(tmp_path / "check.json"), "--figure", str(figure)]
+    assert check.main(["--data", str(out), "--headers", "--workers", "0", *files]) == 0
+    splits = json.loads((tmp_path / "check.json").read_text())["tasks"]
+    reasoned = sum(split["reasoned"] for name, split in splits.items() if name.endswith("/train"))
+    assert reasoned == count["all"]["verified"] and figure.exists()
 
 
 def test_rows_with_reasoning_without_media_and_without_a_label_are_not_asked(

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,17 @@ from safetensors.torch import load_file, save_file
 import infer
 import train
 from crab_min import trainer
+from crab_min.backbones.composed import load_base
 from crab_min.cli import parse_train
+from crab_min.config import AdapterConfig
 from crab_min.data import read_samples
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import plan_batches
 from crab_min.model import AVLanguageModel
 from crab_min.recipes import crab
+from crab_min.runs import folder as run_folder
 from crab_min.runs.folder import SavedRun, choose_folder, lock_run
+from crab_min.trained_parts import copy_to_cpu
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--steps 6 --batch-size 4 --save-every 2 --r 4 --alpha 8".split()
@@ -89,6 +94,7 @@ def test_a_run_leaves_its_numbers_and_predictions(finished):
     for result in metrics["tasks"].values():
         assert {"metric", "base", "constant", "parsed", "n", "all"} <= set(result)
         assert 0 <= result["metric"] <= 1 and 0 <= result["parsed"] <= 1 and result["n"] > 0
+    assert metrics["tasks"]["avqa"]["base_lenient"] == metrics["base"]["avqa"]["lenient"]
     assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable"] == 0
     assert set(metrics["loss"]) == {"first", "last"}
 
@@ -142,6 +148,69 @@ def test_a_finished_run_is_not_overwritten(finished, small_world, capsys):
     assert train.main([*SMALL, *data, "--out", str(finished)]) == 2
     assert "finished" in capsys.readouterr().err
     assert (finished / "metrics.json").read_bytes() == before
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(small_world, tmp_path, monkeypatch):
+    """The writer waits for the step after; the weights are those of the step before."""
+    step_after, weights = threading.Event(), []
+    write, learn = run_folder.save_file, trainer.JointStep.__call__
+
+    def slow_write(tensors, path):
+        assert step_after.wait(60)
+        write(tensors, path)
+
+    def learn_or_stop(self, model, *arguments):
+        weights.append(copy_to_cpu(dict(model.llm.named_parameters())))
+        if len(weights) == 4:
+            raise KeyboardInterrupt
+        result = learn(self, model, *arguments)
+        if len(weights) == 3:
+            step_after.set()
+        return result
+
+    monkeypatch.setattr(run_folder, "save_file", slow_write)
+    monkeypatch.setattr(trainer.JointStep, "__call__", learn_or_stop)
+    run = tmp_path / "run"
+    flags = few_rows(small_world, "--steps", "6", "--save-every", "2", "--no-baseline")
+    assert train.main([*flags, "--lr", "0.1", "--out", str(run)]) == 130
+    saved = load_file(run / "checkpoints" / "step_2" / "adapter" / "adapter_model.safetensors")
+    for name, weight in saved.items():
+        before, after = name.rsplit(".", 1)
+        inside = f"{before}.default.{after}"
+        assert torch.equal(weight, weights[2][inside])  # as step 3 begins
+    assert not torch.equal(weight, weights[3][inside])
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(
+    small_world, tmp_path, monkeypatch, capsys
+):
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_file", full)
+    flags = few_rows(small_world, "--steps", "3", "--save-every", "1", "--no-baseline")
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "step_1: cannot be written" in error and "No space left" in error
+
+
+def test_nothing_is_asked_of_a_hub_while_saving(tmp_path, monkeypatch):
+    calls = []
+
+    def refuse(*arguments, **options):
+        calls.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    model = load_base()
+    model.add_adapter(AdapterConfig())
+    model.llm.peft_config["default"].base_model_name_or_path = "somebody/some-lm"
+    model.save_trained(tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() and not calls
 
 
 # --- locking and stopping -------------------------------------------------------------------------

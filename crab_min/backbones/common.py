@@ -1,7 +1,9 @@
 """Common code of the backbones: pretrained weights, and sound through BEATs."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -93,14 +95,7 @@ def load_pretrained(
     """
     quantization = None
     if load_in_4bit:
-        try:
-            import bitsandbytes  # noqa: F401  (optional, and slow to import)
-        except (ImportError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(
-                f"--load-in-4bit: bitsandbytes cannot be used ({reason}); pip install "
-                "bitsandbytes, or leave --load-in-4bit out"
-            ) from error
+        import_bitsandbytes()
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -127,6 +122,22 @@ def load_pretrained(
             f"({', '.join(missing[:3])}). Is the download whole, and the model of this kind?"
         )
     return model
+
+
+def import_bitsandbytes() -> ModuleType:
+    """Import bitsandbytes, which is optional and slow to import.
+
+    Raises:
+        ModelError: it is missing or does not work here.
+    """
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"--load-in-4bit: bitsandbytes cannot be used ({reason}); pip install "
+            "bitsandbytes, or leave --load-in-4bit out"
+        ) from error
 
 
 def refuse_unusable(name: str) -> None:

@@ -32,6 +32,8 @@ from crab_min.pave import Patches
 class LlavaModel(PatchedModel):
     """LLaVA-OneVision and, for sound as a side channel, a BEATs."""
 
+    encodes_in_tokens = True
+
     def __init__(
         self,
         llava: LlavaOnevisionForConditionalGeneration,

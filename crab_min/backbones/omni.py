@@ -56,6 +56,7 @@ class OmniModel(PatchedModel):
     joins_tokens = False  # its positions are those of the video's own grid
 
     frame_size = 224
+    encodes_in_tokens = True
 
     def __init__(
         self,
@@ -260,9 +261,9 @@ class OmniModel(PatchedModel):
 
 
 class EmptyOmniModel(OmniModel):
-    """An OmniModel whose encoders are counted and do not run.
+    """An OmniModel of whose encoders only the widest moment runs: an MLP on all patches or frames.
 
-    They do not run because they look at the values of grids.
+    The rest does not run because it looks at the values of grids.
     """
 
     @property
@@ -270,9 +271,20 @@ class EmptyOmniModel(OmniModel):
         return torch.device("cpu")
 
     def encoder_tokens(self, media: list[MediaFeatures]) -> list[Tensor]:
+        encoders = self.thinker.model
+        visual, sound = encoders.visual, encoders.audio_tower
+        patches = sum(len(medium.features) for medium in media if medium.kind != "audio")
+        frames = sum(len(medium.features) for medium in media if medium.kind == "audio")
+        with torch.no_grad():
+            if patches:
+                visual.blocks[0].mlp(self.zeros(patches, visual.config.hidden_size))
+            if frames:  # a convolution of stride 2
+                sound.layers[0].fc1(self.zeros(frames // 2, sound.config.d_model))
         width = self.thinker.config.text_config.hidden_size
-        counts = [self.token_count(medium) for medium in media]
-        return [torch.zeros(count, width, dtype=self.thinker.dtype) for count in counts]
+        return [self.zeros(self.token_count(medium), width) for medium in media]
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.thinker.dtype)
 
 
 def frame_mask(sounds: list[MediaFeatures], device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from crab_min.data import Sample
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features, cut
+from crab_min.interface import PromptPart
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
 from crab_min.runs.folder import atomic_write
@@ -22,6 +23,7 @@ from crab_min.runs.folder import atomic_write
 BATCH_SIZE = 50  # samples per batch, at most
 RANKED_TOGETHER = 64  # options per batch when they are ranked, at most
 DEFAULT_LIMIT = 160  # answer tokens of a task that the run was not trained on
+NOTHING = PromptPart("text", text="?")  # the prompt of a process that has no sample left
 MARGIN = 8  # answer tokens beyond the longest training target
 
 
@@ -89,26 +91,35 @@ def generate_answers(
     Returns:
         The texts, in the order of the samples.
     """
-    # the batches that this process still has to answer
+    # the batches that are still to be answered, and the share of this process: some of them, or
+    # with a sharded LM, which all processes must run equally often, some rows of each
     plan = plan_batches(samples)
     texts = processes.on_first(lambda: read_partial(partial, plan)) if partial else {}
-    unanswered = [batch for batch in plan if batch[0].id not in texts]
-    is_sharded = processes.is_sharded(model)
-    if not is_sharded:  # all processes must run a sharded LM equally often
-        unanswered = unanswered[processes.rank() :: processes.count()]
+    batches = [batch for batch in plan if batch[0].id not in texts]
+    rank, count = processes.rank(), processes.count()
+    if model.is_sharded:
+        shares = [batch[rank::count] for batch in batches]
+    else:
+        shares = batches = batches[rank::count]
 
     # answers; an unreadable sample keeps ""
     was_training = model.training
     model.eval()
-    with tqdm(total=sum(map(len, unanswered)), desc=desc, unit="sample") as bar:
-        for batch, (readable, media) in zip(unanswered, features.batches(unanswered, strict)):
-            answers = {sample.id: "" for sample in batch}
-            answers |= answer_batch(model, readable, media, decoding)
+    with tqdm(total=sum(map(len, shares)), desc=desc, unit="sample") as bar:
+        for batch, share, (readable, media) in zip(
+            batches, shares, features.batches(shares, strict)
+        ):
+            ranked = decoding.mode == "rank" and all(options(sample) for sample in batch)
+            answered = answer_batch(model, readable, media, decoding, ranked)
+            if model.is_sharded:
+                for others in processes.gather(answered):
+                    answered |= others
+            answers = {sample.id: answered.get(sample.id, "") for sample in batch}
             texts |= answers
-            if partial and (not is_sharded or processes.rank() == 0):
+            if partial and (not model.is_sharded or rank == 0):
                 with open(partial, "a", encoding="utf-8") as file:
                     file.write(json.dumps(answers) + "\n")
-            bar.update(len(batch))
+            bar.update(len(share))
     model.train(was_training)
 
     # the answers of all processes
@@ -118,12 +129,14 @@ def generate_answers(
 
 
 def answer_batch(
-    model: AVLanguageModel, samples: list[Sample], media: list, decoding: Decoding
+    model: AVLanguageModel, samples: list[Sample], media: list, decoding: Decoding, ranked: bool
 ) -> dict[str, str]:
-    """Answer a batch of samples of one task; return the texts by sample id."""
-    if not samples:
-        return {}
-    if decoding.mode == "rank" and all(options(sample) for sample in samples):
+    """Answer a batch of samples of one task; return the texts by sample id.
+
+    Args:
+        ranked: rank the options of each sample instead of generating text.
+    """
+    if ranked:
         texts = rank_options(model, samples, media, decoding.budget)
     else:
         texts = generate_texts(model, samples, media, decoding)
@@ -134,7 +147,7 @@ def generate_texts(
     model: AVLanguageModel, samples: list[Sample], media: list, decoding: Decoding
 ) -> list[str]:
     """Generate the answers to samples of one task."""
-    limit = decoding.limit(samples[0])
+    limit = max(map(decoding.limit, samples), default=1)
     rows = [(sample.parts, features) for sample, features in zip(samples, media)]
     # every beam has keys and values of its own
     lengths = [decoding.beams * (model.prompt_length(*row) + limit) for row in rows]
@@ -143,7 +156,10 @@ def generate_texts(
         batch = model.collate(*zip(*part))
         return model.generate(batch, limit, beams=decoding.beams)
 
-    return decoding.budget.run(generate, rows, lengths)
+    def accompany() -> None:
+        model.generate(model.collate([[NOTHING]], [[]]), limit, beams=decoding.beams)
+
+    return decoding.budget.run(generate, rows, lengths, accompany=accompany)
 
 
 def options(sample: Sample) -> list[str]:
@@ -176,7 +192,11 @@ def rank_options(
         with model.inference_autocast():
             return model.token_losses(batch).sum(1).tolist()  # (options, tokens) -> (options,)
 
-    losses = budget.run(losses_of, pairs, lengths, RANKED_TOGETHER)
+    def accompany() -> None:
+        with model.inference_autocast():
+            model.token_losses(model.collate([[NOTHING]], [[]], [""]))
+
+    losses = budget.run(losses_of, pairs, lengths, RANKED_TOGETHER, accompany)
 
     # the smallest loss of each sample
     best: dict[int, tuple[float, str]] = {}

@@ -92,11 +92,13 @@ def picture(file: Path, description: str) -> str:
 def score_table(scores: dict[str, dict]) -> str:
     """Return each task's metric beside the baselines."""
     rows = []
+    names = ("base", "base_lenient", "metric", "constant", "chance")
     for task, result in scores.items():
-        numbers = [result.get(name) for name in ("base", "metric", "constant", "chance")]
+        numbers = [result.get(name) for name in names]
         cells = ["" if number is None else f"{number:.3f}" for number in numbers]
         rows.append([html.escape(task), text_cell(result["name"]), *cells, str(result["n"])])
-    header = ["task", "metric", "before training", "trained", "best constant", "chance", "clips"]
+    header = ["task", "metric", "before training", "read leniently", "trained", "best constant"]
+    header += ["chance", "clips"]
     return table(header, rows) if rows else "<p>No test rows, so nothing was evaluated.</p>"
 
 

@@ -146,6 +146,10 @@ def training_table(results: dict[str, dict]) -> str:
         )
     better = sum(result["metric"] > result["constant"] for result in results.values())
     lines.append(f"better than the best constant answer: {better} of {len(results)} tasks")
+    lenient = {task: r["base_lenient"] for task, r in results.items() if "base_lenient" in r}
+    if lenient:
+        cells = [f"{task} {metric:.3f}" for task, metric in lenient.items()]
+        lines.append(f"base, where a label without its tag counts: {', '.join(cells)}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
 from crab_min.evaluation.budget import TokenBudget
+from crab_min.evaluation.lenient import lenient_metrics
 from crab_min.evaluation.page import write_card, write_page
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
@@ -132,6 +133,7 @@ def load_backbone(run: Run, load_model: Callable) -> None:
     run.model = load_model(run.settings, device="cpu" if fsdp else run.device)
     if fsdp:
         processes.shard(run.model.llm)
+        run.model.is_sharded = True
     run.model.to(run.device)
     run.model.bf16 = run.settings.training.bf16
 
@@ -271,7 +273,7 @@ def begin(run: Run) -> None:
 
     # the folder belongs to this process from here on
     run.steps = range(steps_of(run.settings, len(run.train_rows)))
-    budget = TokenBudget(run.settings.run.eval_batch_tokens, retry=not training.fsdp)
+    budget = TokenBudget(run.settings.run.eval_batch_tokens, sharded=training.fsdp)
     limits = token_limits(model, run.train_rows)
     run.decoding = Decoding(limits, run.settings.run.eval_mode, budget=budget)
     if processes.rank() == 0:
@@ -326,7 +328,7 @@ def describe_trained(model: AVLanguageModel) -> str:
 
 
 def evaluate_baseline(run: Run) -> None:
-    """Score the test rows before training and write base.json.
+    """Score the test rows before training, strictly and leniently, and write base.json.
 
     Nothing is done if it exists already.
     """
@@ -339,7 +341,10 @@ def evaluate_baseline(run: Run) -> None:
         run.model, run.features, rows, run.decoding, "frozen base", unfinished, strict
     )
     if processes.rank() == 0:
-        atomic_write(run.folder / "base.json", json.dumps(score_all(rows, texts)))
+        scores = score_all(rows, texts)
+        for task, metric in lenient_metrics(rows, texts, run.train_rows).items():
+            scores[task]["lenient"] = metric
+        atomic_write(run.folder / "base.json", json.dumps(scores))
         unfinished.unlink(missing_ok=True)
 
 
@@ -502,6 +507,8 @@ def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) ->
     for task, result in results.items():
         if base:
             result["base"] = base[task]["metric"]
+            if "lenient" in base[task]:
+                result["base_lenient"] = base[task]["lenient"]
         result["constant"] = constant[task]
         if task in chances:
             result["chance"] = chances[task]

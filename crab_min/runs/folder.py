@@ -4,14 +4,17 @@ A killed run continues from a checkpoint.
 
 checkpoints/step_N/ holds all that the next step depends on: trained weights, optimizer moments, the
 random state of every process, and how many batches were taken. Files and folders appear whole or
-not at all: they are written under a temporary name and renamed.
+not at all: they are written under a temporary name and renamed. A checkpoint is copied to the CPU
+and written by a thread, so that training stops for the copy alone.
 """
 
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +34,7 @@ from crab_min.errors import RunError
 from crab_min.interface import PromptLayout, QuestionForm
 from crab_min.runs import processes
 from crab_min.text_files import read_json
+from crab_min.trained_parts import copy_to_cpu, copy_trained
 
 # settings that do not change the result: a run may continue with other values of these
 FREE = {
@@ -86,6 +90,30 @@ def atomic_replace(final: Path, write: Callable[[Path], None]) -> None:
     # a folder can only be renamed to a name that is free
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
+
+
+Writer = Callable[[Callable[[], None]], None]
+
+
+@contextmanager
+def background_writer() -> Iterator[Writer]:
+    """Yield a function that calls another one in a thread, after the call before has ended.
+
+    What a call raises is raised when the next one begins, or at the end of the context.
+    """
+    calls: list[Future] = []
+
+    def wait() -> None:
+        while calls:
+            calls.pop().result()
+
+    def begin(write: Callable[[], None]) -> None:
+        wait()
+        calls.append(pool.submit(write))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield begin
+        wait()
 
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -270,16 +298,18 @@ def write_trained(folder: Path, model: nn.Module) -> None:
     (folder / "trained").rmdir()
 
 
-def save_best(folder: Path, model: nn.Module, progress: Progress) -> None:
+def save_best(folder: Path, progress: Progress, model: nn.Module, writer: Writer) -> None:
     """Write RUN/best, a run folder of its own that holds the best weights so far."""
+    if processes.rank() > 0:
+        return
+    write_parts, described = copy_trained(model), json.dumps(asdict(progress))
 
     def write(temporary: Path) -> None:
-        model.save_trained(temporary)
+        write_parts(temporary)
         shutil.copy(folder / "config.json", temporary)
-        atomic_write(temporary / "progress.json", json.dumps(asdict(progress)))
+        atomic_write(temporary / "progress.json", described)
 
-    if processes.rank() == 0:
-        atomic_replace(folder / "best", write)
+    writer(lambda: atomic_replace(folder / "best", write))
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -289,11 +319,17 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    writer: Writer,
 ) -> None:
-    """Write checkpoints/step_N/ and remove the oldest ones.
+    """Copy all that the next step depends on, and begin to write it to checkpoints/step_N/.
 
-    Every process calls it, because each has a random state. The first one writes.
+    Every process calls it, because each has a random state. The first one writes, and then removes
+    the oldest checkpoints.
 
     Args:
         keep: how many of the newest checkpoints stay.
@@ -324,16 +360,21 @@ def save_checkpoint(
     for rank, states in enumerate(random_states):
         for device, state in states.items():
             tensors[f"rng.{rank}.{device}"] = state
+    tensors, write_parts = copy_to_cpu(tensors), copy_trained(model)
+    described = json.dumps(asdict(progress))
 
-    def write(temporary: Path) -> None:
-        model.save_trained(temporary)
+    def write_checkpoint(temporary: Path) -> None:
+        write_parts(temporary)
         save_file(tensors, temporary / "optimizer.safetensors")
-        atomic_write(temporary / "progress.json", json.dumps(asdict(progress)))
+        atomic_write(temporary / "progress.json", described)
 
-    # the new checkpoint is whole before an old one goes
-    atomic_replace(folder / "checkpoints" / f"step_{progress.step}", write)
-    for old in checkpoints_of(folder)[:-keep]:
-        shutil.rmtree(old)
+    def write() -> None:
+        # the new checkpoint is whole before an old one goes
+        atomic_replace(folder / "checkpoints" / f"step_{progress.step}", write_checkpoint)
+        for old in checkpoints_of(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    writer(write)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

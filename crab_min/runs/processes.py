@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from crab_min.devices import choose_device
 from crab_min.errors import RunError
@@ -189,8 +189,3 @@ def stacks(llm: nn.Module) -> list[nn.Module]:
 def stack_layers(stack: nn.Module) -> nn.ModuleList:
     """Return the layers of a stack; T5's are blocks."""
     return stack.block if hasattr(stack, "block") else stack.layers
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether `shard` has been called on a part of the model."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())

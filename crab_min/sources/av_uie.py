@@ -47,7 +47,8 @@ def read_list(path: Path) -> list[dict]:
             rows = find_rows(content)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"{path}: not a form that is known here ({reason}); download it again") from None
+            expected = "not an annotation file that is known here"
+            raise DataError(f"{path}: {expected} ({reason}); download it again") from None
     if not rows:
         raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

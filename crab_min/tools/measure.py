@@ -12,7 +12,8 @@ Shapes: B samples, L tokens of a prompt with its answer, D width of the LM, V wo
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from crab_min.config import Settings
 from crab_min.encoders import MediaFeatures
 from crab_min.evaluation.answering import BATCH_SIZE, DEFAULT_LIMIT, RANKED_TOGETHER
 from crab_min.evaluation.budget import TokenBudget
+from crab_min.features import ENCODED_TOGETHER
 from crab_min.masks import MASK_TOKEN_COUNT
 from crab_min.model import AVLanguageModel, index_by_kind
 from crab_min.runs.processes import stack_layers, stacks
@@ -36,10 +38,17 @@ ANSWER = 80  # tokens of a reasoned answer, about
 
 @dataclass
 class Prompt:
-    """A prompt: its tokens with an answer, and its media."""
+    """A prompt.
+
+    Attributes:
+        tokens: of it and an answer.
+        media: their features.
+        raw: what the encoders take, of one medium per kind: kind -> (array, seconds).
+    """
 
     tokens: int
     media: list[MediaFeatures]
+    raw: dict[str, tuple] = field(default_factory=dict)
 
 
 # --- tensors without values ----------------------------------------------------------------------
@@ -233,6 +242,32 @@ def lm_activation_bytes(model: AVLanguageModel, settings: Settings, length: int)
         return rest + depth * layer
     inputs = training.batch_size * length * lm_width(model) * lm_dtype(model).itemsize
     return rest + layer + depth * inputs
+
+
+def encoding_bytes(model: AVLanguageModel, settings: Settings, prompt: Prompt) -> int:
+    """Count what frozen encoders and connectors hold at the widest moment, beside the weights.
+
+    Encoders take ENCODED_TOGETHER media at once. Those that run in `tokens` take all media of a
+    batch, of training or of evaluation. A side channel takes no more than its video.
+    """
+    in_bf16 = lm_dtype(model) == torch.bfloat16
+    peaks = [0]
+    if not model.encodes_in_tokens:
+        for kind, (array, seconds) in prompt.raw.items():
+            media = ENCODED_TOGETHER * [array]
+            if kind == "audio":  # equal sounds are encoded once, so make these differ
+                media = [[wave + i for wave in waves] for i, waves in enumerate(media)]
+            encode = partial(model.encode, kind, media, ENCODED_TOGETHER * [seconds])
+            peaks.append(peak_bytes(model, encode, in_bf16))
+
+    together = answered_together(settings, prompt.tokens - ANSWER)
+    rows = max(settings.training.batch_size, together)
+
+    @torch.no_grad()
+    def tokens() -> None:
+        model.tokens(rows * prompt.media, rows * index_by_kind(prompt.media))
+
+    return max(*peaks, peak_bytes(model, tokens, in_bf16))
 
 
 def cache_bytes(model: AVLanguageModel) -> int:

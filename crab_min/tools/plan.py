@@ -10,8 +10,8 @@ but on the meta device: every tensor has a shape and a precision, and none has m
     memory        see measure.py: activations are counted in forwards, evaluation's are computed
     operations    counted in forwards
 
-All is for one GPU. Left out are what frozen encoders need while they run, and what the CUDA
-libraries take for themselves (about a gigabyte, which "fits" adds).
+All is for one GPU. Left out is what the CUDA libraries take for themselves (about a gigabyte, which
+"fits" adds).
 """
 
 import re
@@ -38,6 +38,7 @@ from crab_min.tools.measure import (
     Prompt,
     activation_bytes,
     answered_together,
+    encoding_bytes,
     evaluation_bytes,
     fill,
     lm_dtype,
@@ -79,13 +80,14 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    encoding: int  # frozen encoders at work, before there are activations
     evaluation: int  # all that is there while the greatest batch is answered
 
     @property
     def training(self) -> int:
         """Return the bytes of all that is there in a training step."""
         weights = self.frozen + self.trained
-        return weights + self.gradients + self.optimizer + self.activations
+        return weights + self.gradients + self.optimizer + max(self.activations, self.encoding)
 
     @property
     def needed(self) -> float:
@@ -305,7 +307,8 @@ def example_prompts(
 
         parts, media = model.arrange(sample.parts, features)
         tokens = len(model.prompt_ids(parts, media)) + ANSWER
-        prompts[sample.task.name] = Prompt(tokens, media)
+        raw = {part.kind: black(model, part) for part in sample.media if not part.side}
+        prompts[sample.task.name] = Prompt(tokens, media, raw)
     return prompts
 
 
@@ -373,14 +376,15 @@ def measure_prompt(
         seconds: length of each file.
         sides: the features of each side channel.
     """
-    features = []
+    features, raw = [], {}
     for part in sample.media:
         if part.side:
             features.append(sides[part.side])
             continue
         features.append(encode_black(model, part, part_seconds(part, seconds)))
+        raw[part.kind] = black(model, part, part_seconds(part, seconds))
     parts, media = model.arrange(sample.parts, features)
-    return Prompt(len(model.prompt_ids(parts, media)) + ANSWER, media)
+    return Prompt(len(model.prompt_ids(parts, media)) + ANSWER, media, raw)
 
 
 def prompt_tokens(model: AVLanguageModel, sample: Sample, seconds: dict[str, float]) -> int:
@@ -424,16 +428,23 @@ def encode_black(model: AVLanguageModel, part: PromptPart, seconds: float = 0.0)
     Args:
         seconds: its length; 0 for that of the clips of the part's task.
     """
+    array, seconds = black(model, part, seconds)
+    return model.encode(part.kind, [array], [seconds])[0]
+
+
+def black(
+    model: AVLanguageModel, part: PromptPart, seconds: float = 0.0
+) -> tuple[np.ndarray | list[np.ndarray], float]:
+    """Return a black clip or the windows of a silence, and its length in seconds."""
     if part.kind == "audio":
         seconds = seconds or CLIP_SECONDS.get(part.window, 10.0)
         if part.end:  # of --max-audio-seconds, or of a row
             seconds = min(seconds, part.end - part.start)
         windows = audio_windows(part.window, seconds)
-        waves = [np.zeros(round(SAMPLE_RATE * (end - start))) for start, end in windows]
-        return model.encode("audio", [waves], [seconds])[0]
+        return [np.zeros(round(SAMPLE_RATE * (end - start))) for start, end in windows], seconds
     frames = 1 if part.kind == "image" else part.frames
     pixels = np.zeros((frames, model.frame_size, model.frame_size, 3), np.uint8)
-    return model.encode(part.kind, [pixels], [seconds or 10.0])[0]
+    return pixels, seconds or 10.0
 
 
 def side_features(
@@ -465,13 +476,15 @@ def memory_by_precision(
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    encoding = encoding_bytes(model, settings, longest)
     whole = Memory(
         frozen=frozen,
         trained=trained,
         gradients=trained,
         optimizer=2 * trained,  # AdamW's two moments
         activations=activation_bytes(model, settings, longest),
-        evaluation=frozen + trained + evaluation_bytes(model, settings, longest),
+        encoding=encoding,
+        evaluation=frozen + trained + max(encoding, evaluation_bytes(model, settings, longest)),
     )
     if settings.run.eval_every:  # the optimizer stays where it is
         whole.evaluation += whole.optimizer
@@ -591,6 +604,7 @@ def memory_lines(result: Plan) -> list[str]:
         "gradients": "gradients",
         "optimizer": "optimizer (AdamW)",
         "activations": "activations",
+        "encoding": "or before, encoders at work",
         "training": "training, together",
         "evaluation": f"evaluation, {together} samples",
     }

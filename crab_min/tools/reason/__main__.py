@@ -18,7 +18,7 @@ import json
 import random
 import sys
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from crab_min.cli import Parser, run_command
@@ -27,7 +27,7 @@ from crab_min.errors import RunError
 from crab_min.runs.folder import atomic_write, lock_run
 from crab_min.tools.reason.asking import Log, ask_all
 from crab_min.tools.reason.briefs import load_briefs, load_notes
-from crab_min.tools.reason.report import count_rows, counts_as_json, draw_verified, table
+from crab_min.tools.reason.report import count_rows, draw_verified, table
 from crab_min.tools.reason.rows import make_jobs, read_folders, rows_of_jobs, write_folder
 from crab_min.tools.reason.template import Template
 from crab_min.tools.reason.verify import MAX_WORDS
@@ -36,23 +36,12 @@ from crab_min.tools.reason.writers import KEY, LocalModel, Server, Writer
 ADDRESS = ("http://", "https://")  # a --llm that is not the path or hub id of a model
 
 
-@dataclass(frozen=True)
-class ReasonSettings:
-    """Settings on which the texts depend; a stopped run continues with the same ones."""
-
-    data: str
-    llm: str
-    tasks: str
-    briefs: str
-    notes: str
-    judge: str
-    show_clip: bool
-    rewrite: bool
-    tries: int
-    max_words: int
+# flags on which the texts depend; a stopped run continues with the same ones
+SETTINGS = ("data", "llm", "tasks", "briefs", "notes", "judge", "show_clip", "rewrite", "tries")
+SETTINGS += ("max_words",)
 
 
-def open_folder(out: Path, settings: ReasonSettings) -> None:
+def open_folder(out: Path, settings: dict) -> None:
     """Write settings.json into a new folder, or compare with that of a stopped run.
 
     Raises:
@@ -61,7 +50,7 @@ def open_folder(out: Path, settings: ReasonSettings) -> None:
     file = out / "settings.json"
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in asdict(settings).items():
+        for name, value in settings.items():
             if old.get(name) != value:
                 raise RunError(
                     f"{out}: was begun with --{name.replace('_', '-')} {old.get(name)!r}, now "
@@ -70,7 +59,7 @@ def open_folder(out: Path, settings: ReasonSettings) -> None:
     elif any(path.name != "lock" for path in out.iterdir()):
         raise RunError(f"{out}: exists and is not of this command; choose another --out")
     else:
-        atomic_write(file, json.dumps(asdict(settings), indent=1))
+        atomic_write(file, json.dumps(settings, indent=1))
 
 
 def make_writer(llm: str, given: argparse.Namespace) -> Writer:
@@ -84,8 +73,7 @@ def make_writer(llm: str, given: argparse.Namespace) -> Writer:
 
 def reason(given: argparse.Namespace) -> None:
     """Ask about the rows, and write the folder or, with --sample, only the report."""
-    fields = ReasonSettings.__dataclass_fields__
-    settings = ReasonSettings(**{name: getattr(given, name) for name in fields})
+    settings = {name: getattr(given, name) for name in SETTINGS}
     if given.show_clip and not given.llm.startswith(ADDRESS):
         raise RunError(
             "--show-clip needs a server (--llm http://.../v1) whose model sees and hears"
@@ -124,7 +112,7 @@ def reason(given: argparse.Namespace) -> None:
             write_folder(out, root, folders, jobs)
         atomic_write(out / "rows.jsonl", rows_of_jobs(chosen, given.llm))
         counts = count_rows(folders, chosen)
-        report = {"settings": asdict(settings), "counts": counts_as_json(counts)}
+        report = {"settings": settings, "counts": {k: asdict(count) for k, count in counts.items()}}
         atomic_write(out / "report.json", json.dumps(report, indent=1))
         print(table(counts))
         (out / "sheet.png").unlink(missing_ok=True)

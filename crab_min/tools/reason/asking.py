@@ -10,6 +10,7 @@ for no reply twice.
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -34,10 +35,10 @@ class Log:
         *lines, torn = content.split(b"\n")
         if torn:
             os.truncate(path, len(content) - len(torn))
-        hashes = {job.sample.id: (job.prompt_hash, job) for job in jobs} if lines else {}
+        of_row = {job.sample.id: job for job in jobs}
         for line in map(json.loads, lines):
-            prompt_hash, job = hashes.get(line["row"], ("", None))
-            if prompt_hash != line["prompt"]:
+            job = of_row.get(line["row"])
+            if job is None or job.prompt_hash != line["prompt"]:
                 continue
             if "text" in line:
                 job.attempts.append(attempt(job, line["text"]))
@@ -49,25 +50,16 @@ class Log:
         """Append the last attempt of a job."""
         last = job.attempts[-1]
         rejection = last.rejection or Rejection("", "")
-        self.write(
-            {
-                "row": job.sample.id,
-                "try": len(job.attempts),
-                "prompt": job.prompt_hash,
-                "model": model,
-                "kind": rejection.kind,
-                "reason": rejection.reason,
-                "text": last.text,
-            }
-        )
+        fault = {"kind": rejection.kind, "reason": rejection.reason}
+        self.write(job, model, {"try": len(job.attempts), **fault, "text": last.text})
 
     def verdict(self, job: Job, model: str) -> None:
         """Append what the judge thinks of the last attempt of a job."""
-        judge = job.attempts[-1].judge
-        line = {"row": job.sample.id, "prompt": job.prompt_hash, "model": model, "judge": judge}
-        self.write(line)
+        self.write(job, model, {"judge": job.attempts[-1].judge})
 
-    def write(self, line: dict) -> None:
+    def write(self, job: Job, model: str, fields: dict) -> None:
+        """Append a line about a job."""
+        line = {"row": job.sample.id, "prompt": job.prompt_hash, "model": model, **fields}
         self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.file.flush()
 
@@ -87,7 +79,9 @@ def conversation(job: Job, with_clip: bool) -> list[Message]:
     Args:
         with_clip: put frames and sound before the prompt, for a model that sees and hears.
     """
-    content = [*clip_parts(job.sample), text_content(job.prompt)] if with_clip else job.prompt
+    content = job.prompt
+    if with_clip:
+        content = [*clip_parts(job.sample), {"type": "text", "text": job.prompt}]
     messages = [{"role": "user", "content": content}]
     if job.attempts:
         last = job.attempts[-1]
@@ -96,10 +90,6 @@ def conversation(job: Job, with_clip: bool) -> list[Message]:
         messages.append({"role": "assistant", "content": last.text or "(nothing)"})
         messages.append({"role": "user", "content": retry})
     return messages
-
-
-def text_content(text: str) -> Message:
-    return {"type": "text", "text": text}
 
 
 JUDGE = """\
@@ -143,11 +133,7 @@ def ask_all(
     for number in range(tries):
         # the rows whose turn it is; after an interruption some are further than others
         asked = [job for job in jobs if len(job.attempts) == number and not job.passed]
-
-        def make_conversation(job: Job) -> list[Message]:
-            return conversation(job, with_clip)
-
-        answered = writer.replies(asked, make_conversation)
+        answered = writer.replies(asked, partial(conversation, with_clip=with_clip))
         for job, reply in tqdm(answered, f"texts, try {number + 1}", len(asked), unit="row"):
             record(job, reply, log, writer.name)
         if judge is not None:

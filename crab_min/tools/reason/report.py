@@ -1,7 +1,7 @@
 """Counts of what was asked, verified and thrown out, and a sheet of rows to judge by eye."""
 
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from crab_min.evaluation.pictures import draw_sheet
@@ -87,10 +87,6 @@ def table(counts: dict[str, TaskCounts]) -> str:
             f"({total.judged_yes / total.judged:.3f})"
         )
     return "\n".join(lines)
-
-
-def counts_as_json(counts: dict[str, TaskCounts]) -> dict:
-    return {name: asdict(one) for name, one in counts.items()}
 
 
 def draw_verified(path: Path, jobs: list[Job], seed: int) -> int:

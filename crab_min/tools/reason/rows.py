@@ -12,6 +12,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from crab_min.answers import Answer
@@ -91,7 +92,7 @@ class Job:
         facts = row_facts(self.sample, self.seconds, self.notes)
         return self.brief.fill(facts, closing_words(self.sample))
 
-    @property
+    @cached_property
     def prompt_hash(self) -> str:
         """Return a hash of prompt and media; texts of another hash are not used."""
         media = [part.path for part in self.sample.media]
