@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 3. I-LoRA, from the equation to a trained router
+# # 12. I-LoRA, from the equation to a trained router
 #
 # Papers: Crab (arXiv 2503.13068) and Crab+ (2603.04128), Interaction-aware LoRA. Code in
 # `crab_min/`: `ilora.py`, `evaluation/routing.py`. A minute on a CPU; the first run builds a world.
@@ -106,8 +106,8 @@ stats = {}
 for name in TASKS:
     samples = [sample for sample in train if sample.task.name == name][:16]
     stats[name] = routing_stats(model, [batch_of(model, samples)])
-draw_routing(Path("answers/tutorial_03.png"), stats)
-print("the most one-sided router of each task; all are in answers/tutorial_03.png")
+draw_routing(Path("answers/12_crab_ilora.png"), stats)
+print("the most one-sided router of each task; all are in answers/12_crab_ilora.png")
 for name, task_stats in stats.items():
     _, key = max((weights.max(), key) for key, weights in task_stats.share.items())
     print(name, task_stats.share[key].round(2), *key)

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 9. From labels to reasoned rows
+# # 10. From labels to reasoned rows
 #
 # Paper: Crab (arXiv 2503.13068), the construction of AV-UIE. Code in `crab_min/tools/reason/`. A
 # minute on a CPU; the first run builds a world.
@@ -99,7 +99,7 @@ rows = read_samples(root, list(load_briefs()), "train")
 verdicts = Counter(verify(row, clean(template(row)), seconds=10.0) for row in rows)
 print(f"verified: {verdicts[None]} of {len(rows)} template texts")
 assert set(verdicts) == {None}
-draw_sheet(Path("answers/tutorial_09.png"), [(r, template(r), None) for r in rows[::60][:6]])
+draw_sheet(Path("answers/10_crab_data.png"), [(r, template(r), None) for r in rows[::60][:6]])
 
 # The world's own texts know more than the label: of UnAV also when a thing is heard but not seen.
 # Without that knowledge such a time is invented, so the check throws it out.

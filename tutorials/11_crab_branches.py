@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 2. From frames and sound to tokens
+# # 11. From frames and sound to tokens
 #
 # Paper: Crab (arXiv 2503.13068), the visual and audio branches of the unified audio-visual
 # interface. Code in `crab_min/`: `encoders.py`, `qformer.py`, `backbones/composed.py`.
@@ -95,7 +95,7 @@ assert torch.allclose(tokens, naive + model.number.weight[0], atol=1e-4)
 print("first and last frame differ by up to", (tokens[0] - tokens[-1]).abs().max().item())
 
 # %% [markdown]
-# ## What each visual and each audio query attends to: answers/tutorial_02.png
+# ## What each visual and each audio query attends to: answers/11_crab_branches.png
 
 # %%
 second = spans[0][0]
@@ -109,7 +109,7 @@ for axes, weights in zip([*visual_axes, *audio_axes], maps):
     axes.imshow(weights, cmap="magma", aspect="auto")
 for axes in figure.axes:
     axes.axis("off")
-save(figure, Path("answers/tutorial_02.png"))
+save(figure, Path("answers/11_crab_branches.png"))
 
 # %% [markdown]
 # ## Exercises

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 5. From mask tokens to a mask
+# # 13. From mask tokens to a mask
 #
 # Paper: Crab (arXiv 2503.13068), the segmentation branch. Code in `crab_min/`: `masks.py`,
 # `backbones/masking.py`, `recipes/crab.py`. A minute on a CPU; the first run builds a world.
@@ -112,7 +112,7 @@ for i, row in enumerate(figure.subplots(4, 4)):
         axes.imshow(level, cmap="Blues")
     for axes in row:
         axes.axis("off")
-save(figure, Path("answers/tutorial_05.png"))
+save(figure, Path("answers/13_crab_masks.png"))
 
 # %% [markdown]
 # ## Exercises

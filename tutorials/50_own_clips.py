@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 8. Train on clips of your own
+# # 50. Train on clips of your own
 #
 # From a folder of clips and a table of labels to a model that answers, with the commands that work
 # on any data: `tools/check.py`, `train.py`, `infer.py`. A minute on a CPU. For clips of your own

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 1. One interface for all tasks
+# # 21. One interface for all tasks
 #
 # Paper: Crab+ (arXiv 2603.04128), the unified input and output interface. Code in `crab_min/`:
 # `tasks.py`, `answers.py`, `interface.py`. Half a minute on a CPU; the first run builds a world.
@@ -104,7 +104,7 @@ for text in texts:
 # ## A picture of a row
 
 # %%
-sample, picture = samples["avvp"], Path("answers/tutorial_01.png")
+sample, picture = samples["avvp"], Path("answers/21_interface.png")
 draw_answer(picture, sample, sample.gold, sample.target)
 print(f"\n{picture}: the frames, the sound, and a bar for every event that is seen or heard.")
 

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 4. From a scene to a clip, a question and a reasoned answer
+# # 15. From a scene to a clip, a question and a reasoned answer
 #
 # Paper: Crab (arXiv 2503.13068), the AV-UIE data with explicit reasoning. Code in `crab_min/`:
 # `world/`, `evaluation/answering.py`. Half a minute on a CPU; the first run builds a world.
@@ -53,7 +53,7 @@ for question in list(questions(scene))[::4]:
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=1)
 sample = read_samples(root, ["avvp"], "train")[0]
-draw_answer(Path("answers/tutorial_04.png"), sample, sample.gold, sample.target)
+draw_answer(Path("answers/15_crab_reasoning.png"), sample, sample.gold, sample.target)
 samples = read_samples(root, ["avqa"], "train")
 for sample, label in zip(samples[:3], read_samples(root, ["avqa"], "train", target="label")):
     print(f"{sample.row['question']}\n  reasoning: {sample.target}\n  label: {label.target}")
