@@ -24,6 +24,7 @@ from crab_min.tools.page import (
 )
 
 SCRIPTS = sorted(PAGES.glob("*.py"))
+WITHOUT_EQUATION = ["10_crab_data"]
 EXERCISES = [
     pytest.param(script, exercise, id=f"{script.stem}-{number + 1}")
     for script in SCRIPTS
@@ -68,8 +69,8 @@ def test_the_figures_of_the_course_are_small_and_shown():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_page_has_the_form_of_the_course(script):
     text = script.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 120
-    first, *_, last = read_cells(text)
+    first, imports, *_, last = read_cells(text)
+    assert len(text.splitlines()) - len(imports.text.splitlines()) <= 120
     assert first.text.startswith(f"# {script.name[:2]}. ")
     assert re.search(r"^\* Code: \[", first.text, re.M)
     exercises = re.findall(r"^\d\. ", last.text.split("## Exercises\n")[1], re.M)
@@ -77,6 +78,7 @@ def test_a_page_has_the_form_of_the_course(script):
     assert re.search(r"^# figure: ", text, re.M)
     if script.name[0] in "1234":  # a section of a paper
         assert re.search(r"^\* Paper: \[", first.text, re.M)
+    if script.name[0] in "1234" and script.stem not in WITHOUT_EQUATION:
         assert "# $$" in text and "assert torch.allclose(" in text
 
 
