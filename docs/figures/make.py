@@ -5,7 +5,7 @@
     python docs/figures/make.py scores curves --run runs/crab_plus-tiny
 
 A fresh clone is enough: answers and routing come from the shipped adapter on a small world, the
-pictures of the mask decoder and of CREMA's exits from tutorials 5 and 7. The default run's scores
+pictures of the mask decoder and of CREMA's exits from pages 13 and 44. The default run's scores
 and log are in default_run/; --run replaces them with those of another run.
 """
 
@@ -373,8 +373,8 @@ def pave() -> None:
 
 # --- CREMA ----------------------------------------------------------------------------------------
 def crema() -> None:
-    """Draw the two token layouts, and gradient norms with the exit rule, from tutorial 7."""
-    exits = run_tutorial("07_crema.py")["exits"]
+    """Draw the two token layouts, and gradient norms with the exit rule, from page 44."""
+    exits = run_tutorial("44_sequential.py")["exits"]
     figure = new_figure(WIDTH, 6.0)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
     draw_layouts(top.subplots())
@@ -403,7 +403,7 @@ def draw_layouts(axes: Axes) -> None:
 def draw_exits(axes: Axes, exits: EarlyExit) -> None:
     """Draw the gradient norm of each modality by epoch, and tau times its mean so far."""
     colours = (TEAL, RED, YELLOW, PAPERS["PAVE"])
-    names = {"own_depth": "brightness as depth"}  # tutorial 7's encoder of one's own
+    names = {"own_depth": "brightness as depth"}  # page 44's encoder of one's own
     for (name, norms), colour in zip(exits.norms.items(), colours):
         axes.plot(norms, ".-", label=names.get(name, name), color=colour)
         for epoch in range(FIRST_EXIT, len(norms)):
@@ -428,8 +428,8 @@ def run_tutorial(name: str) -> dict:
 
 # --- masks ----------------------------------------------------------------------------------------
 def masks() -> None:
-    """Draw the levels of Crab's mask decoder, as tutorial 5 trains it on five pictures."""
-    page = run_tutorial("05_segmentation.py")
+    """Draw the levels of Crab's mask decoder, as page 13 trains it on five pictures."""
+    page = run_tutorial("13_crab_masks.py")
     samples = page["train"][:2] + page["new"][:2]
     levels = [level.sigmoid().numpy() for level in page["levels_of"](samples)]
     figure = new_figure(WIDTH, 5.2)

@@ -1,20 +1,21 @@
 # %% [markdown]
-# # 5. From mask tokens to a mask
+# # 13. The segmentation branch: from mask tokens to a mask
 #
-# Paper: Crab (arXiv 2503.13068), the segmentation branch. Code in `crab_min/`: `masks.py`,
-# `backbones/masking.py`, `recipes/crab.py`. A minute on a CPU; the first run builds a world.
+# * Paper: [Crab](https://arxiv.org/abs/2503.13068), segmentation branch and its losses
+# * Code: [masks.py](../crab_min/masks.py): `MaskDecoder`, `mask_loss`;
+#   [masking.py](../crab_min/backbones/masking.py)
+# * Read first: [11](11_crab_branches.py)
 #
-# An LM writes no pixels. It ends its answer with six mask tokens instead, and the states that
-# predict them go to a decoder, which finds in the picture what they describe.
+# An LM writes no pixels. It ends its answer with six mask tokens, and the states that predict them
+# go to a decoder, which finds in the picture what they describe.
 
 # %%
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
 
 import torch
-from tqdm import tqdm
 
 from crab_min.backbones.load import load_model
 from crab_min.config import BackboneConfig, MaskDecoderConfig, TrainingConfig
@@ -31,7 +32,6 @@ from crab_min.world.folders import WorldConfig, build_world
 # ## Answers with mask tokens, several about each picture
 #
 # S4 asks for the thing that sounds, Ref-AVS for one that is described; only the states tell which.
-# The shipped adapter writes boxes. We add the tokens and a decoder, and train them alone.
 
 # %%
 root = build_world(WorldConfig(world_clips=120, world_test=12), seed=0, still=True)
@@ -76,22 +76,31 @@ def gold_of(samples):
 
 
 # %% [markdown]
-# ## The losses: cross-entropy of the pixels, and dice = 1 - 2 |P and G| / (|P| + |G|)
+# ## The losses: cross-entropy of the pixels, and dice
+#
+# $$
+# L = \lambda_1 L_{bce} + \lambda_2 \Big( 1 - \frac{2 \sum p_i g_i}{\sum p_i + \sum g_i} \Big),
+# \qquad L_{bce} = -\tfrac{1}{n} \sum_i g_i \log p_i + (1 - g_i) \log (1 - p_i)
+# $$
+#
+# $p_i$: `p`, a pixel's probability; $g_i$: `gold`, 0 or 1; $\lambda$: `sizes.bce`, `sizes.dice`.
 
 # %%
 logits, gold = levels_of(train)[2], gold_of(train)
 p = logits.sigmoid()
 bce = -(gold * p.log() + (1 - gold) * (1 - p).log()).mean()
 dice = 1 - 2 * (p * gold).sum((1, 2, 3)) / (p + gold).sum((1, 2, 3))
-assert torch.allclose(mask_loss(logits, gold, 2.0, 0.5), 2 * bce + 0.5 * dice.mean(), atol=1e-3)
+naive = sizes.bce * bce + sizes.dice * dice.mean()
+assert torch.allclose(mask_loss(logits, gold, sizes.bce, sizes.dice), naive, atol=1e-3)
+print(f"{naive:.2f} before training, with the weights {sizes.bce} and {sizes.dice}")
 
 # %% [markdown]
 # ## A short training; `python train.py crab-tiny --stage masks` trains to the end
 
 # %%
 optimizer = make_optimizer(model, TrainingConfig(connector_lr=1.5e-3, beta2=0.98))
-for step, samples in zip(tqdm(range(150)), Mixer(train, 8, seed=0)):
-    set_learning_rate(optimizer, step, range(150), warmup=0.05)
+for step, samples in zip(range(100), Mixer(train, 8, seed=0)):
+    set_learning_rate(optimizer, step, range(100), warmup=0.05)
     batch = collate_with_masks(model, samples, features(samples))
     backward(model, [batch], bf16=False)
     update(optimizer, max_grad_norm=1.0)
@@ -112,11 +121,14 @@ for i, row in enumerate(figure.subplots(4, 4)):
         axes.imshow(level, cmap="Blues")
     for axes in row:
         axes.axis("off")
-save(figure, Path("answers/tutorial_05.png"))
+# figure: four trained pictures with the gold mask, the coarse level, the fine level, the prediction
+save(figure, Path("answers/13_crab_masks.png"))
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Train on `[group[0] for group in groups[:5]]`, one answer per picture. Expect them by heart and
-#    no difference on new pictures: what is meant need not be read from the states.
-# 2. Set `chained=False`, the released query generator. Expect the five pictures to be learned too.
+# 1. One answer per picture need not be read from the states: the decoder learns the picture alone.
+#    Change `train, new = sum(groups[:5], [])` to `train, new = [g[0] for g in groups[:5]]`; expect
+#    `5 answers about 5 pictures`.
+# 2. Weigh the losses as the release does. Change `bce=2.0, dice=2.0` to `bce=1.0, dice=0.5`; expect
+#    `weights 1.0 and 0.5`.

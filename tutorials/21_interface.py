@@ -1,19 +1,22 @@
 # %% [markdown]
-# # 1. One interface for all tasks
+# # 21. The unified input and output interface
 #
-# Paper: Crab+ (arXiv 2603.04128), the unified input and output interface. Code in `crab_min/`:
-# `tasks.py`, `answers.py`, `interface.py`. Half a minute on a CPU; the first run builds a world.
+# * Paper: [Crab+](https://arxiv.org/abs/2603.04128), unified input and output interface, AV-UIE v2
+# * Code: [tasks.py](../crab_min/tasks.py): `TASKS`; [interface.py](../crab_min/interface.py):
+#   `build_prompt`; [answers.py](../crab_min/answers.py): `Answer`, `OutputForm`
+# * Read first: [00](00_one_clip.py)
 #
-# Matching, emotion, questions, localisation, boxes: Crab+ trains them all with one loss, since each
-# is put as "media and an instruction in, explicit reasoning and a label in a fixed form out". We
-# follow one row of each kind from the annotation file to the score, and draw one.
+# Crab+ trains matching, emotion, questions, localisation and boxes with one loss: each is put as
+# "media and an instruction in, explicit reasoning and a label in a fixed form out".
 
 # %%
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
+
+import torch
 
 from crab_min.data import read_samples
 from crab_min.evaluation.metrics import score
@@ -27,13 +30,12 @@ SHOWN = ["a2v", "ucf", "meld", "avqa", "ave", "avvp", "ref_avs"]
 # %% [markdown]
 # ## A dataset is a row of TASKS
 #
-# An annotation is a row of JSON. What its fields mean stands in a row of `TASKS`. The rows below
-# come from the built-in world, which is written in the layout of AV-UIE v2.
+# What the fields of an annotation mean stands in a row of `TASKS`. AV-UIE v2 has 222 thousand rows
+# of 17 datasets; those below come from the built-in world, which has the same layout.
 
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
 samples = {name: read_samples(root, [name], "train")[0] for name in SHOWN}
-
 task, row = TASKS["ave"], samples["ave"].row
 print("A row of ave/train.json:")
 for field, value in row.items():
@@ -41,13 +43,12 @@ for field, value in row.items():
 print("and the row of TASKS that reads it:")
 for field in ("family", "instruction", "frames", "audio", "target", "metric"):
     print(f"  {field:<14} {getattr(task, field)}")
-print(f"  {'form':<14} {task.form.name}\n  {'gold':<14} {', '.join(task.gold[1:])}\n")
 
 # %% [markdown]
 # ## Input: from a row to a prompt
 #
 # `build_prompt` makes a list of parts: text, and media that are decoded later. Training, evaluation
-# and `infer.py` call the same function. `prompt_text` shows the list as one string.
+# and `infer.py` call it.
 
 # %%
 for part in build_prompt(task, row, root="data"):
@@ -58,8 +59,8 @@ for name, sample in samples.items():
 # %% [markdown]
 # ## Output: explicit reasoning, then the label
 #
-# The target text has prose first (who, where, when) and then the label in its form. With
-# `--target label` the model learns the label alone; `parse` and `format` cut it out of the text.
+# The target has prose first (who, where, when), then the label. With `--target label` the model
+# learns the label alone.
 
 # %%
 for name, sample in samples.items():
@@ -70,7 +71,14 @@ for name, sample in samples.items():
 # ## From a text to a score
 #
 # Segment accuracy of AVE is the share of the 10 seconds with the right label, or rightly without
-# one. In a few naive lines, for texts exactly in the form of EVENT:
+# one. In naive lines, for texts exactly in the form of EVENT:
+#
+# $$
+# \mathrm{accuracy} = \frac{1}{10} \sum_{t=0}^{9} [\, y_t = \hat y_t \,], \qquad
+# y_t = \text{label if } s \le t < e, \text{ else none}
+# $$
+#
+# with $y_t$ = `gold`, $\hat y_t$ = `predicted`, $s$ = `start`, $e$ = `end`.
 
 
 # %%
@@ -86,13 +94,11 @@ gold_text = "<event> dog, (2 9)</event>"
 gold = task.parse(gold_text)
 for text in (gold_text, "<event> dog, (0 5)</event>", "<event> cat, (2 9)</event>"):
     library = score(task, [task.parse(text)], [gold])["metric"]
-    assert abs(naive_segment_accuracy(text, gold_text) - library) < 1e-9
+    naive = naive_segment_accuracy(text, gold_text)
+    assert torch.allclose(torch.tensor(naive), torch.tensor(library))
     print(f"{text:<30} segment accuracy {library:.1f}")
 
-# %% [markdown]
 # Models do not write like annotators. `parse` takes what it can; the rest is scored wrong.
-
-# %%
 texts = ["I hear it. <event>Dog, (2 9)", "<Event> DOG ,( 2 , 9 ) </Event>"]
 texts += ["<event>dog</event> <range>2,9</range>", "the dog, from 2 to 9"]
 for text in texts:
@@ -100,19 +106,15 @@ for text in texts:
     value = score(task, [answer], [gold])["metric"]
     print(f"{text:<40} segment accuracy {value:.1f} {answer.error or ''}")
 
-# %% [markdown]
-# ## A picture of a row
-
-# %%
-sample, picture = samples["avvp"], Path("answers/tutorial_01.png")
+sample, picture = samples["avvp"], Path("answers/21_interface.png")
+print("drawn:", *[part.kind for part in sample.media])
+# figure: a row of AVVP: frames, sound, a bar for every event seen or heard, and the text to learn
 draw_answer(picture, sample, sample.gold, sample.target)
-print(f"\n{picture}: the frames, the sound, and a bar for every event that is seen or heard.")
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Draw `samples["ref_avs"]` instead. Expect an image with a box and three points in place of the
-#    bars: the same function, since `Answer` has a field for each of them.
-# 2. Add a row to `TASKS` for clips with one label each: copy `ks`, change the instruction and the
-#    field of the label, and call `build_prompt` and `gold_answer` on a row written by hand. Expect
-#    a prompt like that of `ucf`, and for a wrong field name a `DataError` that lists the fields.
+# 1. A box and points in place of events; the same function draws them. Change
+#    `samples["avvp"], Path(` to `samples["ref_avs"], Path(`; expect `drawn: image audio`.
+# 2. Shift an interval by a second. Change `"<event> dog, (0 5)</event>"` to
+#    `"<event> dog, (3 10)</event>"`; expect `segment accuracy 0.8`.

@@ -1,18 +1,18 @@
 # %% [markdown]
-# # 4. From a scene to a clip, a question and a reasoned answer
+# # 15. Explicit reasoning: does the label rest on it?
 #
-# Paper: Crab (arXiv 2503.13068), the AV-UIE data with explicit reasoning. Code in `crab_min/`:
-# `world/`, `evaluation/answering.py`. Half a minute on a CPU; the first run builds a world.
+# * Paper: [Crab](https://arxiv.org/abs/2503.13068), why explicit reasoning lets tasks cooperate
+# * Code: [world](../crab_min/world/scenes.py), [answering.py](../crab_min/evaluation/answering.py)
+# * Read first: [10](10_crab_data.py)
 #
 # Crab's claim: tasks help each other when the training text says how an answer is found, and only
-# then gives the label. For real clips a model writes such text and people check it. In the built-in
-# world it follows from the scene, exactly.
+# then gives the label. In the built-in world such text follows from the scene, exactly.
 
 # %%
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
 
 import numpy as np
 import torch
@@ -53,8 +53,9 @@ for question in list(questions(scene))[::4]:
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=1)
 sample = read_samples(root, ["avvp"], "train")[0]
-draw_answer(Path("answers/tutorial_04.png"), sample, sample.gold, sample.target)
-samples = read_samples(root, ["avqa"], "train")
+# figure: a training row of AVVP: frames, sound, the events, and the reasoned text to learn
+draw_answer(Path("answers/15_crab_reasoning.png"), sample, sample.gold, sample.target)
+samples = read_samples(root, ["avqa"], "train")[:24]
 for sample, label in zip(samples[:3], read_samples(root, ["avqa"], "train", target="label")):
     print(f"{sample.row['question']}\n  reasoning: {sample.target}\n  label: {label.target}")
 
@@ -62,7 +63,11 @@ for sample, label in zip(samples[:3], read_samples(root, ["avqa"], "train", targ
 # ## Does the label rest on the reasoning?
 #
 # The shipped adapter was trained on reasoned targets of other clips. We give it the beginning of an
-# answer, and take the label of the smallest loss, the negative log-likelihood. In naive lines:
+# answer, and take the label of the smallest loss. In naive lines:
+#
+# $$
+# \hat y = \arg\max_y \sum_i \log p(y_i \mid \text{clip, question, reasoning}, y_{<i})
+# $$
 
 
 # %%
@@ -113,6 +118,7 @@ print(f"{follows} of {pairs} labels follow the foreign reasoning, against what i
 #
 # ## Exercises
 #
-# 1. Call `likeliest_label` on `samples[0]` with a wrong reasoning of your own in the same words.
-#    Expect the label that your text leads to, whatever the clip shows.
-# 2. Leave out `load_trained`. Expect little from any reasoning: to use it is learned as well.
+# 1. Without what was trained no reasoning is used. Change
+#    `model.load_trained(ASSETS / "crab_plus-tiny")` to `print("the base")`; expect `the base`.
+# 2. Give every row the reasoning of another one. Change `("the annotated", targets)` to
+#    `("the annotated", targets[::-1])`; expect `after the annotated reasoning XX`.

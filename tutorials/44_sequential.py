@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 7. CREMA: any modality through one Q-Former
+# # 44. CREMA: any modality through one Q-Former
 #
 # Paper: CREMA (arXiv 2402.05889). Code in `crab_min/`: `crema.py`, `backbones/blip2.py`. Half a
 # minute on a CPU; the first run builds a world. A modality brings queries, a norm, a projection and
@@ -110,7 +110,7 @@ for name, norms in exits.norms.items():
     assert exits.exit_epochs.get(name) == next(iter(grown), None)
     axes.plot(norms, label=f"{name} exits after epoch {grown[0]}" if grown else name)
 axes.legend()
-save(axes.figure, Path("answers/tutorial_07.png"))
+save(axes.figure, Path("answers/44_sequential.png"))
 
 # %% [markdown]
 # ## Exercises

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 6. PAVE: a patch for a side channel
+# # 31. PAVE: a patch for a side channel
 #
 # Paper: PAVE (arXiv 2503.19794), temporal-aligned cross-attention. Code in `crab_min/`: `pave.py`,
 # `side_channels.py`. Half a minute on a CPU; the first run builds a world.
@@ -110,7 +110,7 @@ top, middle, bottom = new_figure(10, 4).subplots(3, 1)
 draw_frames(top, frames, 10)
 middle.plot(stream.mean((1, 2, 3)))  # brightness
 bottom.plot(weights.unflatten(1, (25, 4)).sum(2).flatten())  # attention of each frame in its second
-save(top.figure, Path("answers/tutorial_06.png"))
+save(top.figure, Path("answers/31_patch.png"))
 
 # %% [markdown]
 # ## Exercises
