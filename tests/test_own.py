@@ -109,7 +109,6 @@ def test_columns_of_a_table(tmp_path, delimiter):
         ("clip,label,start\nx.mp4,dog,soon\n", "line 2: start 'soon'; expected seconds"),
         ("clip,label,start,end\nx.mp4,dog,5,4\n", "line 2: start 5 and end 4"),
         ("clip,label\n", "no lines"),
-        ("clip,question,answer\nx.mp4,<video> who?,a dog\n", "line 2: <video> in '<video> who"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path, text, reason):
@@ -122,7 +121,7 @@ def test_a_line_of_another_split_is_an_error_and_not_left_out(tmp_path):
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]}
     lines = [row | {"split": "train"}, row | {"split": "dev"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(DataError, match="line 2: split 'dev'; expected train or test"):
+    with pytest.raises(DataError, match="line 2: .*split 'dev'; expected train or test"):
         splits(tmp_path / "x.jsonl")
 
 

@@ -49,10 +49,10 @@ def read_list(path: Path) -> list[dict]:
             reason = f"{type(error).__name__}: {error}"
             expected = "not an annotation file that is known here"
             raise DataError(f"{path}: {expected} ({reason}); download it again") from None
-    if not rows:
-        raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
+    if not rows:
+        raise DataError(f"{path}: no rows; download it again, or remove it")
     return rows
 
 

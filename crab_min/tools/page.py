@@ -6,7 +6,7 @@
 A page is a script in percent format. These of its lines mean something here:
 
     # # 12. Title                           in the first cell: the title, with the page's number
-    # * Read first: [11](11_crab_....py)    in the first cell, where a page needs another
+    # * Read first: [11](11_crab_branches.py)    in the first cell, where a page needs another
     # figure: what the picture shows        in a code cell that saves answers/12_crab_ilora*.png
     # 1. Change `A` to `B`; expect `text`.  an exercise: code that the page has once, its new output
 
