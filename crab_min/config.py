@@ -460,7 +460,8 @@ class ScoreConfig:
     allow_missing: bool = flag(False, "score samples with unreadable files as wrong")
     out: str = flag(
         "",
-        "where predictions and metrics go (default: RUN/eval_SPLIT); with --questions the .csv or "
+        "where predictions and metrics go (default: eval_SPLIT in the run, or in answers/ for a "
+        "pretrained model); with --questions the .csv or "
         ".jsonl of answers",
     )
 
