@@ -271,10 +271,14 @@ def parse_infer(arguments: list[str]) -> argparse.Namespace:
     add_flags(parser, INFER, {}, shown=None)
     known = [*flags_of(INFER), "help", "debug"]
     parser.check_flags(arguments, known, RENAMED_INFER)
-    # behind -- come words alone
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    given = parser.parse_intermixed_args(arguments[:end])
-    given.clip += arguments[end + 1 :]
+
+    # clips and the question may stand among the flags; behind -- all are words
+    words = []
+    if "--" in arguments:
+        end = arguments.index("--")
+        arguments, words = arguments[:end], arguments[end + 1 :]
+    given = parser.parse_intermixed_args(arguments)
+    given.clip = [*given.clip, *words]
     return given
 
 

@@ -536,7 +536,8 @@ class ScoreConfig:
     )
     out: str = flag(
         "",
-        "where predictions and metrics go (default: RUN/eval_SPLIT); with --questions the .csv or "
+        "where predictions and metrics go (default: eval_SPLIT in the run, or in answers/ for a "
+        "pretrained model); with --questions the .csv or "
         ".jsonl of answers",
     )
 

@@ -83,6 +83,10 @@ def test_a_table_and_class_folders_give_the_same_rows(clips):
         assert all(row["options"] == ["a dog", "rain"] for row in rows)
     assert {Path(row["videos"][0]).name for row in table} >= set(NAMES)
 
+    # the folder of the table itself has no classes, whatever lies beside it
+    with pytest.raises(DataError, match="a table such as labels.csv"):
+        read_samples(clips, ["ave"], "train")
+
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_columns_of_a_table(tmp_path, delimiter):
@@ -507,6 +511,11 @@ def test_batches_shrink_by_their_divisors():
     values = [values for _, values in smaller_settings(settings, result)]
     sizes = [(v["batch_size"], v["grad_accum"]) for v in values if "batch_size" in v]
     assert sizes == [(12, 4), (6, 8), (3, 16), (1, 48)]
+
+
+def test_clips_and_the_question_stand_anywhere_among_the_flags():
+    given = infer.parse_infer(["x.mp4", "--start", "2", "What?", "--json", "--", "-y.mp4"])
+    assert given.clip == ["x.mp4", "What?", "-y.mp4"] and given.start == 2 and given.json
 
 
 # --- without a run --------------------------------------------------------------------------------

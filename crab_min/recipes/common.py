@@ -21,7 +21,6 @@ of the first four stand at the end of this file; a recipe names those that it ta
 import csv
 import json
 import random
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -56,7 +55,7 @@ from crab_min.features import Features
 from crab_min.interface import QuestionForm, load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
-from crab_min.runs.asking import asking_words
+from crab_min.runs.asking import asking_command, card_command
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
 from crab_min.runs.log import check_tracker
 from crab_min.side_channels import add_side_channels, limit_media
@@ -449,9 +448,12 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         print(training_table(results))
     for table in evaluation.tables:
         print(table)
-    command = asking_command(run)
+    rows = []
+    if run.settings.data.data:
+        rows = run.test_rows or run.train_rows
+    command = asking_command(folder, rows, run.form)
     write_page(folder, run.settings, evaluation, command, type(run.settings)())
-    write_card(folder, run.settings.backbone.pretrained, card_command(run), results)
+    write_card(folder, run.settings.backbone.pretrained, card_command(folder, run.form), results)
 
     # metrics.json, which says that the run is finished: its checkpoints can go
     loss = losses_of(folder / "log.csv")
@@ -477,24 +479,6 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         f"{command}"
     )
     return metrics
-
-
-def asking_command(run: Run) -> str:
-    """Return a command that asks the run about one of its test clips, as it was trained.
-
-    A run of the built-in world asks about a clip of the world. Where infer.py has no flags for the
-    rows, the command scores them all.
-    """
-    words = []
-    if run.settings.data.data:
-        words = asking_words(run.test_rows or run.train_rows, run.form) or ["--eval"]
-    return shlex.join(["python", "infer.py", *words, "--run", str(run.folder)])
-
-
-def card_command(run: Run) -> str:
-    """Return a command that asks the run as a repository of the hub; no local path is in it."""
-    question = "" if run.form and run.form.question else ' "..."'
-    return f"python infer.py CLIP.mp4{question} --run OWNER/{run.folder.name}"
 
 
 def add_references(results: dict[str, dict], base: dict[str, dict], run: Run) -> None:

@@ -1,4 +1,7 @@
-"""The command that asks a run a question that it knows: the flags of infer.py for a sample."""
+"""The command that asks a run about a clip of its own: the flags of infer.py for a sample."""
+
+import shlex
+from pathlib import Path
 
 from crab_min.data import Sample
 from crab_min.interface import QuestionForm
@@ -15,11 +18,33 @@ SLOT_FLAGS = {
 }
 
 
+def asking_command(folder: Path, samples: list[Sample], form: QuestionForm | None) -> str:
+    """Return a command that asks a run about one of its own clips, as it was trained.
+
+    Where infer.py has no flags for the rows, the command scores them all.
+
+    Args:
+        folder: of the run.
+        samples: rows that it may ask about; none for a run of the built-in world.
+        form: that of the run, if it learned rows of one's own.
+    """
+    words = asking_words(samples, form)
+    if samples and not words:
+        words = ["--eval"]
+    return shlex.join(["python", "infer.py", *words, "--run", str(folder)])
+
+
+def card_command(folder: Path, form: QuestionForm | None) -> str:
+    """Return a command that asks a run as a repository of the hub; no local path is in it."""
+    question = "" if form and form.question else ' "..."'
+    return f"python infer.py CLIP.mp4{question} --run OWNER/{folder.name}"
+
+
 def asking_words(samples: list[Sample], form: QuestionForm | None) -> list[str]:
     """Return the words that ask about one of the samples; [] if infer.py has no flags for any.
 
     Args:
-        form: that of the run, if it learned rows of one's own.
+        form: as in asking_command.
     """
     for sample in samples:
         words = own_words(sample, form) if sample.task.name == "own" else task_words(sample)

@@ -59,8 +59,14 @@ def is_own(path: str | Path) -> bool:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Return the folders in a folder that have media files and no annotations, by name."""
-    folders = sorted(inner for inner in folder.iterdir() if inner.is_dir())
+    """Return the folders in a folder that have media files, by name.
+
+    There are none where the folder itself has clips or a table, or where one has annotations.
+    """
+    files = list(folder.iterdir())
+    if media_files(folder) or any(file.suffix.lower() in TABLES for file in files):
+        return []
+    folders = sorted(file for file in files if file.is_dir())
     annotated = [inner for inner in folders if list(inner.glob("*.json"))]
     return [] if annotated else [inner for inner in folders if media_files(inner)]
 
