@@ -108,6 +108,23 @@ def read_mask(path: Path) -> np.ndarray:
         raise DataError(f"{path}: {reason}; it is needed for the gold") from None
 
 
+def read_gold_mask(path: Path, classes: bool, size: int = 0) -> np.ndarray:
+    """Read a mask as (H, W) bool, or as the class per pixel, int64.
+
+    Args:
+        classes: the colours are those of AVSS.
+        size: pixels per side of the result, by the nearest pixel; 0 for the file's own size.
+    """
+    mask = read_mask(path)  # (H, W, 3)
+    mask = mask_classes(mask) if classes else mask.max(-1) > 0
+    if not size:
+        return mask
+    # the nearest row and column of the file for each of the result
+    height, width = mask.shape
+    rows, columns = np.arange(size) * height // size, np.arange(size) * width // size
+    return mask[rows[:, None], columns]
+
+
 def mask_classes(mask: np.ndarray) -> np.ndarray:
     """Return the classes (H, W) int64 of an AVSS mask (H, W, 3).
 
