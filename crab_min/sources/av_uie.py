@@ -43,7 +43,7 @@ def read_list(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{path}: not an LVIS file ({reason}); download it again") from None
-    if not rows:
+    if rows == []:
         raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
