@@ -344,8 +344,8 @@ def grid_numbers(text: str) -> tuple[int, ...]:
     ((12, 31), (56, 224))
     """
     numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
-    is_share = "." in text and max(numbers) <= 1
-    return tuple(round(number * GRID) if is_share else round(number) for number in numbers)
+    scale = GRID if "." in text and max(numbers) <= 1 else 1
+    return tuple(round(number * scale) for number in numbers)
 
 
 def parse_boxes(text: str, with_points: bool = True) -> Answer:

@@ -29,7 +29,7 @@ from crab_min.interface import (
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import loader_options
-from crab_min.sources.av_uie import draw_polygons, mask_classes, mask_objects, mask_path, read_mask
+from crab_min.sources.av_uie import mask_objects, mask_path, read_gold_mask, read_mask
 from crab_min.sources.own import (
     conversation_parts,
     is_own,
@@ -208,20 +208,7 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
     """
     if not sample.mask:
         return None
-    if "polygons" in sample.row:
-        mask = draw_polygons(sample.row["polygons"], sample.row["image_size"])
-    else:
-        mask = read_mask(Path(sample.mask))
-    if sample.task.mask_head == "classes":
-        mask = mask_classes(mask)
-    else:
-        mask = mask.max(-1) > 0
-    if not size:
-        return mask
-    # the nearest row and column of the file for each of the result
-    height, width = mask.shape
-    rows, columns = np.arange(size) * height // size, np.arange(size) * width // size
-    return mask[rows[:, None], columns]
+    return read_gold_mask(Path(sample.mask), sample.row, sample.task.mask_head == "classes", size)
 
 
 # --- rows of your own ----------------------------------------------------------------------------

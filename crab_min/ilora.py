@@ -48,8 +48,6 @@ from torch.nn import functional as F
 
 from crab_min.errors import ModelError
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 
 class ILoraError(ModelError):
     """A setting or a module that I-LoRA cannot work with."""
@@ -123,10 +121,9 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, name: str, config: "ILoraConfig") -> None:
         """Add the adapter `name`, or start it anew."""
-        d_in, d_out = self.in_features, self.out_features
-        self.ilora_A[name] = nn.Linear(d_in, config.r, bias=False)
-        self.ilora_router[name] = nn.Linear(d_in, config.heads, bias=False)
-        self.ilora_B[name] = nn.Linear(config.heads * config.r, d_out, bias=False)
+        self.ilora_A[name] = nn.Linear(self.in_features, config.r, bias=False)
+        self.ilora_router[name] = nn.Linear(self.in_features, config.heads, bias=False)
+        self.ilora_B[name] = nn.Linear(config.heads * config.r, self.out_features, bias=False)
         self.ilora_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.scaling[name] = config.alpha / config.r
 
@@ -175,10 +172,7 @@ class ILoraLinear(nn.Module, BaseTunerLayer):
         """
         repeats, rest = divmod(len(x), len(adapter_names))
         if self.merged or rest:
-            raise ILoraError(
-                f"adapter_names={adapter_names} for {len(x)} rows, merged {self.merged_adapters}: "
-                "give one name per sample, and unmerge first"
-            )
+            raise ILoraError(f"adapter_names={adapter_names}: one name per sample; unmerge first")
         rows = [name for name in adapter_names for _ in range(repeats)]
         for name in set(rows) & self.ilora_A.keys():
             chosen = torch.tensor([name == row for row in rows], device=x.device).nonzero()[:, 0]
@@ -272,7 +266,7 @@ class ILoraModel(BaseTuner):
             raise ILoraError(f"{error} {describe_linears(model)}") from error
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, adapter_names=None, num_beams=1, **kwargs):
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **kwargs):
         """Give the adapter's name of each sample to every layer, PEFT's mixed batches."""
         if adapter_names is None:
             yield
@@ -283,29 +277,24 @@ class ILoraModel(BaseTuner):
                 f"adapter_names={adapter_names}: mixed batches are for model.eval(), and its "
                 f"adapters are {', '.join(sorted(known))}"
             )
-        # PEFT's wrappers want a name per row, which of a beam search are several per sample
-        rows = [name for name in adapter_names for _ in range(num_beams)]
+        add_names = partial(with_names, adapter_names)
         with ExitStack() as hooks:
             for module in self.modules():
                 if isinstance(module, (ILoraLinear, AuxiliaryTrainingWrapper)):
-                    is_ours = isinstance(module, ILoraLinear)
-                    add_names = partial(with_names, adapter_names if is_ours else rows)
-                    hooks.enter_context(
-                        module.register_forward_pre_hook(add_names, with_kwargs=True)
-                    )
+                    hook = module.register_forward_pre_hook(add_names, with_kwargs=True)
+                    hooks.enter_context(hook)
             yield
 
     def _check_merge_allowed(self):
         super()._check_merge_allowed()
         # all layers before the first one is changed
         for name, layer in self.model.named_modules():
-            weight = layer.base_layer.weight if isinstance(layer, ILoraLinear) else None
-            if weight is not None and (
-                type(weight.data) is not Tensor or weight.dtype not in FLOATS
-            ):
+            if not isinstance(layer, ILoraLinear):
+                continue
+            weight = layer.base_layer.weight
+            if type(weight.data) is not Tensor or weight.element_size() == 1:
                 raise MergeError(
-                    f"{name} has quantized weights ({weight.dtype}), to which no update can be "
-                    "added; merge into the base as it was before, or keep the adapter beside it"
+                    f"{name} has quantized weights ({weight.dtype}); merge into the whole base"
                 )
 
     def _create_and_replace(
@@ -344,10 +333,9 @@ def reads_weight(kind: type[nn.Module], name: str) -> bool:
     nn.MultiheadAttention does so, nn.TransformerEncoderLayer without gradients, and Mamba.
     """
     use = re.compile(rf"(?<!isinstance\()self\.{name}\.weight\b(?!\.| =)")
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        with suppress(OSError, TypeError):  # a class without source
-            if use.search(inspect.getsource(base)):
-                return True
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    with suppress(OSError, TypeError):  # a class without source
+        return any(use.search(inspect.getsource(base)) for base in bases)
     return False
 
 

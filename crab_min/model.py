@@ -140,12 +140,6 @@ class AVLanguageModel(nn.Module):
         return self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
 
     @property
-    def max_tokens(self) -> float:
-        """Return the number of positions that the LM was made for; T5 has no limit."""
-        config = self.base_lm.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or float("inf")
-
-    @property
     def stop_ids(self) -> list[int]:
         """Return the token ids after which an answer ends."""
         return [self.eos_id]
@@ -214,17 +208,18 @@ class AVLanguageModel(nn.Module):
         media = [features for _, features in samples]
 
         # token ids: the prompt, then the answer, which alone is learned
+        limit = getattr(self.base_lm.config.get_text_config(), "max_position_embeddings", None)
         rows, labels = [], []
         for number, (parts, features) in enumerate(samples):
             prompt = self.prompt_ids(parts, features)
             answer = self.answer_ids(targets[number]) if targets else []
             rows.append(prompt + answer)
             labels.append([NO_LABEL] * len(prompt) + answer)
-            if len(rows[-1]) > self.max_tokens:
+            if limit and len(rows[-1]) > limit:
                 files = ", ".join(part.path for part in parts if part.path)
                 raise ModelError(
-                    f"a prompt and answer of {len(rows[-1])} tokens, the LM takes "
-                    f"{self.max_tokens}; ask for fewer frames or a part of {files or 'the text'}"
+                    f"a prompt and answer of {len(rows[-1])} tokens, the LM takes {limit}; ask "
+                    f"for fewer frames or a part of {files or 'the text'}"
                 )
 
         # left padding, so that every prompt or answer ends at the end of its row

@@ -49,10 +49,10 @@ def read_list(path: Path) -> list[dict]:
             reason = f"{type(error).__name__}: {error}"
             expected = "not an annotation file that is known here"
             raise DataError(f"{path}: {expected} ({reason}); download it again") from None
+    if rows == []:
+        raise DataError(f"{path}: no rows; download it again, or remove it")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a list of objects, one per sample")
-    if not rows:
-        raise DataError(f"{path}: no rows; download it again, or remove it")
     return rows
 
 
@@ -117,11 +117,16 @@ def mask_path(frame: Path, task: str, row: dict) -> Path:
         raise DataError(f"{frame}: no mask goes with it ({error}); {expected}") from None
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, row: dict | None = None) -> np.ndarray:
     """Read a mask (H, W, 3) uint8: black is nothing, a colour is an object.
+
+    Args:
+        row: its annotation; one with polygons (LVIS) has no file.
 
     Raises DataError.
     """
+    if row and "polygons" in row:
+        return draw_polygons(row["polygons"], row["image_size"])
     try:
         return read_image(path, size=None)
     except MediaError as error:
@@ -140,6 +145,24 @@ def draw_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndar
     for polygon in polygons:
         ImageDraw.Draw(mask).polygon(polygon, fill="white")
     return np.asarray(mask)
+
+
+def read_gold_mask(path: Path, row: dict, classes: bool, size: int = 0) -> np.ndarray:
+    """Read a mask as (H, W) bool, or as the class per pixel, int64.
+
+    Args:
+        row: its annotation.
+        classes: the colours are those of AVSS.
+        size: pixels per side of the result, by the nearest pixel; 0 for the file's own size.
+    """
+    mask = read_mask(path, row)  # (H, W, 3)
+    mask = mask_classes(mask) if classes else mask.max(-1) > 0
+    if not size:
+        return mask
+    # the nearest row and column of the file for each of the result
+    height, width = mask.shape
+    rows, columns = np.arange(size) * height // size, np.arange(size) * width // size
+    return mask[rows[:, None], columns]
 
 
 def mask_classes(mask: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 
-from crab_min.errors import ModelError
+from crab_min.errors import ModelError, RunError
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features
 from crab_min.interface import prompt_text
@@ -41,6 +41,8 @@ def ask(given: Namespace) -> None:
 
     # the samples in the form of the run, and their features
     samples = samples_of(given, run)
+    if len(samples) > 1 and (given.picture or given.routes):
+        raise RunError(f"--picture and --routes name one file, and {len(samples)} clips are asked")
     features = Features(run.model, keep=True)
     features.prepare(samples)
     if is_toy:
