@@ -138,6 +138,19 @@ def test_the_audio_stage_learns_audiocaps(captions, tmp_path, capsys):
     assert "no video or image in it to align the connector on" in capsys.readouterr().err
 
 
+def test_the_visual_stage_learns_image_captions_in_llavas_form(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.jpg")
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A black square.")]
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    row = {"id": 1, "image": "x.jpg", "conversations": conversations}
+    (tmp_path / "captions.json").write_text(json.dumps([row]))
+    samples = read_samples(tmp_path / "captions.json", [], "train")
+    settings = with_values(CrabSettings(), stage="visual")
+    (sample,) = crab.prepare_samples(samples, settings)
+    assert [(part.kind, part.path) for part in sample.media] == [("image", str(tmp_path / "x.jpg"))]
+    assert sample.target == "A black square."
+
+
 @pytest.fixture(scope="session")
 def lvis(tmp_path_factory):
     """LVIS as released: pictures with one rectangle each, as box and as polygon."""
