@@ -489,7 +489,9 @@ class AnswerConfig:
     patch: list = flag(None, "PAVE: a patch file to load beside the run's")
     features: str = flag("", "NAME=FOLDER,...: files of side channels, in place of the run's")
     skip: list = flag(None, "CREMA: a modality that is encoded without its adapter")
-    beams: int = flag(1, "beams of the search for an answer (CREMA: 5)")
+    beams: int = flag(
+        0, "beams of the search for an answer (default: 1; of released CREMA 5, as its authors)"
+    )
     max_new_tokens: int = flag(0, "answer tokens at most (default: what the run says)")
     prompts: str = flag("", "JSON file of instructions by task name, instead of ours")
     device: Literal["", "cuda", "cpu", "mps"] = flag("", DEVICE_HELP)

@@ -86,6 +86,7 @@ class PromptLayout:
     # --- answers
     bare_answers: bool = False  # a word, letter or option without a tag is the answer
     option_name: str = ""  # the name of an option in an answer, such as "{letter}"
+    beams: int = 1  # of the search for an answer
 
     def adapt(self, task: Task) -> Task:
         """Return a task with the media and the answers that it has in this layout."""

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crab_min.runs.folder import load_saved_run
-from crab_min.tools.convert import OUR_MODALITY_NAMES
 from crab_min.tools.released import TABLES
+from crab_min.tools.released.modalities import OUR_MODALITY_NAMES
 from crab_min.tools.released.patterns import DROPPED, compile_pattern
 from crab_min.tools.released.weights import adapter_sizes
 from crab_min.trained_parts import read_parts

@@ -24,6 +24,7 @@ from crab_min.answers import MASK_TOKENS
 from crab_min.backbones.composed import load_base
 from crab_min.backbones.load import load_model
 from crab_min.beats import BeatsConfig
+from crab_min.cli import parse_infer
 from crab_min.config import (
     AdapterConfig,
     BackboneConfig,
@@ -35,6 +36,7 @@ from crab_min.config import (
 )
 from crab_min.runs.folder import SavedRun, load_saved_run
 from crab_min.tools import fetch
+from crab_min.tools.loading import load_asked
 from crab_min.tools.released.weights import read_checkpoint
 
 TINY_PLUS = CrabPlusSizes(
@@ -286,6 +288,12 @@ def test_beats_beside_the_files_is_taken_and_a_run_moves(hub, music, tmp_path, c
     assert infer.main([clip, "What?", *flags]) == 2
     assert "blip2-flan-t5-xl" in capsys.readouterr().err
     assert infer.main([clip, "What?", *flags, "--weights", "tiny-random"]) == 0
+
+    # it is searched as by its authors, if nothing else is asked for
+    for asked, beams in (([], 5), (["--beams", "2"], 2)):
+        given = parse_infer([clip, *flags, "--weights", "tiny-random", *asked])
+        load_asked(given)
+        assert given.beams == beams
 
 
 def test_an_unknown_layout_in_a_run_is_one_line(hub, music, tmp_path, capsys):

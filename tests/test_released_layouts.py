@@ -312,6 +312,9 @@ class Loader:
     "pave": (
         "eval_pave_avqa.py",
         """
+def load(path):
+    log = "a line of " + path
+
 class Data:
     def __init__(self):
         self.start_prompt = 'Choose the best of these.\\n'

@@ -12,17 +12,14 @@ parts/NAME.safetensors.
 
 import argparse
 import json
-import re
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from crab_min.answers import MASK_TOKENS
 from crab_min.cli import Parser, run_command
 from crab_min.config import RECIPES, Settings, with_values
 from crab_min.errors import ModelError
@@ -31,12 +28,16 @@ from crab_min.pave import Patch, PatchConfig
 from crab_min.recipes.presets import PRESETS
 from crab_min.runs.folder import SavedRun, atomic_write
 from crab_min.tools.released.layouts import released_form
-from crab_min.tools.released.weights import (
-    adapter_sizes,
-    convert,
-    missing_modalities,
-    read_state_dict,
+from crab_min.tools.released.mask_rows import MASKS_NOTE, split_mask_rows
+from crab_min.tools.released.modalities import (
+    MODALITY_IN_NAME,
+    UNNORMED,
+    add_missing_adapters,
+    check_fusion,
+    check_modalities,
+    rename_modalities,
 )
+from crab_min.tools.released.weights import adapter_sizes, convert, read_state_dict
 from crab_min.tools.released.wording import Wording, missing_words, read_wording
 from crab_min.trained_parts import ADAPTER_FILE, SavedPart, check_fit, save_part
 
@@ -53,12 +54,6 @@ DEFAULT_PRESETS = {
 PATCH_HEADS = 4
 # fused tokens follow the video's; the steps of a modality are averaged, not aligned with frames
 RELEASED_FUSION = {"mode": "concat", "aligned": False}
-
-# CREMA's names of modalities where ours differ
-OUR_MODALITY_NAMES = {"norm": "normals", "pc": "points"}
-UNNORMED = ("points",)  # the released code has their norm, and does not use it
-# a modality inside the name of a weight: its own parts, or its low-rank pair
-MODALITY_IN_NAME = re.compile(r"(?P<before>\.(?:parts|A|B)\.)(?P<modality>\w+)(?=\.)")
 
 
 @dataclass
@@ -123,9 +118,9 @@ def sort_weights(weights: dict[str, Tensor], paper: str, sides: list[str]) -> Re
         check_modalities(others, sides)
         notes += check_fusion(others, sides)
 
-    if "embeddings.weight" in others:
+    if any(name.startswith("mask_decoder.") for name in others):
         others = split_mask_rows(others)
-        notes = [MASKS_NOTE] if any(name.startswith("mask_decoder.") for name in others) else []
+        notes = [MASKS_NOTE]
 
     # the other parts, with what their files say of them
     parts = {}
@@ -258,110 +253,6 @@ def check_patches(weights: dict[str, Tensor], sides: list[str]) -> None:
             f"more patches ({count}) than names in --side {','.join(sides)}; name the "
             "side channel of each, the first patch first"
         )
-
-
-def rename_modalities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give CREMA's modalities our names."""
-
-    def our_name(match: re.Match) -> str:
-        modality = match["modality"]
-        return match["before"] + OUR_MODALITY_NAMES.get(modality, modality)
-
-    return {MODALITY_IN_NAME.sub(our_name, name): w for name, w in weights.items()}
-
-
-def add_missing_adapters(weights: dict[str, Tensor], names: list[str]) -> list[str]:
-    """Give zero adapters to modalities that have none in the files, but all else.
-
-    So released files have the video of the zero-shot runs, which is read without one.
-
-    Returns:
-        A line that names them, or none.
-    """
-    base = re.compile(r"(.*\.(?:query|value))\.base\.weight")
-    lines = []
-    for name, absent in missing_modalities(weights, names).items():
-        linears = [match[1] for match in map(base.fullmatch, list(weights)) if match]
-        if absent != ["adapter"] or not linears:
-            continue
-        for linear in linears:
-            out, width = weights[f"{linear}.base.weight"].shape
-            weights[f"{linear}.A.{name}.weight"] = torch.zeros(1, width)
-            weights[f"{linear}.B.{name}.weight"] = torch.zeros(out, 1)
-        lines.append(f"{name} has no adapter in these files, as in the zero-shot runs")
-    return lines
-
-
-def check_modalities(weights: dict[str, Tensor], names: list[str]) -> None:
-    """Raise ModelError unless rgb comes first, or is not there, and all modalities are whole."""
-    missing = missing_modalities(weights, names)
-    if (names[:1] == ["rgb"] or len(names) == 1) and not missing:
-        return
-
-    # say what is wrong, and which modalities could be named instead
-    problems = [f"{name} lacks {', '.join(parts)}" for name, parts in missing.items()]
-    if not problems:
-        problems = ["name rgb first, or one modality alone"]
-    present = {name.split(".")[2] for name in weights if name.startswith("multimodal.parts.")}
-    whole = [name for name in sorted(present) if not missing_modalities(weights, [name])]
-    raise ModelError(
-        f"--side {','.join(names)}: {'; '.join(problems)}; whole in these files: "
-        f"{', '.join(whole) or 'none'} (training in sequence saves the last trained alone). "
-        "Give the other files too, or name those that are whole"
-    )
-
-
-def check_fusion(weights: dict[str, Tensor], names: list[str]) -> list[str]:
-    """Check that the fusion has columns for all the modalities but rgb, or that there is none.
-
-    Returns:
-        A line that says what follows where there is none.
-
-    Raises:
-        ModelError: a fusion of other modalities.
-    """
-    fusion = weights.get("fusion.linear.weight")  # (width, width x fused modalities)
-    if fusion is None:
-        order = "one after the other" if len(names) > 1 else "alone"
-        return [f"no fusion in these files: {'+'.join(names)} in the prompt, {order}"]
-    width, columns = fusion.shape
-    expected = len(names) - 1
-    if columns == expected * width:
-        return []
-    wanted = f"one of the {expected} beside rgb, in this order" if expected else "none"
-    raise ModelError(
-        f"--side {','.join(names)}: a fusion of {columns // width} modalities in these files, "
-        f"expected {wanted}. Name rgb and the modalities that were fused"
-    )
-
-
-MASK_TOKEN_COUNT = len(MASK_TOKENS)
-MASKS_NOTE = (
-    "masks: the positional encodings are not in these files, as the release draws them anew at "
-    "each start, so its masks differ from run to run; here one draw is kept"
-)
-
-
-def split_mask_rows(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the mask tokens' rows of Crab's embeddings and output layer to its mask decoder.
-
-    What the files lack is added: the positional encodings, and a calibration that does nothing.
-    """
-    embeddings, head = weights["embeddings.weight"], weights["head.weight"]
-    width = weights["mask_decoder.decoder.no_mask"].shape[-1]
-    generator = torch.Generator().manual_seed(0)
-    added = {
-        "embeddings.weight": embeddings[:-MASK_TOKEN_COUNT],
-        "head.weight": head[:-MASK_TOKEN_COUNT],
-        "mask_decoder.read": embeddings[-MASK_TOKEN_COUNT:],
-        "mask_decoder.said": head[-MASK_TOKEN_COUNT:],
-        "mask_decoder.mean": torch.zeros(embeddings.shape[1]),
-        "mask_decoder.std": torch.ones(embeddings.shape[1]),
-    }
-    for level in range(2):
-        matrix = torch.randn(2, width // 2, generator=generator)
-        added[f"mask_decoder.decoder.places.{level}.matrix"] = matrix
-    return weights | added
 
 
 # --- run folder ----------------------------------------------------------------------------------

@@ -41,9 +41,8 @@ class Release:
         files: name of a model -> its files; the first one is the default.
         tables: name of a model whose weights have other names than those of the paper.
         sides: name of a model -> its side channels or modalities, see tools/convert.py.
-        question: what the printed line asks.
         hears: it needs a BEATs.
-        flags: of infer.py, in the printed line.
+        reads_features: a clip is asked about with a file of features of its side channel.
     """
 
     repo: str
@@ -51,10 +50,8 @@ class Release:
     kind: str = "model"
     tables: dict[str, str] = field(default_factory=dict)
     sides: dict[str, str] = field(default_factory=dict)
-    presets: dict[str, str] = field(default_factory=dict)
-    question: str = "What happens?"
     hears: bool = False
-    flags: str = ""
+    reads_features: bool = False
 
 
 # fmt: off
@@ -80,16 +77,15 @@ RELEASES = {
             "avsd-7b": ["pave_5_1_3_lora_avsd_7B_imagebind.zip"],
             "scanqa-0.5b": ["pave_scanqa_v5_1_3_3d_lora.zip"],
             "scanqa-7b": ["pave_scanqa_v5_1_3_3d_lora_7B.zip"],
-            "video-0.5b": ["pave_v5_1_2_lora.zip"],
+            # the video patch of 0.5B has rotary positions, which its weights do not show
             "video-7b": ["pave_v5_1_3_lora_7B.zip"],
         },
-        sides={"scanqa-0.5b": "depth", "scanqa-7b": "depth", "video-0.5b": "fast",
-               "video-7b": "fast"},
-        flags="--side audio=FEATURES.pt",
+        sides={"scanqa-0.5b": "depth", "scanqa-7b": "depth", "video-7b": "fast"},
+        reads_features=True,
     ),
     "crema": Release(
         "Shoubin/CREMA", {"zero-shot": ["crema_pretrained.pth"], "initial": ["crema_initial.pth"]},
-        sides={"initial": "rgb"}, hears=True, flags="--beams 5",
+        sides={"initial": "rgb"}, hears=True,
     ),
 }
 # fmt: on
@@ -123,8 +119,8 @@ def fetch(given: argparse.Namespace) -> None:
 
     if release.hears and not beats:
         print(f"note: {BEATS_WHERE}")
-    flags = f" {release.flags}" if release.flags else ""
-    print(f'python infer.py CLIP.mp4 "{release.question}" --run {out}{flags}')
+    flags = f" --side {sides[0]}=FEATURES.pt" if release.reads_features else ""
+    print(f'python infer.py CLIP.mp4 "What happens?" --run {out}{flags}')
 
 
 def preset_of(paper: str, files: list[str]) -> str:

@@ -211,12 +211,13 @@ def announce_download(name: str) -> None:
 
 
 def apply_model_flags(run: LoadedRun, given: Namespace) -> None:
-    """Load the patches of --patch, and switch off the modalities of --skip.
+    """Load the patches of --patch, switch off the modalities of --skip, and settle --beams.
 
     Raises:
         RunError: the model has no such modality.
         ModelError: a patch does not fit the model.
     """
+    given.beams = given.beams or run.model.layout.beams
     if given.features:
         run.saved.settings = with_values(run.settings, features=given.features)
     for file in given.patch:

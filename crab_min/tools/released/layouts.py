@@ -112,6 +112,7 @@ CREMA = ReleasedForm(
         text_tokens=77,
         bare_answers=True,
         option_name="Option {letter}",
+        beams=5,
     ),
     repository="Yui010206/CREMA",
     limit=30,

@@ -196,8 +196,9 @@ def read_crab(tree: ast.AST, wording: Wording) -> None:
 def read_pave(tree: ast.AST, wording: Wording) -> None:
     """Read PAVE's evaluation of AVQA: what stands before and after the question and options."""
     for _, _, names in functions_of(tree):
-        before, after = (text_of(names.get(f"self.{n}_prompt"), {}) for n in ("start", "end"))
-        if before and after:
+        if "self.start_prompt" in names and "self.end_prompt" in names:
+            before = text_of(names["self.start_prompt"], {})
+            after = text_of(names["self.end_prompt"], {})
             wording.prompts["avqa_thu"] = f"{before}{{question}}\n{{choices}}{after}"
 
 
