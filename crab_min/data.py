@@ -114,7 +114,8 @@ def read_samples(
         split: "train" or "test".
         target: "reasoning" (the annotated text) or "label" (its tags alone).
         prompts: instructions by task name, instead of ours.
-        limit: rows per task at most; 0 for all.
+        limit: rows per task at most, the first ones, or of your own spread over the file, which may
+            be sorted by label; 0 for all.
         layout: the form of the prompts and answers.
 
     Raises:
@@ -124,7 +125,7 @@ def read_samples(
     if is_own(root):
         rows = read_own_rows(root)
         rows = [row for row in rows if row.get("split") in (None, "", split)]
-        samples = own_samples(rows[: limit or None], split)
+        samples = own_samples(spread(rows, limit), split)
         return [replace(sample, task=layout.adapt(sample.task)) for sample in samples]
     if not root.is_dir():
         raise DataError(
@@ -148,8 +149,9 @@ def read_samples(
             samples.append(sample)
     if not samples:
         raise DataError(
-            f"{root}: no {split}.json in any of {', '.join(tasks)}; "
-            f"expected e.g. {root / tasks[0] / (split + '.json')}"
+            f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. "
+            f"{root / tasks[0] / (split + '.json')}, or for clips of your own a table such as "
+            "labels.csv, or a folder with one folder of clips per label"
         )
     return samples
 
@@ -283,9 +285,11 @@ def read_splits(
         test_path = config.test or evaluation_data(path)
         if is_own(path) and not test_path:
             rows = split_rows(read_own_rows(Path(path)), seed)
-            samples = {}
-            for split in ("train", "test"):
-                samples[split] = own_samples([r for r in rows if r["split"] == split], split)
+            test_rows = spread([row for row in rows if row["split"] == "test"], config.test_rows)
+            samples = {
+                "train": own_samples([row for row in rows if row["split"] == "train"], "train"),
+                "test": own_samples(test_rows, "test"),
+            }
         else:
             samples = {"train": read_samples(path, tasks, "train", config.target, prompts)}
             if not config.test:
@@ -345,6 +349,13 @@ def data_sources(data: str) -> list[tuple[str, float]]:
 def with_ids(samples: list[Sample], split: str) -> list[Sample]:
     """Give samples of several sources ids of their own."""
     return [replace(s, id=f"{s.task.name}/{split}/{index}") for index, s in enumerate(samples)]
+
+
+def spread(rows: list, count: int) -> list:
+    """Return so many of the rows, at even distances; 0 for all."""
+    if not 0 < count < len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def first_of_each_task(samples: list[Sample], count: int) -> list[Sample]:
@@ -415,7 +426,7 @@ def clip_window(part: PromptPart) -> tuple[float, float] | None:
     if not part.start and not part.end:
         return None
     seconds = media_seconds(part.path)
-    return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
+    return part.start, min(part.end or seconds, seconds)
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:

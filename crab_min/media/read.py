@@ -82,24 +82,23 @@ def read_video(
 
 
 def read_folder(path: str | Path, frames: int, size: int | None, window: Window | None) -> Video:
-    """Read frames from a folder of pictures, one per second.
-
-    They are in the order of their numbers.
-    """
-    pictures = pictures_of(path)
-    start, end = check_window(path, window, float(len(pictures)))
+    """Read frames from a folder of pictures, one per second."""
+    pictures = frame_files(path)
+    start, end = check_window(path, window, len(pictures))
     times = spread_times(start, end, frames)
-    images = [read_image(pictures[int(time)], size) for time in times]
+    images = [read_image(pictures[min(int(time), len(pictures) - 1)], size) for time in times]
     return Video(np.stack(images), times, float(len(pictures)))
 
 
-def pictures_of(folder: str | Path) -> list[Path]:
-    """Return the pictures of a folder by their numbers. Raises MediaError: there are none."""
-    files = Path(folder).iterdir()
-    pictures = [file for file in files if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+def frame_files(path: str | Path) -> list[Path]:
+    """Return the pictures of a folder of frames, in the order of their numbers.
+
+    Raises MediaError if there are none.
+    """
+    pictures = [p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not pictures:
         advice = "name one with the frames of a clip, or a video"
-        raise MediaError(f"{folder}: a folder without pictures (.jpg, .png); {advice}")
+        raise MediaError(f"{path}: a folder without pictures (.jpg, .png); {advice}")
     return sorted(pictures, key=numbers_in_name)
 
 
@@ -225,12 +224,12 @@ def read_audio(
 
 
 def media_seconds(path: str | Path) -> float:
-    """Return the length of a video or sound file, without decoding it.
+    """Return the length of a video, a folder of frames or a sound file, without decoding it.
 
     A folder of frames has one per second. Raises MediaError.
     """
     if os.path.isdir(path):
-        return float(len(pictures_of(path)))
+        return float(len(frame_files(path)))
     with open_clip(path) as clip:
         return clip.seconds()
 
