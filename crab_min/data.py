@@ -29,7 +29,7 @@ from crab_min.interface import (
 from crab_min.media.arrays import point_code, read_array, read_points
 from crab_min.media.read import media_seconds, read_audio, read_flow, read_image, read_video
 from crab_min.media.workers import exit_with_parent
-from crab_min.sources.av_uie import draw_polygons, mask_classes, mask_objects, mask_path, read_mask
+from crab_min.sources.av_uie import mask_classes, mask_objects, mask_path, read_mask
 from crab_min.sources.own import (
     conversation_parts,
     is_own,
@@ -207,10 +207,7 @@ def gold_mask(sample: Sample, size: int = 0) -> np.ndarray | None:
     """
     if not sample.mask:
         return None
-    if "polygons" in sample.row:
-        mask = draw_polygons(sample.row["polygons"], sample.row["image_size"])
-    else:
-        mask = read_mask(Path(sample.mask))
+    mask = read_mask(Path(sample.mask), sample.row)
     if sample.task.mask_head == "classes":
         mask = mask_classes(mask)
     else:

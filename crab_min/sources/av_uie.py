@@ -103,11 +103,16 @@ def mask_path(frame: Path, task: str, row: dict) -> Path:
     return Path(str(frame.with_suffix(".png")).replace("/frames/", "/labels_rgb/"))
 
 
-def read_mask(path: Path) -> np.ndarray:
+def read_mask(path: Path, row: dict | None = None) -> np.ndarray:
     """Read a mask (H, W, 3) uint8: black is nothing, a colour is an object.
+
+    Args:
+        row: its annotation; one with polygons (LVIS) has no file.
 
     Raises DataError.
     """
+    if row and "polygons" in row:
+        return draw_polygons(row["polygons"], row["image_size"])
     try:
         return np.asarray(Image.open(path).convert("RGB"))
     except OSError as error:
