@@ -414,7 +414,7 @@ def clip_window(part: PromptPart) -> tuple[float, float] | None:
     if not part.start and not part.end:
         return None
     seconds = media_seconds(part.path)
-    return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
+    return part.start, min(part.end or seconds, seconds)
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:

@@ -67,6 +67,14 @@ class MediaFeatures:
         return {name: (side.features, side.mask) for name, side in self.sides.items()}
 
 
+def attach_sides(medium: MediaFeatures, views: dict[str, list[MediaFeatures]]) -> MediaFeatures:
+    """Return a medium with its side channels, each of one or several views, by name."""
+    if not views:
+        return medium
+    sides = {name: interleave_views(name, own) for name, own in views.items()}
+    return replace(medium, sides=sides)
+
+
 def interleave_views(name: str, views: list[MediaFeatures]) -> MediaFeatures:
     """Make one side channel of several views (U, S, W): all views of a step, then the next step.
 

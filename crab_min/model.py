@@ -14,7 +14,7 @@ Shapes: B samples, L length, D width of the LM, V words, T frames or sound segme
 """
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from crab_min import trained_parts
 from crab_min.config import AdapterConfig
 from crab_min.devices import bf16_autocast
-from crab_min.encoders import MediaFeatures, interleave_views
+from crab_min.encoders import MediaFeatures, attach_sides
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.interface import PromptLayout, PromptPart
@@ -249,11 +249,8 @@ class AVLanguageModel(nn.Module):
             else:
                 in_prompt.append(features)
                 views.append({})
-        for i, by_name in enumerate(views):
-            if by_name:
-                sides = {name: interleave_views(name, own) for name, own in by_name.items()}
-                in_prompt[i] = replace(in_prompt[i], sides=sides)
-        return [part for part in parts if not part.side], in_prompt
+        with_sides = [attach_sides(medium, own) for medium, own in zip(in_prompt, views)]
+        return [part for part in parts if not part.side], with_sides
 
     def prompt_length(self, parts: list[PromptPart], media: list[MediaFeatures]) -> int:
         """Return the number of tokens of a prompt, given what `collate` takes."""
@@ -398,13 +395,6 @@ class AVLanguageModel(nn.Module):
             ModelError: a backbone that reads none, or a name that it cannot have.
         """
         raise ModelError(f"side channel {name}: this backbone reads none")
-
-    def lengths_by_join(self, medium: MediaFeatures) -> dict[str, int]:
-        """Return the prompt tokens of a video by how its side channels are joined, for --plan.
-
-        It is empty for a model that joins them in one way alone.
-        """
-        return {}
 
     def load_patch(self, file: Path | str) -> None:
         """Add the patch of a side channel from a file of a run (PAVE).

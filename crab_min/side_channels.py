@@ -42,8 +42,8 @@ def add_side_channels(
         with_video: False takes the video out; the side channels stand at the start of the prompt.
 
     Raises:
-        DataError: a sample has several videos or sounds, or none of the needed side channels; no
-            such folder.
+        DataError: a sample has several videos or sounds, or none of the side channels that it
+            needs; no such folder.
     """
     chosen = {name: folder for name, folder in (folders or {}).items() if name in names}
     for name, folder in chosen.items():
@@ -67,10 +67,8 @@ def add_to_prompt(
     for name in names:
         views = view_files(files[name]) if name in files else []
         sides += [side_part(name, file, pictures, sounds) for file in views]
-    if not with_video and sides:
-        texts = [part for part in sample.parts if part.kind == "text"]
-        texts = [part for part in texts if not MARKER.fullmatch(part.text)]
-        return replace(sample, parts=[*sides, *texts])
+    if not with_video:
+        return in_place_of_video(sample, sides, names)
     if names and (len(pictures) != 1 or len(sounds) > 1 or (needed and not sides)):
         raise DataError(
             f"{sample.id}: {len(pictures)} videos or images, {len(sounds)} sounds and the side "
@@ -85,6 +83,19 @@ def add_to_prompt(
         if part.kind in ("video", "image"):
             parts.extend(sides)
     return replace(sample, parts=parts)
+
+
+def in_place_of_video(sample: Sample, sides: list[PromptPart], names: list[str]) -> Sample:
+    """Return a sample whose only media are side channels, at the start of its prompt.
+
+    Raises:
+        DataError: it has none of them.
+    """
+    if not sides:
+        raise DataError(f"{sample.id}: none of {','.join(names)}, and no video is shown here")
+    texts = [part for part in sample.parts if part.kind == "text"]
+    texts = [part for part in texts if not MARKER.fullmatch(part.text)]
+    return replace(sample, parts=[*sides, *texts])
 
 
 def side_files(

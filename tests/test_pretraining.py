@@ -12,7 +12,7 @@ from test_modalities import load_blip2, run_train
 
 from crab_min.config import AdapterConfig, CrabSettings, ModalityConfig, with_values
 from crab_min.data import gold_mask, read_samples
-from crab_min.errors import RunError
+from crab_min.errors import DataError, RunError
 from crab_min.features import Features
 from crab_min.model import ASSETS
 from crab_min.recipes import crab
@@ -64,6 +64,12 @@ def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weigh
     own = {f"multimodal.{name}" for name in model.multimodal.parameters_of("audio")}
     assert learned == own
     assert all(p.grad is not None for p in model.multimodal.parameters_of("audio").values())
+
+
+def test_a_row_without_the_modality_is_named(captions):
+    (sample, *_) = read_samples(captions, ["audiocaps"], "train")
+    with pytest.raises(DataError, match="none of points, and no video is shown here"):
+        add_side_channels([sample], ["points"], with_video=False)
 
 
 def test_a_pretrained_modality_goes_into_the_run_with_the_video(captions, small_world, tmp_path):
@@ -130,6 +136,19 @@ def test_the_audio_stage_learns_audiocaps(captions, tmp_path, capsys):
     wrong = f"crab-tiny --stage visual --tasks audiocaps {SHORT}"
     assert run_train(wrong, str(captions), "--out", str(tmp_path / "wrong")) == 2
     assert "no video or image in it to align the connector on" in capsys.readouterr().err
+
+
+def test_the_visual_stage_learns_image_captions_in_llavas_form(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.jpg")
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A black square.")]
+    conversations = [{"from": role, "value": text} for role, text in turns]
+    row = {"id": 1, "image": "x.jpg", "conversations": conversations}
+    (tmp_path / "captions.json").write_text(json.dumps([row]))
+    samples = read_samples(tmp_path / "captions.json", [], "train")
+    settings = with_values(CrabSettings(), stage="visual")
+    (sample,) = crab.prepare_samples(samples, settings)
+    assert [(part.kind, part.path) for part in sample.media] == [("image", str(tmp_path / "x.jpg"))]
+    assert sample.target == "A black square."
 
 
 @pytest.fixture(scope="session")

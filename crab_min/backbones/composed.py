@@ -184,9 +184,8 @@ class ComposedModel(PatchedModel):
             sides = [medium.side_tokens() for medium in group]
             patched = self.patches.add_to(connected.split(lengths), queries.split(lengths), sides)
             for i, medium_tokens, side in zip(positions, patched, sides):
-                tokens[i] = self.patches.join_tokens(
-                    medium_tokens, side
-                )  # (T * Q + side tokens, D)
+                # (T * Q, D), and side tokens that join the prompt themselves
+                tokens[i] = self.patches.join_tokens(medium_tokens, side)
         return tokens
 
     # --- what is trained

@@ -54,7 +54,6 @@ class OmniModel(PatchedModel):
     """
 
     joins_tokens = False  # its positions are those of the video's own grid
-
     frame_size = 224
     encodes_in_tokens = True
 

@@ -23,7 +23,12 @@ def train_arms(
     Args:
         arms: title -> name of a setting -> its value.
         train: trains one run, by default in runs/NAME.
+
+    Raises:
+        RunError: there is one arm alone.
     """
+    if len(arms) < 2:
+        raise RunError(f"--compare: nothing differs; there is {', '.join(arms) or 'nothing'} alone")
     numbers = {}
     out = settings.run.out
     for title, values in arms.items():

@@ -106,12 +106,15 @@ def extract(given: argparse.Namespace) -> None:
     clips = find_clips(Path(given.data), "audio" if extractor_class.kind == "audio" else "video")
     remaining = {name: p for name, p in clips.items() if not (out / f"{name}.npy").exists()}
     settings = {"encoder": given.encoder, "weights": weights}
-    check_settings(out, settings | {"frames": given.frames, "size": given.size})
+    settings |= {"frames": given.frames, "size": given.size}
+    check_settings(out / SETTINGS, settings)
     print(f"{out}: {len(clips)} clips, {len(clips) - len(remaining)} of them done before")
     if not remaining:
         return
 
     extractor = extractor_class(weights, choose_device(given.device))
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
     names, parts, reasons = [], [], []
     for name, path in remaining.items():
         try:
@@ -135,19 +138,16 @@ def extract(given: argparse.Namespace) -> None:
         raise RunError(f"{len(reasons)} of {len(clips)} clips have no file; see the lines above")
 
 
-def check_settings(out: Path, settings: dict) -> None:
-    """Write the settings of a new folder, or compare them with those that it was made with.
+def check_settings(file: Path, settings: dict) -> None:
+    """Compare the settings with those that the files of a folder were made with.
 
     Raises RunError: they differ.
     """
-    file = out / SETTINGS
     if not file.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, json.dumps(settings, indent=1) + "\n")
         return
     earlier = json.loads(file.read_text(encoding="utf-8"))
     if earlier != settings:
-        raise RunError(f"{out}: holds files of {earlier}, not of {settings}; give another --out")
+        raise RunError(f"{file}: files of {earlier}, not of {settings}; give another --out")
 
 
 def write_array(file: Path, array: np.ndarray) -> None:

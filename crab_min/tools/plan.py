@@ -519,9 +519,13 @@ def count_patch_operations(model: AVLanguageModel, longest: Prompt) -> tuple[int
 
 
 def count_join_operations(model: AVLanguageModel, longest: Prompt) -> dict[str, int]:
-    """Count the operations of the LM on the longest prompt, by how modalities are joined."""
-    joined = longest.media[0]
-    lengths = model.lengths_by_join(joined)
+    """Count the operations of the LM on the longest prompt, by how modalities are joined.
+
+    Returns {} for a model without modalities.
+    """
+    if not hasattr(model, "lengths_by_join"):
+        return {}
+    lengths = model.lengths_by_join(longest.media[0])
     others = longest.tokens - lengths.get("fused", 0)
     return {join: lm_operations(model, others + length) for join, length in lengths.items()}
 
