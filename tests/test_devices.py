@@ -234,10 +234,7 @@ def on_far(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize(
-    "backbone",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAR],
-)
+@pytest.mark.parametrize("backbone", [*QUICK, *SLOW])
 def test_training_and_answers_mix_no_devices(backbone, on_far, small_world, tmp_path):
     run = tmp_path / "run"
     tasks = "s4" if "mask" in backbone else "avqa"

@@ -204,6 +204,7 @@ def test_nothing_is_asked_of_a_hub_while_saving(tmp_path, monkeypatch):
         calls.append(arguments)
         raise OSError("no network")
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     model = load_base()

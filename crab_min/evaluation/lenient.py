@@ -13,7 +13,22 @@ import re
 from crab_min.answers import CHOICE, Answer, normalize_label
 from crab_min.data import Sample
 from crab_min.evaluation.metrics import score
-from crab_min.evaluation.scores import by_task
+from crab_min.evaluation.scores import by_task, score_all
+
+
+def score_baseline(samples: list[Sample], texts: list[str], known: list[Sample]) -> dict[str, dict]:
+    """Score the answers of the frozen base by task, strictly and leniently.
+
+    Args:
+        known: as in lenient_metrics.
+
+    Returns:
+        As scores.score_all, with "lenient" where lenient_metrics has the task.
+    """
+    scores = score_all(samples, texts)
+    for task, metric in lenient_metrics(samples, texts, known).items():
+        scores[task]["lenient"] = metric
+    return scores
 
 
 def lenient_metrics(

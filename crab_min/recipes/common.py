@@ -39,7 +39,7 @@ from crab_min.devices import describe_device
 from crab_min.errors import RunError
 from crab_min.evaluation.answering import Decoding, generate_answers, token_limits
 from crab_min.evaluation.budget import TokenBudget
-from crab_min.evaluation.lenient import lenient_metrics
+from crab_min.evaluation.lenient import score_baseline
 from crab_min.evaluation.page import write_card, write_page
 from crab_min.evaluation.pictures import draw_curves, draw_scores, draw_sheet
 from crab_min.evaluation.report import Evaluation, best_and_worst, evaluate
@@ -340,9 +340,7 @@ def evaluate_baseline(run: Run) -> None:
         run.model, run.features, rows, run.decoding, "frozen base", unfinished, strict
     )
     if processes.rank() == 0:
-        scores = score_all(rows, texts)
-        for task, metric in lenient_metrics(rows, texts, run.train_rows).items():
-            scores[task]["lenient"] = metric
+        scores = score_baseline(rows, texts, run.train_rows)
         atomic_write(run.folder / "base.json", json.dumps(scores))
         unfinished.unlink(missing_ok=True)
 
