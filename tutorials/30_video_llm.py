@@ -1,9 +1,8 @@
 # %% [markdown]
-# # 30. PAVE: the video LLM that is patched
+# # 30. The video LLM that is patched
 #
-# Paper: PAVE (arXiv 2503.19794), background on video LLMs. Code in `crab_min/`:
-# [llava_onevision.py](../crab_min/backbones/llava_onevision.py). Ten seconds on a CPU; the first
-# run builds a world.
+# * Paper: [PAVE](https://arxiv.org/abs/2503.19794), background on video LLMs
+# * Code: [llava_onevision.py](../crab_min/backbones/llava_onevision.py): `LlavaModel`
 #
 # A video LLM takes a few frames of a clip and turns each into tokens of a language model:
 #
@@ -22,7 +21,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
 
 import torch
 from torch.nn import functional as F
@@ -72,7 +71,7 @@ with torch.no_grad():
     tokens = model.tokens([medium], [0])[0]  # (T R (R + 1), D)
 print("v", tuple(v.shape), " z", tuple(z.shape), " with newlines", tuple(naive.shape))
 print("the library's tokens", tuple(tokens.shape))
-print("equal:", torch.allclose(tokens, naive.flatten(0, 1), atol=1e-5))
+assert torch.allclose(tokens, naive.flatten(0, 1), atol=1e-5)
 
 # %% [markdown]
 # ## The same at full size
@@ -93,10 +92,9 @@ print(f"{FRAMES} frames: {count:,} tokens")
 # %% [markdown]
 # ## What lies between two frames is lost
 #
-# In this clip the light flashes for 0.12 s. The ten frames show nothing of it, and a question about
-# the flash can only be guessed. More frames cost tokens: 25 per second would be 52,500 for this
-# clip. PAVE leaves the prompt as it is and adds what a *side channel* knows to the tokens that are
-# there already ([next page](31_patch.py)).
+# In this clip the light flashes: for 0.12 s the picture is a negative. The ten frames do not show
+# it. More frames cost tokens: 25 per second would be 52,500 here. PAVE leaves the prompt as it is,
+# and adds what a *side channel* knows to the tokens that are there ([next page](31_patch.py)).
 
 # %%
 dense = load_media(stream, model.frame_size)[0]  # (250, 16, 16, 3)
@@ -109,11 +107,14 @@ draw_frames(top, load_media(video, 96)[0], 10)
 top.set(title="10 frames: what the video LLM reads", xticks=[])
 bottom.plot([step / 25 for step in range(250)], brightness, lw=1)
 bottom.set(title="brightness, 25 frames per second", xlim=(0, 10), xlabel="seconds", yticks=[])
+# figure: above, ten frames; below, the flash at 1.7 seconds, which lies between two of them
 save(figure, Path("answers/30_video_llm.png"))
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Halve the frames: `FRAMES = 16`. Expect 3,360 tokens, half of the prompt.
-# 2. Pool before the projector: `z = llava.multi_modal_projector(pool(v, grid=4, smaller=2))`.
-#    Expect `equal: False`: the projector is not linear (it has a GELU), so the order matters.
+# 1. Half of the frames are half of the prompt. Change `FRAMES = 32` to `FRAMES = 16`; expect
+#    `16 frames: 3,360 tokens`.
+# 2. Pool before the projector, which is not linear (it has a GELU). Change
+#    `pool(llava.multi_modal_projector(v), grid=4, smaller=2)` to
+#    `llava.multi_modal_projector(pool(v, grid=4, smaller=2))`; expect `AssertionError`.

@@ -1,13 +1,14 @@
 # %% [markdown]
-# # 31. PAVE: temporal-aligned cross-attention
+# # 31. Temporal-aligned cross-attention
 #
-# Paper: PAVE (arXiv 2503.19794). Code in `crab_min/`: [pave.py](../crab_min/pave.py). Ten seconds on
-# a CPU; the first run builds a world.
+# * Paper: [PAVE](https://arxiv.org/abs/2503.19794), patching and temporal-aligned cross-attention
+# * Code: [pave.py](../crab_min/pave.py): `Patch`, `Block`, `neighbourhood`, `Patches`
+# * Read first: [30](30_video_llm.py)
 #
 # A *patch* $g$ adds what a side channel knows to the tokens of each frame. Frame $k$ attends to the
 # side tokens at its own time, $N(k)$, and to no others:
 #
-# $$ z'(k) = z(k) + g\big(v(k), \{s(j) : j \in N(k)\}\big) $$
+# $$ z'(k) = z(k) + g\big(v(k), \lbrace s(j) : j \in N(k) \rbrace\big) $$
 #
 # $g$ is a few blocks of cross-attention and an MLP, then an MLP to the LLM and a LayerNorm:
 #
@@ -20,16 +21,14 @@
 # | $v$ | `v` | (B, T, Q, V) | the same before the projector |
 # | $s$ | `side` | (B, U, S, W) | side tokens, S per step |
 # | $N(k)$ | `partition_steps(U, T)[k]` | | side steps at the time of frame $k$ |
-# | $g$ | `patch` | (B, T, Q, D) | its gain and bias at the end start at zero |
 
 # %%
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
 
 import torch
-from torch import nn
 
 from crab_min.backbones.composed import load_base
 from crab_min.config import SideChannelConfig
@@ -51,24 +50,23 @@ from crab_min.world.side_channels import build_side_world
 figure = new_figure(9, 3)
 for axes, (name, (steps, _, _)) in zip(figure.subplots(1, 4, sharey=True), RELEASED_SHAPES.items()):
     parts = partition_steps(steps, 32)
-    sizes = [len(part) for part in parts]
-    print(f"{name}: {steps} steps; the first frame attends to {sizes[0]}, the last to {sizes[-1]}")
+    print(f"{name}: {steps} steps; the first frame has {len(parts[0])}, the last {len(parts[-1])}")
     attended = torch.stack([torch.isin(torch.arange(steps), part) for part in parts])
     axes.imshow(attended, aspect="auto", cmap="Blues", interpolation="nearest")
     axes.set(title=f"{name}, {steps} steps", xlabel="step j")
 figure.axes[0].set_ylabel("frame k")
+# figure: N(k) of the released side channels; a dark cell is a step that the frame attends to
 save(figure, Path("answers/31_patch.png"))
 
 # %% [markdown]
 # ## A new patch changes nothing
 #
-# The side channel is a stream of 25 small frames per second. With a gain of zero at its end the
-# patch adds zero, and in the first step only that LayerNorm has a gradient.
+# The side channel is a stream of 25 small frames per second. The last LayerNorm begins with gain
+# and bias zero, so the patch adds zero, and in the first step only these two have a gradient.
 
 # %%
 file = build_side_world("", 120, 0, seed=0, names=["fast"])
 samples = add_side_channels(read_samples(file, [], "train")[:1], ["fast"])
-torch.manual_seed(0)
 model = load_base()
 (video, stream), *_ = Features(model)(samples)
 side = stream.features[None].float()  # (1, 250, 4, W)
@@ -83,9 +81,7 @@ patched.square().sum().backward()
 print("with a gradient:", [name for name, p in patch.named_parameters() if p.grad.any()])
 
 # %% [markdown]
-# ## The patch in naive lines
-#
-# A loop over frames, blocks and heads. The library does all frames of all clips in one call.
+# ## The patch in naive lines, one frame after another
 
 
 # %%
@@ -95,24 +91,20 @@ def naive_patch(v, side):
         x = patch.video(frame)  # (Q, C)
         s = patch.side(side[steps].flatten(0, 1))  # (K, C), the K side tokens of N(k)
         for block in patch.blocks:
-            heads = []
-            q, k, value = [y.chunk(4, -1) for y in (block.query(x), block.key(s), block.value(s))]
-            for head in range(4):
-                weights = (q[head] @ k[head].T / q[head].shape[-1] ** 0.5).softmax(-1)  # (Q, K)
-                heads.append(weights @ value[head])
-            x = x + torch.cat(heads, -1)
+            heads = block.query(x), block.key(s), block.value(s)
+            q, k, value = [y.unflatten(-1, (block.heads, -1)).transpose(0, 1) for y in heads]
+            weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (heads, Q, K)
+            x = x + (weights @ value).transpose(0, 1).flatten(1)
             x = x + block.mlp(block.norm(x))
         added.append(patch.norm(patch.out(x)))
     return torch.stack(added)  # (T, Q, D)
 
 
-nn.init.ones_(patch.norm.weight)  # as if it had learned
-order = torch.arange(250)
-naive = naive_patch(v[0], side[0, order])
-print("equal:", torch.allclose(patch(v, side)[0], naive, atol=1e-5))
+torch.nn.init.ones_(patch.norm.weight)  # as if it had learned
+naive = naive_patch(v[0], side[0, torch.arange(250)])
+assert torch.allclose(patch(v, side)[0], naive, atol=1e-5)
 
-# and no frame attends to the steps of another
-FRAME = 3
+FRAME = 3  # attends to no step of another
 side.requires_grad_(True)
 patch(v, side)[0, FRAME].sum().backward()
 reached = side.grad[0].abs().sum((1, 2)).nonzero()[:, 0]
@@ -121,7 +113,8 @@ print(f"frame {FRAME} attends to the steps {reached.min()} to {reached.max()}")
 # %% [markdown]
 # ## Exercises
 #
-# 1. Reverse the steps within each second: `order = torch.arange(250).view(10, 25).flip(1).ravel()`.
-#    Expect `equal: True`: without positions, attention within N(k) knows no order.
-# 2. Reverse all: `order = torch.arange(250).flip(0)`. Expect `equal: False`: each frame attends to
-#    its own second.
+# 1. The last frame attends to another second. Change `FRAME = 3` to `FRAME = 9`; expect
+#    `the steps 225 to 249`.
+# 2. Each frame attends to its own second, so the order of the seconds matters. Change
+#    `torch.arange(250)` to `torch.arange(250).flip(0)`; expect `AssertionError`. Within a second it
+#    does not: `torch.arange(250).view(10, 25).flip(1).flatten()` passes.
