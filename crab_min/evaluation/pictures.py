@@ -138,6 +138,26 @@ def draw_medium(
         draw_wave(axes, arrays, seconds)
 
 
+def draw_channels(path: Path, sample: Sample, curves: dict[str, np.ndarray]) -> None:
+    """Draw a video and its side channels one below the other, along one time.
+
+    Args:
+        curves: more rows, title -> values spread evenly over the clip.
+    """
+    media = load_for_figure(sample)
+    rows = len(media) + len(curves)
+    all_axes = new_figure(8, 1.1 * rows).subplots(rows, 1, squeeze=False)[:, 0]
+    titles = [name.split(":")[0] for name, *_ in media] + list(curves)
+    for axes, title in zip(all_axes, titles):
+        axes.set_title(title, fontsize=8, loc="left")
+    for axes, (_, kind, arrays, seconds) in zip(all_axes, media):
+        draw_medium(axes, kind, arrays, seconds, Answer(), Answer())
+    for axes, values in zip(all_axes[len(media) :], curves.values()):
+        axes.plot(np.linspace(0, seconds, len(values), endpoint=False), values, lw=1)
+        axes.set(xlim=(0, seconds), yticks=[])
+    save(all_axes[0].figure, path)
+
+
 # --- answers --------------------------------------------------------------------------------------
 def draw_answer(path: Path, sample: Sample, answer: Answer, text: str) -> None:
     """Draw one answer: the question, each medium, a time line of the events, the text."""
