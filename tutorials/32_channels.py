@@ -67,8 +67,7 @@ STEPS = 4
 short = torch.randn(STEPS, 1, 8)  # (U, S, W)
 times = torch.linspace(0, STEPS - 1, 10)  # of 10 frames, in steps
 left = times.long().clamp(max=STEPS - 2)
-part = (times - left)[:, None, None]  # of the way to the next step
-naive = (1 - part) * short[left] + part * short[left + 1]
+naive = torch.lerp(short[left], short[left + 1], (times - left)[:, None, None])
 assert torch.allclose(interpolate_time(short, 10), naive, atol=1e-6)
 print("frames at the steps", ", ".join(f"{time:.2f}" for time in times))
 
