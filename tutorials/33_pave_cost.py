@@ -5,9 +5,8 @@
 # * Code: [pave.py](../crab_min/pave.py): `Patch`, `Patches`; [plan.py](../crab_min/tools/plan.py)
 # * Read first: [32](32_channels.py)
 #
-# The paper says that a patch adds about 0.1 % to the parameters and FLOPs of a 7B model. Counted by
-# hand, with two operations for a product and its sum ($C$ is the width of the patch, $L$ its
-# blocks, $K$ the side tokens of a frame):
+# A patch adds about 0.1 % to the parameters and FLOPs of a 7B model. By hand, with two operations
+# for a product and its sum, a patch $C$ wide of $L$ blocks and $K$ side tokens per frame:
 #
 # $$ \mathrm{parameters} = (V + W + 2) C + L (7 C^2 + 5 C) + 2 C^2 + 2 C + 2 C D + 3 D $$
 #
@@ -43,7 +42,7 @@ from crab_min.trained_parts import save_part
 # %% [markdown]
 # ## Parameters and FLOPs, by the formula and counted
 #
-# The released sizes, on torch's meta device, which has shapes and no values.
+# On torch's meta device, which has shapes and no values.
 
 # %%
 LLM = {"0.5B": 896, "7B": 3584}  # name -> D
@@ -88,8 +87,8 @@ left.barh(list(counts), list(counts.values()), color=[GREY, YELLOW, TEAL] * 2)
 left.set(xscale="log", title="parameters", xlim=(1e6, 2e10))
 right.barh(list(flops), [count / 1e12 for count in flops.values()], color=TEAL)
 right.set(title="TFLOPs of the patch for a clip")
-for axes in (left, right):
-    axes.invert_yaxis()
+left.invert_yaxis()
+right.invert_yaxis()
 # figure: left, parameters on a logarithmic axis; right, what the side channels cost in operations
 save(figure, Path("answers/33_pave_cost.png"))
 
@@ -104,9 +103,9 @@ save(figure, Path("answers/33_pave_cost.png"))
 mine, yours = load_base(), load_base()
 mine.add_side_channel("audio", 128, SideChannelConfig(side="audio", width=128))
 torch.nn.init.ones_(mine.patches["audio"].norm.weight)  # as if it had learned
-folder = Path("answers/shared_patch")
-save_part(folder, "patch_audio", mine.part_state("patch_audio"), mine.part_config("patch_audio"))
-file = folder / "parts" / "patch_audio.safetensors"
+name, folder = "patch_audio", Path("answers/shared_patch")
+save_part(folder, name, mine.part_state(name), mine.part_config(name))
+file = folder / "parts" / f"{name}.safetensors"
 yours.load_patch(file)
 z, v, s = torch.randn(10, 6, 192), torch.randn(10, 6, 128), torch.randn(10, 48, 128)
 patched = [model.patches.add_to([z], [v], [{"audio": (s, None)}])[0] for model in (mine, yours)]
