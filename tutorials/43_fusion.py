@@ -37,7 +37,7 @@ from crab_min.evaluation.figures import RED, TEAL, YELLOW, new_figure, save
 # ## From modalities to the tokens of the LLM
 #
 # A small random BLIP-2 with sound and flow. Sound has 8 steps here, the video 4 frames: two steps
-# are averaged per frame. New modalities have zero columns in W; we fill them as if they had learned.
+# are averaged per frame. New modalities have zero columns in W; we fill them, as after training.
 
 # %%
 torch.manual_seed(0)
@@ -75,8 +75,8 @@ assert torch.allclose(fused, F.silu(G))
 # | `add`, the paper's first version | $Z_t + \bar Z_t$ | $T Q$ |
 #
 # (The words "Frame t: " are not counted.) In that version `add` lost little: MUSIC-AVQA with video,
-# sound and flow 80.6, and 80.8 without fusion. On our tiny base a run with `concat` stayed at chance
-# for 400 steps ([results](../docs/results.md)). The fusion has $(M - 1) D^2 + D$ parameters.
+# sound and flow 80.6, and 80.8 without fusion. On our tiny base `concat` stayed at chance for 400
+# steps ([results](../docs/results.md)). The fusion has $(M - 1) D^2 + D$ parameters.
 
 # %%
 FRAMES, QUERIES, WIDTH = 4, 32, 2048

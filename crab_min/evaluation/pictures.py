@@ -153,7 +153,7 @@ def draw_channels(path: Path, sample: Sample, curves: dict[str, np.ndarray]) -> 
     for axes, (_, kind, arrays, seconds) in zip(all_axes, media):
         draw_medium(axes, kind, arrays, seconds, Answer(), Answer())
     for axes, values in zip(all_axes[len(media) :], curves.values()):
-        axes.plot(np.linspace(0, seconds, len(values), endpoint=False), values, lw=1)
+        axes.stairs(values, np.linspace(0, seconds, len(values) + 1), baseline=None)
         axes.set(xlim=(0, seconds), yticks=[])
     save(all_axes[0].figure, path)
 
