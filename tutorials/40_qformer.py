@@ -12,7 +12,7 @@
 #    H \leftarrow \mathrm{LN}\big(H + \mathrm{Attn}(H, X)\big), \qquad
 #    H \leftarrow \mathrm{LN}\big(H + \mathrm{FFN}(H)\big) $$
 #
-# $$ \mathrm{Attn}(H, X) = W_o\, \mathrm{softmax}\big(H W_q (X W_k)^\top / \sqrt d\big) X W_v $$
+# $$ \mathrm{Attn}(H, X) = W_o \mathrm{softmax}\big(H W_q (X W_k)^\top / \sqrt d\big) X W_v $$
 #
 # | symbol | variable | shape in CREMA |
 # |---|---|---|

@@ -11,8 +11,8 @@
 # | modality | in the paper | encoder there | in our world |
 # |---|---|---|---|
 # | video `rgb` | 4 frames | ViT-g of BLIP-2 | 10 frames, a small CLIP |
-# | `flow`, `depth`, `normals` | UniMatch, ZoeDepth, Bae's normals | ViT-g, as pictures | exact maps |
-# | `thermal`, `touch` | a thermal camera, GelSight | ViT-g, as pictures | exact maps |
+# | `flow`, `depth`, `normals` | UniMatch, ZoeDepth, Bae's normals | ViT-g, pictures | exact maps |
+# | `thermal`, `touch` | a thermal camera, GelSight | ViT-g, pictures | exact maps |
 # | `audio` | the clip's sound | BEATs | a small BEATs |
 # | `points` | features of 3D-LLM | a code of the place is added | the code alone |
 #

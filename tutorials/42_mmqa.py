@@ -10,7 +10,7 @@
 #
 # $$ y = W x + b + B_m A_m x, \qquad B_m = 0 \text{ at the start} $$
 #
-# $$ Z_m = P_m\big(\mathrm{QFormer}_m(q_m, \mathrm{LayerNorm}_m(I_m\, X_m))\big) $$
+# $$ Z_m = P_m\big(\mathrm{QFormer}_m(q_m, \mathrm{LayerNorm}_m(I_m X_m))\big) $$
 #
 # | symbol | variable | shape |
 # |---|---|---|

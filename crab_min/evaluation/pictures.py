@@ -17,6 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from crab_min.answers import GRID, Answer, Box, Event
+from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import Sample, gold_mask, load_media
 from crab_min.evaluation.figures import (
     COLOURS,
@@ -313,6 +314,23 @@ def draw_curves(path: Path, log: Path) -> None:
     waiting = columns["wait"].sum() / columns["seconds"].sum()
     speed.set_title(f"waiting for data: {waiting:.0%} of the time", fontsize=9, loc="left")
     save(figure, path)
+
+
+def draw_exits(axes: Axes, exits: EarlyExit) -> None:
+    """Draw the gradient norm of each modality by epoch, and tau times its mean so far.
+
+    A circle is where a modality exits.
+    """
+    for (name, norms), colour in zip(exits.norms.items(), COLOURS):
+        axes.plot(norms, ".-", label=name, color=colour)
+        for epoch in range(FIRST_EXIT, len(norms)):
+            limit = exits.threshold * np.mean(norms[:epoch])
+            axes.plot([epoch - 0.35, epoch + 0.35], [limit, limit], "--", color=colour, lw=1.5)
+        if name in exits.exit_epochs:
+            epoch = exits.exit_epochs[name]
+            axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
+    axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log")
+    axes.legend(ncols=2, frameon=False)
 
 
 # --- routing --------------------------------------------------------------------------------------
