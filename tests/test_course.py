@@ -72,7 +72,8 @@ def test_a_page_has_the_form_of_the_course(script):
     first, *_, last = read_cells(text)
     assert first.text.startswith(f"# {script.name[:2]}. ")
     assert re.search(r"^\* Code: \[", first.text, re.M)
-    assert "## Exercises" in last.text and len(exercises_of(text)) >= 2
+    exercises = re.findall(r"^\d\. ", last.text.split("## Exercises\n")[1], re.M)
+    assert len(exercises) == len(exercises_of(text)) >= 2
     assert re.search(r"^# figure: ", text, re.M)
     if script.name[0] in "1234":  # a section of a paper
         assert re.search(r"^\* Paper: \[", first.text, re.M)

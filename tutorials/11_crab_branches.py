@@ -1,9 +1,10 @@
 # %% [markdown]
-# # 11. From frames and sound to tokens
+# # 11. The visual and the audio branch: from frames and sound to tokens
 #
-# Paper: Crab (arXiv 2503.13068), the visual and audio branches of the unified audio-visual
-# interface. Code in `crab_min/`: `encoders.py`, `qformer.py`, `backbones/composed.py`.
-# Half a minute on a CPU; the first run builds a world.
+# * Paper: [Crab](https://arxiv.org/abs/2503.13068), visual branch and audio branch
+# * Code: [encoders.py](../crab_min/encoders.py): `VisionEncoder`, `AudioEncoder`;
+#   [qformer.py](../crab_min/qformer.py): `QFormerConnector`
+# * Read first: [00](00_one_clip.py)
 #
 # A frame gives 144 features here, a second of sound 48. The LM gets a few tokens in their place.
 
@@ -11,9 +12,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path += [".", ".."]  # the repository, from its folder or from tutorials/
 
-import numpy as np
 import torch
 
 from crab_min.backbones.composed import load_base
@@ -25,15 +25,15 @@ torch.set_grad_enabled(False)
 model = load_base()  # the shipped tiny base
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
 sample = read_samples(root, ["ave"], "test")[0]
-(frames, seconds), (waves, _) = [load_media(part, model.frame_size) for part in sample.media]
+(frames, _), (waves, _) = [load_media(part, model.frame_size) for part in sample.media]
 label, spans = sample.gold.events[0]
 print(f"{label} from {spans[0][0]} to {spans[0][1]} s; frames {frames.shape}, {len(waves)} waves")
 
 # %% [markdown]
 # ## Encoders, frozen
 #
-# Every frame and every segment of sound is encoded by itself. CLIP's features stand for patches of
-# the frame, BEATs' for 160 ms and 16 of the 128 bands of a spectrogram.
+# Every frame and every segment of sound is encoded by itself: CLIP has a feature per patch, BEATs
+# one per 160 ms and 16 of the 128 bands of a spectrogram.
 
 # %%
 visual = model.vision(torch.from_numpy(frames)[None])
@@ -43,10 +43,20 @@ print(f"features (clip, steps, S, width): {tuple(visual.shape)} and {tuple(audio
 # %% [markdown]
 # ## Q-Former: a few learned queries attend to all features of one time step
 #
-#     tokens_t = MLP(QFormer(queries, LayerNorm(features_t)))
+# $$
+# X_t = \mathrm{MLP}(\mathrm{QFormer}(Q, \mathrm{LN}(F_t))), \qquad
+# \mathrm{attend}(x, s) = \mathrm{LN}\Big(x + W_o\,
+# \mathrm{softmax}\Big(\tfrac{W_q x (W_k s)^\top}{\sqrt d}\Big) W_v s\Big)
+# $$
 #
-# A layer is post-norm BERT: self-attention of the queries, cross-attention to the features, and a
-# feed-forward. In naive lines, with the weights kept (qformer.py multiplies in another order):
+# | symbol | variable |
+# |---|---|
+# | $F_t$, features of a time step | `features`: (T, S, W) |
+# | $Q$, learned queries | `connector.query`: (Q, hidden) |
+# | $X_t$, tokens for the LM | `visual_tokens`: (T, Q, D) |
+#
+# A layer is post-norm BERT: self-attention, cross-attention, feed-forward. Crab has 32 queries per
+# frame and 32 per segment of sound, so 640 tokens for ten seconds. In naive lines:
 
 
 # %%
@@ -78,30 +88,13 @@ assert torch.allclose(audio_tokens, model.audio_qformer(audio, mask)[0], atol=1e
 print(f"tokens: video {tuple(visual_tokens.shape)}, sound {tuple(audio_tokens.shape)}")
 
 # %% [markdown]
-# ## Tokens in the prompt
-#
-# The prompt has one placeholder per token, and `embed` puts the tokens there. At Crab's size that
-# is 32 for each of 10 frames and 10 segments, 640 tokens of width 4096. No token knows its second:
-# their order tells it, and the tiny base adds a learned code of the second. So ten times the same
-# frame gives ten different tokens:
-
-# %%
-media = model.encode("video", [np.stack([frames[0]] * 10)], [seconds])
-batch = model.collate([sample.parts[:2]], [media])
-placeholders = batch.ids == model.media_tokens["video"].placeholder
-tokens = model.embed(batch)[placeholders].unflatten(0, (10, -1))  # (T, Q, D)
-naive = model.visual_qformer(media[0].features[None])[0] + model.time.weight[:10, None]
-assert torch.allclose(tokens, naive + model.number.weight[0], atol=1e-4)
-print("first and last frame differ by up to", (tokens[0] - tokens[-1]).abs().max().item())
-
-# %% [markdown]
-# ## What each visual and each audio query attends to: answers/11_crab_branches.png
+# ## What each query attends to
 
 # %%
 second = spans[0][0]
 maps = [weights.view(12, 12) for weights in visual_weights[second]]
 maps += [weights.view(-1, 8).T.flip(0) for weights in audio_weights[second]]  # (bands, times)
-figure = new_figure(12, 4)
+figure = new_figure(9, 3)
 (image, *visual_axes), (sound, *audio_axes) = figure.subplots(2, visual_weights.shape[1] + 1)
 image.imshow(frames[second])
 draw_wave(sound, [waves[second]], 1)
@@ -109,12 +102,15 @@ for axes, weights in zip([*visual_axes, *audio_axes], maps):
     axes.imshow(weights, cmap="magma", aspect="auto")
 for axes in figure.axes:
     axes.axis("off")
+# figure: a frame and a second of sound, and the attention of each query; audio bands lie upward
 save(figure, Path("answers/11_crab_branches.png"))
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. Set `second` to one without the sound. Expect the maps of the audio queries to change much more
-#    than those of the visual ones: the thing is still in the picture.
-# 2. Shuffle `frames` before `model.vision`. Expect `visual_tokens` shuffled alike, since each time
-#    step is encoded by itself; the codes of the seconds are added later.
+# 1. A token comes from its own frame alone, so fewer frames are fewer tokens. Change
+#    `visual = model.vision(torch.from_numpy(frames)[None])` to
+#    `visual = model.vision(torch.from_numpy(frames[:8])[None])`; expect `video (8, 6, 192)`.
+# 2. A query spreads one whole attention over the features. Give each feature its own instead:
+#    change `q.shape[-1] ** 0.5).softmax(-1)` to `q.shape[-1] ** 0.5).sigmoid()`; expect
+#    `AssertionError`.
