@@ -41,7 +41,7 @@ from crab_min.world.side_channels import build_side_world
 # %%
 CHANNELS = ["audio", "depth", "view", "fast"]
 file = build_side_world("", 120, 0, seed=0, names=CHANNELS, together=True)
-rows = read_samples(file, [], "train")[:: len(CHANNELS)]  # a clip has a row per channel
+rows = read_samples(file, [], "train")[:: len(CHANNELS)][:80]  # a row per channel
 sample = add_side_channels(rows[:1], CHANNELS)[0]
 torch.manual_seed(0)
 model = load_base()
@@ -94,8 +94,8 @@ def logits_of(clips, patched):
 for patched in (False, True):
     probe = nn.Linear(z.shape[-1], 1)
     optimizer = torch.optim.AdamW([*probe.parameters(), *patch.parameters()], lr=3e-3)
-    for _ in range(60):
-        clips = torch.randint(20, 120, (16,))
+    for _ in range(50):
+        clips = torch.randint(20, 80, (16,))
         optimizer.zero_grad()
         nn.functional.cross_entropy(logits_of(clips, patched), second[clips]).backward()
         optimizer.step()
