@@ -11,6 +11,8 @@ the two sounds of v2a (released: run together, as with `separate_media=False`); 
 of frames from the clip's length (released: always 2.0).
 
 Shapes: P patches of 14 x 14 pixels and two frames, F mel frames of 10 ms, D width of the LM.
+
+Page of the course: docs/course/22_native.md.
 """
 
 from dataclasses import replace

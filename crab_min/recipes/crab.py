@@ -8,6 +8,8 @@ python train.py crab-tiny --stage unified    connectors and I-LoRA on all tasks
 python train.py crab-tiny --stage masks      mask tokens and mask decoder
 
 Each stage is a run that starts from the run of the stage before. At full size: crab-7b.
+
+Page of the course: docs/course/14_crab_training.md.
 """
 
 from dataclasses import replace

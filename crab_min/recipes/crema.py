@@ -5,6 +5,8 @@ Any modality goes through one Q-Former.
 python train.py crema-tiny --modalities rgb,audio,flow,depth,thermal
 
 At full size: crema-xl.
+
+Page of the course: docs/course/44_sequential.md.
 """
 
 import json

@@ -80,7 +80,9 @@ def title_of(page: Path) -> str:
 def exercises_of(script: str) -> list[Exercise]:
     """Return the exercises of a page that can be checked."""
     text = " ".join(cell.text for cell in read_cells(script) if not cell.is_code)
-    found = re.findall(r"[Cc]hange `([^`]+)` to `([^`]+)`; expect `([^`]+)`", " ".join(text.split()))
+    found = re.findall(
+        r"[Cc]hange `([^`]+)` to `([^`]+)`; expect `([^`]+)`", " ".join(text.split())
+    )
     return [Exercise(*parts) for parts in found]
 
 
