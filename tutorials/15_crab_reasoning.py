@@ -121,4 +121,5 @@ print(f"{follows} of {pairs} labels follow the foreign reasoning, against what i
 # 1. Without what was trained no reasoning is used. Change
 #    `model.load_trained(ASSETS / "crab_plus-tiny")` to `print("the base")`; expect `the base`.
 # 2. Give every row the reasoning of another one. Change `("the annotated", targets)` to
-#    `("the annotated", targets[::-1])`; expect `after the annotated reasoning XX`.
+#    `("the annotated", targets[::-1])`; expect
+#    `after the annotated reasoning 1`: eleven, where the own row's gives 23.
