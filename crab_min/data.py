@@ -8,7 +8,6 @@ needed: `load_media` turns one part of a prompt into arrays, in a worker process
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +106,8 @@ def read_samples(
         split: "train" or "test".
         target: "reasoning" (the annotated text) or "label" (its tags alone).
         prompts: instructions by task name, instead of ours.
-        limit: rows per task at most; 0 for all.
+        limit: rows per task at most, the first ones, or of your own spread over the file, which may
+            be sorted by label; 0 for all.
 
     Raises:
         DataError: no rows at all, or a row that cannot be used.
@@ -116,7 +116,7 @@ def read_samples(
     if is_own(root):
         rows = read_own_rows(root)
         rows = [row for row in rows if row.get("split") in (None, "", split)]
-        return own_samples(rows[: limit or None], split)
+        return own_samples(spread(rows, limit), split)
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... "
@@ -138,8 +138,9 @@ def read_samples(
             samples.append(sample)
     if not samples:
         raise DataError(
-            f"{root}: no {split}.json in any of {', '.join(tasks)}; "
-            f"expected e.g. {root / tasks[0] / (split + '.json')}"
+            f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. "
+            f"{root / tasks[0] / (split + '.json')}, or for clips of your own a table such as "
+            "labels.csv, or a folder with one folder of clips per label"
         )
     return samples
 
@@ -262,9 +263,11 @@ def read_splits(
         test_path = config.test or evaluation_data(path)
         if is_own(path) and not test_path:
             rows = split_rows(read_own_rows(Path(path)), seed)
-            samples = {}
-            for split in ("train", "test"):
-                samples[split] = own_samples([r for r in rows if r["split"] == split], split)
+            test_rows = spread([row for row in rows if row["split"] == "test"], config.test_rows)
+            samples = {
+                "train": own_samples([row for row in rows if row["split"] == "train"], "train"),
+                "test": own_samples(test_rows, "test"),
+            }
         else:
             samples = {"train": read_samples(path, tasks, "train", config.target, prompts)}
             if not config.test:
@@ -324,6 +327,13 @@ def data_sources(data: str) -> list[tuple[str, float]]:
 def with_ids(samples: list[Sample], split: str) -> list[Sample]:
     """Give samples of several sources ids of their own."""
     return [replace(s, id=f"{s.task.name}/{split}/{index}") for index, s in enumerate(samples)]
+
+
+def spread(rows: list, count: int) -> list:
+    """Return so many of the rows, at even distances; 0 for all."""
+    if not 0 < count < len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def first_of_each_task(samples: list[Sample], count: int) -> list[Sample]:
@@ -393,8 +403,8 @@ def clip_window(part: PromptPart) -> tuple[float, float] | None:
     """Return the start and end in seconds of a part of a clip; None for the whole clip."""
     if not part.start and not part.end:
         return None
-    seconds = 0.0 if os.path.isdir(part.path) else media_seconds(part.path)
-    return part.start, min(part.end, seconds) if part.end and seconds else part.end or seconds
+    seconds = media_seconds(part.path)
+    return part.start, min(part.end or seconds, seconds)
 
 
 def load_audio(part: PromptPart) -> tuple[list[np.ndarray], float]:

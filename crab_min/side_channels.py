@@ -111,10 +111,11 @@ def side_part(
     """
     suffix = Path(path).suffix
     frames = pictures[0].frames if pictures else Task.frames
+    span = {"start": pictures[0].start, "end": pictures[0].end} if pictures else {}
 
     # a stream of many frames, 3D points, and stored features
     if name == "fast":
-        return PromptPart("fast", path=path, side=name)
+        return PromptPart("fast", path=path, side=name, **span)
     if suffix == ".npz" or POINTS[0] in path:
         return PromptPart("points", path=path, side=name)
     if suffix in (".npy", ".pt", ".safetensors"):
@@ -127,7 +128,8 @@ def side_part(
 
     # optical flow of the video itself, or pictures of another file
     made_of_video = name == "flow" and pictures and path == pictures[0].path
-    return PromptPart("flow" if made_of_video else "view", path=path, frames=frames, side=name)
+    kind = "flow" if made_of_video else "view"
+    return PromptPart(kind, path=path, frames=frames, side=name, **span)
 
 
 def limit_frames(samples: list[Sample], frames: int) -> list[Sample]:

@@ -207,10 +207,7 @@ def fit(
     batches = features.batches(own_batches(model, samples, training, progress, steps), strict=False)
     saved_at = time.time()
     model.train()
-    with (
-        open_log(folder, progress.step, steps.stop, settings.run.log_to) as log,
-        stop_requested() as stop,
-    ):
+    with open_log(folder, progress.step, steps.stop, run.log_to) as log, stop_requested() as stop:
         while progress.step < steps.stop and not train_step.finished:
             # read: the samples of this step as padded batches, without unreadable ones
             began = time.time()

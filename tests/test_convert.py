@@ -24,10 +24,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import infer
 from crab_min.backbones.composed import load_base
 from crab_min.backbones.load import load_model
+from crab_min.backbones.omni import QWEN_CHAT
 from crab_min.config import BackboneConfig
+from crab_min.data import read_samples
 from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
+from crab_min.runs.asking import asking_words
 from crab_min.tools import convert as command
+from crab_min.tools.loading import load_run
+from crab_min.tools.questions import question_sample
 from crab_min.tools.released import TABLES
 from crab_min.tools.released.patterns import DROPPED
 from crab_min.tools.released.weights import (
@@ -325,6 +330,15 @@ def test_a_converted_run_answers(tmp_path, real_media):
     (run / "config.json").write_text(config.replace("Qwen/Qwen2.5-Omni-7B", "tiny-random"))
     flags = ["--run", str(run), "--max-new-tokens", "2", "--picture", str(tmp_path / "a.png")]
     assert infer.main([str(clip), "--ask", "What?", *flags]) == 0
+
+    # a converted run is asked as it was trained: the released layout around the prompt of the task
+    [trained] = read_samples(real_media, ["ave"], "train", limit=1)
+    given = infer.parse_infer([*asking_words([trained], None), *flags])
+    loaded = load_run(str(run), "cpu")
+    asked = question_sample(given, loaded, Path(given.clip[0]), "")
+    assert asked.parts == trained.parts
+    assert loaded.model.layout.before == QWEN_CHAT.before
+    assert not loaded.model.layout.separate_media
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path, capsys):

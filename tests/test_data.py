@@ -325,7 +325,8 @@ def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsy
     (root / "ave" / "train.json").write_text(json.dumps(rows))
 
     out = tmp_path / "check.json"
-    assert check.main(["--data", str(root), "--out", str(out), "--workers", "0"]) == 0
+    files = ["--out", str(out), "--figure", str(tmp_path / "check.png")]
+    assert check.main(["--data", str(root), *files, "--workers", "0"]) == 0
     report = json.loads(out.read_text())
     ave = report["tasks"]["ave/train"]
     assert ave["rows"] == len(rows) and ave["bad_rows"] == 1
@@ -339,7 +340,7 @@ def test_check_says_what_is_there_and_what_is_wrong(small_world, tmp_path, capsy
     summary = f"{report['files']} files, 2 of them missing or unreadable; 1 rows"
     assert summary in capsys.readouterr().out
 
-    assert check.main(["--data", str(tmp_path), "--out", str(out)]) == 2
+    assert check.main(["--data", str(tmp_path), *files]) == 2
     assert "no annotation file" in capsys.readouterr().err
 
 

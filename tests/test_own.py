@@ -1,6 +1,7 @@
 """Your own clips: from a table to a run, and questions to it, one by one and many."""
 
 import csv
+import importlib
 import json
 import os
 import pty
@@ -9,18 +10,29 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import infer
 import train
-from crab_min.config import DataConfig
-from crab_min.data import data_sources, read_samples, read_splits
-from crab_min.errors import DataError
+from crab_min.cli import parse_train
+from crab_min.config import DataConfig, Settings, with_values
+from crab_min.data import Sample, data_sources, form_of, read_samples, read_splits
+from crab_min.errors import DataError, RunError
+from crab_min.evaluation.page import write_card, write_page
+from crab_min.evaluation.report import Evaluation
+from crab_min.evaluation.scores import score_all
 from crab_min.features import Mixer
+from crab_min.recipes.presets import PRESETS
+from crab_min.runs.asking import asking_words
+from crab_min.runs.log import LogRow, open_log
 from crab_min.sources.own import conversation_parts, form_row, question_form, read_own_rows
-from crab_min.tools.loading import load_run
-from crab_min.tools.questions import question_sample
+from crab_min.tools import check
+from crab_min.tools.fit import fit, memory_of, smaller_settings
+from crab_min.tools.loading import SHIPPED, LoadedRun, load_asked, load_run
+from crab_min.tools.plan import plan
+from crab_min.tools.questions import clips_of, question_sample, split_positional
 
 ROOT = Path(__file__).parents[1]
 # names as people give them
@@ -97,12 +109,35 @@ def test_columns_of_a_table(tmp_path, delimiter):
         ("clip,label,start\nx.mp4,dog,soon\n", "line 2: start 'soon'; expected seconds"),
         ("clip,label,start,end\nx.mp4,dog,5,4\n", "line 2: start 5 and end 4"),
         ("clip,label\n", "no lines"),
+        ("clip,question,answer\nx.mp4,<video> who?,a dog\n", "line 2: <video> in '<video> who"),
     ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path, text, reason):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=reason):
         read_samples(tmp_path / "t.csv", [], "train")
+
+
+def test_a_line_of_another_split_is_an_error_and_not_left_out(tmp_path):
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]}
+    lines = [row | {"split": "train"}, row | {"split": "dev"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(DataError, match="line 2: split 'dev'; expected train or test"):
+        splits(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "classes"])
+def test_the_check_counts_labels_files_seconds_and_tokens(clips, tmp_path, capsys, name):
+    files = ["--out", str(tmp_path / "check.json"), "--figure", str(tmp_path / "check.png")]
+    command = ["--data", str(clips / name), *files, "--workers", "0", "--model", "crab_plus-tiny"]
+    assert check.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "labels of own/train: a dog 3, rain 3" in printed
+    assert "labels of own/test: " in printed
+    assert "8 files, 0 of them missing or unreadable" in printed
+    assert "tokens of a prompt for crab_plus-tiny" in printed
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["tasks"]["own/train"]["seconds"] == [pytest.approx(10, abs=0.2)] * 3
 
 
 # --- training and test rows -----------------------------------------------------------------------
@@ -124,6 +159,12 @@ def test_a_fifth_of_the_clips_of_each_label_is_for_testing_and_clips_stay_togeth
     tested = {sample.row["clip"] for sample in test_samples}
     assert not tested & {sample.row["clip"] for sample in train_samples}
 
+    # a label of a single clip is learned; free answers are split as one group
+    lines = [{"clip": f"{n}.mp4", "question": "?", "answer": f"{n}"} for n in range(5)]
+    for answer, counts in (("", [5, 0]), (" and so it goes on and on", [4, 1])):
+        write_table(tmp_path / "t.csv", [row | {"answer": row["answer"] + answer} for row in lines])
+        assert [len(part) for part in splits(tmp_path / "t.csv")] == counts
+
 
 def test_test_rows_come_from_where_they_are_named(tmp_path):
     row = {"clip": "x.mp4", "label": "dog"}
@@ -134,6 +175,12 @@ def test_test_rows_come_from_where_they_are_named(tmp_path):
     assert [len(part) for part in named] == [4, 3]
     write_table(tmp_path / "test.csv", [row] * 2)
     assert [len(part) for part in splits(tmp_path / "mine.csv")] == [4, 2]
+
+    # a limit takes rows of all labels, also where a table is sorted by them
+    labels = ["dog"] * 6 + ["rain"] * 2 + ["wind"] * 4
+    write_table(tmp_path / "test.csv", [row | {"label": label} for label in labels])
+    _, limited = splits(tmp_path / "mine.csv", test_rows=4)
+    assert [sample.gold.choice for sample in limited] == ["dog", "dog", "rain", "wind"]
 
 
 def test_sources_have_their_shares(tmp_path, small_world):
@@ -259,6 +306,46 @@ def test_a_run_is_trained_and_then_asked_by_the_printed_command_with_the_same_pr
     assert asked.task is trained.task
 
 
+def asked_sample(words: list[str], run: LoadedRun) -> Sample:
+    """Return the sample that infer.py makes of its words."""
+    given = infer.parse_infer(words)
+    split_positional(given)
+    [clip] = clips_of(given) or [None]
+    return question_sample(given, run, clip, given.ask)
+
+
+def test_every_task_is_asked_as_it_was_trained(small_world):
+    run = load_asked(infer.parse_infer(["--demo"]))
+    names = [path.parent.name for path in sorted(small_world.glob("*/train.json"))]
+    assert len(names) > 15
+    for name in names:
+        [trained] = read_samples(small_world, [name], "train", limit=1)
+        assert asked_sample(asking_words([trained], None), run).parts == trained.parts, name
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"videos": ["x.mp4"], "audios": ["other.wav"]},
+        {"audios": ["-x.wav", "y.wav"]},
+        {"videos": ["x.mp4"], "images": ["x.png"]},
+        {"images": ["x.png"]},
+        {"videos": ["x.mp4"], "audios": ["x.mp4"], "start": 1.5, "end": 4},
+    ],
+)
+def test_the_printed_command_names_every_file_of_a_row(tmp_path, files):
+    user, assistant = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Yes."}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": [user, assistant], **files}))
+    for name in {name for kind in ("videos", "audios", "images") for name in files.get(kind, [])}:
+        (tmp_path / name).write_bytes(b"x")
+    [trained] = read_samples(path, [], "train")
+    run = load_asked(infer.parse_infer(["--demo"]))
+    run.form = form_of([trained])
+    words = asking_words([trained], run.form)
+    assert asked_sample(words, run).parts == trained.parts
+
+
 def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(clips)
     run = ["--run", str(tmp_path / "run")]
@@ -272,12 +359,155 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     out = str(tmp_path / "answers.csv")
     (tmp_path / "q.txt").write_text("Is it a dog?\nIs it rain?\n")
     questions = ["--questions", str(tmp_path / "q.txt"), "--max-new-tokens", "4", "--out", out]
-    assert infer.main([*run, *questions, "--", *NAMES]) == 0
+    write_sound(clips / "4.mp4", str(tmp_path / "alone.wav"))
+    others = [str(tmp_path / "alone.wav"), str(tmp_path / "broken.mp4")]
+    (tmp_path / "broken.mp4").write_text("no video")
+    assert infer.main([*run, *questions, "--", *NAMES, *others]) == 0
     with open(out, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+
+    # what cannot be asked about has an error; the others are answered
+    errors = [row["error"] for row in rows[2 * len(NAMES) :]]
+    assert "alone.wav: the model was trained on questions with 1 <video>" in errors[0]
+    assert "broken.mp4" in errors[2] and len(errors) == 4
+    rows = rows[: 2 * len(NAMES)]
     assert [(row["clip"], row["question"]) for row in rows] == [
         (name, question) for name in NAMES for question in ("Is it a dog?", "Is it rain?")
     ]
+
+
+# --- what a run leaves ----------------------------------------------------------------------------
+
+
+def test_the_page_counts_confusions_and_is_one_file_without_scripts(tmp_path):
+    labels = ["Übung & Spiel", 'rain "x"'] * 2
+    rows = [{"clip": f"<{index}>.png", "label": label} for index, label in enumerate(labels)]
+    write_table(tmp_path / "t.csv", rows)
+    samples = read_samples(tmp_path / "t.csv", [], "test")
+    texts = ["<answer>übung & spiel</answer>", "<answer>rain x</answer>", "nothing", "<script>"]
+    texts[1] = samples[1].task.format(samples[1].gold)
+    scores = score_all(samples, texts)
+    assert scores["own"]["metric"] == 0.5
+    for result in scores.values():
+        result |= {"base": 0.25, "constant": 0.5}
+    settings = with_values(Settings(), data=str(tmp_path / "Übung.csv"))
+    evaluation = Evaluation(samples, texts, [None] * 4, scores)
+    write_page(tmp_path, settings, evaluation, "python infer.py 'a <b>.mp4'", Settings())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    assert "<script" not in page and "http" not in page and "viewport" in page
+    assert "python infer.py &#x27;a &lt;b&gt;.mp4&#x27;" in page and "Übung.csv" in page
+    # each label was answered right once, and once without a label
+    assert page.count('<td class="right">1</td>') == 2
+    assert page.count('<td class="wrong">1</td>') == 2 and "no label" in page
+    assert "&lt;2&gt;.png" in page and "&lt;script&gt;" in page and "&lt;0&gt;.png" not in page
+
+
+def test_the_card_names_base_scores_and_no_path_of_this_machine(tmp_path):
+    scores = {"own": {"name": "accuracy", "metric": 0.75, "n": 12}}
+    write_card(tmp_path, "Qwen/Qwen2.5-Omni-3B", "python infer.py CLIP.mp4", scores)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "\nbase_model: Qwen/Qwen2.5-Omni-3B\n" in card
+    assert "| own | accuracy | 0.750 | 12 |" in card and str(tmp_path) not in card
+    write_card(tmp_path, str(tmp_path), "python infer.py CLIP.mp4", scores)
+    assert "base_model" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+class FakeTracker:
+    """A stand-in for a run of wandb, or for tensorboard's SummaryWriter."""
+
+    def __init__(self, *_, **__):
+        self.rows, self.closed = [], False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+    def log(self, values: dict, step: int) -> None:
+        self.rows += [(name, value, step) for name, value in values.items()]
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.rows.append((name, value, step))
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_gets_every_row_and_is_closed(tmp_path, monkeypatch, name):
+    tracker = FakeTracker()
+    module = SimpleNamespace(init=lambda **_: tracker, SummaryWriter=lambda _: tracker)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with open_log(tmp_path, 0, 2, name) as log:
+        for step in (1, 2):
+            log(LogRow(step, 0.1, 1.0, 0.0, None, 3.0 / step, 4, 2, 40, 1.0, ""))
+    assert ("loss", 3.0, 1) in tracker.rows and ("loss", 1.5, 2) in tracker.rows
+    assert tracker.closed and not any(row[0] == "step" for row in tracker.rows)
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("crab_min.runs.log.find_spec", lambda _: None)
+    monkeypatch.setattr("crab_min.backbones.load.load_model", None)
+    assert train.main(["--log-to", "wandb"]) == 2
+    assert "--log-to wandb: not installed; pip install wandb" in capsys.readouterr().err
+
+
+def test_a_run_comes_from_the_hub_and_a_model_is_not_fetched_as_one(tmp_path, monkeypatch):
+    folders = {"owner/run": SHIPPED, "owner/model": tmp_path}
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
+    fetched = []
+
+    def fetch(name: str) -> str:
+        fetched.append(name)
+        return str(folders[name])
+
+    monkeypatch.setattr("crab_min.tools.loading.snapshot_download", fetch)
+    monkeypatch.setattr(
+        "crab_min.tools.loading.hf_hub_download", lambda name, file: str(folders[name] / file)
+    )
+    assert load_run("owner/run", "cpu").folder == SHIPPED
+    with pytest.raises(RunError, match="owner/model: a model and no run; ask it with --model"):
+        load_run("owner/model", "cpu")
+    assert fetched == ["owner/run"]
+
+
+# --- --fit ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "crab_plus-7b",
+        pytest.param("pave-7b", marks=pytest.mark.slow),
+        pytest.param("crab-7b", marks=pytest.mark.slow),
+    ],
+)
+def test_fit_chooses_settings_that_the_plan_says_fit(name):
+    given, settings = parse_train([name])
+    recipe = importlib.import_module(f"crab_min.recipes.{PRESETS[name].recipe}")
+    chosen, text = fit(recipe, settings, 24)
+    assert memory_of(plan(recipe, chosen)).fits(24)
+    assert not memory_of(plan(recipe, settings)).fits(24) and "estimated" in text
+    before, after = settings.training, chosen.training
+    assert before.batch_size * before.grad_accum == after.batch_size * after.grad_accum
+
+
+def test_fit_refuses_with_the_gpu_that_would_do(monkeypatch):
+    needed = {"needed": 20.2}
+    memory = SimpleNamespace(fits=lambda gigabytes: False, **needed)
+    result = SimpleNamespace(memory={"bfloat16": memory, "4-bit LM": memory})
+    monkeypatch.setattr("crab_min.tools.fit.plan", lambda *_: result)
+    _, settings = parse_train(["crab_plus-7b"])
+    with pytest.raises(RunError, match="--fit 8: .* 20.2 GB; a GPU of 24 GB would do"):
+        fit(None, settings, 8)
+
+
+def test_batches_shrink_by_their_divisors():
+    _, settings = parse_train(["crab_plus-7b", "--batch-size", "24", "--grad-accum", "2"])
+    result = SimpleNamespace(memory={})
+    values = [values for _, values in smaller_settings(settings, result)]
+    sizes = [(v["batch_size"], v["grad_accum"]) for v in values if "batch_size" in v]
+    assert sizes == [(12, 4), (6, 8), (3, 16), (1, 48)]
 
 
 # --- without a run --------------------------------------------------------------------------------
@@ -306,7 +536,7 @@ def test_a_pretrained_model_is_asked_without_training(clips, tmp_path, monkeypat
     picture = line["picture"]
     assert infer.main([picture, "What is drawn?", *flags]) == 0
     sound = str(clips / "4.wav")
-    subprocess_sound(clips / "4.mp4", sound)
+    write_sound(clips / "4.mp4", sound)
     answered = infer.main([sound, "What is heard?", *flags])
     if name in ("omni", "base"):
         assert answered == 0
@@ -331,7 +561,7 @@ def saved_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def subprocess_sound(clip: Path, out: str) -> None:
+def write_sound(clip: Path, out: str) -> None:
     """Write the sound of a clip to a .wav."""
     import wave
 

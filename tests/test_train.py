@@ -1,6 +1,7 @@
 """train.py and infer.py as a user meets them, at a small size."""
 
 import csv
+import io
 import json
 import multiprocessing
 import signal
@@ -102,7 +103,8 @@ def test_a_run_leaves_its_numbers_and_predictions(finished):
 
 def test_a_run_leaves_its_settings_by_group(finished, small_world):
     saved = json.loads((finished / "config.json").read_text())
-    assert set(saved) == {"preset", "recipe", "settings", "steps", "token_limits", "layout"}
+    how_it_asks = {"token_limits", "layout", "form", "prompts"}
+    assert set(saved) == {"preset", "recipe", "settings", "steps"} | how_it_asks
     assert saved["preset"] == "crab_plus-tiny" and saved["recipe"] == "crab_plus"
     assert saved["settings"]["data"]["data"] == str(small_world)
     assert saved["settings"]["training"]["steps"] == saved["steps"] == 6
@@ -539,6 +541,8 @@ def bad_inputs(folder: Path, world: Path):
     for name in ("gone.mp4", "text.mp4", "cut.mp4"):
         yield infer.main, [str(folder / name), *ask], [name]
     yield infer.main, [str(good), "--audio", empty, *ask], ["empty.wav"]
+    yield infer.main, [str(good), "--demo"], ["what about", "--task"]
+    yield infer.main, ["What barks?", "--demo"], ["which clip?", "What barks?"]
     yield infer.main, [str(good), "--demo", "--task", "a2v"], ["a2v", "video2_path"]
     yield infer.main, [str(good), "--demo", "--task", "avee"], ["avee", "ave"]
     yield infer.main, [str(good), "--task", "ave", "--run", nothing], ["nothing", "--run"]
@@ -571,6 +575,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_leaves_nothing_behind(
     work.mkdir()
     cases = list(bad_inputs(inputs, small_world))
     monkeypatch.chdir(work)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     for main, arguments, words in cases:
         assert main(arguments) == 2, arguments
         printed = capsys.readouterr().err.strip()

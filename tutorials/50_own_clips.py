@@ -77,7 +77,8 @@ print("rows:", Counter(row["split"] for row in rows))
 
 # %%
 own = ["--data", str(LABELS)]
-assert check.main([*own, "--out", str(LABELS.with_name("check.json"))]) == 0
+report = ["--out", str(LABELS.with_name("check.json"))]
+assert check.main([*own, *report, "--figure", str(LABELS.with_name("check.png"))]) == 0
 if not (RUN / "metrics.json").exists():
     size = ["--steps", STEPS, "--batch-size", "8"]
     assert train.main([PRESET, *own, *size, "--out", str(RUN)]) == 0

@@ -2,11 +2,11 @@
 
 import base64
 import html
-import json
 from collections import Counter
 from pathlib import Path
 
 from crab_min.config import Settings
+from crab_min.evaluation.canonical import canonical_choice
 from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import by_task
 from crab_min.runs.folder import atomic_write
@@ -19,11 +19,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; background: #fff;
        max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-img { max-width: 100%; height: auto; }
 div.wide { overflow-x: auto; }
+img { max-width: 58rem; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #d8dde4; text-align: right; }
-th:first-child, td:first-child, td.text { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.text { min-width: 6rem; overflow-wrap: anywhere; }
 td.right { background: #d9f2e3; } td.wrong { background: #fbe3e0; }
 pre { background: #f3f5f8; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -84,7 +85,8 @@ def picture(file: Path, description: str) -> str:
     if not file.is_file():
         return ""
     data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{description}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{description}" src="data:image/png;base64,{data}">'
+    return f'<div class="wide">{image}</div>'
 
 
 def score_table(scores: dict[str, dict]) -> str:
@@ -102,7 +104,7 @@ def confusion_table(task: Task, rows: list[tuple]) -> str:
     """Return how often each gold label (rows) was answered with each label (columns)."""
     counts: Counter[tuple[str, str]] = Counter()
     for sample, text in rows:
-        counts[sample.gold.choice, task.parse(text).choice or "no label"] += 1
+        counts[canonical_choice(sample.gold), canonical_choice(task.parse(text)) or "no label"] += 1
     golds = sorted({gold for gold, _ in counts})
     answers = sorted({answer for _, answer in counts} | set(golds))
     if len(answers) > MOST_LABELS:
@@ -125,9 +127,9 @@ def wrong_table(evaluation: Evaluation) -> str:
     """Return the first wrong answers of tasks with labels: clip, gold label, text."""
     wrong = []
     for sample, text in zip(evaluation.samples, evaluation.texts):
-        answered = sample.task.parse(text).choice
-        if sample.gold.choice is not None and answered != sample.gold.choice and sample.media:
-            name = Path(sample.media[0].path).name
+        gold, answered = map(canonical_choice, (sample.gold, sample.task.parse(text)))
+        if gold and answered != gold:
+            name = Path(sample.media[0].path).name if sample.media else ""
             wrong.append([text_cell(cell) for cell in (name, sample.gold.choice, text)])
     if not wrong:
         return ""
@@ -143,7 +145,7 @@ def settings_table(settings: Settings, default: Settings) -> str:
         for name, value in vars(values).items():
             standard = getattr(getattr(default, group), name)
             if value != standard or name in ("data", "weights", "steps", "lr", "batch_size"):
-                rows.append([html.escape(f"{group}: {name}"), text_cell(json.dumps(value))])
+                rows.append([html.escape(f"{group}: {name}"), text_cell(str(value))])
     return table(["setting", "value"], rows)
 
 

@@ -33,6 +33,7 @@ from crab_min.evaluation.figures import (
 )
 from crab_min.evaluation.routing import KINDS, RouterKey, RoutingStats
 from crab_min.evaluation.scores import sample_score
+from crab_min.sources.own import split_question
 
 
 # --- figures and texts ----------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def draw_sheet(path: Path, answers: list[tuple[Sample, str, np.ndarray | None]])
 
     Golds and scores are drawn with them.
     """
-    columns = min(3, len(answers))
+    columns = min(3 if len(answers) > 6 else 2, len(answers))
     rows = -(-len(answers) // columns)
     figure = new_figure(6 * columns, 4 * rows)
     subfigures = figure.subfigures(rows, columns, squeeze=False)
@@ -217,7 +218,7 @@ def draw_on(
         colour = CORRECT if score > 0.5 else WRONG
         lines += [f"gold: {sample.target or sample.task.format(gold)}", f"score {score:.2f}"]
     columns = int(13 * figure.bbox.width / figure.dpi)  # as many characters as fit
-    question = wrapped(f"{sample.task.name}: {sample.parts[-1].text.strip()}", columns)
+    question = wrapped(f"{sample.task.name}: {split_question(sample.parts)[1]}", columns)
     caption = "\n".join(wrapped(line, columns) for line in lines)
     figure.suptitle(question, fontsize=9, x=0.01, ha="left")
     figure.supxlabel(caption, fontsize=9, x=0.01, ha="left", color=colour)

@@ -84,7 +84,7 @@ def evaluate(
 
 
 def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
-    """Return the best and the worst of eight random answers to every second task.
+    """Return the best and the worst of random answers to every second task; of one task three each.
 
     Empty answers are left out, such as those to clips that are gone.
 
@@ -99,13 +99,12 @@ def best_and_worst(evaluation: Evaluation, seed: int) -> list[tuple]:
     rng = random.Random(seed)
     chosen = []
     tasks = by_task(evaluation.samples, evaluation.texts, evaluation.masks)
+    count = 3 if len(tasks) == 1 else 1
     for rows in list(tasks.values())[::2]:
         answered = [row for row in rows if row[1]]
-        candidates = rng.sample(answered, min(8, len(answered)))
+        candidates = rng.sample(answered, min(8 * count, len(answered)))
         candidates.sort(key=rank, reverse=True)
-        chosen += candidates[:1]
-        if len(candidates) > 1:
-            chosen.append(candidates[-1])
+        chosen += candidates[:count] + candidates[count:][-count:]
     return chosen
 
 

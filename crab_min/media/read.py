@@ -72,7 +72,7 @@ def read_video(
     if frames < 1:
         raise MediaError(f"{path}: {frames} frames asked for; ask for 1 or more")
     if os.path.isdir(path):
-        return read_folder(path, frames, size)
+        return read_folder(path, frames, size, window)
     with open_clip(path) as clip:
         track = VideoTrack(clip)
         start, end = check_window(path, window, track.seconds)
@@ -81,19 +81,25 @@ def read_video(
         return Video(np.stack(images), times, track.seconds)  # (T, H, W, 3)
 
 
-def read_folder(path: str | Path, frames: int, size: int | None) -> Video:
-    """Read frames from a folder of pictures, one per second.
+def read_folder(path: str | Path, frames: int, size: int | None, window: Window | None) -> Video:
+    """Read frames from a folder of pictures, one per second."""
+    pictures = frame_files(path)
+    start, end = check_window(path, window, len(pictures))
+    times = spread_times(start, end, frames)
+    images = [read_image(pictures[min(int(time), len(pictures) - 1)], size) for time in times]
+    return Video(np.stack(images), times, float(len(pictures)))
 
-    They are in the order of their numbers.
+
+def frame_files(path: str | Path) -> list[Path]:
+    """Return the pictures of a folder of frames, in the order of their numbers.
+
+    Raises MediaError if there are none.
     """
     pictures = [p for p in Path(path).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not pictures:
         advice = "name one with the frames of a clip, or a video"
         raise MediaError(f"{path}: a folder without pictures (.jpg, .png); {advice}")
-    pictures.sort(key=numbers_in_name)
-    times = spread_times(0.0, len(pictures), frames)
-    images = [read_image(pictures[int(time)], size) for time in times]
-    return Video(np.stack(images), times, float(len(pictures)))
+    return sorted(pictures, key=numbers_in_name)
 
 
 def numbers_in_name(path: Path) -> tuple[list[int], str]:
@@ -218,10 +224,12 @@ def read_audio(
 
 
 def media_seconds(path: str | Path) -> float:
-    """Return the length of a video or sound file, without decoding it.
+    """Return the length of a video, a folder of frames or a sound file, without decoding it.
 
     Raises MediaError.
     """
+    if os.path.isdir(path):
+        return float(len(frame_files(path)))
     with open_clip(path) as clip:
         return clip.seconds()
 

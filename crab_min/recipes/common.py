@@ -55,9 +55,10 @@ from crab_min.features import Features
 from crab_min.interface import QuestionForm, load_prompts
 from crab_min.model import AVLanguageModel
 from crab_min.runs import processes
+from crab_min.runs.asking import asking_words
 from crab_min.runs.folder import SavedRun, atomic_write, choose_folder, lock_run, write_trained
+from crab_min.runs.log import check_tracker
 from crab_min.side_channels import add_side_channels, limit_media
-from crab_min.sources.own import clip_of, conversation_parts, split_question
 from crab_min.trainer import fit, trained_parameters
 
 ANSWERS = "answers.partial.jsonl"  # to the test rows, while they are being answered
@@ -105,8 +106,10 @@ def open_run(recipe: str, name: str, settings: Settings) -> Run:
     """Join the other processes, choose the run folder and seed the random generators.
 
     Raises:
-        RunError: the folder is that of another run, or --init-from names no run.
+        RunError: the folder is that of another run, --init-from names no run, or the tracker of
+            --log-to is not installed.
     """
+    check_tracker(settings.run.log_to)
     start = settings.training.init_from
     if start and not Path(start, "config.json").exists():
         raise RunError(f"--init-from {start}: no run of train.py is there; name a finished one")
@@ -463,23 +466,14 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
 
 
 def asking_command(run: Run) -> str:
-    """Return a command that asks the run about one of its test clips, as it was trained."""
+    """Return a command that asks the run about one of its test clips, as it was trained.
+
+    A run of the built-in world asks about a clip of the world. Where infer.py has no flags for the
+    rows, the command scores them all.
+    """
     words = []
-    for sample in run.test_rows or run.train_rows:
-        row, slots = sample.row, list(sample.task.slots)
-        kinds = [part.kind for part in sample.media if not part.side]
-        if sample.task.name == "own":
-            # the run knows the question if all of its rows share one
-            _, question = split_question(conversation_parts(row)[0][0])
-            words = [clip_of(row), *([question] if question != run.form.question else [])]
-            for sound in set(row.get("audios") or []) - {clip_of(row)}:
-                words += ["--audio", sound]
-            break
-        if run.settings.data.data and kinds.count("video") == 1 and slots in ([], ["question"]):
-            words = [next(part.path for part in sample.media if part.kind == "video")]
-            words += ["--task", sample.task.name]
-            words += ["--ask", row["question"]] if slots else []
-            break
+    if run.settings.data.data:
+        words = asking_words(run.test_rows or run.train_rows, run.form) or ["--eval"]
     return shlex.join(["python", "infer.py", *words, "--run", str(run.folder)])
 
 

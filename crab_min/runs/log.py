@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,11 +49,7 @@ def open_log(
         done: steps before this start of the run.
         steps: all steps of the run.
         log_to: a tracker that gets the rows too, "tensorboard" or "wandb".
-
-    Raises:
-        RunError: the tracker is not installed.
     """
-    track = open_tracker(log_to if processes.rank() == 0 else "", folder)
     # the first process alone keeps the log: the header, and the lines up to the last checkpoint
     path = Path(os.devnull)
     if processes.rank() == 0:
@@ -65,6 +62,7 @@ def open_log(
     recent: deque[LogRow] = deque(maxlen=50)
     with (
         open(path, "a", buffering=1, encoding="utf-8") as file,
+        open_tracker(log_to if processes.rank() == 0 else "", folder) as track,
         tqdm(desc="training", unit="step", initial=done, total=steps) as bar,
     ):
 
@@ -78,30 +76,33 @@ def open_log(
         yield add
 
 
-def open_tracker(name: str, folder: Path) -> Callable[[LogRow], None]:
-    """Return a function that gives a row to a tracker; without a name it does nothing.
+def check_tracker(name: str) -> None:
+    """Raise RunError if a tracker is not installed."""
+    if name and not find_spec(name):
+        raise RunError(f"--log-to {name}: not installed; pip install {name}")
 
-    Raises:
-        RunError: the tracker is not installed.
-    """
-    if not name:
-        return lambda row: None
-    try:
-        if name == "wandb":
-            import wandb  # optional
 
-            run = wandb.init(project="crab_min", name=folder.name, dir=str(folder))
-            return lambda row: run.log(numbers(row), step=row.step)
+@contextmanager
+def open_tracker(name: str, folder: Path) -> Iterator[Callable[[LogRow], None]]:
+    """Open a tracker. Yields a function that gives it a row; without a name it does nothing."""
+    if name == "wandb":
+        import wandb  # optional
+
+        with wandb.init(project="crab_min", name=folder.name, dir=str(folder)) as run:
+            yield lambda row: run.log(numbers(row), step=row.step)
+    elif name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter  # optional
-    except ImportError as error:
-        raise RunError(f"--log-to {name}: not installed ({error}); pip install {name}") from None
-    writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def add(row: LogRow) -> None:
-        for title, value in numbers(row).items():
-            writer.add_scalar(title, value, row.step)
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            yield lambda row: add_scalars(writer, row)
+    else:
+        yield lambda row: None
 
-    return add
+
+def add_scalars(writer, row: LogRow) -> None:
+    """Give the numbers of a row to a SummaryWriter of tensorboard."""
+    for name, value in numbers(row).items():
+        writer.add_scalar(name, value, row.step)
 
 
 def numbers(row: LogRow) -> dict[str, float]:

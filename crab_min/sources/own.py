@@ -125,7 +125,8 @@ def read_table(path: Path, answers: bool) -> list[dict]:
         cells.append(values)
     if "label" in columns:
         return labelled_rows(cells, path.parent)
-    return [question_row(row, path.parent, cells) for row in cells]
+    is_label = all(len(row.get("answer", "").split()) <= LABEL_WORDS for row in cells)
+    return [question_row(row, path.parent, is_label) for row in cells]
 
 
 def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
@@ -142,16 +143,15 @@ def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
     return rows
 
 
-def question_row(cells: dict, folder: Path, table: list[dict]) -> dict:
+def question_row(cells: dict, folder: Path, is_label: bool) -> dict:
     """Make a row of a clip, a question and perhaps an answer.
 
     Args:
-        table: all lines. If their answers are short they are labels, and stand in <answer> tags.
+        is_label: the answers of the table are short. They are labels, and stand in <answer> tags.
     """
     messages = [turn("user", cells["question"])]
     if "answer" in cells:
-        short = all(len(line.get("answer", "").split()) <= LABEL_WORDS for line in table)
-        answer = answer_tag(cells["answer"]) if short else cells["answer"]
+        answer = answer_tag(cells["answer"]) if is_label else cells["answer"]
         messages.append(turn("assistant", answer))
     return clip_row(cells, folder, messages)
 
@@ -170,24 +170,43 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
     sound = str((folder / cells["audio"]).absolute()) if cells.get("audio") else ""
     kind = media_kind(clip) or "video"
     files: dict[str, list[str]] = {kind: [clip]}
-    if sound or kind == "video":
+    if sound or (kind == "video" and not Path(clip).is_dir()):  # a folder of frames has no sound
         files["audio"] = [sound or clip]
     markers = [f"{name}: <{name}>" for name in files]
-    messages[0]["content"] = "\n".join([*markers, messages[0]["content"]])
+    question = without_tags(messages[0]["content"], where)
+    messages[0]["content"] = "\n".join([*markers, question])
 
     row = {"messages": messages, **{f"{name}s": files.get(name, []) for name in KINDS}}
-    row["clip"] = clip
-    row |= {"split": cells.get("split", "").lower(), "where": where}
-    if row["split"] not in ("", "train", "test"):
+    return row | {"clip": clip, "where": where} | split_and_span(cells, where)
+
+
+def split_and_span(cells: dict, where: str) -> dict:
+    """Return the split of a row, and the start and end of its clip in seconds (0: of the file).
+
+    Raises:
+        DataError: a split that is neither train nor test, or something else than seconds.
+    """
+    split = str(cells.get("split") or "").lower()
+    if split not in ("", "train", "test"):
         raise DataError(f"{where}: split {cells['split']!r}; expected train or test")
+    span = {}
     for name in ("start", "end"):
         try:
-            row[name] = float(cells.get(name) or 0)
-        except ValueError:
+            span[name] = float(cells.get(name) or 0)
+        except (TypeError, ValueError):
             raise DataError(f"{where}: {name} {cells[name]!r}; expected seconds") from None
-    if row["end"] and row["end"] <= row["start"]:
-        raise DataError(f"{where}: start {row['start']:g} and end {row['end']:g}; end comes later")
-    return row
+    start, end = span["start"], span["end"]
+    if start < 0 or (end and end <= start):
+        raise DataError(f"{where}: start {start:g} and end {end:g}; end comes later")
+    return {"split": split, **span}
+
+
+def without_tags(question: str, where: str) -> str:
+    """Return a question. Raises DataError where it holds a tag, which would stand for a file."""
+    tag = MEDIA_TAG.search(question)
+    if tag:
+        raise DataError(f"{where}: {tag[0]} in {question!r} stands for a file; word it otherwise")
+    return question
 
 
 def turn(role: str, content: str) -> dict:
@@ -210,8 +229,11 @@ def read_jsonl(path: Path, answers: bool) -> list[dict]:
             continue
         where = f"{path}, line {number}"
         try:
-            rows.append(jsonl_row(json.loads(line), path.parent, answers) | {"where": where})
-            conversation_parts(rows[-1])
+            row = jsonl_row(json.loads(line), path.parent, answers) | {"where": where}
+            conversation_parts(row)
+            rows.append(row | split_and_span(row, where))
+        except DataError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{where}: not {ROW_FORM} ({reason})") from None
@@ -353,17 +375,19 @@ def form_row(form: QuestionForm, question: str, files: dict[str, list[str]]) -> 
         files: paths by kind. A kind that the form has no tag for stands before the text.
 
     Raises:
-        DataError: the form has a tag for a kind of which there is no file.
+        DataError: the form has a tag for a kind of which there is no file, or the question has one.
     """
     text = form.text
     for kind in KINDS:
         tags = text.count(f"<{kind}>")
         if tags and tags != len(files.get(kind, [])):
+            names = ", ".join(Path(path).name for paths in files.values() for path in paths)
             raise DataError(
-                f"the model was trained on questions with {tags} <{kind}>, and {kind} files here "
-                f"are {', '.join(files.get(kind, [])) or 'none'}; its form: {text!r}"
+                f"{names}: the model was trained on questions with {tags} <{kind}>, and here are "
+                f"{len(files.get(kind, []))} {kind} files; its form: {text!r}"
             )
     messages = [turn("system", form.system)] if form.system else []
+    question = without_tags(question, "question")
     messages.append(turn("user", text.replace("{question}", question)))
     row = {"messages": messages, "options": list(form.options)}
     return row | {f"{kind}s": files.get(kind, []) for kind in KINDS}
@@ -381,16 +405,18 @@ def split_rows(rows: list[dict], seed: int) -> list[dict]:
     if any(row.get("split") for row in rows):
         return [{**row, "split": row.get("split") or "train"} for row in rows]
 
-    # the clips of each answer: that of the first row about the clip
+    # the clips of each answer: that of the first row about the clip, without reasons for it
     clips: dict[str, str] = {}
     for row in rows:
-        clips.setdefault(clip_of(row), row["messages"][-1]["content"])
+        answer = row["messages"][-1]["content"]
+        clips.setdefault(clip_of(row), answer.partition("<answer>")[2] or answer)
     groups: dict[str, list[str]] = {}
     for clip, answer in clips.items():
         groups.setdefault(answer, []).append(clip)
 
     # free answers differ from clip to clip: they are one group
-    if len(groups) > len(clips) / 2:
+    tagged = all("<answer>" in row["messages"][-1]["content"] for row in rows)
+    if not tagged and len(groups) > len(clips) / 2:
         groups = {"": list(clips)}
     test = set()
     for _, members in sorted(groups.items()):

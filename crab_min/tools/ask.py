@@ -10,7 +10,7 @@ from crab_min.interface import prompt_text
 from crab_min.tools.converse import converse
 from crab_min.tools.loading import load_asked
 from crab_min.tools.many import answer_many
-from crab_min.tools.questions import samples_of, split_positional
+from crab_min.tools.questions import check_media, samples_of, split_positional
 from crab_min.tools.reply import describe_reply, json_line, mask_maker, reply_to
 
 TOY_MODEL = (
@@ -27,6 +27,7 @@ def ask(given: Namespace) -> None:
     """
     # the model; what it is, if it is the toy model
     split_positional(given)
+    check_media(given)
     run = load_asked(given)
     has_clip = bool(given.clip or given.image or given.audio)
     is_toy = run.is_shipped and has_clip

@@ -108,8 +108,8 @@ class Report:
         rows: Counter[str] = Counter()
         reasoned: Counter[str] = Counter()
         for name, split in self.splits.items():
-            task = TASKS[name.split("/")[0]]
-            if name.endswith("/train") and can_be_reasoned(task):
+            task = TASKS.get(name.split("/")[0])  # None: rows of one's own
+            if task and name.endswith("/train") and can_be_reasoned(task):
                 family = task.family
                 rows[family] += split.rows
                 reasoned[family] += split.reasoned

@@ -4,7 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 
-from crab_min.errors import DataError
+from crab_min.errors import DataError, UserError
 from crab_min.features import Features
 from crab_min.tools.loading import LoadedRun
 from crab_min.tools.questions import clips_of, next_question, question_sample
@@ -19,15 +19,19 @@ def converse(given: Namespace, run: LoadedRun) -> None:
 
     Args:
         given: the flags of infer.py, without a question.
+
+    Raises:
+        DataError: the input ends before a question.
     """
     clips = clips_of(given) or [None]
     keeps_history = run.form is not None and run.model.layout.turn is not None and len(clips) == 1
+    names = ", ".join(clip.name for clip in clips if clip) or "the media"
     if sys.stdin.isatty():
-        names = ", ".join(clip.name for clip in clips if clip) or "the media"
         print(f"{run.folder}: ask about {names}; an empty line or Ctrl-D ends", file=sys.stderr)
 
     features = Features(run.model, keep=True)
     last = None  # the sample and the answer before
+    question = ""
     for question in read_questions():
         for clip in clips:
             try:
@@ -36,10 +40,12 @@ def converse(given: Namespace, run: LoadedRun) -> None:
                 else:
                     sample = question_sample(given, run, clip, question)
                 text = answer_text(sample, given, run, features, show=True)
-            except DataError as error:  # of this question; the next one may be right
+            except UserError as error:  # of this question; the next one may be right
                 print(f"error: {error}", file=sys.stderr)
                 continue
             last = (sample, text)
+    if not question and not sys.stdin.isatty():
+        raise DataError(f'what about {names}? python infer.py CLIP "...", or give --task')
 
 
 def read_questions() -> Iterator[str]:

@@ -4,7 +4,8 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from crab_min.data import Sample, pick_tasks, read_samples
+from crab_min.data import Sample, first_of_each_task, pick_tasks, read_samples, read_splits
+from crab_min.errors import DataError
 from crab_min.evaluation.ablation import ablate_modality
 from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding
 from crab_min.evaluation.budget import TokenBudget
@@ -47,7 +48,8 @@ def evaluate_split(given: Namespace) -> None:
 
     # answers of an interrupted evaluation are kept if nothing that they depend on has changed
     suffix = f"_without_{given.ablate}" if given.ablate else ""
-    out = Path(given.out or run.folder / f"eval_{given.split}{suffix}")
+    folder = Path("answers") if run.is_pretrained or run.is_shipped else run.folder
+    out = Path(given.out or folder / f"eval_{given.split}{suffix}")
     out.mkdir(parents=True, exist_ok=True)
     described = describe(given, run, root, samples, decoding)
     partial = continued_answers(out, described)
@@ -91,22 +93,35 @@ def continued_answers(out: Path, described: dict) -> Path:
 
 
 def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
-    """Return the path of the data, and its samples in the form of the run."""
-    # --data, the test rows of one's own that the run kept, or the built-in world
-    settings = run.settings
-    own_test = run.folder / "test.jsonl"
-    if given.data:
-        root = Path(given.data)
-    elif given.split == "test" and own_test.is_file():
-        root = own_test
-    else:
-        root = built_in_data(run, given.things, settings.training.seed, given.split)
+    """Return the path of the data, and its samples in the form of the run.
 
-    # samples
+    Raises:
+        DataError: rows that cannot be used; or a pretrained model without --data.
+    """
+    settings = run.settings
     tasks = pick_tasks(given.task or given.tasks)
     prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
-    target = settings.data.target
-    samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
+    target, seed = settings.data.target, settings.training.seed
+    kept = run.folder / "test.jsonl"  # test rows of one's own
+
+    # --data, the test rows that the run kept, the run's data as it was split, or the built-in world
+    if given.data or (given.split == "test" and kept.is_file()):
+        root = Path(given.data or kept)
+    elif run.is_pretrained:
+        raise DataError(f"which rows? {run.folder} is no run; name some with --data")
+    elif settings.data.data:
+        root = Path(settings.data.data)
+    else:
+        root = built_in_data(run, given.things, seed, given.split)
+
+    # samples
+    if root == Path(settings.data.data) and not given.data:
+        train, test = read_splits(settings.data, str(root), tasks, prompts, seed)
+        samples = test if given.split == "test" else train
+        if given.test_rows:
+            samples = first_of_each_task(samples, given.test_rows)
+    else:
+        samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows)
     samples = prepare(samples, given, run)
     if given.ablate:  # after `prepare`: a sound may be a side channel
         samples = ablate_modality(samples, given.ablate)

@@ -16,7 +16,7 @@ import torch
 
 from crab_min.config import RunConfig, Settings, with_values
 from crab_min.errors import RunError
-from crab_min.tools.plan import GPUS, Memory, Plan, plan
+from crab_min.tools.plan import GPUS, Memory, Plan, plan, read_clips
 
 LEAST_EVALUATION = 2048  # tokens that are answered together, at least
 SECONDS, FRAMES = (30, 10), (16, 8, 4)  # limits on media that are tried, one after the other
@@ -34,12 +34,15 @@ def fit(recipe: ModuleType, settings: Settings, gigabytes: float) -> tuple[Setti
     """
     gigabytes = gigabytes or card_gigabytes()
     chosen: dict[str, str] = {}  # the first flag of a choice -> all of its flags
-    result = plan(recipe, settings)
+    clips = None
+    if settings.data.data:
+        clips = read_clips(recipe, recipe.run_settings(settings))
+    result = plan(recipe, settings, clips)
     for flags, values in smaller_settings(settings, result):
         if memory_of(result).fits(gigabytes):
             break
         smaller = with_values(settings, **values)
-        smaller_result = plan(recipe, smaller)
+        smaller_result = plan(recipe, smaller, clips)
         if memory_of(smaller_result).needed < memory_of(result).needed:  # else it is of no use
             settings, result = smaller, smaller_result
             chosen[flags.split()[0]] = flags
@@ -90,10 +93,11 @@ def smaller_settings(settings: Settings, result: Plan) -> Iterator[tuple[str, di
     if not training.gradient_checkpointing:
         yield "--gradient-checkpointing", {"gradient_checkpointing": True}
 
-    # batches are halved while they can be; in sequential training a step is one batch
+    # each batch is at most half of the one before; in sequential training a step is one batch
     batch, accumulated = training.batch_size, training.grad_accum
-    while batch % 2 == 0 and not settings.sequential:
-        batch, accumulated = batch // 2, accumulated * 2
+    while batch > 1 and not settings.sequential:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        batch, accumulated = smaller, accumulated * (batch // smaller)
         values = {"batch_size": batch, "grad_accum": accumulated}
         yield f"--batch-size {batch} --grad-accum {accumulated}", values
     for seconds in SECONDS:

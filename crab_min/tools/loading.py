@@ -1,6 +1,7 @@
 """The model that answers: a run with its trained parts, or a model as it was pretrained."""
 
 import importlib
+import json
 import re
 import sys
 from argparse import Namespace
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -55,6 +56,11 @@ class LoadedRun:
         return self.saved.settings
 
     @property
+    def is_pretrained(self) -> bool:
+        """Tell whether it is a model without a run."""
+        return not self.saved.recipe
+
+    @property
     def is_shipped(self) -> bool:
         """Tell whether it is the shipped model, which knows the synthetic world alone."""
         return self.folder == SHIPPED
@@ -62,7 +68,7 @@ class LoadedRun:
     @property
     def learned_the_world(self) -> bool:
         """Tell whether it learned the built-in world."""
-        return self.folder.is_dir() and not self.settings.data.data
+        return not self.is_pretrained and not self.settings.data.data
 
 
 def load_asked(given: Namespace) -> LoadedRun:
@@ -132,6 +138,9 @@ def fetch_run(name: str) -> Path:
         RunError: there is none, or no network.
     """
     try:
+        config = json.loads(Path(hf_hub_download(name, "config.json")).read_text(encoding="utf-8"))
+        if not {"recipe", "train"} & config.keys():  # "train" in runs of the first version
+            raise RunError(f"{name}: a model and no run; ask it with --model {name}")
         return Path(snapshot_download(name))
     except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from crab_min.data import OWN_LABELS, OWN_TEXTS, Sample, own_samples
-from crab_min.errors import DataError, RunError
+from crab_min.errors import DataError, RunError, UserError
 from crab_min.evaluation.answering import DEFAULT_LIMIT, Decoding, generate_answers
 from crab_min.evaluation.budget import TokenBudget
 from crab_min.features import Features
@@ -23,11 +23,17 @@ COLUMNS = ("clip", "question", "answer", "text", "error")
 
 @dataclass
 class Question:
-    """One question about one clip, and its sample."""
+    """One question about one clip.
+
+    Attributes:
+        sample: None where the clip does not fit the questions of the run.
+        error: the reason why it does not.
+    """
 
     clip: str
     question: str
-    sample: Sample
+    sample: Sample | None
+    error: str = ""
 
 
 def answer_many(given: Namespace, run: LoadedRun) -> None:
@@ -46,7 +52,9 @@ def answer_many(given: Namespace, run: LoadedRun) -> None:
         raise RunError(f"{out}: exists; choose another --out, or remove it to ask anew")
     out.parent.mkdir(parents=True, exist_ok=True)
     questions = read_questions(given, run)
-    samples = [question.sample for question in questions]
+    samples = [question.sample for question in questions if question.sample]
+    if not samples:
+        raise DataError(questions[0].error)
 
     # answers in batches; those of an interrupted command with the same questions and model are kept
     limits = dict(run.saved.token_limits)
@@ -55,7 +63,7 @@ def answer_many(given: Namespace, run: LoadedRun) -> None:
         limits[sample.task.name] = limit
     budget = TokenBudget(given.eval_batch_tokens)
     decoding = Decoding(limits, run.settings.run.eval_mode, given.beams, budget)
-    partial = out.with_name(f".{out.name}.{digest(run, decoding, questions)}.partial")
+    partial = out.with_name(f".{out.name}.{digest(run, decoding, samples)}.partial")
     features = Features(run.model, run.settings.data.cache_features, max_bad=1.0)
     features.prepare(samples, strict=False)
     texts = generate_answers(
@@ -63,17 +71,26 @@ def answer_many(given: Namespace, run: LoadedRun) -> None:
     )
 
     # the table, in the order of the questions
+    text_of = dict(zip((sample.id for sample in samples), texts))
     rows = []
-    for question, text in zip(questions, texts):
-        answer = question.sample.task.parse(text)
-        broken = [part for part in question.sample.media if part in features.unreadable]
-        label = text if answer.choice is None else answer.choice
-        error = features.unreadable[broken[0]] if broken else answer.error or ""
-        rows.append(dict(zip(COLUMNS, (question.clip, question.question, label, text, error))))
+    for question in questions:
+        text = text_of[question.sample.id] if question.sample else ""
+        rows.append(table_row(question, text, features))
     atomic_write(out, table_text(rows, out.suffix))
     partial.unlink(missing_ok=True)
     failed = sum(bool(row["error"]) for row in rows)
     print(f"{len(rows)} answers in {out}, {failed} of them with an error")
+
+
+def table_row(question: Question, text: str, features: Features) -> dict[str, str]:
+    """Return the row of a question: its answer, or the reason why there is none."""
+    label, error = text, question.error
+    if question.sample:
+        answer = question.sample.task.parse(text)
+        broken = [part for part in question.sample.media if part in features.unreadable]
+        label = text if answer.choice is None else answer.choice
+        error = features.unreadable[broken[0]] if broken else answer.error or ""
+    return dict(zip(COLUMNS, (question.clip, question.question, label, text, error)))
 
 
 def read_questions(given: Namespace, run: LoadedRun) -> list[Question]:
@@ -91,8 +108,13 @@ def read_questions(given: Namespace, run: LoadedRun) -> list[Question]:
     questions = []
     for clip in clips:
         for text in texts:
-            sample = question_sample(given, run, clip, text, f"{clip}: {len(questions)}")
-            questions.append(Question(str(clip), text, sample))
+            question = Question(str(clip), text, None)
+            name = f"{clip}: {len(questions)}"
+            try:
+                question.sample = question_sample(given, run, clip, text, name)
+            except UserError as error:  # of this clip, such as a sound among videos
+                question.error = str(error)
+            questions.append(question)
     for row in rows:
         name = f"{clip_of(row)}: {len(questions)}"
         questions.append(own_question(row, given, run, name))
@@ -157,9 +179,9 @@ def own_question(row: dict, given: Namespace, run: LoadedRun, name: str) -> Ques
     return Question(clip, question, sample)
 
 
-def digest(run: LoadedRun, decoding: Decoding, questions: list[Question]) -> str:
+def digest(run: LoadedRun, decoding: Decoding, samples: list[Sample]) -> str:
     """Return a short name for all that the answers depend on."""
-    prompts = [[asdict(part) for part in question.sample.parts] for question in questions]
+    prompts = [[asdict(part) for part in sample.parts] for sample in samples]
     depends = [str(run.folder), decoding.mode, decoding.beams, decoding.limits, prompts]
     return hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:10]
 

@@ -134,11 +134,27 @@ class Plan:
         return sum(count.frozen for count in self.parts.values())
 
 
-def plan(recipe: ModuleType, settings: Settings) -> Plan:
+@dataclass
+class Clips:
+    """Rows of --data, and what is known of their files.
+
+    Attributes:
+        samples: at most MEASURED rows of each task.
+        seconds: length of each file, by path.
+        errors: the reason why a file cannot be read, by path.
+    """
+
+    samples: list[Sample]
+    seconds: dict[str, float]
+    errors: dict[str, str]
+
+
+def plan(recipe: ModuleType, settings: Settings, clips: Clips | None = None) -> Plan:
     """Count what a run of a recipe needs.
 
     Args:
         recipe: a module of crab_min.recipes.
+        clips: of --data, if they have been read.
 
     Raises:
         ModelError: a model whose sizes are not known here.
@@ -150,7 +166,11 @@ def plan(recipe: ModuleType, settings: Settings) -> Plan:
     qformers = whole_qformers(model)
 
     # the prompts of its tasks; the longest one decides about memory
-    prompts = example_prompts(model, recipe, settings, sides)
+    if settings.data.data:
+        clips = clips or read_clips(recipe, settings)
+        prompts = prompts_of_clips(model, recipe, settings, sides, clips)
+    else:
+        prompts = example_prompts(model, recipe, settings, sides)
     tokens = {task: prompt.tokens for task, prompt in prompts.items()}
     longest = max(prompts.values(), key=lambda prompt: prompt.tokens)
     # a product and its sum for each weight: forward, backward to the inputs, and with
@@ -271,8 +291,6 @@ def example_prompts(
     Args:
         sides: the features of each side channel.
     """
-    if settings.data.data:
-        return prompts_of_data(model, recipe, settings, sides)
     prompts: dict[str, Prompt] = {}
     encoded: dict[tuple, MediaFeatures] = {}
     for sample in example_samples(recipe, settings):
@@ -289,11 +307,30 @@ def example_prompts(
     return prompts
 
 
-def prompts_of_data(
+def read_clips(recipe: ModuleType, settings: Settings) -> Clips:
+    """Read the rows of --data, and the length of each of their files.
+
+    Raises:
+        DataError: rows that cannot be used.
+    """
+    data = settings.data
+    prompts = load_prompts(data.prompts) if data.prompts else None
+    train, test = read_splits(data, data.data, pick_tasks(data.tasks), prompts, 0)
+    samples = rows_of_each_task(train + test, MEASURED)
+    prepared = recipe.prepare_samples(samples, settings)
+    parts = [part for sample in prepared for part in sample.media]
+    seconds, errors = read_media(parts, decode=False, workers=data.workers)
+    if errors:
+        print(f"{len(errors)} unreadable files, such as: {next(iter(errors.values()))}")
+    return Clips(samples, seconds, errors)
+
+
+def prompts_of_clips(
     model: AVLanguageModel,
     recipe: ModuleType,
     settings: Settings,
     sides: dict[str, MediaFeatures],
+    clips: Clips,
 ) -> dict[str, Prompt]:
     """Make the prompts of the median and the longest clip of each task in --data.
 
@@ -301,25 +338,19 @@ def prompts_of_data(
         sides: the features of each side channel.
 
     Raises:
-        DataError: rows or files that cannot be read.
+        DataError: no clip can be read.
     """
-    data = settings.data
-    prompts = load_prompts(data.prompts) if data.prompts else None
-    train, test = read_splits(data, data.data, pick_tasks(data.tasks), prompts, 0)
-    samples = rows_of_each_task(recipe.prepare_samples(train + test, settings), MEASURED)
-    parts = [part for sample in samples for part in sample.media]
-    seconds, errors = read_media(parts, decode=False, workers=data.workers)
-    if errors:
-        print(f"{len(errors)} unreadable files, such as: {next(iter(errors.values()))}")
-
+    samples = recipe.prepare_samples(clips.samples, settings)
+    readable = [sample for sample in samples if not clips.errors.keys() & paths_of(sample)]
+    seconds = clips.seconds
     chosen: dict[str, Prompt] = {}
-    for task, rows in by_task([s for s in samples if not errors.keys() & paths_of(s)]).items():
+    for task, rows in by_task(readable).items():
         ordered = sorted((s for (s,) in rows), key=lambda sample: sample_seconds(sample, seconds))
         for title, sample in (("median", ordered[len(ordered) // 2]), ("longest", ordered[-1])):
             prompt = measure_prompt(model, sample, seconds, sides)
             chosen[f"{task.name}, {title} of {sample_seconds(sample, seconds):.0f} s"] = prompt
     if not chosen:
-        raise DataError(f"--data {data.data}: no clip can be read")
+        raise DataError(f"--data {settings.data.data}: no clip can be read")
     return chosen
 
 

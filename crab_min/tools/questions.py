@@ -11,8 +11,9 @@ from crab_min.errors import DataError, RunError
 from crab_min.interface import PromptPart, build_prompt, load_prompts, text_part
 from crab_min.media.kinds import media_files, media_kind
 from crab_min.media.read import has_sound
+from crab_min.media.tracks import check_file
 from crab_min.side_channels import add_side_channels
-from crab_min.sources.own import MEDIA_TAG, form_row
+from crab_min.sources.own import MEDIA_TAG, class_folders, form_row
 from crab_min.tasks import TASKS, Task
 from crab_min.tools.loading import LoadedRun
 
@@ -35,14 +36,23 @@ def split_positional(given: Namespace) -> None:
 def clips_of(given: Namespace) -> list[Path]:
     """Return the clips of the command line; a folder stands for the media in it.
 
-    A folder of pictures is one clip, its frames.
+    So does a folder of class folders. A folder of pictures is one clip, its frames.
     """
     clips = []
     for word in map(Path, given.clip):
-        files = media_files(word) if word.is_dir() else []
+        files = []
+        for folder in [word, *class_folders(word)] if word.is_dir() else []:
+            files += media_files(folder)
         kinds = {media_kind(file) for file in files}
         clips += [word] if not files or kinds == {"image"} else files
     return clips
+
+
+def check_media(given: Namespace) -> None:
+    """Raise MediaError for a file of the command line that is missing or empty."""
+    for path in [*clips_of(given), *given.audio, given.image, given.second_video]:
+        if path and not os.path.isdir(path):
+            check_file(path)
 
 
 def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
@@ -57,12 +67,10 @@ def samples_of(given: Namespace, run: LoadedRun) -> list[Sample]:
         clips = clips_of(given) or [None]
         return [question_sample(given, run, clip, given.ask) for clip in clips]
 
-    # a sample of the built-in world
-    if not run.learned_the_world:
-        raise DataError(
-            f"which clip? {run.folder} did not learn the built-in world; give a file: "
-            'python infer.py CLIP.mp4 "..."'
-        )
+    # a sample of the built-in world, with its own question
+    if given.ask or not run.learned_the_world:
+        reason = f"for {given.ask!r}" if given.ask else f"{run.folder} learned rows of your own"
+        raise DataError(f'which clip? {reason}; give a file: python infer.py CLIP.mp4 "..."')
     root = built_in_data(run, given.things, given.seed, "test")
     task = chosen_task(given, default="s4" if run.model.predicts_masks else "avqa")
     split = "test" if "test" in task.splits else "train"

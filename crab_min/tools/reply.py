@@ -22,6 +22,7 @@ from crab_min.evaluation.routing import routing_stats
 from crab_min.evaluation.sam2 import Sam2
 from crab_min.features import Features
 from crab_min.model import AVLanguageModel
+from crab_min.sources.own import split_question
 from crab_min.tools.loading import LoadedRun
 
 
@@ -64,7 +65,7 @@ class Reply:
 
     @property
     def question(self) -> str:
-        return self.sample.parts[-1].text.strip()
+        return split_question(self.sample.parts)[1]
 
 
 def reply_to(
