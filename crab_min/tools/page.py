@@ -98,7 +98,7 @@ def run_cell(cell: Cell, namespace: dict, page: Path) -> str:
     code = compile("\n" * cell.first_line + cell.text, str(page), "exec")  # lines as in the file
     with contextlib.redirect_stdout(printed):
         exec(code, namespace)
-    return printed.getvalue().rstrip()
+    return printed.getvalue().replace(f"{Path.cwd()}/", "").rstrip()  # of no use elsewhere
 
 
 def save_figure(picture: Path) -> str:
