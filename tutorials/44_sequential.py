@@ -65,7 +65,7 @@ print(f"an update of {UPDATED}: {sum(learning):,} parameters")
 # %% [markdown]
 # ## The loop, with a linear probe in the place of the LLM
 #
-# $\tau$ is 0.7 so that one exits within seconds (default 1.8). With the LLM and five modalities of
+# $\tau$ is 0.7 to show exits within seconds (default 1.8). With the LLM and five modalities of
 # our world, joint training did better in the same time ([results](../docs/results.md)).
 
 # %%

@@ -382,7 +382,7 @@ def crema() -> None:
     default = ModalityConfig().exit_threshold
     axes.set_title(
         "dashed: tau · mean of the earlier norms; circle: exit, above it\n"
-        f"tau = {exits.threshold} here, so that one exits; default {default}"
+        f"tau = {exits.threshold} here, to show exits; default {default}"
     )
     save_picture(figure, "crema")
 
