@@ -27,6 +27,8 @@ reason in `Answer.error`; such an answer is scored wrong and counted, never drop
 
 What differs from the released code: the gold labels of training and test rows have one form. The
 released a2v rows say "one" in training and 1 in the test.
+
+Page of the course: docs/course/21_interface.md.
 """
 
 import re

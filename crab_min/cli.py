@@ -34,7 +34,7 @@ BASIC = """
 # removed flag -> what replaces it
 REMOVED = {
     "about": "the built-in world asks about the channels of --side",
-    "depth": "tutorials/44_sequential.py registers a depth encoder",
+    "depth": "tutorials/41_modalities.py registers a depth encoder",
     "encoder-adapters": "the released ones never trained",
     "feature-cache": "--cache-features keeps features in memory",
     "masks": "crab-tiny --stage masks trains the mask decoder",

@@ -35,6 +35,8 @@ What differs from the released code: wrapped linears in place of a fork of BERT;
 the epoch (released: the last step's norm); steps of sound can be aligned with the frames (released:
 their mean stands at each frame); every modality's LayerNorm is used (released: 3D points skip
 theirs, and so do converted weights, `MMQAModule.normed`).
+
+Page of the course: docs/course/42_mmqa.md.
 """
 
 import math

@@ -16,6 +16,8 @@ are resized to the encoder's square input without cropping, where released proce
 out, because a box on the 224 x 224 grid must mean the whole frame.
 
 Shapes: B clips, T time steps, S tokens per step, D width, N samples of sound.
+
+Page of the course: docs/course/11_crab_branches.md.
 """
 
 from dataclasses import dataclass, field, replace

@@ -29,6 +29,8 @@ modules_to_save.
 What differs from the released code: all heads share one dropout mask, as in the equation and in
 Crab+ (Crab draws one mask per head and computes A x K times); an adapter can be disabled, and one
 with a single head can be merged (both releases refuse).
+
+Page of the course: docs/course/12_crab_ilora.md.
 """
 
 import inspect

@@ -10,6 +10,8 @@ The sound of a clip is encoded in pieces, and which pieces depends on the datase
 What differs from the released code: the instructions are worded by us (`--prompts FILE` replaces
 them), and every medium has a marker. The released a2v prompt runs its two videos together. A run of
 released weights is asked in its authors' form: a PromptLayout holds it (tools/released/layouts.py).
+
+Page of the course: docs/course/21_interface.md.
 """
 
 import os

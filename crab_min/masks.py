@@ -35,6 +35,8 @@ drawn anew at every start); losses are means over the samples (released: sums). 
 small decoder that learns from nothing, which otherwise drew every object for a thousand steps,
 whatever was asked: how its weights begin (`sharpen`), and states that are centred and scaled
 (`calibrate`).
+
+Page of the course: docs/course/13_crab_masks.md.
 """
 
 import math

@@ -11,6 +11,8 @@ answers come from its own `generate`. How media become features and tokens is wh
 (backbones/) differ in.
 
 Shapes: B samples, L length, D width of the LM, V words, T frames or sound segments.
+
+Page of the course: docs/course/00_one_clip.md.
 """
 
 import warnings

@@ -25,6 +25,8 @@ What differs from the released code: values have a projection of their own, as i
 equations (released: the key's serves for both; `shared_kv` does so too, for released weights); a
 batch of videos with side channels of any lengths is one call (released: a loop over the samples);
 any short side channel is interpolated to exactly T steps.
+
+Page of the course: docs/course/31_patch.md.
 """
 
 import math

@@ -23,6 +23,8 @@ What differs from the released code: Crab vendors a BERT whose text half (word e
 feed-forward, a vocabulary head) it never runs, and keeps those weights in its checkpoints; here
 they do not exist, and the converter drops them. Crab uses a dropout of 0.1 in training (bert-base's
 config); here there is none.
+
+Page of the course: docs/course/11_crab_branches.md.
 """
 
 from dataclasses import dataclass

@@ -82,6 +82,13 @@ def test_a_page_has_the_form_of_the_course(script):
         assert "# $$" in text and "assert torch.allclose(" in text
 
 
+@pytest.mark.parametrize("method", "ilora qformer masks pave crema interface answers".split())
+def test_a_method_module_names_its_page(method):
+    opening = (ROOT / "crab_min" / f"{method}.py").read_text(encoding="utf-8").split('"""')[1]
+    (name,) = re.findall(r"docs/course/(\w+)\.md", opening)
+    assert f"/{method}.py)" in (COURSE / f"{name}.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("script, exercise", EXERCISES)
 def test_an_exercise_changes_one_place_and_expects_what_the_page_does_not_print(script, exercise):
     code = [cell.text for cell in read_cells(script.read_text(encoding="utf-8")) if cell.is_code]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+COURSE = sorted((ROOT / "docs" / "course").glob("*.md"))
 CODE = [ROOT / "train.py", ROOT / "infer.py", *sorted((ROOT / "crab_min").rglob("*.py"))]
 # flags of torchrun and of a benchmark, and flags that stand for any
 NO_FLAGS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "tiny", "flag", "x"}
@@ -79,7 +80,7 @@ def train_flags() -> dict:
 
 def all_texts() -> list[tuple[str, str]]:
     """Return (place, text) of the pages, the docstrings and the helps of flags."""
-    texts = [(page.name, text_of(page)) for page in PAGES]
+    texts = [(page.name, text_of(page)) for page in PAGES + COURSE]
     for name, field in (train_flags() | flags_of(INFER)).items():
         texts.append((f"help of --{name}", field.metadata["help"]))
     return texts + docstrings()
@@ -102,7 +103,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + COURSE, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose_of(page))
     for target in map("".join, targets):

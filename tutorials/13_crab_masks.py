@@ -99,8 +99,8 @@ print(f"{naive:.2f} before training, with the weights {sizes.bce} and {sizes.dic
 
 # %%
 optimizer = make_optimizer(model, TrainingConfig(connector_lr=1.5e-3, beta2=0.98))
-for step, samples in zip(range(100), Mixer(train, 8, seed=0)):
-    set_learning_rate(optimizer, step, range(100), warmup=0.05)
+for step, samples in zip(range(150), Mixer(train, 8, seed=0)):
+    set_learning_rate(optimizer, step, range(150), warmup=0.05)
     batch = collate_with_masks(model, samples, features(samples))
     backward(model, [batch], bf16=False)
     update(optimizer, max_grad_norm=1.0)

@@ -119,6 +119,8 @@ print(f"{follows} of {pairs} labels follow the foreign reasoning, against what i
 # ## Exercises
 #
 # 1. Without what was trained no reasoning is used. Change
-#    `model.load_trained(ASSETS / "crab_plus-tiny")` to `print("the base")`; expect `the base`.
+#    `model.load_trained(ASSETS / "crab_plus-tiny")` to `print("the base")`; expect
+#    `after the annotated reasoning 1`: fourteen.
 # 2. Give every row the reasoning of another one. Change `("the annotated", targets)` to
-#    `("the annotated", targets[::-1])`; expect `after the annotated reasoning XX`.
+#    `("the annotated", targets[::-1])`; expect
+#    `after the annotated reasoning 1`: eleven, where the own row's gives 23.

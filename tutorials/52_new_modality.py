@@ -32,7 +32,8 @@ from crab_min.world.folders import WorldConfig, build_world
 # ## The encoder
 #
 # $$
-# s_{t,p} = \frac{1}{|p|} \sum_{i,j \in p} \big( |x_{i+1,j} - x_{i,j}|,\; |x_{i,j+1} - x_{i,j}| \big)
+# s_{t,p} = \frac{1}{|p|} \sum_{i,j \in p}
+# \big( |x_{i+1,j} - x_{i,j}|,\; |x_{i,j+1} - x_{i,j}| \big)
 # $$
 #
 # with $x$ the grey picture of frame $t$ and $p$ one of `GRID` x `GRID` cells.

@@ -101,6 +101,6 @@ save(axes.figure, Path("answers/54_several_gpus.png"))
 # ## Exercises
 #
 # 1. With answers of like length the mean of means is nearly right. Change `("avvp", "reasoning")`
-#    to `("ucf", "label")`; expect `ucf:`.
+#    to `("ucf", "label")`; expect `is off by 1`: ten percent.
 # 2. Weigh the processes equally. Change `naive = sum(batch.answer_tokens / N * part` to
 #    `naive = sum(0.5 * part`; expect `AssertionError`.

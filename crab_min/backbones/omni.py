@@ -11,6 +11,8 @@ videos of a2v and the two sounds of v2a, and seconds of a pair of frames from th
 released one runs them together (`separate_media=False`) and always has 2.0 (`seconds_per_grid`).
 
 Shapes: P patches of 14 x 14 pixels and two frames, F mel frames of 10 ms, D width of the LM.
+
+Page of the course: docs/course/22_native.md.
 """
 
 from dataclasses import replace

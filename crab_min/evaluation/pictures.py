@@ -17,6 +17,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from crab_min.answers import GRID, Answer, Box, Event
+from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import Sample, gold_mask, load_media
 from crab_min.evaluation.figures import (
     COLOURS,
@@ -137,6 +138,26 @@ def draw_medium(
         draw_frames(axes, arrays, seconds)
     else:
         draw_wave(axes, arrays, seconds)
+
+
+def draw_channels(path: Path, sample: Sample, curves: dict[str, np.ndarray]) -> None:
+    """Draw a video and its side channels one below the other, along one time.
+
+    Args:
+        curves: more rows, title -> values spread evenly over the clip.
+    """
+    media = load_for_figure(sample)
+    rows = len(media) + len(curves)
+    all_axes = new_figure(8, 1.1 * rows).subplots(rows, 1, squeeze=False)[:, 0]
+    titles = [name.split(":")[0] for name, *_ in media] + list(curves)
+    for axes, title in zip(all_axes, titles):
+        axes.set_title(title, fontsize=8, loc="left")
+    for axes, (_, kind, arrays, seconds) in zip(all_axes, media):
+        draw_medium(axes, kind, arrays, seconds, Answer(), Answer())
+    for axes, values in zip(all_axes[len(media) :], curves.values()):
+        axes.stairs(values, np.linspace(0, seconds, len(values) + 1), baseline=None)
+        axes.set(xlim=(0, seconds), yticks=[])
+    save(all_axes[0].figure, path)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -296,6 +317,23 @@ def draw_curves(path: Path, log: Path) -> None:
     waiting = columns["wait"].sum() / columns["seconds"].sum()
     speed.set_title(f"waiting for data: {waiting:.0%} of the time", fontsize=9, loc="left")
     save(figure, path)
+
+
+def draw_exits(axes: Axes, exits: EarlyExit) -> None:
+    """Draw the gradient norm of each modality by epoch, and tau times its mean so far.
+
+    A circle is where a modality exits.
+    """
+    for (name, norms), colour in zip(exits.norms.items(), COLOURS):
+        axes.plot(norms, ".-", label=name, color=colour)
+        for epoch in range(FIRST_EXIT, len(norms)):
+            limit = exits.threshold * np.mean(norms[:epoch])
+            axes.plot([epoch - 0.35, epoch + 0.35], [limit, limit], "--", color=colour, lw=1.5)
+        if name in exits.exit_epochs:
+            epoch = exits.exit_epochs[name]
+            axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
+    axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log")
+    axes.legend(ncols=2, frameon=False)
 
 
 # --- routing --------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Each stands beside a strict metric of metrics.py, so that a run can be compared 
 numbers. Crab and Crab+ release no scorer for AVE and MUSIC-AVQA; those here are MokA's, from the
 same laboratory. `substring_released` takes lists of predicted and gold Answers; the others take one
 pair, and their number is the mean over the set.
+
+Page of the course: docs/course/53_metrics.md.
 """
 
 import re

@@ -10,6 +10,8 @@ weights w_k(t) of one adapted linear, this is
     stats.share["video", 3, "mlp.up_proj"]      # (K,) over the video tokens, in layer 3
 
 Shapes: B samples, L tokens, K heads, N tokens of one kind.
+
+Page of the course: docs/course/24_routing.md.
 """
 
 import re

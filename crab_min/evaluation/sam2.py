@@ -15,6 +15,8 @@ As in the released Crab+: every point is positive, SAM2 gives one mask for each 
 * An answer without an object gives an empty mask, which is scored. There, an invalid answer is left
   out of the mean.
 * SAM2 runs in float32. There, under bf16 autocast.
+
+Page of the course: docs/course/23_sam2.md.
 """
 
 import numpy as np

@@ -13,6 +13,8 @@ aligns on other data than the built-in world has, which --data and --tasks name:
 python train.py crab-7b --stage visual --data llava_558k.json                 image captions
 python train.py crab-7b --stage audio --tasks audiocaps --data DATA           AudioCaps
 python train.py crab-7b --stage masks-align --data DATA                       LVIS; then masks
+
+Page of the course: docs/course/14_crab_training.md.
 """
 
 import os

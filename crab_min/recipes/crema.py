@@ -10,6 +10,8 @@ At full size: crema-xl. A new modality can be pretrained without a video, on cap
 
 python train.py crema-tiny --modalities audio --fusion none --tasks audiocaps --data DATA
 python train.py crema-tiny --modalities rgb,audio --init-from runs/crema-tiny
+
+Page of the course: docs/course/44_sequential.md.
 """
 
 import json

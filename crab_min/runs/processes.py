@@ -10,6 +10,8 @@ update.
 A part may be used by no sample of a process, such as an audio Q-Former in a batch without sound. It
 adds zeros to the sum; torch's DistributedDataParallel would wait for its gradient forever. A single
 process sends no messages.
+
+Page of the course: docs/course/54_several_gpus.md.
 """
 
 import os

@@ -6,7 +6,7 @@
 A page is a script in percent format. These of its lines mean something here:
 
     # # 12. Title                           in the first cell: the title, with the page's number
-    # * Read first: [11](11_crab_branches.py)    in the first cell, where a page needs another
+    # * Read first: [11](...)               in the first cell, where a page needs another
     # figure: what the picture shows        in a code cell that saves answers/12_crab_ilora*.png
     # 1. Change `A` to `B`; expect `text`.  an exercise: code that the page has once, its new output
 
@@ -80,7 +80,9 @@ def title_of(page: Path) -> str:
 def exercises_of(script: str) -> list[Exercise]:
     """Return the exercises of a page that can be checked."""
     text = " ".join(cell.text for cell in read_cells(script) if not cell.is_code)
-    found = re.findall(r"[Cc]hange `([^`]+)` to `([^`]+)`; expect `([^`]+)`", " ".join(text.split()))
+    found = re.findall(
+        r"[Cc]hange `([^`]+)` to `([^`]+)`; expect `([^`]+)`", " ".join(text.split())
+    )
     return [Exercise(*parts) for parts in found]
 
 
@@ -96,7 +98,7 @@ def run_cell(cell: Cell, namespace: dict, page: Path) -> str:
     code = compile("\n" * cell.first_line + cell.text, str(page), "exec")  # lines as in the file
     with contextlib.redirect_stdout(printed):
         exec(code, namespace)
-    return printed.getvalue().rstrip()
+    return printed.getvalue().replace(f"{Path.cwd()}/", "").rstrip()  # of no use elsewhere
 
 
 def save_figure(picture: Path) -> str:
@@ -194,7 +196,7 @@ def index_text() -> str:
         "One page per section of the four papers: equation, naive lines, the library's call, a",
         "figure, exercises. Read them here, or run one: `python tutorials/NAME.py`. A page is a",
         "script in percent format, so it opens as a notebook in VS Code and, with jupytext, in",
-        "Jupyter. Times are those of the page's last rendering on one CPU core.",
+        "Jupyter. Times were measured when the page was last rendered, on a shared CPU core.",
     ]
     for digit, paper in PAPERS.items():
         rows = [index_row(page) for page in rendered_pages() if page.name[0] == digit]

@@ -12,6 +12,8 @@ but on the meta device: every tensor has a shape and a precision, and none has m
 
 All is for one GPU. Left out is what the CUDA libraries take for themselves (about a gigabyte, which
 "fits" adds).
+
+Page of the course: docs/course/51_memory.md.
 """
 
 import re

@@ -42,12 +42,11 @@ from matplotlib.patches import Rectangle
 from crab_min.answers import GRID
 from crab_min.cli import parse_train
 from crab_min.config import ModalityConfig, WorldConfig
-from crab_min.crema import FIRST_EXIT, EarlyExit
 from crab_min.data import Sample, gold_mask, load_media, read_samples
 from crab_min.evaluation.pictures import (
     RED,
     TEAL,
-    YELLOW,
+    draw_exits,
     draw_frames,
     draw_image,
     draw_wave,
@@ -378,7 +377,13 @@ def crema() -> None:
     figure = new_figure(WIDTH, 6.0)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.35])
     draw_layouts(top.subplots())
-    draw_exits(bottom.subplots(), exits)
+    axes = bottom.subplots()
+    draw_exits(axes, exits)
+    default = ModalityConfig().exit_threshold
+    axes.set_title(
+        "dashed: tau · mean of the earlier norms; circle: exit, above it\n"
+        f"tau = {exits.threshold} here, to show exits; default {default}"
+    )
     save_picture(figure, "crema")
 
 
@@ -398,27 +403,6 @@ def draw_layouts(axes: Axes) -> None:
         box(axes, frame * 18, 38, 17, 9, f"v({frame}) + Z({frame})", fused)
     for left, row in ((92, 20.5), (74, 42.5)):
         axes.text(left, row, "text", va="center", color=GREY)
-
-
-def draw_exits(axes: Axes, exits: EarlyExit) -> None:
-    """Draw the gradient norm of each modality by epoch, and tau times its mean so far."""
-    colours = (TEAL, RED, YELLOW, PAPERS["PAVE"])
-    names = {"own_depth": "brightness as depth"}  # page 44's encoder of one's own
-    for (name, norms), colour in zip(exits.norms.items(), colours):
-        axes.plot(norms, ".-", label=names.get(name, name), color=colour)
-        for epoch in range(FIRST_EXIT, len(norms)):
-            limit = exits.threshold * np.mean(norms[:epoch])
-            axes.plot([epoch - 0.35, epoch + 0.35], [limit, limit], "--", color=colour, lw=1.5)
-        if name in exits.exit_epochs:
-            epoch = exits.exit_epochs[name]
-            axes.plot(epoch, norms[epoch], "o", ms=13, mfc="none", color=colour)
-    axes.set(xlabel="epoch e", ylabel="gradient norm $g_e$", yscale="log", ylim=(3e-4, None))
-    axes.legend(ncols=2, loc="lower left", frameon=False)
-    default = ModalityConfig().exit_threshold
-    axes.set_title(
-        "dashed: tau · mean of the earlier norms; circle: exit, above it\n"
-        f"tau = {exits.threshold} here, so that one exits; default {default}"
-    )
 
 
 def run_tutorial(name: str) -> dict:
