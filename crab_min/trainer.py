@@ -329,17 +329,21 @@ def own_batches(
 
     Process r of n takes r, r + n, r + 2n, ...
     """
+    step_batches = config.grad_accum * processes.count()
+    by_length = config.group_by_length or step_batches > 1
     order = Mixer(
         samples,
         config.batch_size,
         config.seed,
         config.task_sampling_exponent,
-        length=partial(sample_length, model),
-        step_batches=config.grad_accum * processes.count(),
+        length=partial(sample_length, model) if by_length else None,
+        step_batches=step_batches,
         window=GROUPED_STEPS if config.group_by_length else 1,
     )
     first = progress.batches + processes.rank()
-    remaining = max(0, steps.stop - progress.step) * order.step_batches
+    remaining = max(0, steps.stop - progress.step) * step_batches
+    if not remaining:
+        return iter(())
     return itertools.islice(order, first, first + remaining, processes.count())
 
 

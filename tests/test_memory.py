@@ -231,7 +231,7 @@ def test_out_of_memory_in_training_keeps_the_last_checkpoint(
     command = (
         f"--data {small_world} --tasks ks --test-rows 1 --steps 5 --save-every 1 --no-baseline"
     )
-    command = [*command.split(), "--batch-size", "2", "--out", str(run)]
+    command = [*command.split(), "--batch-size", "2", "--grad-accum", "1", "--out", str(run)]
     assert train.main(command) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory" in error and "--batch-size" in error

@@ -264,7 +264,8 @@ def make_rows(folder: Path, world: Path, behaviours: list[str], tests: list[str]
         for name in names:
             event = {"event": f"{name} bell", "start_time": 2, "end_time": 8}
             rows.append({"video_path": video, "audio_path": audio, **event})
-        (folder / "ave" / f"{split}.json").write_text(json.dumps(rows))
+        if rows:
+            (folder / "ave" / f"{split}.json").write_text(json.dumps(rows))
     return folder
 
 

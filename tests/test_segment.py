@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ from crab_min.masks import (
 )
 from crab_min.model import ASSETS
 from crab_min.recipes.crab import add_mask_tokens
-from crab_min.sources.av_uie import CLASSES, mask_classes
+from crab_min.sources.av_uie import CLASSES, mask_classes, mask_path
 from crab_min.tasks import TASKS
 from crab_min.world.folders import WorldConfig, build_world
 
@@ -295,8 +296,11 @@ def test_a_mask_of_another_size_than_its_image(tmp_path, small_world):
 
 
 def test_training_row_without_a_mask_file_is_trained_on_text(small_world, monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda path: False)
-    s = add_mask_tokens(read_samples(small_world, ["s4"], "train"))[0]
+    samples = read_samples(small_world, ["s4"], "train")
+    lost = mask_path(Path(samples[0].media[0].path), "s4", samples[0].row)
+    exists = os.path.exists
+    monkeypatch.setattr("os.path.exists", lambda path: path != str(lost) and exists(path))
+    s = add_mask_tokens(samples)[0]
     assert s.mask == "" and gold_mask(s) is None and s.target.endswith(MASK_TOKENS[-1])
 
 

@@ -32,7 +32,7 @@ from crab_min.runs.folder import SavedRun, choose_folder, lock_run
 from crab_min.trained_parts import copy_to_cpu
 
 ROOT = Path(__file__).parents[1]
-SMALL = "--steps 6 --batch-size 4 --save-every 2 --r 4 --alpha 8".split()
+SMALL = "--steps 6 --batch-size 4 --grad-accum 1 --save-every 2 --r 4 --alpha 8".split()
 
 
 def few_rows(world: Path, *flags: str) -> list[str]:
@@ -303,7 +303,7 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_losses(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     small_world, tmp_path, monkeypatch, capsys
 ):
-    flags = few_rows(small_world, "--batch-size", "2", "--steps", "4", "--save-every", "1")
+    flags = few_rows(small_world, *"--batch-size 2 --grad-accum 1 --steps 4 --save-every 1".split())
     command = [*flags, "--out", str(tmp_path / "run")]
     forward, batches = AVLanguageModel.forward, []
 
@@ -339,7 +339,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
 def test_smaller_batches_and_more_of_them_make_the_same_steps(small_world, tmp_path):
     flags = few_rows(small_world, "--steps", "3", "--dropout", "0", "--no-bf16")
     logs = []
-    for sizes in (["--batch-size", "6"], ["--batch-size", "2", "--grad-accum", "3"]):
+    for sizes in (
+        ["--batch-size", "6", "--grad-accum", "1"],
+        ["--batch-size", "2", "--grad-accum", "3"],
+    ):
         out = tmp_path / sizes[1]
         assert train.main([*flags, *sizes, "--out", str(out)]) == 0
         logs.append(read_log(out))

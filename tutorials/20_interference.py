@@ -84,7 +84,9 @@ print(f"{library['difference']:+.3f}, 95 %: {naive[0]:+.3f} to {naive[1]:+.3f}",
 # [results.md](../docs/results.md) shows. Per task both arms learn from the same 128 samples once.
 
 # %%
-study = json.loads((ASSETS.parents[1] / "docs" / "figures" / "transfer.json").read_text())
+study = json.loads(
+    (ASSETS.parents[1] / "docs" / "figures" / "transfer.json").read_text(encoding="utf-8")
+)
 METHOD = "lora"
 tables = {}
 for target in ("reasoning", "label"):

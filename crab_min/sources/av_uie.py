@@ -106,6 +106,8 @@ def join_lvis(content: dict) -> list[dict]:
 
 def mask_path(frame: Path, task: str, row: dict) -> Path:
     """Return where the release keeps the mask of a frame. Raises DataError."""
+    if "polygons" in row:  # which are the mask
+        return frame.with_suffix(".png")
     try:
         if task == "ref_avs":
             number = row.get("frame_idx", row.get("idx"))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from crab_min.answers import TEXT
 from crab_min.data import Sample, make_sample
 from crab_min.errors import DataError
 from crab_min.tasks import TASKS, Task
@@ -97,8 +96,8 @@ class Brief:
 
 
 def can_be_reasoned(task: Task) -> bool:
-    """Tell whether a task has a label apart from its text; captions have none."""
-    return task.form is not TEXT
+    """Tell whether a task has worked examples; captions and benchmarks have none."""
+    return task.name in EXAMPLES
 
 
 def default_brief(task: Task) -> Brief:
