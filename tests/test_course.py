@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,12 +101,17 @@ def test_an_exercise_changes_one_place_and_expects_what_the_page_does_not_print(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """One folder for all pages, several of which use the same world."""
-    return tmp_path_factory.mktemp("course")
+    folder = tmp_path_factory.mktemp("course")
+    (folder / "data").mkdir()
+    return folder
 
 
-def run(script: Path, folder: Path) -> subprocess.CompletedProcess:
+def run(script: Path, folder: Path, threads: str = "") -> subprocess.CompletedProcess:
     """Run a page in a folder, as `python tutorials/NAME.py` does in the repository's."""
-    options = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if threads:
+        environment["OMP_NUM_THREADS"] = threads
+    options = {"cwd": folder, "env": environment}
     return subprocess.run([sys.executable, script], capture_output=True, text=True, **options)
 
 
@@ -131,10 +137,26 @@ def test_a_page_runs_and_draws_its_figures(script, folder):
         assert (folder / "answers" / figure).exists()
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def changed_pages(request, folder):
+    """Run the exercises that were selected, one per core: a dict of their futures."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {}
+        for item in request.session.items:
+            if item.originalname == "test_an_exercise_gives_what_its_page_says":
+                script, exercise = item.callspec.params["script"], item.callspec.params["exercise"]
+                own = folder / item.callspec.id
+                own.mkdir()
+                (own / "data").symlink_to(folder / "data")
+                changed = change(script, exercise, own)
+                futures[script, exercise] = pool.submit(run, changed, own, threads="1")
+        yield futures
+
+
+@pytest.mark.exercise
 @pytest.mark.parametrize("script, exercise", EXERCISES)
-def test_an_exercise_gives_what_its_page_says(script, exercise, folder):
-    done = run(change(script, exercise, folder), folder)
+def test_an_exercise_gives_what_its_page_says(script, exercise, changed_pages):
+    done = changed_pages[script, exercise].result()
     assert exercise.expected in done.stdout + done.stderr
 
 

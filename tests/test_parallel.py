@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ONE = [sys.executable]
 TWO = [*ONE, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FLAGS = "--tasks ks,s4 --test-rows 2 --steps 20 --batch-size 4 --dropout 0 --no-bf16".split()
-FLAGS += ["--trainable", "adapter,connectors"]
+FLAGS += ["--grad-accum", "1", "--trainable", "adapter,connectors"]
 
 
 def command(data: Path, out: Path, *flags: str, launcher: list[str] = TWO) -> list[str]:

@@ -44,7 +44,7 @@ COLUMNS = ("clip", "file", "label", "question", "answer", "split", "start", "end
 # key of a .jsonl's line -> types of its value; the last two are written by this module
 FIELDS = {"messages": [list], "videos": [list], "audios": [list], "images": [list]}
 FIELDS |= {"sides": [dict], "options": [list], "split": [str], "start": [int, float]}
-FIELDS |= {"end": [int, float], "clip": [str], "where": [str]}
+FIELDS |= {"end": [int, float], "clip": [str], "where": [str], "type": [str]}
 ROW_FORM = (
     '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], '
     '"videos": [...], "audios": [...], "images": [...]}'

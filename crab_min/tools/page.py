@@ -49,7 +49,7 @@ class Cell:
     first_line: int  # of the text, in the file
 
 
-@dataclass
+@dataclass(frozen=True)
 class Exercise:
     """An exercise of a page: the code to change, and what the changed page prints."""
 
