@@ -106,13 +106,10 @@ class Study:
 
     def run(self, arm: Arm, bar: tqdm) -> None:
         """Train an arm, answer the test rows of its tasks, and write its file."""
-        # a fresh model with its adapter, connectors and embeddings, as crab_plus-tiny trains it
         settings = with_values(Settings(), seed=arm.seed)
         torch.manual_seed(arm.seed)
-        model = load_model(settings.backbone)
+        model = self.make_model(arm, settings)
         self.features.model = model
-        model.add_adapter(ADAPTERS[arm.adapter])
-        model.set_trainable(settings.training.parts)
 
         # learn and answer
         train = self.training_samples(arm)
@@ -122,6 +119,13 @@ class Study:
         texts = generate_answers(model, self.features, test, decoding)
         answers = {sample.id: text for sample, text in zip(test, texts)}
         atomic_write(self.file(arm), json.dumps({"loss": loss, "answers": answers}))
+
+    def make_model(self, arm: Arm, settings: Settings) -> AVLanguageModel:
+        """Return a fresh model: adapter, connectors and embeddings train, as in crab_plus-tiny."""
+        model = load_model(settings.backbone)
+        model.add_adapter(ADAPTERS[arm.adapter])
+        model.set_trainable(settings.training.parts)
+        return model
 
     def training_samples(self, arm: Arm) -> list[Sample]:
         """Return the samples of an arm in random order, equally many of each task.

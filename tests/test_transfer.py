@@ -1,4 +1,4 @@
-"""benchmarks/transfer.py: its counting on made numbers, and the whole command at toy size."""
+"""benchmarks/transfer.py, ablation.py: counting on made numbers, and the commands at toy size."""
 
 import json
 import sys
@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from crab_min.answers import Answer
+from crab_min.backbones.load import load_model
+from crab_min.config import Settings
+from crab_min.ilora import route
 from crab_min.tasks import TASKS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import ablation  # noqa: E402
 import transfer  # noqa: E402
 
 
@@ -88,3 +93,31 @@ def test_a_study_leaves_its_tables_and_repeats_no_arm(tmp_path, monkeypatch, cap
     assert "8 arms, 4 in this share, 0 of them to be trained" in printed
     changed = [file for file in arms if file.stat().st_mtime_ns != times[file]]
     assert changed == [arms[0]]
+
+
+@pytest.mark.slow
+def test_an_ablation_compares_with_the_reference(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["ablation.py", "--quick", "--out", str(tmp_path / "study")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    ablation.main()
+    summary = json.loads((tmp_path / "study-quick/ablation.json").read_text())
+    assert list(summary) == [ablation.REFERENCE, ablation.UNIFORM]
+    assert summary[ablation.REFERENCE]["share of tasks"] == {"loss": 0, "tie": 1, "gain": 0}
+    assert set(summary[ablation.UNIFORM]["tasks"]) == {"ks", "avqa", "arig"}
+    capsys.readouterr()
+    ablation.main()
+    assert "2 arms, 0 of them to be trained" in capsys.readouterr().out
+
+
+def test_a_uniform_router_weighs_all_heads_alike():
+    model = load_model(Settings().backbone)
+    model.add_adapter(ablation.ADAPTERS[ablation.UNIFORM])
+    model.set_trainable(["adapter"])
+    ablation.fix_router(model)
+    routers = [m for name, m in model.named_modules() if name.endswith("ilora_router.default")]
+    assert routers
+    for router in routers:
+        weights = route(router(torch.randn(2, router.in_features)))
+        assert torch.equal(weights, torch.full((2, 3), 1 / 3))
+        assert not router.weight.requires_grad
