@@ -178,9 +178,15 @@ def test_crab_names_the_second_of_a_frame():
     ]
     assert [p.window for p in parts if p.kind == "audio"] == ["fifths"]
 
+    # AVSS is trained on the sound of all frames; its own rows name that of one
+    avss = RELEASED["crab"].layout.adapt(TASKS["avss"])
+    for image, window in ((ROW["image_path"], "tenths"), ("3.jpg", "tenth")):
+        parts = build_prompt(avss, {**ROW, "image_path": image, "window": "tenth"})
+        assert [p.window for p in parts if p.kind == "audio"] == [window]
+
 
 # --- PAVE: Qwen's chat, a dialogue is a conversation --------------------------------------------
-@pytest.mark.parametrize("task", ["avqa", "avqa_thu", "scanqa", "sqa3d", "avsd"])
+@pytest.mark.parametrize("task", ["avqa", "avqa_thu", "scanqa", "sqa3d", "avsd", "egoexo"])
 def test_pave_is_asked_as_by_its_evaluation(task):
     model = load_model(BackboneConfig(backbone="llava_onevision", weights="tiny-random"))
     lettered = "".join(f"{a}.{o}\n" for a, o in zip("ABCDE", ROW["multi_choice"]))
@@ -190,6 +196,7 @@ def test_pave_is_asked_as_by_its_evaluation(task):
         "sqa3d": [f"{ROW['situation']} {ROW['question']}"],
         "avqa_thu": [words_of("avqa_thu").format(question=ROW["question"], choices=lettered)],
         "avsd": ["Who?", "Where?", "Why?"],
+        "egoexo": [words_of("egoexo")],
     }[task]
     chat = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
     for index, question in enumerate(questions):
@@ -255,6 +262,39 @@ def test_a_bare_answer_counts_where_the_layout_says_so(task):
             assert score(TASKS[task], [TASKS[task].parse(text)], [gold])["parsed"] == 0
 
 
+# --- answers with reasoning, in the form in which the released models learned them --------------
+WRITTEN = {
+    "avqa": (
+        "A saxophone plays. So the answer is <answer> saxophone </answer>.",
+        Answer(choice="saxophone"),
+    ),
+    "ave": (
+        "A man speaks. So it is <event> Male speech, man speaking </event>, and the time range is "
+        "<range> 0,8 </range>.",
+        Answer(events=[("male speech, man speaking", [(0, 8)])]),
+    ),
+    "avvp": (
+        "They are <visual_event>Chainsaw,(0 10)</visual_event> and "
+        "<audio_event>Chainsaw,(2 10)</audio_event>",
+        Answer(visual_events=[("chainsaw", [(0, 10)])], audio_events=[("chainsaw", [(2, 10)])]),
+    ),
+    "arig": (
+        "It is a dog. Its coordinate of top left corner is (1,2) and coordinate of bottom right "
+        "corner is (30,40)",
+        Answer(boxes=[(1, 2, 30, 40)]),
+    ),
+    "s4": ("A dog. [1,2,30,40] [5,6],[7,8],[9,10]", Answer(boxes=[(1, 2, 30, 40)])),
+}
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_answers_of_crab_and_crab_plus_are_read(task):
+    text, gold = WRITTEN[task]
+    assert score(TASKS[task], [TASKS[task].parse(text)], [gold])["metric"] == 1
+    written = "It is a dog. Its coordinates are <obj>(1,2)(30,40)</obj>."  # in rows of Crab+'s test
+    assert TASKS["arig"].parse(written).boxes == [(1, 2, 30, 40)]
+
+
 LENIENT = ("substring_released", "part_of_gold", "refined", "substring_of_gold")
 
 
@@ -301,11 +341,18 @@ class Loader:
     def add_s4_task_samples(self):
         self.samples.append({
             "instruction": f"A film:\n<video_start><video><video_end>\nIts sound:\n<audio_start>"
-            f"<audio><audio_end>\nShow it at the {th} second.",
+            f"<audio><audio_end>\nShow it at the first second.",
         })
     def add_avqa_task_samples(self):
         instruction = f"A film:\n<video_start><video><video_end>\nAnswer, {question}"
         self.samples.append({"instruction": instruction})
+class TestLoader:
+    def add_s4_task_samples(self):
+        self.samples.append({
+            "instruction": f"A test:\n<video_start><video><video_end>\nShow it at the {th} second.",
+        })
+    def add_avqa_task_samples(self):
+        self.samples.append({"instruction": f"Answer in a test, {question}"})
 """,
         {"s4": "Show it at the {second} second.", "avqa": "Answer, {question}"},
     ),
@@ -360,7 +407,7 @@ def test_words_come_from_a_file_too_and_missing_ones_are_named(tmp_path):
     file.write_text(json.dumps({"prompts": {"avqa": "Q: {question}"}}))
     assert read_wording("crema", str(file)).prompts == {"avqa": "Q: {question}"}
     assert "our own for sqa3d, nextqa" in missing_words("crema", {"avqa": "Q: {question}"})
-    assert missing_words("pave", {"avqa_thu": "..."}) == ""
+    assert missing_words("pave", dict.fromkeys(RELEASED["pave"].tasks, "...")) == ""
     file.write_text('{"prompt": {}}')
     with pytest.raises(DataError, match="not a file of wording"):
         read_wording("crema", str(file))
