@@ -331,9 +331,10 @@ def test_a_converted_run_answers(tmp_path, real_media):
     assert infer.main([str(clip), "--ask", "What?", *flags]) == 0
 
     # a converted run is asked as it was trained: the released layout around the prompt of the task
-    [trained] = read_samples(real_media, ["ave"], "train", limit=1)
+    loaded = load_run(str(run), "cpu", paths={"weights": "tiny-random"})
+    layout = loaded.model.layout
+    [trained] = read_samples(real_media, ["ave"], "train", limit=1, layout=layout)
     given = infer.parse_infer([*asking_words([trained], None), *flags])
-    loaded = load_run(str(run), "cpu")
     asked = question_sample(given, loaded, Path(given.clip[0]), "")
     assert asked.parts == trained.parts
     assert loaded.model.layout.before == QWEN_CHAT.before
