@@ -338,6 +338,7 @@ def test_what_cannot_be_fetched_is_one_line(hub, tmp_path, capsys):
     for file in (name, "finetune_weights.bin"):
         (cloned / file).write_text("version https://git-lfs.github.com/spec/v1\nsize 1740000000\n")
     cases = [
+        (["pave", "--files", "pave_v5_1_2_lora.zip"], "rotary positions"),
         (["pave", "--from", str(cloned)], "a git-lfs pointer"),
         (["crab_plus", "--from", str(cloned)], "a git-lfs pointer"),
         (["pave", "--from", str(part)], "no non_lora_trainables in it"),

@@ -27,6 +27,7 @@ from crab_min.tools.convert import DEFAULT_PRESETS, convert_files
 # Crab's was fine-tuned to classify sounds, CREMA's was not
 BEATS_OF_CRAB = "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
 BEATS_OF_CREMA = "BEATs_iter3_plus_AS2M.pt"
+ROTARY = "v5_1_2"  # in the name of PAVE's video patch for 0.5B
 BEATS_WHERE = (
     "not here, and sound needs it. Its authors link it in github.com/microsoft/unilm, folder "
     "beats. The right file has about 360 MB, and the keys cfg and model; give it to infer.py with "
@@ -80,7 +81,6 @@ RELEASES = {
             "avsd-7b": ["pave_5_1_3_lora_avsd_7B_imagebind.zip"],
             "scanqa-0.5b": ["pave_scanqa_v5_1_3_3d_lora.zip"],
             "scanqa-7b": ["pave_scanqa_v5_1_3_3d_lora_7B.zip"],
-            # the video patch of 0.5B has rotary positions, which its weights do not show
             "video-7b": ["pave_v5_1_3_lora_7B.zip"],
         },
         sides={"scanqa-0.5b": "depth", "scanqa-7b": "depth", "video-7b": "fast"},
@@ -103,6 +103,11 @@ def fetch(given: argparse.Namespace) -> None:
     release = RELEASES[given.paper]
     name = given.files or next(iter(release.files))
     wanted = release.files.get(name) or name.split(",")
+    if ROTARY in name:
+        raise ModelError(
+            f"--files {name}: its patch has rotary positions, which its weights do not show, and "
+            f"would answer wrongly; choose from {', '.join(release.files)}"
+        )
     folder = Path(given.from_folder) if given.from_folder else None
     files = [find(folder, file) if folder else download(release, file) for file in wanted]
 
