@@ -9,11 +9,12 @@ from crab_min.answers import TEXT, Answer
 from crab_min.backbones.composed import CRAB_TOKENS, load_base, load_tokenizer
 from crab_min.backbones.load import load_model
 from crab_min.backbones.tiny_random import byte_level_qwen
+from crab_min.beats import fbank
 from crab_min.config import BackboneConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError, ModelError
 from crab_min.evaluation.metrics import score
-from crab_min.interface import build_prompt
+from crab_min.interface import audio_windows, build_prompt
 from crab_min.tasks import TASKS
 from crab_min.tools.released.layouts import RELEASED, released_form
 from crab_min.tools.released.wording import Wording, missing_words, read_wording
@@ -157,6 +158,23 @@ def test_crab_is_asked_as_by_its_loader(task):
         assert [p.kind for p in alone if p.path] == ["image", "audio"]
 
 
+def test_crab_tokenizes_its_template_with_the_texts_beside_it(monkeypatch):
+    """Llama's tokenizer makes other tokens of the pieces than of the whole."""
+    model = load_base("random")
+    encode, texts = model.encode_text, []
+
+    def noted(text: str) -> list[int]:
+        texts.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(model, "encode_text", noted)
+    prompt_of(model, "crab", "ave", {"video": 10, "audio": 10})
+    leads = standins("crab").leads
+    before = f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n"
+    end = f"\n{words_of('ave')} [/INST]"
+    assert texts == [before + leads["video"], "\n" + leads["audio"], end]
+
+
 def test_crab_adds_its_tokens_to_a_tokenizer_in_their_order(tmp_path):
     """The rows of released embeddings are in this order."""
     byte_level_qwen({}).save_pretrained(tmp_path)
@@ -228,6 +246,17 @@ def test_crema_is_asked_as_by_its_data_sets(task):
     expected += [*encode(text)[:76], model.eos_id]
     assert prompt_of(model, "crema", task, {"video": 2, "image": 1, "audio": 1}) == expected
     assert len(encode(text)) > 76 or task == "avqa"
+
+
+def test_crema_hears_two_pieces_of_512_mel_frames():
+    layout = RELEASED["crema"].layout
+    parts = build_prompt(layout.adapt(TASKS["avqa"]), ROW, layout=layout)
+    assert [part.window for part in parts if part.kind == "audio"] == ["opening"]
+    windows = audio_windows("opening", 60)
+    assert [start for start, _ in windows] == [0, 5.12]
+    for start, end in windows:
+        samples = round(16000 * (end - start))
+        assert fbank(torch.randn(1, samples)).shape == (1, 512, 128)
 
 
 # --- bare answers -------------------------------------------------------------------------------
