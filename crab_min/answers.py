@@ -34,7 +34,7 @@ Page of the course: docs/course/21_interface.md.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 
@@ -220,6 +220,8 @@ TIME = r"(?<![\d.:])((?:\d{1,2}:){0,2}\d{1,4}(?:\.\d+)?)(?:\s*s(?:ec(?:ond)?s?)?
 PAIR = rf"{TIME}(?:[\s,–-]+|\s+to\s+){TIME}(?![.:]?\d)"
 # One or more pairs in parentheses: "(0 3)(7 10)".
 SPANS = re.compile(rf"(?:\(\s*{PAIR}\s*\)[\s,;]*)+")
+# A corner of a box as the released Crab writes it: "(12,30)".
+CORNER = re.compile(r"\(\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\)")
 # Numbers in square brackets: "[12, 30, 200, 180]".
 BRACKETS = re.compile(r"\[\s*(-?\d{1,4}(?:\.\d+)?(?:[\s,]+-?\d{1,4}(?:\.\d+)?)*)\s*\]")
 
@@ -375,6 +377,18 @@ def parse_boxes(text: str, with_points: bool = True) -> Answer:
     return answer
 
 
+def parse_box(text: str) -> Answer:
+    """Parse boxes without points; without brackets a box is two corners, as Crab's are.
+
+    >>> parse_box("Its top left corner is (12,30) and its bottom right corner is (200,180)").boxes
+    [(12, 30, 200, 180)]
+    """
+    corners = CORNER.findall(text)
+    if len(corners) == 2 and not BRACKETS.search(text):
+        text = box_text((*corners[0], *corners[1]))
+    return parse_boxes(text, with_points=False)
+
+
 def parse_exists(text: str) -> Answer:
     """Parse whether the object is in the image, and if so its box and points."""
     if find_option(parse_choice(text).choice, ("true", "false")) == "false":
@@ -427,7 +441,7 @@ CHOICE    = OutputForm("choice",    parse_choice,    format_choice, tag="answer"
 EVENT     = OutputForm("event",     parse_event,     format_events, tag="event")
 EVENTS    = OutputForm("events",    parse_events,    format_events, tag="event")
 AV_EVENTS = OutputForm("av_events", parse_av_events, format_av_events)
-BOX       = OutputForm("box",       partial(parse_boxes, with_points=False), format_boxes)
+BOX       = OutputForm("box",       parse_box,       format_boxes)
 BOXES     = OutputForm("boxes",     parse_boxes,     format_boxes)
 EXISTS    = OutputForm("exists",    parse_exists,    format_exists, tag="answer")
 TEXT      = OutputForm("text",      parse_text,      format_text)

@@ -163,7 +163,10 @@ def build_prompt(
     if CLIP in media:
         frames = frames_around(task, row)
         row = {**row, "clip_path": frames}
-        media = media if frames else (IMAGE, *media[1:])
+        if frames:  # with all of their sound, where a row of AVSS names that of one frame
+            row["window"] = task.audio
+        else:
+            media = (IMAGE, *media[1:])
     around = layout.medium.split("{medium}")
     for medium in media:
         lead = layout.leads.get(medium.kind, "")

@@ -31,7 +31,7 @@ from crab_min.errors import ModelError
 from crab_min.ilora import ILoraConfig
 from crab_min.runs.asking import asking_words
 from crab_min.tools import convert as command
-from crab_min.tools.loading import load_asked
+from crab_min.tools.loading import load_run
 from crab_min.tools.questions import question_sample
 from crab_min.tools.released import TABLES
 from crab_min.tools.released.patterns import DROPPED
@@ -330,16 +330,15 @@ def test_a_converted_run_answers(tmp_path, real_media):
     flags += ["--picture", str(tmp_path / "a.png")]
     assert infer.main([str(clip), "--ask", "What?", *flags]) == 0
 
-    # a converted run is asked as it was trained: in the released layout
-    [row] = read_samples(real_media, ["ave"], "train", limit=1)
-    given = infer.parse_infer([*asking_words([row], None), *flags])
-    loaded = load_asked(given)
+    # a converted run is asked as it was trained: the released layout around the prompt of the task
+    loaded = load_run(str(run), "cpu", paths={"weights": "tiny-random"})
     layout = loaded.model.layout
     [trained] = read_samples(real_media, ["ave"], "train", limit=1, layout=layout)
+    given = infer.parse_infer([*asking_words([trained], None), *flags])
     asked = question_sample(given, loaded, Path(given.clip[0]), "")
     assert asked.parts == trained.parts
-    assert layout.before == QWEN_CHAT.before
-    assert not layout.separate_media
+    assert loaded.model.layout.before == QWEN_CHAT.before
+    assert not loaded.model.layout.separate_media
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from released import (
     PEFT,
     CrabPlusSizes,
@@ -34,8 +35,9 @@ from crab_min.config import (
     SideChannelConfig,
     with_values,
 )
+from crab_min.errors import RunError
 from crab_min.runs.folder import SavedRun, load_saved_run
-from crab_min.tools import fetch
+from crab_min.tools import fetch, loading
 from crab_min.tools.loading import load_asked
 from crab_min.tools.released.weights import read_checkpoint
 
@@ -194,11 +196,15 @@ def test_from_files_to_an_answer_and_a_score(paper, hub, music, benchmarks, tmp_
     assert fetch.main([paper, *flags]) == 0
     printed = capsys.readouterr().out
     assert f'python infer.py CLIP.mp4 "What happens?" --run {run}' in printed
-    assert ("BEATs" in printed) == (paper in ("crab", "crema"))
+    beats = {"crab": "AS2M_finetuned_on_AS2M_cpt2.pt: not", "crema": "AS2M.pt: not"}
+    assert beats.get(paper, "python infer.py") in printed
+    assert ("BEATs" in printed) == (paper in beats)
     saved = load_saved_run(run)
     assert saved.layout.paper == paper and saved.prompts["avqa"] == "Answer this: {question}"
+    assert saved.settings.run.eval_mode == ("rank" if paper == "crema" else "generate")
     limits = {"crab": 500, "crab_plus": 512, "pave": 1024, "crema": 10}
     assert saved.token_limits["avqa"] == limits[paper]
+    assert saved.token_limits["videomme"] == {"pave": 16, "crema": 30}.get(paper, limits[paper])
 
     # a clip, whose prompt is in the released form
     clip = str(music / "music-avqa" / "videos" / "0.mp4")
@@ -273,7 +279,7 @@ def test_the_mask_run_reads_and_writes_the_rows_of_its_file(hub, tmp_path):
 
 def test_beats_beside_the_files_is_taken_and_a_run_moves(hub, music, tmp_path, capsys):
     """A path in config.json that is gone is given again on the command line."""
-    beats = hub["crema"] / fetch.BEATS
+    beats = hub["crema"] / "BEATs_iter3_plus_AS2M.pt"
     torch.save({"cfg": vars(BeatsConfig()), "model": {}}, beats)
     run = tmp_path / "run"
     assert fetch.main(["crema", "--from", str(hub["crema"]), "--out", str(run)]) == 0
@@ -319,8 +325,25 @@ def test_what_cannot_be_fetched_is_one_line(hub, tmp_path, capsys):
     zipped.mkdir()
     name = "pave_v5_1_3_lora_avsd_imagebind.zip"
     (zipped / name).write_bytes((hub["pave"] / name).read_bytes()[:900])
+    part = tmp_path / "part"
+    part.mkdir()
+    with zipfile.ZipFile(hub["pave"] / name) as whole, zipfile.ZipFile(part / name, "w") as packed:
+        for member in whole.namelist():
+            if "adapter_model" in member:
+                packed.writestr(member, whole.read(member))
+    masks = part / "finetune_weights.bin"  # under the name of another file
+    shutil.copy(hub["crab"] / "avs_finetune_weights.bin", masks)
+    cloned = tmp_path / "cloned"  # without git-lfs
+    cloned.mkdir()
+    for file in (name, "finetune_weights.bin"):
+        (cloned / file).write_text("version https://git-lfs.github.com/spec/v1\nsize 1740000000\n")
     cases = [
-        (["crab_plus", "--from", str(tmp_path)], "half a download? Download it again"),
+        (["pave", "--files", "pave_v5_1_2_lora.zip"], "rotary positions"),
+        (["pave", "--from", str(cloned)], "a git-lfs pointer"),
+        (["crab_plus", "--from", str(cloned)], "a git-lfs pointer"),
+        (["pave", "--from", str(part)], "no non_lora_trainables in it"),
+        (["crab", "--from", str(part)], "a mask decoder alone"),
+        (["crab_plus", "--from", str(tmp_path / "half")], "half a download? Download it again"),
         (["crab", "--from", str(hub["crab_plus"])], "checkpoint of another model or stage?"),
         (["crema", "--from", str(started)], "incomplete, half a download"),
         (["pave", "--from", str(zipped)], "not a whole zip"),
@@ -332,3 +355,22 @@ def test_what_cannot_be_fetched_is_one_line(hub, tmp_path, capsys):
         error = capsys.readouterr().err
         assert reason in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network_there_is_no_traceback(monkeypatch, tmp_path, capsys):
+    """What httpx raises for it is no OSError, and may have no text."""
+
+    def no_network(*arguments, **options):
+        raise HTTPError("")
+
+    monkeypatch.setattr(fetch.HfApi, "repo_info", no_network)
+    monkeypatch.setattr(loading.HfApi, "model_info", no_network)
+    monkeypatch.setattr(loading, "hf_hub_download", no_network)
+    assert fetch.main(["crab_plus", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be downloaded (HTTPError); where there is a network" in error
+    assert error.count("\n") == 1
+    loading.announce_download("no/such-model")
+    assert "the hub does not say the size" in capsys.readouterr().err
+    with pytest.raises(RunError, match="no such folder, and no run of that name"):
+        loading.fetch_run("no/such-run")

@@ -88,6 +88,13 @@ def test_half_a_checkpoint_is_named(omni):
         load_model(omni)
 
 
+def test_half_a_file_is_not_looked_for_on_the_hub(omni):
+    file = Path(omni.weights) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"cannot be loaded \(.*\)\. Is the download whole"):
+        load_model(omni)
+
+
 def test_a_foreign_layout_is_named(omni):
     change_weights(omni, lambda state: {f"module.{key}": x for key, x in state.items()})
     with pytest.raises(ModelError, match="are not in it .*Is the download whole, and the model of"):

@@ -251,7 +251,7 @@ def test_weights_that_are_not_there_say_what_to_do():
 def test_half_a_checkpoint_says_what_to_do(model, tmp_path):
     model.thinker.config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"the first half")
-    with pytest.raises(ModelError, match="Qwen2.5-Omni .* cannot be loaded.*hf download"):
+    with pytest.raises(ModelError, match="Qwen2.5-Omni .* cannot be loaded.*Is the download wh"):
         load_model(replace(TINY, weights=str(tmp_path)))
 
 

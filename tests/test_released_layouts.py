@@ -9,11 +9,12 @@ from crab_min.answers import TEXT, Answer
 from crab_min.backbones.composed import CRAB_TOKENS, load_base, load_tokenizer
 from crab_min.backbones.load import load_model
 from crab_min.backbones.tiny_random import byte_level_qwen
+from crab_min.beats import fbank
 from crab_min.config import BackboneConfig
 from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError, ModelError
 from crab_min.evaluation.metrics import score
-from crab_min.interface import build_prompt
+from crab_min.interface import audio_windows, build_prompt
 from crab_min.tasks import TASKS
 from crab_min.tools.released.layouts import RELEASED, released_form
 from crab_min.tools.released.wording import Wording, missing_words, read_wording
@@ -157,6 +158,23 @@ def test_crab_is_asked_as_by_its_loader(task):
         assert [p.kind for p in alone if p.path] == ["image", "audio"]
 
 
+def test_crab_tokenizes_its_template_with_the_texts_beside_it(monkeypatch):
+    """Llama's tokenizer makes other tokens of the pieces than of the whole."""
+    model = load_base("random")
+    encode, texts = model.encode_text, []
+
+    def noted(text: str) -> list[int]:
+        texts.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(model, "encode_text", noted)
+    prompt_of(model, "crab", "ave", {"video": 10, "audio": 10})
+    leads = standins("crab").leads
+    before = f"[INST] <<SYS>>\n{SYSTEM}\n<</SYS>>\n\n"
+    end = f"\n{words_of('ave')} [/INST]"
+    assert texts == [before + leads["video"], "\n" + leads["audio"], end]
+
+
 def test_crab_adds_its_tokens_to_a_tokenizer_in_their_order(tmp_path):
     """The rows of released embeddings are in this order."""
     byte_level_qwen({}).save_pretrained(tmp_path)
@@ -178,9 +196,15 @@ def test_crab_names_the_second_of_a_frame():
     ]
     assert [p.window for p in parts if p.kind == "audio"] == ["fifths"]
 
+    # AVSS is trained on the sound of all frames; its own rows name that of one
+    avss = RELEASED["crab"].layout.adapt(TASKS["avss"])
+    for image, window in ((ROW["image_path"], "tenths"), ("3.jpg", "tenth")):
+        parts = build_prompt(avss, {**ROW, "image_path": image, "window": "tenth"})
+        assert [p.window for p in parts if p.kind == "audio"] == [window]
+
 
 # --- PAVE: Qwen's chat, a dialogue is a conversation --------------------------------------------
-@pytest.mark.parametrize("task", ["avqa", "avqa_thu", "scanqa", "sqa3d", "avsd"])
+@pytest.mark.parametrize("task", ["avqa", "avqa_thu", "scanqa", "sqa3d", "avsd", "egoexo"])
 def test_pave_is_asked_as_by_its_evaluation(task):
     model = load_model(BackboneConfig(backbone="llava_onevision", weights="tiny-random"))
     lettered = "".join(f"{a}.{o}\n" for a, o in zip("ABCDE", ROW["multi_choice"]))
@@ -190,6 +214,7 @@ def test_pave_is_asked_as_by_its_evaluation(task):
         "sqa3d": [f"{ROW['situation']} {ROW['question']}"],
         "avqa_thu": [words_of("avqa_thu").format(question=ROW["question"], choices=lettered)],
         "avsd": ["Who?", "Where?", "Why?"],
+        "egoexo": [words_of("egoexo")],
     }[task]
     chat = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
     for index, question in enumerate(questions):
@@ -223,6 +248,17 @@ def test_crema_is_asked_as_by_its_data_sets(task):
     assert len(encode(text)) > 76 or task == "avqa"
 
 
+def test_crema_hears_two_pieces_of_512_mel_frames():
+    layout = RELEASED["crema"].layout
+    parts = build_prompt(layout.adapt(TASKS["avqa"]), ROW, layout=layout)
+    assert [part.window for part in parts if part.kind == "audio"] == ["opening"]
+    windows = audio_windows("opening", 60)
+    assert [start for start, _ in windows] == [0, 5.12]
+    for start, end in windows:
+        samples = round(16000 * (end - start))
+        assert fbank(torch.randn(1, samples)).shape == (1, 512, 128)
+
+
 # --- bare answers -------------------------------------------------------------------------------
 BARE = {
     "avqa": (["two", " Two.", "2", "<answer> two</answer>"], Answer(choice="two")),
@@ -253,6 +289,39 @@ def test_a_bare_answer_counts_where_the_layout_says_so(task):
             assert all(result["all"].get(name, 1) == 1 for name in LENIENT)
         if TASKS[task].form is not TEXT and "<" not in text:
             assert score(TASKS[task], [TASKS[task].parse(text)], [gold])["parsed"] == 0
+
+
+# --- answers with reasoning, in the form in which the released models learned them --------------
+WRITTEN = {
+    "avqa": (
+        "A saxophone plays. So the answer is <answer> saxophone </answer>.",
+        Answer(choice="saxophone"),
+    ),
+    "ave": (
+        "A man speaks. So it is <event> Male speech, man speaking </event>, and the time range is "
+        "<range> 0,8 </range>.",
+        Answer(events=[("male speech, man speaking", [(0, 8)])]),
+    ),
+    "avvp": (
+        "They are <visual_event>Chainsaw,(0 10)</visual_event> and "
+        "<audio_event>Chainsaw,(2 10)</audio_event>",
+        Answer(visual_events=[("chainsaw", [(0, 10)])], audio_events=[("chainsaw", [(2, 10)])]),
+    ),
+    "arig": (
+        "It is a dog. Its coordinate of top left corner is (1,2) and coordinate of bottom right "
+        "corner is (30,40)",
+        Answer(boxes=[(1, 2, 30, 40)]),
+    ),
+    "s4": ("A dog. [1,2,30,40] [5,6],[7,8],[9,10]", Answer(boxes=[(1, 2, 30, 40)])),
+}
+
+
+@pytest.mark.parametrize("task", WRITTEN)
+def test_answers_of_crab_and_crab_plus_are_read(task):
+    text, gold = WRITTEN[task]
+    assert score(TASKS[task], [TASKS[task].parse(text)], [gold])["metric"] == 1
+    written = "It is a dog. Its coordinates are <obj>(1,2)(30,40)</obj>."  # in rows of Crab+'s test
+    assert TASKS["arig"].parse(written).boxes == [(1, 2, 30, 40)]
 
 
 LENIENT = ("substring_released", "part_of_gold", "refined", "substring_of_gold")
@@ -301,11 +370,18 @@ class Loader:
     def add_s4_task_samples(self):
         self.samples.append({
             "instruction": f"A film:\n<video_start><video><video_end>\nIts sound:\n<audio_start>"
-            f"<audio><audio_end>\nShow it at the {th} second.",
+            f"<audio><audio_end>\nShow it at the first second.",
         })
     def add_avqa_task_samples(self):
         instruction = f"A film:\n<video_start><video><video_end>\nAnswer, {question}"
         self.samples.append({"instruction": instruction})
+class TestLoader:
+    def add_s4_task_samples(self):
+        self.samples.append({
+            "instruction": f"A test:\n<video_start><video><video_end>\nShow it at the {th} second.",
+        })
+    def add_avqa_task_samples(self):
+        self.samples.append({"instruction": f"Answer in a test, {question}"})
 """,
         {"s4": "Show it at the {second} second.", "avqa": "Answer, {question}"},
     ),
@@ -360,7 +436,7 @@ def test_words_come_from_a_file_too_and_missing_ones_are_named(tmp_path):
     file.write_text(json.dumps({"prompts": {"avqa": "Q: {question}"}}))
     assert read_wording("crema", str(file)).prompts == {"avqa": "Q: {question}"}
     assert "our own for sqa3d, nextqa" in missing_words("crema", {"avqa": "Q: {question}"})
-    assert missing_words("pave", {"avqa_thu": "..."}) == ""
+    assert missing_words("pave", dict.fromkeys(RELEASED["pave"].tasks, "...")) == ""
     file.write_text('{"prompt": {}}')
     with pytest.raises(DataError, match="not a file of wording"):
         read_wording("crema", str(file))

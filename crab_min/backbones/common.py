@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -73,11 +74,13 @@ def named_weights(what: str, name: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"{what} {name}: cannot be loaded ({reason}). Where there is a network, "
-            f"`hf download {name} --local-dir FOLDER` fetches it (some need an account that has "
-            "accepted a licence); then name the FOLDER instead"
-        ) from error
+        advice = (
+            f"Where there is a network, `hf download {name} --local-dir FOLDER` fetches it (some "
+            "need an account that has accepted a licence); then name the FOLDER instead"
+        )
+        if Path(name).is_dir():
+            advice = "Is the download whole? Fetch it again"
+        raise ModelError(f"{what} {name}: cannot be loaded ({reason}). {advice}") from error
 
 
 def load_pretrained(
@@ -147,7 +150,7 @@ def refuse_unusable(name: str) -> None:
         ModelError: they are quantized by another method, or git-lfs pointers.
     """
     config, _ = PreTrainedConfig.get_config_dict(name)
-    method = config.get("quantization_config", {}).get("quant_method")
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method:
         raise ModelError(
             f"{name}: its weights are quantized ({method}), and an adapter is trained here on "

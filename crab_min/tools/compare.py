@@ -32,6 +32,7 @@ TITOK = "a re-run of the released weights, TiTok's table 2"
 TABLE_1, TABLE_2 = "CREMA, 2402.05889 v1, table 1", "CREMA, 2402.05889 v1, table 2"
 TABLE_3, TABLE_4 = "CREMA, 2402.05889 v1, table 3", "CREMA, 2402.05889 v1, table 4"
 README = "PAVE, 2503.19794, the authors' README"
+V_LYNX = "PAVE, 2503.19794, as quoted by V-LynX"
 
 # fmt: off
 PUBLISHED = {
@@ -59,25 +60,46 @@ PUBLISHED = {
         Published("scanqa",   "refined",         40.0,  "0.5B", README),
         Published("scanqa",   "metric",          29.1,  "7B",   README),
         Published("scanqa",   "refined",         48.5,  "7B",   README),
+        Published("scanqa",   "cider_own_words",        84.2,  "0.5B", README),
+        Published("scanqa",   "bleu_4_own_words",       13.1,  "0.5B", README),
+        Published("scanqa",   "rouge_l_coco_own_words", 42.1,  "0.5B", README),
+        Published("scanqa",   "cider_own_words",        103.4, "7B",   README),
+        Published("scanqa",   "bleu_4_own_words",       16.0,  "7B",   README),
+        Published("scanqa",   "rouge_l_coco_own_words", 49.0,  "7B",   README),
         Published("sqa3d",    "metric",          51.1,  "0.5B", README),
         Published("sqa3d",    "refined",         52.8,  "0.5B", README),
         Published("sqa3d",    "metric",          59.0,  "7B",   README),
         Published("sqa3d",    "refined",         61.4,  "7B",   README),
+        Published("videomme", "metric",          46.0,  "0.5B", README),
+        Published("videomme", "metric",          59.9,  "7B",   README),
+        Published("mvbench",  "metric",          46.6,  "0.5B", README),
+        Published("mvbench",  "metric",          58.0,  "7B",   README),
+        Published("mlvu",     "metric",          51.6,  "0.5B", V_LYNX),
+        Published("mlvu",     "metric",          67.0,  "7B",   V_LYNX),
+        Published("egoexo",   "metric",          32.4,  "0.5B", V_LYNX),
+        Published("egoexo",   "metric",          44.2,  "7B",   V_LYNX),
     ),
     "crema": (
+        Published("sqa3d",  "substring_of_gold", 47.3, "3D, fine-tuned",          TABLE_1),
         Published("sqa3d",  "substring_of_gold", 51.8, "V, fine-tuned",           TABLE_1),
         Published("sqa3d",  "substring_of_gold", 52.1, "V,3D, fine-tuned",        TABLE_1),
+        Published("sqa3d",  "substring_of_gold", 53.0, "V,3D,D, fine-tuned",      TABLE_1),
         Published("sqa3d",  "substring_of_gold", 52.7, "V,3D,D fused",            TABLE_1),
         Published("sqa3d",  "substring_of_gold", 39.6, "V, zero-shot",            TABLE_4),
         Published("sqa3d",  "substring_of_gold", 40.0, "V,3D, zero-shot",         TABLE_4),
         Published("sqa3d",  "substring_of_gold", 37.3, "3D, zero-shot",           TABLE_4),
+        Published("avqa",   "part_of_gold",      68.0, "A, fine-tuned",           TABLE_2),
         Published("avqa",   "part_of_gold",      78.7, "V, fine-tuned",           TABLE_2),
         Published("avqa",   "part_of_gold",      79.4, "V,A, fine-tuned",         TABLE_2),
+        Published("avqa",   "part_of_gold",      80.8, "V,A,F, fine-tuned",       TABLE_2),
         Published("avqa",   "part_of_gold",      80.6, "V,A,F fused",             TABLE_2),
         Published("avqa",   "part_of_gold",      51.0, "V, zero-shot",            TABLE_4),
         Published("avqa",   "part_of_gold",      52.6, "V,A, zero-shot",          TABLE_4),
         Published("avqa",   "part_of_gold",      31.0, "A, zero-shot",            TABLE_4),
         Published("nextqa", "metric",            71.6, "V, fine-tuned",           TABLE_3),
+        Published("nextqa", "metric",            72.4, "V,F, fine-tuned",         TABLE_3),
+        Published("nextqa", "metric",            72.8, "V,F,D, fine-tuned",       TABLE_3),
+        Published("nextqa", "metric",            73.5, "V,F,D,N, fine-tuned",     TABLE_3),
         Published("nextqa", "metric",            73.0, "V,F,D,N fused",           TABLE_3),
     ),
 }

@@ -347,15 +347,25 @@ def run_settings(preset: str, model: ReleasedModel) -> Settings:
         rank = max(model.parts[f"modality_{side}"].config["rank"] for side in model.sides)
         fusion = RELEASED_FUSION["mode"] if "fusion" in model.parts else "none"
         values |= {"modalities": sides, "modality_rank": rank, "fusion": fusion}
+        values |= {"eval_mode": "rank"}  # of options the likeliest letter, as released
     return with_values(RECIPES[recipe](), **values)
 
 
 def stage_values(model: ReleasedModel) -> dict:
-    """Return the settings of the stage of Crab that the files come from."""
+    """Return the settings of the stage of Crab that the files come from.
+
+    Raises:
+        ModelError: a mask decoder without the model that it was trained on.
+    """
     if "mask_decoder" not in model.parts:
         connectors = [name.removesuffix("_qformer") for name in model.parts]
         is_aligned_alone = len(connectors) == 1 and not model.adapter
         return {"stage": connectors[0] if is_aligned_alone else "unified"}
+    if not model.adapter or "visual_qformer" not in model.parts:
+        raise ModelError(
+            "a mask decoder alone: the adapter and the connectors that it was trained with are in "
+            "another file, finetune_weights.bin of the unified stage; give both files"
+        )
     state = model.parts["mask_decoder"].state
     queries, width = state["decoder.queries"].shape
     return {

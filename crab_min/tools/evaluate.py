@@ -136,11 +136,9 @@ def describe(
     given: Namespace, run: LoadedRun, root: Path, samples: list[Sample], decoding: Decoding
 ) -> dict:
     """Return everything that the answers depend on, for decoding.json."""
-    method = "greedy"
-    if decoding.mode == "rank":
-        method = "likeliest option"
-    elif given.beams > 1:
-        method = f"{given.beams} beams"
+    method = f"{given.beams} beams" if given.beams > 1 else "greedy"
+    if decoding.mode == "rank":  # open questions have no options
+        method = f"likeliest option, else {method}"
     return {
         "run": str(run.folder),
         "data": str(root),

@@ -16,18 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError
 
+from crab_min.beats import refuse_lfs_pointers
 from crab_min.cli import Parser, run_command
 from crab_min.errors import ModelError
 from crab_min.recipes.presets import PRESETS
 from crab_min.tools.convert import DEFAULT_PRESETS, convert_files
 
-BEATS = "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
+# Crab's was fine-tuned to classify sounds, CREMA's was not
+BEATS_OF_CRAB = "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt"
+BEATS_OF_CREMA = "BEATs_iter3_plus_AS2M.pt"
+ROTARY = "v5_1_2"  # in the name of PAVE's video patch for 0.5B
 BEATS_WHERE = (
-    f"{BEATS}: not here, and sound needs it. Its authors link it in github.com/microsoft/unilm, "
-    "folder beats, under fine-tuned BEATs_iter3+ (AS2M) (cpt2). The right file has about 363 MB, "
-    "and the keys cfg and model; give it to infer.py with --audio-encoder"
+    "not here, and sound needs it. Its authors link it in github.com/microsoft/unilm, folder "
+    "beats. The right file has about 360 MB, and the keys cfg and model; give it to infer.py with "
+    "--audio-encoder"
 )
 
 
@@ -41,7 +45,7 @@ class Release:
         files: name of a model -> its files; the first one is the default.
         tables: name of a model whose weights have other names than those of the paper.
         sides: name of a model -> its side channels or modalities, see tools/convert.py.
-        hears: it needs a BEATs.
+        beats: the file of its BEATs, if it needs one.
         reads_features: a clip is asked about with a file of features of its side channel.
     """
 
@@ -50,7 +54,7 @@ class Release:
     kind: str = "model"
     tables: dict[str, str] = field(default_factory=dict)
     sides: dict[str, str] = field(default_factory=dict)
-    hears: bool = False
+    beats: str = ""
     reads_features: bool = False
 
 
@@ -68,7 +72,7 @@ RELEASES = {
             "visual": ["visual_pretrain.bin"],
             "audio": ["audio_pretrain.bin"],
         },
-        tables={"visual": "crab-pretrain", "audio": "crab-pretrain"}, hears=True,
+        tables={"visual": "crab-pretrain", "audio": "crab-pretrain"}, beats=BEATS_OF_CRAB,
     ),
     "pave": Release(
         "zhuomingliu/PAVE",
@@ -77,7 +81,6 @@ RELEASES = {
             "avsd-7b": ["pave_5_1_3_lora_avsd_7B_imagebind.zip"],
             "scanqa-0.5b": ["pave_scanqa_v5_1_3_3d_lora.zip"],
             "scanqa-7b": ["pave_scanqa_v5_1_3_3d_lora_7B.zip"],
-            # the video patch of 0.5B has rotary positions, which its weights do not show
             "video-7b": ["pave_v5_1_3_lora_7B.zip"],
         },
         sides={"scanqa-0.5b": "depth", "scanqa-7b": "depth", "video-7b": "fast"},
@@ -85,7 +88,7 @@ RELEASES = {
     ),
     "crema": Release(
         "Shoubin/CREMA", {"zero-shot": ["crema_pretrained.pth"], "initial": ["crema_initial.pth"]},
-        sides={"initial": "rgb"}, hears=True,
+        sides={"initial": "rgb"}, beats=BEATS_OF_CREMA,
     ),
 }
 # fmt: on
@@ -100,6 +103,11 @@ def fetch(given: argparse.Namespace) -> None:
     release = RELEASES[given.paper]
     name = given.files or next(iter(release.files))
     wanted = release.files.get(name) or name.split(",")
+    if ROTARY in name:
+        raise ModelError(
+            f"--files {name}: its patch has rotary positions, which its weights do not show, and "
+            f"would answer wrongly; choose from {', '.join(release.files)}"
+        )
     folder = Path(given.from_folder) if given.from_folder else None
     files = [find(folder, file) if folder else download(release, file) for file in wanted]
 
@@ -114,11 +122,11 @@ def fetch(given: argparse.Namespace) -> None:
         preset = given.preset or preset_of(given.paper, wanted)
         default_sides = "rgb,audio" if given.paper == "crema" else "audio"
         sides = (given.side or release.sides.get(name) or default_sides).split(",")
-        beats = find_beats(folder) if release.hears else ""
+        beats = find_beats(folder, release.beats) if release.beats else ""
         print(convert_files(table, weights, out, preset, sides, given.prompts_from, beats))
 
-    if release.hears and not beats:
-        print(f"note: {BEATS_WHERE}")
+    if release.beats and not beats:
+        print(f"note: {release.beats}: {BEATS_WHERE}")
     flags = f" --side {sides[0]}=FEATURES.pt" if release.reads_features else ""
     print(f'python infer.py CLIP.mp4 "What happens?" --run {out}{flags}')
 
@@ -141,9 +149,9 @@ def find(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def find_beats(folder: Path | None) -> str:
+def find_beats(folder: Path | None, name: str) -> str:
     """Return the path of BEATs in a folder or here; "" if it is in neither."""
-    places = [Path(BEATS), *(folder.rglob(BEATS) if folder else ())]
+    places = [Path(name), *(folder.rglob(name) if folder else ())]
     return next((str(place.absolute()) for place in places if place.is_file()), "")
 
 
@@ -164,8 +172,8 @@ def download(release: Release, name: str) -> Path:
             )
         print(f"{release.repo}/{name}: {sizes[name] / 1e9:.2f} GB", file=sys.stderr)
         file = Path(hf_hub_download(release.repo, name, repo_type=release.kind))
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (HTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{release.repo}/{name}: cannot be downloaded ({reason}); where there is a network: "
             f"hf download {release.repo} {name} --repo-type {release.kind} --local-dir FOLDER; "
@@ -185,6 +193,7 @@ def unpack(file: Path, folder: Path) -> list[str]:
     Raises:
         ModelError: not a whole zip, or one without weights.
     """
+    refuse_lfs_pointers(file)
     try:
         with zipfile.ZipFile(file) as packed:
             names = [name for name in packed.namelist() if is_weights(name)]
@@ -195,8 +204,9 @@ def unpack(file: Path, folder: Path) -> list[str]:
         raise ModelError(
             f"{file}: not a whole zip ({error}), is it half a download? Fetch it again"
         ) from None
-    if not names:
-        raise ModelError(f"{file}: no adapter_model and no non_lora_trainables in it")
+    missing = {"adapter_model", "non_lora_trainables"} - {Path(name).stem for name in names}
+    if missing:
+        raise ModelError(f"{file}: no {' and no '.join(sorted(missing))} in it; is it PAVE's?")
     return [str(folder / Path(name).name) for name in names]
 
 

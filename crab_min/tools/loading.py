@@ -10,11 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HTTPError
 
 from crab_min.backbones.load import backbone_of, load_model
 from crab_min.config import RECIPES, Settings, with_values
@@ -164,8 +160,8 @@ def fetch_run(name: str) -> Path:
         if not {"recipe", "train"} & config.keys():  # "train" in runs of the first version
             raise RunError(f"{name}: a model and no run; ask it with --model {name}")
         return Path(snapshot_download(name))
-    except (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (HTTPError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise RunError(
             f"{name}: no such folder, and no run of that name could be fetched from the hub "
             f"({reason}); give a finished run with --run, or train one: python train.py"
@@ -214,7 +210,7 @@ def announce_download(name: str) -> None:
         files = HfApi().model_info(name, files_metadata=True).siblings
         size = sum(f.size or 0 for f in files if not f.rfilename.endswith((".bin", ".pt", ".pth")))
         print(f"{name}: {size / 1e9:.1f} GB to download, once", file=sys.stderr)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = type(error).__name__
         print(f"{name}: to download; the hub does not say the size ({reason})", file=sys.stderr)
 

@@ -96,7 +96,8 @@ PAVE = ReleasedForm(
     ),
     repository="dragonlzm/PAVE",
     limit=1024,
-    tasks=("avqa_thu",),
+    limits={"videomme": 16},
+    tasks=("avqa_thu", "egoexo", "videomme", "mvbench", "mlvu"),
     prompts={"avqa": "{question}", "scanqa": "{question}", "sqa3d": "{situation} {question}"},
 )
 CREMA = ReleasedForm(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crab_min.beats import refuse_lfs_pointers
 from crab_min.errors import ModelError
 from crab_min.tools.released import TABLES
 from crab_min.tools.released.patterns import DROPPED, compile_pattern
@@ -57,6 +58,7 @@ def read_checkpoint(path: str | Path):
         raise ModelError(
             f"{path}: no such file; give the path of a downloaded .safetensors, .bin, .pt or .pth"
         )
+    refuse_lfs_pointers(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

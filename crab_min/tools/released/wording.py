@@ -182,14 +182,18 @@ def read_crab(tree: ast.AST, wording: Wording) -> None:
     """Read Crab's loaders: lead-ins between the tokens of media, then the instruction."""
     for name, function, names in functions_of(tree):
         match = LOADER.fullmatch(name)
-        if not match or match[1] not in TASKS or match[1] in wording.prompts:
+        if not match or match[1] not in TASKS:
             continue
         written = [entry["instruction"] for entry in entries_of(function) if "instruction" in entry]
         for text in [text_of(node, names) or "" for node in written]:
             for lead, kind in MARKED.findall(text):
-                wording.leads[kind] = lead.lstrip("\n")
+                wording.leads.setdefault(kind, lead.lstrip("\n"))
             instruction = MARKED.sub("", text).strip("\n")
-            if instruction:
+            # The words of training, which come first. Those of S4 name the first second alone, on
+            # which it is trained; those of its test have the second of each frame.
+            known = wording.prompts.get(match[1], "")
+            names_more = "{second}" in instruction and "{second}" not in known
+            if instruction and (not known or names_more):
                 wording.prompts[match[1]] = instruction
 
 
