@@ -95,7 +95,7 @@ def test_a_run_leaves_its_numbers_and_predictions(finished):
         assert {"metric", "base", "constant", "parsed", "n", "all"} <= set(result)
         assert 0 <= result["metric"] <= 1 and 0 <= result["parsed"] <= 1 and result["n"] > 0
     assert metrics["tasks"]["avqa"]["base_lenient"] == metrics["base"]["avqa"]["lenient"]
-    assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable"] == 0
+    assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable_files"] == 0
     assert set(metrics["loss"]) == {"first", "last"}
 
     lines = (finished / "predictions" / "ave.jsonl").read_text().splitlines()

@@ -464,7 +464,6 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         **evaluation.numbers,
         "seconds": seconds,
         "steps": len(run.steps),
-        "unreadable": len(run.features.unreadable),
     }
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
     (folder / ANSWERS).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from crab_min.answers import answer_tag
@@ -71,21 +72,22 @@ def class_folders(folder: Path) -> list[Path]:
     return [] if annotated else [inner for inner in folders if media_files(inner)]
 
 
-def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
+def read_own_rows(path: Path, answers: bool = True, labels: Iterable[str] = ()) -> list[dict]:
     """Read the rows of a table, of class folders or of a .jsonl.
 
     Args:
         answers: every row must have an answer; else rows may be questions alone.
+        labels: what the question that is made for a table lists beside the table's own labels.
 
     Raises:
         DataError: the file or one of its lines cannot be used; names the line.
     """
     if path.is_dir():
-        rows = read_class_folders(path)
+        rows = read_class_folders(path, labels)
     elif path.suffix.lower() in (".jsonl", ".json"):
         rows = read_jsonl(path, answers)
     else:
-        rows = read_table(path, answers)
+        rows = read_table(path, answers, labels)
     if not rows:
         form = ROW_FORM if path.suffix.lower() == ".jsonl" else TABLE_FORM
         raise DataError(f"{path}: no lines; a line is {form}")
@@ -95,15 +97,15 @@ def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
 # --- class folders and tables ---------------------------------------------------------------------
 
 
-def read_class_folders(folder: Path) -> list[dict]:
+def read_class_folders(folder: Path, labels: Iterable[str]) -> list[dict]:
     """Make a row of each clip in a folder of class folders."""
     labelled = []
     for inner in class_folders(folder):
         labelled += [{"clip": str(file), "label": inner.name} for file in media_files(inner)]
-    return labelled_rows(labelled, Path())
+    return labelled_rows(labelled, Path(), labels)
 
 
-def read_table(path: Path, answers: bool) -> list[dict]:
+def read_table(path: Path, answers: bool, labels: Iterable[str]) -> list[dict]:
     """Read a table with a heading; commas, semicolons or tabs between its columns."""
     columns, numbered = read_csv(path)
     if "clip" not in columns and "file" in columns:
@@ -124,7 +126,7 @@ def read_table(path: Path, answers: bool) -> list[dict]:
                 raise DataError(f"{cells['where']}: no {name}; a line is {TABLE_FORM}")
         table.append(cells)
     if "label" in columns:
-        return labelled_rows(table, path.parent)
+        return labelled_rows(table, path.parent, labels)
     is_label = all(is_short(cells.get("answer", "")) for cells in table)
     return [question_row(cells, path.parent, is_label) for cells in table]
 
@@ -135,9 +137,19 @@ def note_unused(path: Path, what: str, names: list[str]) -> None:
         print(f"note: {path}: {what} that are not used: {', '.join(names)}", file=sys.stderr)
 
 
-def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
+def table_labels(path: Path) -> list[str]:
+    """Return the labels of a table or of class folders; none of other data."""
+    if path.is_dir():
+        return [inner.name for inner in class_folders(path)]
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return []
+    _, numbered = read_csv(path)
+    return [cells["label"] for _, cells in numbered if cells.get("label")]
+
+
+def labelled_rows(labelled: list[dict], folder: Path, labels: Iterable[str]) -> list[dict]:
     """Make rows of clips and labels: one question and list of labels for all."""
-    labels = sorted({row["label"] for row in labelled})
+    labels = sorted({*labels, *(row["label"] for row in labelled)})
     question = "Which class is it?"
     if len(labels) <= LISTED_LABELS:
         question = f"Which of these is it: {', '.join(labels)}?"
