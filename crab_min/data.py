@@ -8,6 +8,7 @@ needed: `load_media` turns one part of a prompt into arrays, in a worker process
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -327,7 +328,7 @@ def data_sources(data: str) -> list[tuple[str, float]]:
         DataError: a share that is no positive number.
     """
     data = str(data)
-    if Path(data).exists() or "," not in data:
+    if os.path.exists(data) or "," not in data:
         return [(data, 1.0)]
     sources = []
     for item in data.split(","):

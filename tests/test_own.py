@@ -73,7 +73,7 @@ def splits(path: Path, **config) -> tuple[list, list]:
 # --- one reader -----------------------------------------------------------------------------------
 
 
-def test_a_table_and_class_folders_give_the_same_rows(clips):
+def test_a_table_and_class_folders_give_the_same_rows(clips, capsys):
     table = read_own_rows(clips / "labels.csv")
     folders = read_own_rows(clips / "classes")
     contents = {row["messages"][0]["content"] for row in [*table, *folders]}
@@ -83,6 +83,16 @@ def test_a_table_and_class_folders_give_the_same_rows(clips):
         assert sorted(answers) == ["<answer> a dog</answer>"] * 4 + ["<answer> rain</answer>"] * 4
         assert all(row["options"] == ["a dog", "rain"] for row in rows)
     assert {Path(row["videos"][0]).name for row in table} >= set(NAMES)
+
+    # what is no clip of a class is named
+    (clips / "classes" / "rain" / "more").mkdir()
+    (clips / "classes" / "rain" / "more" / "x.mp4").touch()
+    (clips / "classes" / "rain" / "x.txt").touch()
+    assert read_own_rows(clips / "classes") == folders
+    unused = os.path.join("rain", "more", "x.mp4") + ", " + os.path.join("rain", "x.txt")
+    assert f"files that are not used: {unused}\n" in capsys.readouterr().err
+    shutil.rmtree(clips / "classes" / "rain" / "more")
+    (clips / "classes" / "rain" / "x.txt").unlink()
 
     # the folder of the table itself has no classes, whatever lies beside it
     with pytest.raises(DataError, match="a table such as labels.csv"):
@@ -234,6 +244,8 @@ def test_sources_have_their_shares(tmp_path, small_world):
     assert own == pytest.approx(0.7, abs=0.03)
     with pytest.raises(DataError, match="'much' is no share"):
         data_sources("a.csv:much,b.csv")
+    many = [(f"labels_of_the_recording_{i:03}.csv", 0.1) for i in range(10)]
+    assert data_sources(",".join(f"{path}:{share}" for path, share in many)) == many
 
 
 # --- conversations --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ channels), "split", "start", "end", and "where", the file and line for messages.
 
 import difflib
 import math
+import os
 import random
 import re
 import sys
@@ -39,6 +40,7 @@ MEDIA_TAG_TEXT = "(<video>|<audio>|<image>)"
 MEDIA_TAG = re.compile(rf"(?<!\\){MEDIA_TAG_TEXT}")
 WORD = re.compile(rf"\\{MEDIA_TAG_TEXT}")
 LISTED_LABELS = 30  # labels that a question names, at most
+SHOWN = 10  # unused names that a note lists, at most
 LABEL_WORDS = 5  # words of an answer in a table that still counts as a label
 TEST_SHARE = 5  # one clip of so many of each label is a test clip
 COLUMNS = ("clip", "file", "label", "question", "answer", "split", "start", "end", "audio")
@@ -56,7 +58,7 @@ TABLE_FORM = "clip,label or clip,question,answer; more columns: split,start,end,
 def is_own(path: str | Path) -> bool:
     """Tell whether a path is a table, a .jsonl, or a folder of class folders."""
     path = Path(path)
-    return path.suffix.lower() in TABLES or bool(path.is_dir() and class_folders(path))
+    return path.suffix.lower() in TABLES or bool(os.path.isdir(path) and class_folders(path))
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -102,6 +104,12 @@ def read_class_folders(folder: Path, labels: Iterable[str]) -> list[dict]:
     labelled = []
     for inner in class_folders(folder):
         labelled += [{"clip": str(file), "label": inner.name} for file in media_files(inner)]
+
+    # what lies elsewhere or is no medium by its name
+    clips = {row["clip"] for row in labelled}
+    files = [file for file in sorted(folder.rglob("[!.]*")) if file.is_file()]
+    unused = [str(file.relative_to(folder)) for file in files if str(file) not in clips]
+    note_unused(folder, "files", unused)
     return labelled_rows(labelled, Path(), labels)
 
 
@@ -132,9 +140,12 @@ def read_table(path: Path, answers: bool, labels: Iterable[str]) -> list[dict]:
 
 
 def note_unused(path: Path, what: str, names: list[str]) -> None:
-    """Say on stderr which columns or keys of a file are not used."""
+    """Say on stderr which columns or keys of a file, or files of a folder, are not used."""
+    shown = names[:SHOWN]
+    if len(names) > SHOWN:
+        shown.append(f"and {len(names) - SHOWN} more")
     if names:
-        print(f"note: {path}: {what} that are not used: {', '.join(names)}", file=sys.stderr)
+        print(f"note: {path}: {what} that are not used: {', '.join(shown)}", file=sys.stderr)
 
 
 def table_labels(path: Path) -> list[str]:
@@ -196,7 +207,7 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
     sound = media_path(folder, cells["audio"]) if cells.get("audio") else ""
     kind = media_kind(clip) or "video"
     files: dict[str, list[str]] = {kind: [clip]}
-    if sound or (kind == "video" and not Path(clip).is_dir()):  # a folder of frames has no sound
+    if sound or (kind == "video" and not os.path.isdir(clip)):  # a folder of frames has no sound
         files["audio"] = [sound or clip]
     markers = [f"{name}: <{name}>" for name in files]
     messages[0]["content"] = "\n".join([*markers, as_text(messages[0]["content"])])
@@ -212,7 +223,7 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
 def media_path(folder: Path, name: str) -> str:
     """Return the absolute path of a medium; a path as Windows writes it is read too."""
     path = folder / name
-    if "\\" in name and not path.exists():
+    if "\\" in name and not os.path.exists(path):
         path = folder / name.replace("\\", "/")
     return str(path.absolute())
 

@@ -255,10 +255,11 @@ def row_of(given: Namespace, clip: Path | None, question: str) -> dict:
 
     build_prompt reports what is missing.
     """
-    # by default the sound is that of the clip; an image or a sound may stand in its place
+    # by default the sound is that of the clip; an image or a sound may stand in its place, and a
+    # folder of frames has none
     kind = media_kind(clip) if clip else None
     sounds = given.audio
-    if not sounds and clip and kind != "image":
+    if not sounds and clip and kind != "image" and not os.path.isdir(clip):
         sounds = [clip]
     image = given.image or (clip if kind == "image" else "")
     video = None if kind in ("audio", "image") else clip
