@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from crab_min.answers import TEXT, Answer, mask_box
 from crab_min.config import DataConfig
-from crab_min.errors import DataError, MediaError
+from crab_min.errors import DataError, MediaError, listed
 from crab_min.interface import (
     OURS,
     PromptLayout,
@@ -135,7 +135,7 @@ def read_samples(
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... "
-            "(AVUIE_2), a table (.csv, .jsonl), or a folder of class folders"
+            "(AVUIE_2), a table (.csv, .tsv, .jsonl), or a folder of class folders"
         )
 
     # a task without an annotation file is left out
@@ -154,7 +154,7 @@ def read_samples(
             samples.append(sample)
     if not samples:
         raise DataError(
-            f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. "
+            f"{root}: no {split}.json in any of {listed(tasks)}; expected e.g. "
             f"{root / tasks[0] / (split + '.json')}, or for clips of your own a table such as "
             "labels.csv, or a folder with one folder of clips per label"
         )

@@ -398,6 +398,18 @@ def test_the_printed_command_names_every_file_of_a_row(tmp_path, files):
     assert asked_sample(words, run).parts == trained.parts
 
 
+def test_a_missing_clip_is_named_once_and_not_in_the_printed_command(clips, tmp_path, capsys):
+    rows = [(tmp_path / "gone.mp4", "test"), (clips / "5.mp4", "test"), (clips / "4.mp4", "train")]
+    lines = [{"clip": str(clip), "label": "dog", "split": split} for clip, split in rows]
+    write_table(tmp_path / "t.csv", lines)
+    flags = ["--allow-missing", "--no-baseline", "--out", str(tmp_path / "run")]
+    assert train.main(["--data", str(tmp_path / "t.csv"), *SMALL, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("gone.mp4") == 1 and "5.mp4" in printed.splitlines()[-1]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["unreadable_files"] == 1
+
+
 def test_the_printed_command_names_files_below_the_working_folder_from_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"clip": f"{folder}-x.mp4", "label": "dog"} for folder in ("", "a/", "../")]
@@ -405,7 +417,7 @@ def test_the_printed_command_names_files_below_the_working_folder_from_there(tmp
     samples = read_samples(tmp_path / "t.csv", [], "train")
     commands = [asking_command(Path("runs/x"), [sample], form_of([sample])) for sample in samples]
     clips = [shlex.split(command)[2] for command in commands]
-    assert clips == ["./-x.mp4", "a/-x.mp4", str(tmp_path / "../-x.mp4")]
+    assert clips == ["./-x.mp4", "a/-x.mp4", "../-x.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -439,8 +451,10 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     (tmp_path / "q.txt").write_text("Is it a dog?\nIs it rain?\n")
     questions = ["--questions", str(tmp_path / "q.txt"), "--max-new-tokens", "4", "--out", out]
     write_sound(clips / "4.mp4", str(tmp_path / "alone.wav"))
-    others = [str(tmp_path / "alone.wav"), str(tmp_path / "broken.mp4")]
-    (tmp_path / "broken.mp4").write_text("no video")
+    others = [str(tmp_path / "alone.wav"), str(tmp_path / "folder")]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "broken.mp4").write_text("no video")
+    (tmp_path / "folder" / "empty.mp4").touch()
     assert infer.main([*run, *questions, "--", *NAMES, *others]) == 0
     with open(out, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -448,7 +462,7 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     # what cannot be asked about has an error; the others are answered
     errors = [row["error"] for row in rows[2 * len(NAMES) :]]
     assert "alone.wav: the model was trained on questions with 1 <video>" in errors[0]
-    assert "broken.mp4" in errors[2] and len(errors) == 4
+    assert "broken.mp4" in errors[2] and "empty.mp4: empty" in errors[4] and len(errors) == 6
     rows = rows[: 2 * len(NAMES)]
     assert [(row["clip"], row["question"]) for row in rows] == [
         (name, question) for name in NAMES for question in ("Is it a dog?", "Is it rain?")

@@ -542,6 +542,9 @@ def test_training_goes_on_without_missing_clips_if_asked(small_world, tmp_path, 
     assert train.main(command) == 2
     assert "gone_test.mp4" in capsys.readouterr().err
     assert train.main([*command, "--allow-missing"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("gone_train.mp4") == printed.count("gone_test.mp4") == 1
+    assert "step 1: " in printed and " GB of memory" in printed
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["unreadable_files"] == 2
     assert metrics["tasks"]["ave"]["n"] == metrics["base"]["ave"]["n"] == 2

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from crab_min.answers import answer_tag
-from crab_min.errors import DataError
+from crab_min.errors import DataError, listed
 from crab_min.interface import PromptPart, QuestionForm, text_part
 from crab_min.media.kinds import media_files, media_kind
 from crab_min.sources.llava import conversation_row, is_llava
@@ -40,7 +40,6 @@ MEDIA_TAG_TEXT = "(<video>|<audio>|<image>)"
 MEDIA_TAG = re.compile(rf"(?<!\\){MEDIA_TAG_TEXT}")
 WORD = re.compile(rf"\\{MEDIA_TAG_TEXT}")
 LISTED_LABELS = 30  # labels that a question names, at most
-SHOWN = 10  # unused names that a note lists, at most
 LABEL_WORDS = 5  # words of an answer in a table that still counts as a label
 TEST_SHARE = 5  # one clip of so many of each label is a test clip
 COLUMNS = ("clip", "file", "label", "question", "answer", "split", "start", "end", "audio")
@@ -141,11 +140,8 @@ def read_table(path: Path, answers: bool, labels: Iterable[str]) -> list[dict]:
 
 def note_unused(path: Path, what: str, names: list[str]) -> None:
     """Say on stderr which columns or keys of a file, or files of a folder, are not used."""
-    shown = names[:SHOWN]
-    if len(names) > SHOWN:
-        shown.append(f"and {len(names) - SHOWN} more")
     if names:
-        print(f"note: {path}: {what} that are not used: {', '.join(shown)}", file=sys.stderr)
+        print(f"note: {path}: {what} that are not used: {listed(names)}", file=sys.stderr)
 
 
 def table_labels(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from statistics import median
 from crab_min.cli import Parser, run_command
 from crab_min.config import DataConfig
 from crab_min.data import Sample, data_sources, make_sample, pick_tasks, read_splits
-from crab_min.errors import DataError
+from crab_min.errors import DataError, listed
 from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
 from crab_min.sources.own import is_own
@@ -155,7 +155,7 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int, test: 
         all_samples += samples
     if not splits:
         raise DataError(
-            f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds "
+            f"{root}: no annotation file of {listed(tasks)}; --data takes the folder that holds "
             "ave/, avqa/, ... (AVUIE_2), a table, or a folder with a folder of clips per label"
         )
 

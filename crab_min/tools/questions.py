@@ -61,8 +61,12 @@ def clips_of(given: Namespace) -> list[Path]:
 
 
 def check_media(given: Namespace) -> None:
-    """Raise MediaError for a file of the command line that is missing or empty."""
-    for path in [*clips_of(given), *given.audio, given.image, given.second_video]:
+    """Raise MediaError for a file of the command line that is missing or empty.
+
+    With many questions those in a folder have errors of their own.
+    """
+    clips = given.clip if given.questions else clips_of(given)
+    for path in [*clips, *given.audio, given.image, given.second_video]:
         if path and not os.path.isdir(path):
             check_file(path)
 
