@@ -8,6 +8,7 @@ needed: `load_media` turns one part of a prompt into arrays, in a worker process
 Shapes: frames (T, H, W, 3) uint8; a sound is a list of T waves (N,), float32 at 16 kHz.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from crab_min.answers import TEXT, Answer, mask_box
 from crab_min.config import DataConfig
-from crab_min.errors import DataError, MediaError
+from crab_min.errors import DataError, MediaError, listed
 from crab_min.interface import (
     OURS,
     PromptLayout,
@@ -36,6 +37,7 @@ from crab_min.sources.own import (
     question_form,
     read_own_rows,
     split_rows,
+    table_labels,
 )
 from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
@@ -105,6 +107,7 @@ def read_samples(
     prompts: dict | None = None,
     limit: int = 0,
     layout: PromptLayout = OURS,
+    labels: Iterable[str] = (),
 ) -> list[Sample]:
     """Read the samples of a split, task by task.
 
@@ -118,20 +121,21 @@ def read_samples(
         limit: rows per task at most, the first ones, or of your own spread over the file, which may
             be sorted by label; 0 for all.
         layout: the form of the prompts and answers.
+        labels: what a question about labels of your own lists beside those of the rows.
 
     Raises:
         DataError: no rows at all, or a row that cannot be used.
     """
     root = Path(root)
     if is_own(root):
-        rows = read_own_rows(root)
+        rows = read_own_rows(root, labels=labels)
         rows = [row for row in rows if row.get("split") in (None, "", split)]
         samples = own_samples(spread(rows, limit), split)
         return [replace(sample, task=layout.adapt(sample.task)) for sample in samples]
     if not root.is_dir():
         raise DataError(
             f"{root}: no such folder; --data takes the folder that holds ave/, avqa/, ... "
-            "(AVUIE_2), a table (.csv, .jsonl), or a folder of class folders"
+            "(AVUIE_2), a table (.csv, .tsv, .jsonl), or a folder of class folders"
         )
 
     # a task without an annotation file is left out
@@ -150,7 +154,7 @@ def read_samples(
             samples.append(sample)
     if not samples:
         raise DataError(
-            f"{root}: no {split}.json in any of {', '.join(tasks)}; expected e.g. "
+            f"{root}: no {split}.json in any of {listed(tasks)}; expected e.g. "
             f"{root / tasks[0] / (split + '.json')}, or for clips of your own a table such as "
             "labels.csv, or a folder with one folder of clips per label"
         )
@@ -269,8 +273,12 @@ def read_splits(
     train: list[Sample] = []
     test: list[Sample] = []
     sources = data_sources(root)
+    labels: list[str] = []
     for path, share in sources:
+        # training and test rows are asked alike, also where one lacks a label of the other
         test_path = config.test or evaluation_data(path)
+        if test_path and (len(sources) == 1 or not config.test):
+            labels = [*table_labels(Path(path)), *table_labels(Path(test_path))]
         if is_own(path) and not test_path:
             rows = split_rows(read_own_rows(Path(path)), seed)
             test_rows = spread([row for row in rows if row["split"] == "test"], config.test_rows)
@@ -279,16 +287,17 @@ def read_splits(
                 "test": own_samples(test_rows, "test"),
             }
         else:
-            samples = {"train": read_samples(path, tasks, "train", config.target, prompts)}
+            form = (config.target, prompts, 0, OURS, labels)
+            samples = {"train": read_samples(path, tasks, "train", *form)}
             if not config.test:
-                samples["test"] = read_test(test_path, tasks, config, prompts)
+                samples["test"] = read_test(test_path, tasks, config, prompts, labels)
         if len(sources) > 1:
             marked = [replace(s, source=path, share=share) for s in samples["train"]]
             samples["train"] = marked
         train += samples["train"]
         test += samples.get("test", [])
     if config.test:
-        test = read_test(config.test, tasks, config, prompts)
+        test = read_test(config.test, tasks, config, prompts, labels)
     if not train:
         raise DataError(f"{root}: no training rows; where there is a column split, name some train")
     if len(sources) > 1:  # their samples are counted together
@@ -299,13 +308,14 @@ def read_splits(
 
 
 def read_test(
-    path: str, tasks: list[str], config: DataConfig, prompts: dict | None
+    path: str, tasks: list[str], config: DataConfig, prompts: dict | None, labels: list[str]
 ) -> list[Sample]:
     """Read test samples; not every task has a test split."""
     names = [name for name in tasks if "test" in TASKS[name].splits]
     if not names and not is_own(path):
         return []
-    return read_samples(path, names, "test", config.target, prompts, config.test_rows)
+    form = (config.target, prompts, config.test_rows, OURS, labels)
+    return read_samples(path, names, "test", *form)
 
 
 def data_sources(data: str) -> list[tuple[str, float]]:
@@ -318,7 +328,7 @@ def data_sources(data: str) -> list[tuple[str, float]]:
         DataError: a share that is no positive number.
     """
     data = str(data)
-    if Path(data).exists() or "," not in data:
+    if os.path.exists(data) or "," not in data:
         return [(data, 1.0)]
     sources = []
     for item in data.split(","):

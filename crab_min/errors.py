@@ -25,3 +25,9 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """A run folder or a flag that cannot be used."""
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """Return names for a message, with commas between them: the first ones of many."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -133,8 +133,9 @@ class Features:
         """Note an unreadable file; raise DataError if `strict`, or if there are too many."""
         if strict:
             raise DataError(reason)
+        if reason not in self.unreadable.values():  # once for the video and the sound of a clip
+            tqdm.write(f"skipped: {reason}")
         self.unreadable[part] = reason
-        tqdm.write(f"skipped: {reason}")
         count = len(self.unreadable)
         if count > self.max_bad * self.announced and count > 1:
             raise DataError(

@@ -6,6 +6,7 @@ In these two papers the prompt has no sound of its own. A side channel is a name
 behind its video. PAVE adds it to the video's tokens, and CREMA fuses it with them.
 """
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -132,14 +133,14 @@ def feature_file(folder: str, clip: str) -> str:
     """
     for suffix in ("", *SUFFIXES, ".mp4", ".wav"):
         path = Path(folder, clip + suffix)
-        if path.exists():
+        if os.path.exists(path):
             return str(path)
     return str(Path(folder, f"{clip}.npy"))
 
 
 def clip_name(path: str) -> str:
     """Return the name of a clip: of its file without the ending, or of its folder of frames."""
-    return Path(path).name if Path(path).is_dir() else Path(path).stem
+    return Path(path).name if os.path.isdir(path) else Path(path).stem
 
 
 def view_files(path: str | list[str]) -> list[str]:
@@ -151,7 +152,7 @@ def view_files(path: str | list[str]) -> list[str]:
     """
     if isinstance(path, list):
         return [str(file) for file in path]
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         return [path]
     files = sorted(Path(path).iterdir())
     if any(media_kind(file) == "image" for file in files):

@@ -417,6 +417,25 @@ def test_one_folder_of_a_path_is_exchanged_for_points(tmp_path):
     assert xyz.shape == (1, 4, 3) and features.shape == (1, 4, 8)
 
 
+@pytest.mark.parametrize("kind", ["table", "windows", "jsonl", "llava"])
+def test_a_path_too_long_for_the_system_is_a_missing_file(tmp_path, kind):
+    name = "x" * 5000 + ".mp4"
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+    texts = {
+        "table": ("x.csv", f"clip,label\n{name},dog\n"),
+        "windows": ("x.csv", f"clip,label\nclips\\{name},dog\n"),
+        "jsonl": ("x.jsonl", json.dumps({"messages": messages, "videos": [name]})),
+        "llava": ("x.jsonl", json.dumps({"id": 1, "video": name, "conversations": turns})),
+    }
+    file, text = texts[kind]
+    (tmp_path / file).write_text(text)
+    [sample] = read_samples(tmp_path / file, [], "train")
+    assert sample.media[0].path.endswith(name)
+    with pytest.raises(MediaError, match="no such file"):
+        load_media(sample.media[0], 32)
+
+
 def test_masks_that_are_gone_are_named_in_training(small_world, tmp_path):
     samples = read_samples(small_world, ["s4"], "train")
     moved = []

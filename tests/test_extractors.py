@@ -265,4 +265,4 @@ def test_files_of_real_clips_train_a_patch_and_a_modality(real_media, tmp_path):
     assert train.main([*modality, str(tmp_path / "modality")]) == 0
     for run in ("patch", "modality"):
         metrics = json.loads((tmp_path / run / "metrics.json").read_text())
-        assert metrics["tasks"]["ave"]["n"] == 1 and not metrics["unreadable"]
+        assert metrics["tasks"]["ave"]["n"] == 1 and not metrics["unreadable_files"]

@@ -25,12 +25,13 @@ from crab_min.evaluation.report import Evaluation
 from crab_min.evaluation.scores import score_all
 from crab_min.features import Mixer
 from crab_min.recipes.presets import PRESETS
-from crab_min.runs.asking import asking_words
+from crab_min.runs.asking import asking_command, asking_words
 from crab_min.runs.log import LogRow, open_log
 from crab_min.sources.own import conversation_parts, form_row, question_form, read_own_rows
 from crab_min.tools import check
 from crab_min.tools.fit import fit, memory_of, smaller_settings
 from crab_min.tools.loading import SHIPPED, LoadedRun, load_asked, load_run
+from crab_min.tools.many import read_question_file
 from crab_min.tools.plan import plan
 from crab_min.tools.questions import clips_of, question_sample, split_positional
 
@@ -72,7 +73,7 @@ def splits(path: Path, **config) -> tuple[list, list]:
 # --- one reader -----------------------------------------------------------------------------------
 
 
-def test_a_table_and_class_folders_give_the_same_rows(clips):
+def test_a_table_and_class_folders_give_the_same_rows(clips, capsys):
     table = read_own_rows(clips / "labels.csv")
     folders = read_own_rows(clips / "classes")
     contents = {row["messages"][0]["content"] for row in [*table, *folders]}
@@ -83,9 +84,39 @@ def test_a_table_and_class_folders_give_the_same_rows(clips):
         assert all(row["options"] == ["a dog", "rain"] for row in rows)
     assert {Path(row["videos"][0]).name for row in table} >= set(NAMES)
 
+    # what is no clip of a class is named
+    (clips / "classes" / "rain" / "more").mkdir()
+    (clips / "classes" / "rain" / "more" / "x.mp4").touch()
+    (clips / "classes" / "rain" / "x.txt").touch()
+    assert read_own_rows(clips / "classes") == folders
+    unused = os.path.join("rain", "more", "x.mp4") + ", " + os.path.join("rain", "x.txt")
+    assert f"files that are not used: {unused}\n" in capsys.readouterr().err
+    shutil.rmtree(clips / "classes" / "rain" / "more")
+    (clips / "classes" / "rain" / "x.txt").unlink()
+
     # the folder of the table itself has no classes, whatever lies beside it
     with pytest.raises(DataError, match="a table such as labels.csv"):
         read_samples(clips, ["ave"], "train")
+
+
+def test_training_and_test_rows_list_the_labels_of_both(tmp_path):
+    row = {"clip": "x.mp4"}
+    write_table(tmp_path / "t.csv", [row | {"label": label} for label in ("dog", "rain")])
+    write_table(tmp_path / "test.csv", [row | {"label": label} for label in ("dog", "wind")])
+    asked = {"video: <video>\naudio: <audio>\nWhich of these is it: dog, rain, wind?"}
+    for test in ("", str(tmp_path / "test.csv")):  # beside the data, and named
+        train_samples, test_samples = splits(tmp_path / "t.csv", test=test)
+        questions = [sample.row["messages"][0]["content"] for sample in train_samples]
+        assert {*questions, *(s.row["messages"][0]["content"] for s in test_samples)} == asked
+        assert test_samples[0].row["options"] == ["dog", "rain", "wind"]
+
+    # a run asks another table as it was trained
+    form = form_of(train_samples)
+    write_table(tmp_path / "new.csv", [row | {"label": "rain"}])
+    [sample] = read_samples(tmp_path / "new.csv", [], "test", labels=form.options)
+    assert {sample.row["messages"][0]["content"]} == asked
+    _, [row] = read_question_file(tmp_path / "new.csv", form.options)
+    assert {row["messages"][0]["content"]} == asked
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -143,6 +174,22 @@ def test_the_check_counts_labels_files_seconds_and_tokens(clips, tmp_path, capsy
     assert report["tasks"]["own/train"]["seconds"] == [pytest.approx(10, abs=0.2)] * 3
 
 
+def test_the_check_reads_what_a_run_reads_and_writes_nothing_unasked(
+    clips, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "t.csv", [{"clip": str(clips / "5.mp4"), "label": "dog"}])
+    flags = ["--headers", "--workers", "0"]
+    assert check.main(["--data", f"{clips / 'labels.csv'}:0.7,t.csv:0.3", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "labels of own/train: a dog 3, rain 3, dog 1" in printed
+    assert check.main(["--data", str(clips / "labels.csv"), "--test", "t.csv", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "labels of own/train: a dog 4, rain 4" in printed
+    assert "labels of own/test: dog 1" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
 # --- training and test rows -----------------------------------------------------------------------
 
 
@@ -197,6 +244,8 @@ def test_sources_have_their_shares(tmp_path, small_world):
     assert own == pytest.approx(0.7, abs=0.03)
     with pytest.raises(DataError, match="'much' is no share"):
         data_sources("a.csv:much,b.csv")
+    many = [(f"labels_of_the_recording_{i:03}.csv", 0.1) for i in range(10)]
+    assert data_sources(",".join(f"{path}:{share}" for path, share in many)) == many
 
 
 # --- conversations --------------------------------------------------------------------------------
@@ -349,6 +398,45 @@ def test_the_printed_command_names_every_file_of_a_row(tmp_path, files):
     assert asked_sample(words, run).parts == trained.parts
 
 
+def test_a_missing_clip_is_named_once_and_not_in_the_printed_command(clips, tmp_path, capsys):
+    rows = [(tmp_path / "gone.mp4", "test"), (clips / "5.mp4", "test"), (clips / "4.mp4", "train")]
+    lines = [{"clip": str(clip), "label": "dog", "split": split} for clip, split in rows]
+    write_table(tmp_path / "t.csv", lines)
+    flags = ["--allow-missing", "--no-baseline", "--out", str(tmp_path / "run")]
+    assert train.main(["--data", str(tmp_path / "t.csv"), *SMALL, *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("gone.mp4") == 1 and "5.mp4" in printed.splitlines()[-1]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["unreadable_files"] == 1
+
+
+def test_the_printed_command_names_files_below_the_working_folder_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"clip": f"{folder}-x.mp4", "label": "dog"} for folder in ("", "a/", "../")]
+    write_table(tmp_path / "t.csv", rows)
+    samples = read_samples(tmp_path / "t.csv", [], "train")
+    commands = [asking_command(Path("runs/x"), [sample], form_of([sample])) for sample in samples]
+    clips = [shlex.split(command)[2] for command in commands]
+    assert clips == ["./-x.mp4", "a/-x.mp4", "../-x.mp4"]
+
+
+@pytest.mark.parametrize(
+    "words, missing",
+    [
+        (["x.png", "What?"], "takes video and audio; give a video, --audio FILE"),
+        (["x.wav", "What?"], "takes video and audio; give a video"),
+        (["x.png", "--task", "s4"], "takes image and audio; give --audio FILE"),
+        (["x.mp4", "--task", "a2v"], "give --second-video FILE"),
+    ],
+)
+def test_media_that_a_task_takes_and_nobody_gave_are_named(tmp_path, words, missing):
+    (tmp_path / words[0]).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"{words[0]}: the task .* {missing}, or another --task"):
+        asked_sample(
+            [str(tmp_path / words[0]), *words[1:]], load_asked(infer.parse_infer(["--demo"]))
+        )
+
+
 def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(clips)
     run = ["--run", str(tmp_path / "run")]
@@ -363,8 +451,10 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     (tmp_path / "q.txt").write_text("Is it a dog?\nIs it rain?\n")
     questions = ["--questions", str(tmp_path / "q.txt"), "--max-new-tokens", "4", "--out", out]
     write_sound(clips / "4.mp4", str(tmp_path / "alone.wav"))
-    others = [str(tmp_path / "alone.wav"), str(tmp_path / "broken.mp4")]
-    (tmp_path / "broken.mp4").write_text("no video")
+    others = [str(tmp_path / "alone.wav"), str(tmp_path / "folder")]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "broken.mp4").write_text("no video")
+    (tmp_path / "folder" / "empty.mp4").touch()
     assert infer.main([*run, *questions, "--", *NAMES, *others]) == 0
     with open(out, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -372,7 +462,7 @@ def test_odd_names_go_through_all_commands(clips, tmp_path, monkeypatch, capsys)
     # what cannot be asked about has an error; the others are answered
     errors = [row["error"] for row in rows[2 * len(NAMES) :]]
     assert "alone.wav: the model was trained on questions with 1 <video>" in errors[0]
-    assert "broken.mp4" in errors[2] and len(errors) == 4
+    assert "broken.mp4" in errors[2] and "empty.mp4: empty" in errors[4] and len(errors) == 6
     rows = rows[: 2 * len(NAMES)]
     assert [(row["clip"], row["question"]) for row in rows] == [
         (name, question) for name in NAMES for question in ("Is it a dog?", "Is it rain?")
@@ -627,6 +717,16 @@ def test_questions_come_through_a_pipe(clips, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 2
+
+    # an answer about each of several clips has its name in front
+    done = subprocess.run(
+        [*asking(clips), str(clips / "5.mp4")],
+        cwd=tmp_path,
+        input="What is heard?\n",
+        capture_output=True,
+        text=True,
+    )
+    assert [line[:7] for line in done.stdout.splitlines()] == ["4.mp4: ", "5.mp4: "]
 
 
 @pytest.mark.slow

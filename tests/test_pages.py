@@ -28,8 +28,9 @@ FIGURES = ROOT / "docs" / "figures"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 COURSE = sorted((ROOT / "docs" / "course").glob("*.md"))
 CODE = [ROOT / "train.py", ROOT / "infer.py", *sorted((ROOT / "crab_min").rglob("*.py"))]
-# flags of torchrun and of a benchmark, and flags that stand for any
-NO_FLAGS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "tiny", "flag", "x"}
+# flags of torchrun, of hf and of a benchmark, and flags that stand for any
+NO_FLAGS = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "exclude", "tiny"}
+NO_FLAGS |= {"flag", "x"}
 # functions and classes of the first version whose names are no ordinary words
 OLD_NAMES = """
     ConvertError CremaConfig EncoderError FeatureCache GatedFusion InterfaceError ModalLinear

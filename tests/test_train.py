@@ -95,7 +95,7 @@ def test_a_run_leaves_its_numbers_and_predictions(finished):
         assert {"metric", "base", "constant", "parsed", "n", "all"} <= set(result)
         assert 0 <= result["metric"] <= 1 and 0 <= result["parsed"] <= 1 and result["n"] > 0
     assert metrics["tasks"]["avqa"]["base_lenient"] == metrics["base"]["avqa"]["lenient"]
-    assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable"] == 0
+    assert metrics["seconds"] > 0 and metrics["steps"] == 6 and metrics["unreadable_files"] == 0
     assert set(metrics["loss"]) == {"first", "last"}
 
     lines = (finished / "predictions" / "ave.jsonl").read_text().splitlines()
@@ -542,6 +542,9 @@ def test_training_goes_on_without_missing_clips_if_asked(small_world, tmp_path, 
     assert train.main(command) == 2
     assert "gone_test.mp4" in capsys.readouterr().err
     assert train.main([*command, "--allow-missing"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("gone_train.mp4") == printed.count("gone_test.mp4") == 1
+    assert "step 1: " in printed and " GB of memory" in printed
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["unreadable_files"] == 2
     assert metrics["tasks"]["ave"]["n"] == metrics["base"]["ave"]["n"] == 2

@@ -5,9 +5,9 @@ The files are .npy, .npz, .pt and .safetensors.
 Shapes: U steps in time, S tokens per step, W wide; N points.
 """
 
+import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def spread_pictures(path: str, pictures: np.ndarray, frames: int, size: int) -> 
 
 def load_array(path: str) -> np.ndarray:
     """Load the one array of a .npy, .pt or .safetensors file. Raises MediaError."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise MediaError(f"{path}: no such file; python -m crab_min.tools.features makes features")
     try:
         if path.endswith(".npy"):

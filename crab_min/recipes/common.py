@@ -448,7 +448,7 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
         print(table)
     rows = []
     if run.settings.data.data:
-        rows = run.test_rows or run.train_rows
+        rows = run.features.readable(run.test_rows) or run.train_rows
     command = asking_command(folder, rows, run.form)
     write_page(folder, run.settings, evaluation, command, type(run.settings)())
     write_card(folder, run.settings.backbone.pretrained, card_command(folder, run.form), results)
@@ -459,12 +459,11 @@ def finish(run: Run, evaluation: Evaluation) -> dict:
     metrics = {
         "tasks": results,
         "base": base,
-        "unreadable_files": len(run.features.unreadable),
+        "unreadable_files": len({part.path for part in run.features.unreadable}),
         "loss": loss,
         **evaluation.numbers,
         "seconds": seconds,
         "steps": len(run.steps),
-        "unreadable": len(run.features.unreadable),
     }
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1))
     (folder / ANSWERS).unlink(missing_ok=True)

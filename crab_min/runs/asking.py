@@ -1,5 +1,6 @@
 """The command that asks a run about a clip of its own: the flags of infer.py for a sample."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -31,7 +32,17 @@ def asking_command(folder: Path, samples: list[Sample], form: QuestionForm | Non
     words = asking_words(samples, form)
     if samples and not words:
         words = ["--eval"]
+    words = [below_here(word) for word in words]
     return shlex.join(["python", "infer.py", *words, "--run", str(folder)])
+
+
+def below_here(word: str) -> str:
+    """Return the path of a file relative to the working folder if it lies below; else the word."""
+    here = f"{Path.cwd()}{os.sep}"
+    if not word.startswith(here):
+        return word
+    path = word.removeprefix(here)
+    return f"./{path}" if path.startswith("-") else path
 
 
 def card_command(folder: Path, form: QuestionForm | None) -> str:

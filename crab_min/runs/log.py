@@ -72,6 +72,8 @@ def open_log(
     ):
 
         def add(row: LogRow) -> None:
+            if not recent and processes.rank() == 0:
+                tqdm.write(f"step {row.step}: {memory() / 1e9:.1f} GB of memory, the peak so far")
             recent.append(row)
             file.write(",".join(map(cell, asdict(row).values())) + "\n")
             bar.set_postfix_str(summary(recent), refresh=False)

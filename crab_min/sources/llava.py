@@ -8,6 +8,7 @@ alone: the text before the first point of its file's name. It is looked for wher
 then in the folder videos/ beside the annotations, as a film or a folder of frames.
 """
 
+import os
 from pathlib import Path
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -38,8 +39,8 @@ def conversation_row(row: dict, folder: Path) -> dict:
 
 def find_video(folder: Path, name: str) -> str:
     """Return the path of a video below `folder`."""
-    if (folder / name).exists():
+    if os.path.exists(folder / name):
         return name
     stem = Path(name).name.partition(".")[0]
     frames = folder / "videos" / stem
-    return f"videos/{stem}" if frames.is_dir() else f"videos/{stem}.mp4"
+    return f"videos/{stem}" if os.path.isdir(frames) else f"videos/{stem}.mp4"

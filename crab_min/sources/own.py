@@ -18,14 +18,16 @@ channels), "split", "start", "end", and "where", the file and line for messages.
 
 import difflib
 import math
+import os
 import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from crab_min.answers import answer_tag
-from crab_min.errors import DataError
+from crab_min.errors import DataError, listed
 from crab_min.interface import PromptPart, QuestionForm, text_part
 from crab_min.media.kinds import media_files, media_kind
 from crab_min.sources.llava import conversation_row, is_llava
@@ -55,7 +57,7 @@ TABLE_FORM = "clip,label or clip,question,answer; more columns: split,start,end,
 def is_own(path: str | Path) -> bool:
     """Tell whether a path is a table, a .jsonl, or a folder of class folders."""
     path = Path(path)
-    return path.suffix.lower() in TABLES or bool(path.is_dir() and class_folders(path))
+    return path.suffix.lower() in TABLES or bool(os.path.isdir(path) and class_folders(path))
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -71,21 +73,22 @@ def class_folders(folder: Path) -> list[Path]:
     return [] if annotated else [inner for inner in folders if media_files(inner)]
 
 
-def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
+def read_own_rows(path: Path, answers: bool = True, labels: Iterable[str] = ()) -> list[dict]:
     """Read the rows of a table, of class folders or of a .jsonl.
 
     Args:
         answers: every row must have an answer; else rows may be questions alone.
+        labels: what the question that is made for a table lists beside the table's own labels.
 
     Raises:
         DataError: the file or one of its lines cannot be used; names the line.
     """
     if path.is_dir():
-        rows = read_class_folders(path)
+        rows = read_class_folders(path, labels)
     elif path.suffix.lower() in (".jsonl", ".json"):
         rows = read_jsonl(path, answers)
     else:
-        rows = read_table(path, answers)
+        rows = read_table(path, answers, labels)
     if not rows:
         form = ROW_FORM if path.suffix.lower() == ".jsonl" else TABLE_FORM
         raise DataError(f"{path}: no lines; a line is {form}")
@@ -95,15 +98,21 @@ def read_own_rows(path: Path, answers: bool = True) -> list[dict]:
 # --- class folders and tables ---------------------------------------------------------------------
 
 
-def read_class_folders(folder: Path) -> list[dict]:
+def read_class_folders(folder: Path, labels: Iterable[str]) -> list[dict]:
     """Make a row of each clip in a folder of class folders."""
     labelled = []
     for inner in class_folders(folder):
         labelled += [{"clip": str(file), "label": inner.name} for file in media_files(inner)]
-    return labelled_rows(labelled, Path())
+
+    # what lies elsewhere or is no medium by its name
+    clips = {row["clip"] for row in labelled}
+    files = [file for file in sorted(folder.rglob("[!.]*")) if file.is_file()]
+    unused = [str(file.relative_to(folder)) for file in files if str(file) not in clips]
+    note_unused(folder, "files", unused)
+    return labelled_rows(labelled, Path(), labels)
 
 
-def read_table(path: Path, answers: bool) -> list[dict]:
+def read_table(path: Path, answers: bool, labels: Iterable[str]) -> list[dict]:
     """Read a table with a heading; commas, semicolons or tabs between its columns."""
     columns, numbered = read_csv(path)
     if "clip" not in columns and "file" in columns:
@@ -124,20 +133,30 @@ def read_table(path: Path, answers: bool) -> list[dict]:
                 raise DataError(f"{cells['where']}: no {name}; a line is {TABLE_FORM}")
         table.append(cells)
     if "label" in columns:
-        return labelled_rows(table, path.parent)
+        return labelled_rows(table, path.parent, labels)
     is_label = all(is_short(cells.get("answer", "")) for cells in table)
     return [question_row(cells, path.parent, is_label) for cells in table]
 
 
 def note_unused(path: Path, what: str, names: list[str]) -> None:
-    """Say on stderr which columns or keys of a file are not used."""
+    """Say on stderr which columns or keys of a file, or files of a folder, are not used."""
     if names:
-        print(f"note: {path}: {what} that are not used: {', '.join(names)}", file=sys.stderr)
+        print(f"note: {path}: {what} that are not used: {listed(names)}", file=sys.stderr)
 
 
-def labelled_rows(labelled: list[dict], folder: Path) -> list[dict]:
+def table_labels(path: Path) -> list[str]:
+    """Return the labels of a table or of class folders; none of other data."""
+    if path.is_dir():
+        return [inner.name for inner in class_folders(path)]
+    if path.suffix.lower() not in (".csv", ".tsv"):
+        return []
+    _, numbered = read_csv(path)
+    return [cells["label"] for _, cells in numbered if cells.get("label")]
+
+
+def labelled_rows(labelled: list[dict], folder: Path, labels: Iterable[str]) -> list[dict]:
     """Make rows of clips and labels: one question and list of labels for all."""
-    labels = sorted({row["label"] for row in labelled})
+    labels = sorted({*labels, *(row["label"] for row in labelled)})
     question = "Which class is it?"
     if len(labels) <= LISTED_LABELS:
         question = f"Which of these is it: {', '.join(labels)}?"
@@ -184,7 +203,7 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
     sound = media_path(folder, cells["audio"]) if cells.get("audio") else ""
     kind = media_kind(clip) or "video"
     files: dict[str, list[str]] = {kind: [clip]}
-    if sound or (kind == "video" and not Path(clip).is_dir()):  # a folder of frames has no sound
+    if sound or (kind == "video" and not os.path.isdir(clip)):  # a folder of frames has no sound
         files["audio"] = [sound or clip]
     markers = [f"{name}: <{name}>" for name in files]
     messages[0]["content"] = "\n".join([*markers, as_text(messages[0]["content"])])
@@ -200,7 +219,7 @@ def clip_row(cells: dict, folder: Path, messages: list[dict]) -> dict:
 def media_path(folder: Path, name: str) -> str:
     """Return the absolute path of a medium; a path as Windows writes it is read too."""
     path = folder / name
-    if "\\" in name and not path.exists():
+    if "\\" in name and not os.path.exists(path):
         path = folder / name.replace("\\", "/")
     return str(path.absolute())
 

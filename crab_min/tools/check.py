@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import median
 
 from crab_min.cli import Parser, run_command
-from crab_min.data import Sample, evaluation_data, make_sample, own_samples, pick_tasks
-from crab_min.errors import DataError
+from crab_min.config import DataConfig
+from crab_min.data import Sample, data_sources, make_sample, pick_tasks, read_splits
+from crab_min.errors import DataError, listed
 from crab_min.interface import PromptPart
 from crab_min.runs.folder import atomic_write
-from crab_min.sources.own import is_own, read_own_rows, split_rows
+from crab_min.sources.own import is_own
 from crab_min.sources.rows import find_layout, read_rows
 from crab_min.tasks import TASKS, Task
 from crab_min.tools.lengths import read_media, sample_seconds
@@ -32,7 +33,7 @@ from crab_min.tools.reason.briefs import can_be_reasoned
 from crab_min.tools.reason.rows import has_reasoning, labels_of
 from crab_min.tools.statistics import SplitReport, draw_statistics
 
-SHOWN = 10  # reasons of each kind that are printed; the file has all
+SHOWN = 10  # reasons of each kind that are printed; the file of --out has all
 
 
 # --- what is reported ----------------------------------------------------------------------------
@@ -121,14 +122,15 @@ class Report:
 
 
 # --- check ---------------------------------------------------------------------------------------
-def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Report:
+def check(root: str | Path, tasks: list[str], decode: bool, workers: int, test: str = "") -> Report:
     """Check the annotation files of some tasks and every file that they name.
 
     Args:
-        root: the folder that holds ave/, avqa/, ..., or rows of your own.
+        root: the folder that holds ave/, avqa/, ..., rows of your own, or several of them.
         tasks: names of tasks; those without annotation files are skipped.
         decode: decode every file as in training, or else read its header alone.
         workers: processes that read files (0: this one).
+        test: test rows, as train.py --test names them.
 
     Raises:
         DataError: none of the tasks has an annotation file, or one cannot be read.
@@ -140,7 +142,10 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
 
     # annotations
     all_samples: list[Sample] = []
-    found = own_splits(str(root)) if is_own(root) else task_splits(Path(root), tasks)
+    if is_own(root) or test or len(data_sources(root)) > 1:
+        found = run_splits(str(root), test, tasks)
+    else:
+        found = task_splits(Path(root), tasks)
     for name, (samples, reasons) in found.items():
         splits[name] = describe_split(samples, len(reasons))
         media = [part for sample in samples for part in sample.media]
@@ -150,8 +155,8 @@ def check(root: str | Path, tasks: list[str], decode: bool, workers: int) -> Rep
         all_samples += samples
     if not splits:
         raise DataError(
-            f"{root}: no annotation file of {', '.join(tasks)}; --data takes the folder that holds "
-            "ave/, avqa/, ... (AVUIE_2)"
+            f"{root}: no annotation file of {listed(tasks)}; --data takes the folder that holds "
+            "ave/, avqa/, ... (AVUIE_2), a table, or a folder with a folder of clips per label"
         )
 
     # media
@@ -176,19 +181,13 @@ def task_splits(root: Path, tasks: list[str]) -> dict[str, tuple[list[Sample], l
     return found
 
 
-def own_splits(root: str) -> dict[str, tuple[list[Sample], list[str]]]:
-    """Read rows of your own: the samples of training and test rows, as a run splits them."""
-    test = evaluation_data(root)
-    rows = read_own_rows(Path(root))
-    if test:
-        train, test_rows = rows, read_own_rows(Path(test))
-    else:
-        rows = split_rows(rows, seed=0)
-        train = [row for row in rows if row["split"] == "train"]
-        test_rows = [row for row in rows if row["split"] == "test"]
-    found = {"own/train": (own_samples(train, "train"), [])}
-    if test_rows:
-        found["own/test"] = (own_samples(test_rows, "test"), [])
+def run_splits(root: str, test: str, tasks: list[str]) -> dict[str, tuple[list[Sample], list[str]]]:
+    """Read training and test rows as a run splits them: samples by task/split."""
+    found: dict[str, tuple[list[Sample], list[str]]] = {}
+    train_rows, test_rows = read_splits(DataConfig(test=test), root, tasks, None, 0)
+    for split, samples in (("train", train_rows), ("test", test_rows)):
+        for sample in samples:
+            found.setdefault(f"{sample.task.name}/{split}", ([], []))[0].append(sample)
     return found
 
 
@@ -266,9 +265,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         required=True,
-        help="a table, class folders or a .jsonl of your own, or the folder that holds ave/, "
-        "avqa/, ... (AVUIE_2)",
+        help="a table, class folders or a .jsonl of your own, the folder that holds ave/, avqa/, "
+        "... (AVUIE_2), or several of them, as train.py takes them",
     )
+    parser.add_argument("--test", default="", help="test rows, as train.py --test names them")
     parser.add_argument(
         "--model", default="", help="also count tokens for this preset, hub id or folder"
     )
@@ -280,9 +280,11 @@ def make_parser() -> argparse.ArgumentParser:
         "not found",
     )
     parser.add_argument(
-        "--out", default="check.json", help="file for the whole report, with all reasons"
+        "--out", default="", help="a .json for the whole report, with all reasons (default: none)"
     )
-    parser.add_argument("--figure", default="check.png", help="file for rows, targets and labels")
+    parser.add_argument(
+        "--figure", default="", help="a .png of rows, targets and labels (default: none)"
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -299,18 +301,22 @@ def main(arguments: list[str]) -> int:
     given = make_parser().parse_args(arguments)
 
     def run():
-        report = check(given.data, pick_tasks(given.tasks), not given.headers, given.workers)
-        for file in report.bad_files[:SHOWN]:
-            print(file.reason)
-        for reason in report.bad_rows[:SHOWN]:
-            print(reason)
+        tasks = pick_tasks(given.tasks)
+        report = check(given.data, tasks, not given.headers, given.workers, given.test)
+        for reasons in ([file.reason for file in report.bad_files], report.bad_rows):
+            print(*reasons[:SHOWN], sep="\n", end="\n" if reasons else "")
+            if len(reasons) > SHOWN:
+                print(f"... and {len(reasons) - SHOWN} more; --out check.json has them all")
         print(report.table())
         if given.model:
             print(token_line(report, given.model))
-        text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
-        atomic_write(Path(given.out), text)
-        draw_statistics(Path(given.figure), report.splits)
-        print(f"the whole report, with every reason: {given.out}; as a picture: {given.figure}")
+        if given.out:
+            text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
+            atomic_write(Path(given.out), text)
+            print(f"the whole report: {given.out}")
+        if given.figure:
+            draw_statistics(Path(given.figure), report.splits)
+            print(f"as a picture: {given.figure}")
 
     return run_command(run, given.debug)
 

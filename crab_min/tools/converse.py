@@ -10,6 +10,8 @@ from crab_min.tools.loading import LoadedRun
 from crab_min.tools.questions import clips_of, next_question, question_sample
 from crab_min.tools.reply import answer_text
 
+SHOWN = 3  # clips that are named, at most
+
 
 def converse(given: Namespace, run: LoadedRun) -> None:
     """Answer the questions that come on standard input, each about the clips.
@@ -26,6 +28,8 @@ def converse(given: Namespace, run: LoadedRun) -> None:
     clips = clips_of(given) or [None]
     keeps_history = run.form is not None and run.model.layout.turn is not None and len(clips) == 1
     names = ", ".join(clip.name for clip in clips if clip) or "the media"
+    if len(clips) > SHOWN:
+        names = f"{len(clips)} clips"
     if sys.stdin.isatty():
         print(f"{run.folder}: ask about {names}; an empty line or Ctrl-D ends", file=sys.stderr)
 
@@ -39,6 +43,8 @@ def converse(given: Namespace, run: LoadedRun) -> None:
                     sample = next_question(*last, question, "")
                 else:
                     sample = question_sample(given, run, clip, question)
+                if len(clips) > 1:
+                    print(f"{clip.name}: ", end="", flush=True)
                 text = answer_text(sample, given, run, features, show=True)
             except UserError as error:  # of this question; the next one may be right
                 print(f"error: {error}", file=sys.stderr)

@@ -125,7 +125,9 @@ def read_split(given: Namespace, run: LoadedRun) -> tuple[Path, list[Sample]]:
         if given.test_rows:
             samples = first_of_each_task(samples, given.test_rows)
     else:
-        samples = read_samples(root, tasks, given.split, target, prompts, given.test_rows, layout)
+        labels = run.form.options if run.form else ()
+        form = (target, prompts, given.test_rows, layout, labels)
+        samples = read_samples(root, tasks, given.split, *form)
     samples = prepare(samples, given, run)
     if given.ablate:  # after `prepare`: a sound may be a side channel
         samples = ablate_modality(samples, given.ablate)

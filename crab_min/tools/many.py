@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def read_questions(given: Namespace, run: LoadedRun) -> list[Question]:
     """
     path = Path(given.questions)
     clips = clips_of(given)
-    texts, rows = read_question_file(path)
+    texts, rows = read_question_file(path, run.form.options if run.form else ())
     if texts and not clips:
         raise DataError(f"{path}: its questions name no clip; give clips or a folder of them")
 
@@ -122,8 +123,11 @@ def read_questions(given: Namespace, run: LoadedRun) -> list[Question]:
     return questions
 
 
-def read_question_file(path: Path) -> tuple[list[str], list[dict]]:
+def read_question_file(path: Path, labels: Iterable[str] = ()) -> tuple[list[str], list[dict]]:
     """Read a file of questions.
+
+    Args:
+        labels: what the question that is made for a table of labels lists too.
 
     Returns:
         Questions about every clip, and rows that name their own media.
@@ -151,7 +155,7 @@ def read_question_file(path: Path) -> tuple[list[str], list[dict]]:
         columns, numbered = read_csv(path)
         if "question" in columns and not {"clip", "file"} & set(columns):
             return [row["question"] for _, row in numbered if row.get("question")], []
-    return [], read_own_rows(path, answers=False)
+    return [], read_own_rows(path, answers=False, labels=labels)
 
 
 def own_question(row: dict, given: Namespace, run: LoadedRun, name: str) -> Question:

@@ -18,6 +18,17 @@ from crab_min.sources.own import MEDIA_TAG, class_folders, count_tags, form_row
 from crab_min.tasks import TASKS, Task
 from crab_min.tools.loading import LoadedRun
 
+# field of a row -> how the command line names its file
+MEDIA_FLAGS = {
+    "video_path": "a video",
+    "video1_path": "a video",
+    "video2_path": "--second-video FILE",
+    "audio_path": "--audio FILE",
+    "audio1_path": "--audio FILE",
+    "audio2_path": "a second --audio FILE",
+    "image_path": "--image FILE",
+}
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -50,8 +61,12 @@ def clips_of(given: Namespace) -> list[Path]:
 
 
 def check_media(given: Namespace) -> None:
-    """Raise MediaError for a file of the command line that is missing or empty."""
-    for path in [*clips_of(given), *given.audio, given.image, given.second_video]:
+    """Raise MediaError for a file of the command line that is missing or empty.
+
+    With many questions those in a folder have errors of their own.
+    """
+    clips = given.clip if given.questions else clips_of(given)
+    for path in [*clips, *given.audio, given.image, given.second_video]:
         if path and not os.path.isdir(path):
             check_file(path)
 
@@ -97,6 +112,7 @@ def question_sample(
         task = run.model.layout.adapt(chosen_task(given, question))
         prompts = load_prompts(given.prompts) if given.prompts else run.saved.prompts
         row = row_of(given, clip, question)
+        check_task_media(task, row, clip or given.image or given.audio[0])
         parts = build_prompt(task, row, "", prompts, run.model.layout)
         sample = Sample(id, task, parts, "", Answer(), {})
     else:
@@ -123,7 +139,10 @@ def files_of(given: Namespace, run: LoadedRun, clip: Path | None) -> dict[str, l
     if given.audio:
         files["audio"] = [*files.get("audio", []), *map(os.path.abspath, given.audio)]
     elif "video" in files and "audio" not in files:
-        asks_for_it = count_tags(run.form.text, "audio") > 0
+        # a folder of frames has no sound
+        asks_for_it = count_tags(run.form.text, "audio") > 0 and not os.path.isdir(
+            files["video"][0]
+        )
         if asks_for_it or (not MEDIA_TAG.search(run.form.text) and has_sound(files["video"][0])):
             files["audio"] = list(files["video"])
     return files
@@ -223,19 +242,34 @@ def with_side_files(sample: Sample, names: list[str], files: dict[str, str]) -> 
     return replace(sample, row={**sample.row, "sides": sides})
 
 
+def check_task_media(task: Task, row: dict, name: str | Path) -> None:
+    """Raise DataError where a task takes media that the command line does not name."""
+    fields = [medium.fields[0] for medium in task.media]
+    missing = [flag for field, flag in MEDIA_FLAGS.items() if field in fields and field not in row]
+    if missing:
+        kinds = " and ".join(medium.marker for medium in task.media)
+        raise DataError(
+            f"{Path(name).name}: the task {task.name} takes {kinds}; give {', '.join(missing)}, or "
+            "another --task (python infer.py --help)"
+        )
+
+
 def row_of(given: Namespace, clip: Path | None, question: str) -> dict:
     """Make an annotation row from the command line.
 
     build_prompt reports what is missing.
     """
-    # by default the sound is that of the clip; an image or a sound may stand in its place
+    # by default the sound is that of the clip; an image or a sound may stand in its place, and a
+    # folder of frames has none
+    kind = media_kind(clip) if clip else None
     sounds = given.audio
-    if not sounds and clip and media_kind(clip) != "image":
+    if not sounds and clip and kind != "image" and not os.path.isdir(clip):
         sounds = [clip]
-    image = given.image or (clip if clip and media_kind(clip) == "image" else "")
+    image = given.image or (clip if kind == "image" else "")
+    video = None if kind in ("audio", "image") else clip
     paths = {
-        "video_path": clip,
-        "video1_path": clip,
+        "video_path": video,
+        "video1_path": video,
         "video2_path": given.second_video,
         "image_path": image,
         "audio_path": sounds[0] if sounds else None,
