@@ -116,5 +116,5 @@ save(figure, Path("answers/24_routing.png"))
 #
 # 1. Give every token the same router input. Change `w = route(caught[0] @` to
 #    `w = route(0 * caught[0] @`; expect `AssertionError`: even weights are not what was learned.
-# 2. How rarely is the last head asked? Change `100 * weights.max()` to `100 * weights.min()`; expect
-#    `answer 2`: some twenty percent.
+# 2. How rarely is the last head asked? Change `100 * weights.max()` to `100 * weights.min()`;
+#    expect `answer 2`: some twenty percent.
