@@ -50,10 +50,10 @@ for field in ("family", "instruction", "frames", "audio", "target", "metric"):
 # ## Input: from a row to a prompt
 #
 # `build_prompt` makes a list of parts: text, and media that are decoded later. Training, evaluation
-# and `infer.py` call it. Crab+ also says in every prompt which media follow, in other words; ours
-# are replaced by `--prompts FILE.json`. `a2v` asks which of two videos goes with a sound, `ucf` for
-# an action, `meld` for an emotion, `avqa` a free question, `ave` and `avvp` for events and times,
-# `ref_avs` for the place of a described thing.
+# and `infer.py` call it. `a2v` asks which of two videos goes with a sound, `ucf` for an action,
+# `meld` for an emotion, `avqa` a question of its own, `ave` and `avvp` for events and times,
+# `ref_avs` for the place of a described thing. Crab+ first says which media follow, and its
+# instructions are its authors'; ours are worded by us (`--prompts FILE.json` replaces them).
 
 # %%
 for part in build_prompt(task, row, root="data"):
