@@ -96,8 +96,8 @@ print(f"loss per answer token {loss:.3f}")
 # %% [markdown]
 # ## The answer
 #
-# The loss is high, because this model has learned to reason first, and a label right away surprises
-# it. Without a target the prompt ends where the answer begins, and the model writes its own.
+# The loss is that of the label alone, while this model was trained to reason first. Without a
+# target the prompt ends where the answer begins, and the model writes its own.
 
 # %%
 prompt = model.collate([sample.parts], [media])
