@@ -41,7 +41,9 @@ print("label:", target)
 # %% [markdown]
 # ## File, arrays, features
 #
-# Here with the tiny base, whose encoders and LM have Crab's structure and 2 million parameters.
+# Here with the tiny base, whose encoders and LM have Crab's structure and 2 million parameters. The
+# ten frames have 144 features each, one per patch; each second of sound, 16,000 numbers, has 48. A
+# feature is 128 numbers.
 
 # %%
 model = load_base()
@@ -58,7 +60,8 @@ for part in sample.media:
 # %% [markdown]
 # ## Features, tokens, prompt
 #
-# A prompt has one placeholder per token. With $e$ the embedding of a word and $z$ the media tokens,
+# Connectors turn these features into few tokens: 6 per frame, 3 per second of sound. A prompt has
+# one placeholder for each. With $e$ the embedding of a word and $z$ the media tokens,
 #
 # $$
 # h_i = \begin{cases} z_{j(i)} & i \text{ is the } j\text{-th placeholder} \\
@@ -69,8 +72,8 @@ for part in sample.media:
 # | symbol | variable |
 # |---|---|
 # | $z$, tokens of all media | `tokens`: (placeholders, D) |
-# | $h$, input of the LM | `h`: (1, L, D) |
-# | $N$, tokens of the answer | `batch.answer_tokens` |
+# | $h$, input of the LM; D, its width | `h`: (1, length, D) |
+# | $L$ and $N$, the loss and the tokens of the answer | `loss`, `batch.answer_tokens` |
 
 # %%
 batch = model.collate([sample.parts], [media], [target])
@@ -84,7 +87,7 @@ assert torch.allclose(h, model.embed(batch), atol=1e-5)
 learned = batch.answer_tokens
 print(f"{batch.ids.shape[1]} tokens: {int(is_placeholder.sum())} of media, {learned} of the answer")
 
-logits = model.llm(inputs_embeds=h, attention_mask=batch.attention).logits  # (1, L, V)
+logits = model.llm(inputs_embeds=h, attention_mask=batch.attention).logits  # (1, length, V)
 log_p = logits[0, :-1].log_softmax(-1)  # each predicts the next token
 loss = -log_p.gather(-1, batch.ids[0, 1:, None])[-learned:].mean()
 assert torch.allclose(loss, model(batch) / learned, atol=1e-4)
@@ -93,7 +96,8 @@ print(f"loss per answer token {loss:.3f}")
 # %% [markdown]
 # ## The answer
 #
-# Without a target the prompt ends where the answer begins.
+# The loss is that of the label alone, while this model was trained to reason first. Without a
+# target the prompt ends where the answer begins, and the model writes its own.
 
 # %%
 prompt = model.collate([sample.parts], [media])
@@ -104,9 +108,10 @@ figure = new_figure(9, 3)
 video, sound, row = figure.subplots(3, 1)
 draw_frames(video, shown[0], seconds)
 draw_wave(sound, shown[1], seconds)
+sound.set_xlabel("seconds")
 kinds = is_placeholder.int() + 2 * (batch.labels >= 0)  # 0 text, 1 media, 2 answer
 row.imshow(kinds, aspect="auto", cmap="viridis", interpolation="nearest")
-row.set(yticks=[], xlabel="position in the row: text dark, media green, answer yellow")
+row.set(yticks=[], xlabel="token: text dark, media green, answer yellow")
 # figure: frames and sound of the clip, and its tokens in the order in which the LM reads them
 save(figure, Path("answers/00_one_clip.png"))
 

@@ -32,8 +32,9 @@ print(f"{label} from {spans[0][0]} to {spans[0][1]} s; frames {frames.shape}, {l
 # %% [markdown]
 # ## Encoders, frozen
 #
-# Every frame and every segment of sound is encoded by itself: CLIP has a feature per patch, BEATs
-# one per 160 ms and 16 of the 128 bands of a spectrogram.
+# Every frame and every segment of sound is encoded by itself: CLIP has a feature per patch (of its
+# last layer but one), BEATs one per 160 ms and 16 of the 128 bands of a spectrogram. In Crab they
+# are 256 features of 1,024 numbers per frame of CLIP-L, and 48 of 768 per second of sound.
 
 # %%
 visual = model.vision(torch.from_numpy(frames)[None])
@@ -51,12 +52,14 @@ print(f"features (clip, steps, S, width): {tuple(visual.shape)} and {tuple(audio
 #
 # | symbol | variable |
 # |---|---|
-# | $F_t$, features of a time step | `features`: (T, S, W) |
+# | $F_t$, features of a time step; S of them, W wide | `features`: (T, S, W) |
 # | $Q$, learned queries | `connector.query`: (Q, hidden) |
-# | $X_t$, tokens for the LM | `visual_tokens`: (T, Q, D) |
+# | $X_t$, tokens for the LM, D wide | `visual_tokens`: (T, Q, D) |
+# | $x$ and $s$: what attends, and to what; $d$, the width of a head | `x`, `source` |
 #
-# A layer is post-norm BERT: self-attention, cross-attention, feed-forward. Crab has 32 queries per
-# frame and 32 per segment of sound, so 640 tokens for ten seconds. In naive lines:
+# A layer is post-norm BERT: self-attention $\mathrm{attend}(x, x)$, cross-attention
+# $\mathrm{attend}(x, F_t)$, feed-forward. Crab has two layers with 32 queries per frame and 32 per
+# segment of sound, so 640 tokens for ten seconds. In naive lines:
 
 
 # %%
@@ -98,11 +101,14 @@ figure = new_figure(9, 3)
 (image, *visual_axes), (sound, *audio_axes) = figure.subplots(2, visual_weights.shape[1] + 1)
 image.imshow(frames[second])
 draw_wave(sound, [waves[second]], 1)
-for axes, weights in zip([*visual_axes, *audio_axes], maps):
+for i, (axes, weights) in enumerate(zip([*visual_axes, *audio_axes], maps)):
     axes.imshow(weights, cmap="magma", aspect="auto")
+    axes.set_title(f"query {i % len(visual_axes)}")
+image.set_title("frame")
+sound.set_title("1 s of sound")
 for axes in figure.axes:
     axes.axis("off")
-# figure: a frame and a second of sound, and the attention of each query; audio bands lie upward
+# figure: a frame, a second of sound, and where each query attends; sound: time right, pitch up
 save(figure, Path("answers/11_crab_branches.png"))
 
 # %% [markdown]

@@ -5,8 +5,9 @@
 # * Code: [ilora.py](../crab_min/ilora.py): `ILoraLinear`, `route`, `loop_form`, `stacked_form`
 # * Read first: [00](00_one_clip.py)
 #
-# LoRA adds one low-rank update to a frozen linear. I-LoRA has several matrices B for one A, and
-# weighs them anew for every token: one head may serve video tokens, another the words of an answer.
+# LoRA adds one low-rank update $B A$ to a frozen linear. I-LoRA has several B, its *heads*, for one
+# A, and weighs them anew for every token: one head may serve video tokens, another the words of an
+# answer.
 
 # %%
 import sys
@@ -36,13 +37,16 @@ from crab_min.world.folders import WorldConfig, build_world
 #
 # | symbol | variable |
 # |---|---|
-# | $x$, a token; $W$, frozen | `x`: (tokens, 6); `linear.weight`: (4, 6) |
-# | $A$, shared by the heads | `layer.ilora_A`: (r, 6) |
+# | $x$, a token; $W$ and $b$, frozen | `x`: (tokens, 6); `linear`, from 6 to 4 |
+# | $A$, shared by the $K$ heads; $r$, its rank | `layer.ilora_A`: (r, 6) |
 # | $B_1 \dots B_K$, side by side | `layer.ilora_B`: (4, K r); zero at the start |
-# | $R$, the router; $w$ | `layer.ilora_router`: (K, 6); `w`: (tokens, K) |
+# | $R$, the router; $w$, weights that sum to 1 | `layer.ilora_router`: (K, 6); `w`: (tokens, K) |
+# | $\alpha / r$, a constant | `4 / 2` here |
 #
-# The naive lines add the heads one by one, as `loop_form` does. The layer computes one product for
-# all: $\sum_k w_k B_k A x = [B_1 \dots B_K]\,[w_1 A x; \dots; w_K A x]$.
+# Crab has K = 3, r = 8, $\alpha$ = 16; Crab+ has K = 3, r = 128, $\alpha$ = 256. In training a
+# dropout stands before A (0.05 and 0.1), not before the router. The naive lines add the heads one
+# by one, as `loop_form` does. The layer computes one product for all:
+# $\sum_k w_k B_k A x = [B_1 \dots B_K]\,[w_1 A x; \dots; w_K A x]$.
 
 # %%
 torch.manual_seed(0)
@@ -66,7 +70,8 @@ B.data[:] = B[:, :2].repeat(1, heads)
 assert torch.allclose(layer(x), linear(x) + 4 / 2 * x @ A.T @ B[:, :2].T, atol=1e-5)
 
 # %% [markdown]
-# One line makes it an adapter of any Hugging Face model. Crab's LM is Llama-2-7b, with r = 8.
+# One line makes it an adapter of any Hugging Face model. Crab adapts the seven linears of every
+# layer of Llama-2-7b: 45,162,496 parameters. Here it is the LM of the shipped tiny base:
 
 # %%
 adapted = get_peft_model(
@@ -77,7 +82,8 @@ adapted.print_trainable_parameters()
 # %% [markdown]
 # ## LoRA against I-LoRA: the same rank, the same batches
 #
-# The loop in full; later pages call `backward` and `update` of `trainer.py`.
+# Four tasks: matching, actions, questions, boxes ([21](21_interface.py) shows them). Here is the
+# loop in full; later pages call `backward` and `update` of `trainer.py`.
 
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
@@ -106,12 +112,14 @@ for adapter in ("lora", "ilora"):
     size = sum(parameter.numel() for parameter in learned)
     print(f"{adapter}: {size:,} parameters, loss per token {losses[0]:.2f}, then {losses[-1]:.2f}")
     axes.plot(losses, label=adapter)
-axes.set(xlabel="step", ylabel="loss per answer token")
+axes.set(xlabel="step", ylabel="loss per answer token", xticks=range(0, 20, 4))
 axes.legend()
 # figure: the loss of LoRA and I-LoRA over 20 steps, too few to say which is better
 save(axes.figure, Path("answers/12_crab_ilora.png"))
 
 # %% [markdown]
+# What longer runs say, with LoRA of the same size too: [20](20_interference.py).
+#
 # ## Exercises
 #
 # 1. One head has no choice. Change `heads = 3` to `heads = 1`; expect `[[100], [100]]`.

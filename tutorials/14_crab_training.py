@@ -32,7 +32,8 @@ from crab_min.world.folders import WorldConfig, build_world
 # ## The same row in each stage
 #
 # The paper aligns the visual branch on Video-LLaVA's data, the audio branch on AudioCaps, and the
-# segmentation branch on LVIS; the last is not in this repository.
+# segmentation branch on LVIS; the last is not in this repository. Then come five epochs of AV-UIE.
+# Below, `avcap` is captioning, and "language model" its embeddings: the tiny base learns new words.
 
 # %%
 RANK = "16"

@@ -31,13 +31,14 @@ from transfer import TaskScores, differences, shares
 # %% [markdown]
 # ## Heterogeneity: one clip, many kinds of answers
 #
-# All share one adapter.
+# All folders of AV-UIE v2 by media, kind of task, and form of the label. All share one adapter.
 
 # %%
 families = {}
 for task in TASKS.values():
     if task.v2:
-        key = f"{task.media[0].kind} and sound, {task.family} -> {task.form.name}"
+        kinds = dict.fromkeys(medium.kind for medium in task.media)
+        key = f"{' and '.join(kinds)}, {task.family} -> {task.form.name}"
         families.setdefault(key, []).append(task.name)
 for key, names in families.items():
     print(f"{key:<42} {', '.join(names)}")
@@ -55,7 +56,9 @@ for key, names in families.items():
 # | $s_t$, metric of task t on its test rows | `row["joint"]`, `row["single"]` |
 # | $\Delta_t$ and its interval | `row["difference"]`, `row["low"]`, `row["high"]` |
 #
-# A bootstrap draws test rows again and again, the same for both models. In naive lines:
+# A task loses or gains only if chance in the choice of test rows does not explain it; the paper
+# names no such interval. A bootstrap draws test rows again and again, the same for both models. In
+# naive lines:
 
 # %%
 rng = np.random.default_rng(1)

@@ -31,7 +31,9 @@ SHOWN = ["a2v", "ucf", "meld", "avqa", "ave", "avvp", "ref_avs"]
 # ## A dataset is a row of TASKS
 #
 # What the fields of an annotation mean stands in a row of `TASKS`. AV-UIE v2 has 222 thousand rows
-# of 17 datasets; those below come from the built-in world, which has the same layout.
+# of 17 datasets in 19 folders; those below come from the built-in world, which has the same layout.
+# `frames` are spread over the clip; `audio` is the part of the sound that is taken (`tenths`: all,
+# in ten parts); `target` is the field with the text to learn; `metric` counts right seconds.
 
 # %%
 root = build_world(WorldConfig(world_clips=48, world_test=4), seed=0)
@@ -48,7 +50,10 @@ for field in ("family", "instruction", "frames", "audio", "target", "metric"):
 # ## Input: from a row to a prompt
 #
 # `build_prompt` makes a list of parts: text, and media that are decoded later. Training, evaluation
-# and `infer.py` call it.
+# and `infer.py` call it. `a2v` asks which of two videos goes with a sound, `ucf` for an action,
+# `meld` for an emotion, `avqa` a question of its own, `ave` and `avvp` for events and times,
+# `ref_avs` for the place of a described thing. Crab+ first says which media follow, and its
+# instructions are its authors'; ours are worded by us (`--prompts FILE.json` replaces them).
 
 # %%
 for part in build_prompt(task, row, root="data"):
@@ -60,7 +65,15 @@ for name, sample in samples.items():
 # ## Output: explicit reasoning, then the label
 #
 # The target has prose first (who, where, when), then the label. With `--target label` the model
-# learns the label alone.
+# learns the label alone. There are few forms:
+#
+# | form | meaning |
+# |---|---|
+# | `<answer> one</answer>` | a word, or several |
+# | `<event> bell, (2 8)</event>` | a label and whole seconds: from 2 up to 8, so 2 to 7 |
+# | `<visual_event>`, `<audio_event>` | the same, apart for what is seen and what is heard |
+# | `[84,145,140,205]` | a box x1, y1, x2, y2 on the picture at 224 x 224 |
+# | `[103,173]` | a point x, y |
 
 # %%
 for name, sample in samples.items():
@@ -71,7 +84,8 @@ for name, sample in samples.items():
 # ## From a text to a score
 #
 # Segment accuracy of AVE is the share of the 10 seconds with the right label, or rightly without
-# one. In naive lines, for texts exactly in the form of EVENT:
+# one (the released scorer counts the second $e$ too: [53](53_metrics.py)). In naive lines, for
+# texts with exactly one event:
 #
 # $$
 # \mathrm{accuracy} = \frac{1}{10} \sum_{t=0}^{9} [\, y_t = \hat y_t \,], \qquad

@@ -75,8 +75,10 @@ print("times of the five pairs of frames:", [int(p) for p in naive[0].unique() -
 #
 # ## Where I-LoRA sits, and how large it is
 #
-# On the seven linears of every layer of the LM. With heads $K$ and a linear of $d_i$ inputs, $d_o$
-# outputs: $\; r d_i + K d_i + K r d_o$ parameters.
+# On the seven linears of every layer of the LM. With rank $r$, heads $K$ and a linear of $d_i$
+# inputs, $d_o$ outputs: $\; r d_i + K d_i + K r d_o$ parameters, for A, the router and the B. The
+# released weights hold I-LoRA of both encoders too. By our reading of its training code these get
+# no gradient and add nothing, so here only the LM has one.
 
 # %%
 linears = {n: m for n, m in model.llm.named_modules() if re.fullmatch(LLM_LINEARS, n)}
@@ -91,13 +93,16 @@ layers = {(3584, 3584): 2, (3584, 512): 2, (3584, 18944): 2, (18944, 3584): 1}  
 full = 28 * sum(n * (128 * i + 3 * i + 3 * 128 * o) for (i, o), n in layers.items())
 print(f"here {counted:,} in {len(linears)} linears; at 7B with r = 128 {full:,}")
 
-axes = new_figure(8, 3).subplots()
+left, right = (figure := new_figure(8, 3)).subplots(1, 2)
+first = int(video.int().argmax())  # token of the video
 for name, row in zip(("time", "height", "width"), positions[:, 0]):
-    axes.plot(row, label=name)
-axes.set(xlabel="token of the prompt and answer", ylabel="position")
-axes.legend()
-# figure: the three positions of each token; the steps of time are the five pairs of frames
-save(axes.figure, Path("answers/22_native.png"))
+    left.plot(row, label=name)
+    right.plot(range(first, first + 64), row[first : first + 64])
+left.set(xlabel="token of the prompt and answer", ylabel="position", title="all tokens")
+right.set(xlabel="token", title="the first pair of frames")
+left.legend()
+# figure: the three positions of each token; left, the steps of time are the five pairs of frames
+save(figure, Path("answers/22_native.png"))
 
 # %% [markdown]
 # ## Exercises

@@ -24,7 +24,7 @@ import torch
 from crab_min.answers import GRID
 from crab_min.data import gold_mask, load_media, read_samples
 from crab_min.evaluation.mask_metrics import hard
-from crab_min.evaluation.pictures import RED, draw_box, draw_masked, new_figure, save
+from crab_min.evaluation.pictures import RED, YELLOW, draw_box, new_figure, save
 from crab_min.evaluation.sam2 import box_mask
 from crab_min.recipes.crab import add_mask_tokens
 from crab_min.world.folders import WorldConfig, build_world
@@ -87,17 +87,19 @@ print({name: round(value, 2) for name, value in hard(np.stack(masks), np.stack(g
 figure = new_figure(8, 2.6)
 for axes, row in zip(figure.subplots(1, 4), rows):
     image = load_media(row.media[0], GRID)[0][0]
-    draw_masked(axes, image, gold_mask(row))
+    axes.imshow(image)
+    axes.contour(gold_mask(row, GRID), [0.5], colors=YELLOW)
     for box, points in row.task.parse(row.target.split("<mask")[0]).objects():
         draw_box(axes, box, RED, linewidth=2)
         axes.scatter(*zip(*points), s=12, color="white", edgecolors="black", zorder=3)
     axes.axis("off")
-# figure: boxes and points as the LM writes them, on the gold masks that SAM2 would have to find
+# figure: red boxes and points as the LM writes them; yellow, the gold masks that SAM2 has to find
 save(figure, Path("answers/23_sam2.png"))
 
 # %% [markdown]
-# So a right box alone has a J far below 1: the second stage is worth the rest. The released script
-# leaves answers without a box and a point out of the mean; here they are scored zero.
+# So a right box alone has a J far below 1: the second stage is worth the rest. Where an answer has
+# neither a box with a point nor three points, the released script leaves it out of the mean; here
+# it is scored zero.
 #
 # ## Exercises
 #

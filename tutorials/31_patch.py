@@ -5,22 +5,31 @@
 # * Code: [pave.py](../crab_min/pave.py): `Patch`, `Block`, `neighbourhood`, `Patches`
 # * Read first: [30](30_video_llm.py)
 #
-# A *patch* $g$ adds what a side channel knows to the tokens of each frame. Frame $k$ attends to the
-# side tokens at its own time, $N(k)$, and to no others:
+# A *patch* $g$ adds what a side channel (sound, more frames, depth) knows to the tokens of each
+# frame, so the LLM reads as many as before. Frame $k$ attends to the side tokens at its own time,
+# $N(k)$, and to no others:
 #
 # $$ z'(k) = z(k) + g\big(v(k), \lbrace s(j) : j \in N(k) \rbrace\big) $$
 #
-# $g$ is a few blocks of cross-attention and an MLP, then an MLP to the LLM and a LayerNorm:
+# Inside $g$, frame and side tokens are projected to the patch's width, $x = P v(k)$ and
+# $m_j = R s(j)$. Then come a few blocks of cross-attention and an MLP, at last an MLP to the width
+# of the LLM and a LayerNorm:
 #
-# $$ x \leftarrow x + \mathrm{softmax}\big(W_q x (W_k s)^\top / \sqrt d\big) W_v s, \qquad
-# x \leftarrow x + \mathrm{MLP}(\mathrm{LayerNorm}(x)) $$
+# $$ x \leftarrow x + \mathrm{softmax}\big(W_q x (W_k m)^\top / \sqrt d\big) W_v m, \quad
+# x \leftarrow x + \mathrm{MLP}(\mathrm{LayerNorm}(x)), \quad
+# g = \mathrm{LayerNorm}(\mathrm{MLP}(x)) $$
 #
 # | symbol | variable | shape | meaning |
 # |---|---|---|---|
 # | $z$ | `z` | (B, T, Q, D) | the video's tokens for the LLM, Q per frame |
-# | $v$ | `v` | (B, T, Q, V) | the same before the projector |
-# | $s$ | `side` | (B, U, S, W) | side tokens, S per step |
+# | $v$ | `v` | (B, T, Q, V) | the same before the projector to the LLM |
+# | $s$ | `side` | (B, U, S, W) | side tokens: U steps in time, S tokens per step |
 # | $N(k)$ | `partition_steps(U, T)[k]` | | side steps at the time of frame $k$ |
+# | $P$, $R$ | `patch.video`, `patch.side` | (C, V), (C, W) | to the patch's width C; released 512 |
+# | $d$ | | | width of each of the heads; released 4 of 128, in 2 blocks |
+#
+# The released code takes $W_k$ for $W_v$, by a slip; `shared_kv` does so for released weights. One
+# released patch has rotary positions (`rope`), the others none.
 
 # %%
 import sys
@@ -44,7 +53,9 @@ from crab_min.world.side_channels import build_side_world
 # ## N(k): the steps are shared out in order
 #
 # The steps of a side channel are cut into T contiguous parts, one per frame; the first parts are
-# one longer where they do not divide. The released side channels and 32 frames:
+# one longer where they do not divide, so late frames drift from their true time. The released side
+# channels and 32 frames: sound of a minute, fast video of two minutes at 2 frames per second, depth
+# of the same 32 frames, 4 cameras in turn.
 
 # %%
 figure = new_figure(9, 3)
@@ -61,8 +72,9 @@ save(figure, Path("answers/31_patch.png"))
 # %% [markdown]
 # ## A new patch changes nothing
 #
-# The side channel is a stream of 25 small frames per second. The last LayerNorm begins with gain
-# and bias zero, so the patch adds zero, and in the first step only these two have a gradient.
+# The side channel is a stream of 25 small frames per second. Here a Q-Former stands before the
+# projector, and its states are $v$. The last LayerNorm begins with gain and bias zero, so the patch
+# adds zero, and in the first step only these two have a gradient.
 
 # %%
 file = build_side_world("", 120, 0, seed=0, names=["fast"])

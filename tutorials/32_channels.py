@@ -109,7 +109,7 @@ curves = {
     "fast: brightness of 25 frames per second": stream.mean((1, 2, 3)),
     "gradient of the answer by step of the stream": side.grad[0].norm(dim=(1, 2)).numpy(),
 }
-# figure: a clip and its side channels: the kettle is near, the star and the flash come earlier
+# figure: a clip and its side channels by second; depth: red is near; the last two rows: the flash
 draw_channels(Path("answers/32_channels.png"), sample, curves)
 
 # %% [markdown]

@@ -53,6 +53,9 @@ from crab_min.world.side_channels import build_side_world
 # %% [markdown]
 # ## One clip, eight signals
 #
+# In this clip each signal singles out one thing, and the video does not show which: it trembles in
+# the flow, is near in the depth (red), turned aside in the normals, hot, rough, heard, or high up.
+#
 # An encoder of one's own is one line: `register` makes its name a modality of every video. This one
 # takes brightness for depth; `draw` can be a depth-estimation pipeline of transformers.
 
@@ -79,7 +82,7 @@ sample, own = [add_side_channels(rows, names)[0] for names in (NAMES, [*NAMES, "
 for part, medium in zip(own.media, Features(model)([own])[0]):
     print(f"{part.side or 'rgb'}: {part.kind}, (U, S, W) = {tuple(medium.features.shape)}")
 xyz, _ = read_points(next(part.path for part in sample.media if part.side == "points"))
-# figure: in the flow a thing trembles, one is near, turned aside, hot, rough, heard, floats high
+# figure: a clip and its signals by second; each but the video singles out one thing
 draw_channels(Path("answers/41_modalities.png"), sample, {"points: height": xyz[..., 2].mean(1)})
 
 # %% [markdown]

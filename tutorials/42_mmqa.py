@@ -8,7 +8,7 @@
 # All modalities share one frozen Q-Former. A modality $m$ brings queries, a norm, a projection to
 # the LLM, and a low-rank pair for the query and the value projection of every self-attention:
 #
-# $$ y = W x + b + B_m A_m x, \qquad B_m = 0 \text{ at the start} $$
+# $$ y = W x + b + B_m A_m x, \qquad B_m = 0 \text{ at the start (and no factor } \alpha / r) $$
 #
 # $$ Z_m = P_m\big(\mathrm{QFormer}_m(q_m, \mathrm{LayerNorm}_m(I_m X_m))\big) $$
 #

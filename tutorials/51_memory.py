@@ -40,7 +40,8 @@ print(f"frozen {result.frozen:,}, trained {result.trained:,} parameters")
 # | $N_f$, $N_t$, frozen and trained parameters | `result.frozen`, `result.trained` |
 # | $M$, bytes while training | `memory.training` |
 #
-# With 4 bits per weight of the LM (NF4) the frozen part shrinks; what learns stays in float32.
+# With 4 bits per weight of the LM (NF4) the frozen part shrinks; what learns stays in float32. Here
+# a GB is $2^{30}$ bytes; "needed" adds one for CUDA, and a twentieth that is lost between blocks.
 
 # %%
 memory = result.memory["bfloat16"]

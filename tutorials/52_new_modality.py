@@ -90,7 +90,7 @@ model.add_side_channel("edges", EdgeEncoder.width, SideChannelConfig(side="edges
 model.patches.requires_grad_(True)
 batch = collate_answers(model, samples, media)
 after = model(batch).item()
-print(f"loss {before:.3f} without, {after:.3f} with a new patch: it adds nothing yet")
+print(f"summed loss {before:.3f} without, {after:.3f} with a new patch: it adds nothing yet")
 backward(model, [batch], bf16=False)
 moved = [
     name for name, p in model.patches.named_parameters() if p.grad is not None and p.grad.any()
@@ -100,8 +100,10 @@ print("with a gradient:", moved)
 figure = new_figure(7, 2.4)
 left, middle, right = figure.subplots(1, 3)
 left.imshow(frames[0])
-for axes, channel in ((middle, 0), (right, 1)):
+left.set_title("frame")
+for axes, channel, title in ((middle, 0, "edges downwards"), (right, 1, "edges to the right")):
     axes.imshow(edges.features[0, :, channel].float().view(GRID, GRID), cmap="magma")
+    axes.set_title(title)
 for axes in figure.axes:
     axes.axis("off")
 # figure: a frame, and what the encoder makes of it: edges downwards, edges to the right

@@ -75,8 +75,17 @@ for (said, label), prediction, gold in zip(pairs, predictions, golds):
 
 # %% [markdown]
 # The released scorer asks whether the label is contained in the answer, so "piano" is right for
-# "no". It leaves out answers that are not in its list of 42 words: MokA counts 9,059 of 9,129. With
-# the labels of these four rows as the list:
+# "no". It leaves out answers that are not in its list of 42 words: MokA counts 9,059 of 9,129.
+#
+# | number | an answer is right if | answers |
+# |---|---|---|
+# | `strict` | it is the label | all |
+# | `substring_released`, of MokA | it contains the label | those in the list |
+# | `gold_in_answer`, of PAVE | it contains the label | all |
+# | `part_of_gold`, of CREMA | the label contains it | all |
+#
+# `parsed` and `counted_released` are shares of answers that can be read, and that are in the list;
+# here the list is the labels of these four rows.
 
 # %%
 whole = score(task, predictions, golds)
@@ -87,7 +96,7 @@ axes = new_figure(7, 2.6).subplots()
 colours = [TEAL if name == "strict" else GREY for name in names]
 axes.barh(list(names), list(names.values()), color=colours)
 axes.invert_yaxis()
-axes.set(xlabel="four answers, of which two are right", xlim=(0, 1))
+axes.set(xlabel="share of four answers, of which two are right", xlim=(0, 1))
 # figure: one set of four answers by every number that is computed for MUSIC-AVQA
 save(axes.figure, Path("answers/53_metrics.png"))
 
