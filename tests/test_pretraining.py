@@ -12,6 +12,7 @@ from test_modalities import load_blip2, run_train
 
 from crab_min.config import AdapterConfig, CrabSettings, ModalityConfig, with_values
 from crab_min.data import gold_mask, read_samples
+from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError, RunError
 from crab_min.features import Features
 from crab_min.model import ASSETS
@@ -64,6 +65,22 @@ def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weigh
     own = {f"multimodal.{name}" for name in model.multimodal.parameters_of("audio")}
     assert learned == own
     assert all(p.grad is not None for p in model.multimodal.parameters_of("audio").values())
+
+
+def test_unfused_tokens_have_the_time_of_the_base():
+    """A frame has its number, a sound beside it that of the frame, a sound alone its second."""
+    model = load_blip2("")
+    model.choose_modalities(ModalityConfig("rgb,audio", "none"))
+    model.add_side_channel("audio", 32)
+    sound = MediaFeatures("audio", torch.randn(4, 7, 32))
+    video = MediaFeatures("video", torch.randn(2, 36, model.vision.width), sides={"audio": sound})
+    timed = model.tokens([video, sound], [0, 1])
+    time, model.time = model.time, None
+    plain = model.tokens([video, sound], [0, 1])
+    times = ([0, 1, 0, 0, 1, 1], [0, 1, 2, 3])
+    for with_time, without, expected in zip(timed, plain, times):
+        added = time.weight[expected].repeat_interleave(model.multimodal.config.queries, 0)
+        torch.testing.assert_close(with_time - without, added, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_without_the_modality_is_named(captions):
