@@ -29,7 +29,7 @@ ENLARGED = 384  # pixels per side of a picture of 96: objects of LVIS below 1,00
 
 
 def write_views(out: Path, clips: int, test: int, seed: int) -> None:
-    """Write the questions about the second camera, which is one of four that see no star."""
+    """Write the questions about the second camera, between three others that see no star."""
     shows = build_side_world("", clips, test, seed, ["view"]).parent.absolute()
     cameras = out / "cameras"
     cameras.mkdir(parents=True)
@@ -99,7 +99,7 @@ def write_objects(out: Path, clips: int, test: int, seed: int) -> None:
 
 
 def outline(mask: np.ndarray) -> dict:
-    """Return area, box and polygons of a mask (96, 96) in the enlarged picture, as LVIS has them."""
+    """Return area, box and polygons of a mask (96, 96) in the enlarged picture, as in LVIS."""
     enlarged = np.asarray(Image.fromarray(mask).resize((ENLARGED, ENLARGED), Image.NEAREST))
     contours, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = [contour.flatten().tolist() for contour in contours if len(contour) > 2]
