@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -218,6 +219,30 @@ def test_the_decoder_is_aligned_on_lvis_and_goes_into_the_mask_stage(
 
     assert run_train("crab-tiny --stage masks-align --steps 4 --text-steps 2") == 2
     assert "LVIS is not in the built-in world" in capsys.readouterr().err
+
+
+# --- the built-in world in these forms ------------------------------------------------------------
+def test_the_world_is_written_in_released_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the world lies
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    import released_forms
+
+    for name, (write, _, _) in released_forms.KINDS.items():
+        write(tmp_path / name, 2, 2, 0)
+    sound, _ = read_samples(tmp_path / "captions", ["audiocaps"], "test")
+    assert Path(sound.media[0].path).exists() and " is heard from " in sound.gold.text
+
+    # a polygon is the mask of a thing in a picture four times as large
+    for sample in read_samples(tmp_path / "objects", ["lvis"], "test"):
+        (box,) = sample.gold.boxes
+        (masked,) = crab.add_mask_tokens([sample])
+        rows, columns = np.nonzero(gold_mask(masked, 224))
+        edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.subtract(edges, box)).max() <= 1
+
+    (first, _) = read_samples(tmp_path / "views/train.jsonl", [], "train")
+    (viewed,) = add_side_channels([first], ["view"])
+    assert len({part.path for part in viewed.media if part.side}) == released_forms.CAMERAS
 
 
 # --- settings -------------------------------------------------------------------------------------

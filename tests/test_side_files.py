@@ -140,6 +140,18 @@ def test_a_scene_of_frames_is_a_clip(tmp_path):
         read_video(video.path, 32, 8)
 
 
+def test_a_run_whose_only_clip_cannot_be_read_says_so(tmp_path, capsys):
+    (tmp_path / "x").mkdir()  # a folder without frames
+    turns = [("user", "<video>What?"), ("assistant", "<answer>a</answer>")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "videos": ["x"]}))
+    rows = str(tmp_path / "rows.jsonl")
+    assert run_train("crab_plus-tiny", "--data", rows, "--out", str(tmp_path / "run")) == 2
+    out, error = capsys.readouterr()
+    assert "x: a folder without pictures" in out
+    assert f"{rows}: no row to train on is left" in error
+
+
 # --- several views in one patch -------------------------------------------------------------------
 def test_views_are_interleaved_step_by_step():
     """Four exo views of 32 steps are 128 steps: all views of a step, then the next step."""
