@@ -181,11 +181,15 @@ def test_views_of_a_folder_go_through_one_patch(clips, tmp_path, count):
     assert not torch.equal(model.token_losses(batch), before)
 
 
-def test_a_row_may_name_a_list_of_views(clips, tmp_path):
-    clips[0].row["sides"] = {"view": ["a.mp4", "b.mp4"]}
-    (sample,) = add_side_channels(clips[:1], ["view"])
+def test_a_row_may_name_a_list_of_views(tmp_path):
+    turns = [("user", "<video>What?"), ("assistant", "<answer>a</answer>")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = {"messages": messages, "videos": ["x.mp4"], "sides": {"view": ["a.mp4", "b.mp4"]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = read_samples(tmp_path / "rows.jsonl", [], "train")
+    (sample,) = add_side_channels(rows, ["view"])
     sides = [(p.kind, p.path) for p in sample.media if p.side]
-    assert sides == [("view", "a.mp4"), ("view", "b.mp4")]
+    assert sides == [("view", str(tmp_path / name)) for name in ("a.mp4", "b.mp4")]
 
 
 # --- side tokens in the prompt, to compare the patch with -----------------------------------------
