@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -12,6 +13,7 @@ from test_modalities import load_blip2, run_train
 
 from crab_min.config import AdapterConfig, CrabSettings, ModalityConfig, with_values
 from crab_min.data import gold_mask, read_samples
+from crab_min.encoders import MediaFeatures
 from crab_min.errors import DataError, RunError
 from crab_min.features import Features
 from crab_min.model import ASSETS
@@ -64,6 +66,22 @@ def test_a_prompt_without_a_video_has_the_tokens_of_its_modality(captions, weigh
     own = {f"multimodal.{name}" for name in model.multimodal.parameters_of("audio")}
     assert learned == own
     assert all(p.grad is not None for p in model.multimodal.parameters_of("audio").values())
+
+
+def test_unfused_tokens_have_the_time_of_the_base():
+    """A frame has its number, a sound beside it that of the frame, a sound alone its second."""
+    model = load_blip2("")
+    model.choose_modalities(ModalityConfig("rgb,audio", "none"))
+    model.add_side_channel("audio", 32)
+    sound = MediaFeatures("audio", torch.randn(4, 7, 32))
+    video = MediaFeatures("video", torch.randn(2, 36, model.vision.width), sides={"audio": sound})
+    timed = model.tokens([video, sound], [0, 1])
+    time, model.time = model.time, None
+    plain = model.tokens([video, sound], [0, 1])
+    times = ([0, 1, 0, 0, 1, 1], [0, 1, 2, 3])
+    for with_time, without, expected in zip(timed, plain, times):
+        added = time.weight[expected].repeat_interleave(model.multimodal.config.queries, 0)
+        torch.testing.assert_close(with_time - without, added, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_without_the_modality_is_named(captions):
@@ -201,6 +219,30 @@ def test_the_decoder_is_aligned_on_lvis_and_goes_into_the_mask_stage(
 
     assert run_train("crab-tiny --stage masks-align --steps 4 --text-steps 2") == 2
     assert "LVIS is not in the built-in world" in capsys.readouterr().err
+
+
+# --- the built-in world in these forms ------------------------------------------------------------
+def test_the_world_is_written_in_released_forms(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the world lies
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    import released_forms
+
+    for name, (write, _, _) in released_forms.KINDS.items():
+        write(tmp_path / name, 2, 2, 0)
+    sound, _ = read_samples(tmp_path / "captions", ["audiocaps"], "test")
+    assert Path(sound.media[0].path).exists() and " is heard from " in sound.gold.text
+
+    # a polygon is the mask of a thing in a picture four times as large
+    for sample in read_samples(tmp_path / "objects", ["lvis"], "test"):
+        (box,) = sample.gold.boxes
+        (masked,) = crab.add_mask_tokens([sample])
+        rows, columns = np.nonzero(gold_mask(masked, 224))
+        edges = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.subtract(edges, box)).max() <= 1
+
+    (first, _) = read_samples(tmp_path / "views/train.jsonl", [], "train")
+    (viewed,) = add_side_channels([first], ["view"])
+    assert len({part.path for part in viewed.media if part.side}) == released_forms.CAMERAS
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -140,6 +140,18 @@ def test_a_scene_of_frames_is_a_clip(tmp_path):
         read_video(video.path, 32, 8)
 
 
+def test_a_run_whose_only_clip_cannot_be_read_says_so(tmp_path, capsys):
+    (tmp_path / "x").mkdir()  # a folder without frames
+    turns = [("user", "<video>What?"), ("assistant", "<answer>a</answer>")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "videos": ["x"]}))
+    rows = str(tmp_path / "rows.jsonl")
+    assert run_train("crab_plus-tiny", "--data", rows, "--out", str(tmp_path / "run")) == 2
+    out, error = capsys.readouterr()
+    assert "x: a folder without pictures" in out
+    assert f"{rows}: no row to train on is left" in error
+
+
 # --- several views in one patch -------------------------------------------------------------------
 def test_views_are_interleaved_step_by_step():
     """Four exo views of 32 steps are 128 steps: all views of a step, then the next step."""
@@ -169,11 +181,15 @@ def test_views_of_a_folder_go_through_one_patch(clips, tmp_path, count):
     assert not torch.equal(model.token_losses(batch), before)
 
 
-def test_a_row_may_name_a_list_of_views(clips, tmp_path):
-    clips[0].row["sides"] = {"view": ["a.mp4", "b.mp4"]}
-    (sample,) = add_side_channels(clips[:1], ["view"])
+def test_a_row_may_name_a_list_of_views(tmp_path):
+    turns = [("user", "<video>What?"), ("assistant", "<answer>a</answer>")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    row = {"messages": messages, "videos": ["x.mp4"], "sides": {"view": ["a.mp4", "b.mp4"]}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = read_samples(tmp_path / "rows.jsonl", [], "train")
+    (sample,) = add_side_channels(rows, ["view"])
     sides = [(p.kind, p.path) for p in sample.media if p.side]
-    assert sides == [("view", "a.mp4"), ("view", "b.mp4")]
+    assert sides == [("view", str(tmp_path / name)) for name in ("a.mp4", "b.mp4")]
 
 
 # --- side tokens in the prompt, to compare the patch with -----------------------------------------

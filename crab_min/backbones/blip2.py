@@ -215,7 +215,7 @@ class CremaModel(AVLanguageModel):
     def tokens(self, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
         """Compute the tokens (token_count, D) of each video with its other modalities."""
         if self.fusion_mode == "none":
-            return unfused_tokens(self, media)
+            return unfused_tokens(self, media, media_index)
 
         # Z, and Zbar on top of it or behind it
         lengths = [len(medium.features) for medium in media]

@@ -257,6 +257,7 @@ def add_embeddings(
     media_index: list[int],
     time: nn.Embedding | None,
     number: nn.Embedding | None,
+    times: Tensor | None = None,
 ) -> Tensor:
     """Add embeddings to the tokens (sum of T, Q, D) of several media.
 
@@ -265,10 +266,12 @@ def add_embeddings(
         media_index: whether it is the first (0), second ... of its kind in its prompt.
         time: embedding of the frame or second; late ones share the last row.
         number: embedding of `media_index`.
+        times: frame or second of each step (sum of T,); None: counted in each medium.
     """
     if time is not None:
-        steps = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])  # (sum of T,)
-        tokens = tokens + time(steps.clamp(max=time.num_embeddings - 1))[:, None]
+        if times is None:
+            times = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
+        tokens = tokens + time(times.clamp(max=time.num_embeddings - 1))[:, None]
     if number is not None:
         indices = torch.tensor(media_index, device=tokens.device)
         repeats = torch.tensor(lengths, device=tokens.device)

@@ -6,7 +6,7 @@
 
 P_t are the words "Frame t: ". Pictures (flow, depth, normals) have the steps of the video and stand
 beside its frames. A sound and points have steps of their own, and stand behind the video. A
-modality that a clip lacks is left out.
+modality that a clip lacks is left out. A base with an embedding of time has it on every step.
 
 A prompt is a list of steps. Both its token ids and its tokens follow this list.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from crab_min.backbones.composed import add_embeddings
 from crab_min.encoders import MediaFeatures
 
 # modalities with steps of their own -> the words before them behind a video
@@ -31,6 +32,7 @@ class Step:
     words: str
     modality: str
     index: int
+    time: int  # the frame of the video at its time; without a video its index
 
 
 def steps_of(medium: MediaFeatures, names: list[str], frame_prefix: str) -> list[Step]:
@@ -40,31 +42,37 @@ def steps_of(medium: MediaFeatures, names: list[str], frame_prefix: str) -> list
         names: the side modalities in the order of the prompt.
     """
     if medium.kind not in VIDEO:
-        return stream_steps(medium.kind, len(medium.features), ALONE)
+        count = len(medium.features)
+        return stream_steps(medium.kind, count, ALONE, frames=count)
     present = [name for name in names if name in medium.sides]
+    frames = len(medium.features)
     steps = []
-    for t in range(len(medium.features)):
-        steps.append(Step(frame_prefix.format(t + 1), "rgb", t))
+    for t in range(frames):
+        steps.append(Step(frame_prefix.format(t + 1), "rgb", t, t))
         for name in present:
             if name not in STREAMS:
                 last = len(medium.sides[name].features) - 1
-                steps.append(Step("", name, min(t, last)))
+                steps.append(Step("", name, min(t, last), t))
     for name in present:
         if name in STREAMS:
-            steps += stream_steps(name, len(medium.sides[name].features), STREAMS[name])
+            steps += stream_steps(name, len(medium.sides[name].features), STREAMS[name], frames)
     return steps
 
 
-def stream_steps(name: str, count: int, words: str) -> list[Step]:
+def stream_steps(name: str, count: int, words: str, frames: int) -> list[Step]:
     """Return all steps of a sound or of points; the words stand before the first one."""
-    return [Step("" if index else words, name, index) for index in range(count)]
+    steps = []
+    for index in range(count):
+        steps.append(Step("" if index else words, name, index, index * frames // count))
+    return steps
 
 
-def unfused_tokens(model, media: list[MediaFeatures]) -> list[Tensor]:
+def unfused_tokens(model, media: list[MediaFeatures], media_index: list[int]) -> list[Tensor]:
     """Compute the tokens (steps * Q, D) of each medium of a prompt, in the order of its steps.
 
     Args:
         model: a CremaModel.
+        media_index: as for add_embeddings.
     """
     # each modality of all media in one call
     sources: dict[str, list[tuple[int, MediaFeatures]]] = {}
@@ -84,5 +92,9 @@ def unfused_tokens(model, media: list[MediaFeatures]) -> list[Tensor]:
     tokens = []
     for i, medium in enumerate(media):
         steps = steps_of(medium, model.side_names, model.frame_prefix)
-        tokens.append(torch.cat([encoded[step.modality, i][step.index] for step in steps]))
+        own = torch.stack([encoded[step.modality, i][step.index] for step in steps])
+        times = torch.tensor([step.time for step in steps], device=own.device)
+        number = media_index[i : i + 1]
+        own = add_embeddings(own, [len(steps)], number, model.time, model.number, times)
+        tokens.append(own.flatten(0, 1))
     return tokens

@@ -151,6 +151,9 @@ def load_rows(
     Args:
         built_in_data: makes the data of a run without --data and returns its path.
         prepare_samples: (samples, settings) -> samples in the form of the paper.
+
+    Raises:
+        RunError: features of no side channel of the run; no training rows that can be read.
     """
     settings = run.settings
     data = settings.data
@@ -190,6 +193,8 @@ def load_rows(
         run.held_out = random.Random(settings.training.seed).sample(train, count)
     ids = {sample.id for sample in run.held_out}
     run.train_rows = [sample for sample in train if sample.id not in ids]
+    if not run.train_rows:
+        raise RunError(f"{root}: no row to train on is left; see what was skipped")
 
 
 def steps_of(settings: Settings, rows: int) -> int:

@@ -224,6 +224,13 @@ def media_path(folder: Path, name: str) -> str:
     return str(path.absolute())
 
 
+def side_paths(folder: Path, files: str | list[str]) -> str | list[str]:
+    """Return the absolute path of a side channel, or those of its views."""
+    if isinstance(files, list):
+        return [media_path(folder, file) for file in files]
+    return media_path(folder, files)
+
+
 def split_and_span(row: dict) -> dict:
     """Return the split of a row, and the seconds of its clip.
 
@@ -336,7 +343,7 @@ def jsonl_row(row: dict, folder: Path, answers: bool) -> dict:
     for kind in KINDS:
         paths[f"{kind}s"] = [media_path(folder, file) for file in row.get(f"{kind}s") or []]
     sides = row.get("sides") or {}
-    paths["sides"] = {name: media_path(folder, file) for name, file in sides.items()}
+    paths["sides"] = {name: side_paths(folder, files) for name, files in sides.items()}
     return {**row, **paths, **split_and_span(row), "messages": messages}
 
 
