@@ -406,8 +406,8 @@ def check_side_channel(name: str, channel: list[tuple], width: int) -> None:
     widths = sorted({features.shape[2] for features, _ in channel})
     if widths != [width]:
         raise ModelError(
-            f"patch {name}: reads side tokens {width} wide, got {widths}; is it another encoder's "
-            f"feature file, or the patch of another side channel?"
+            f"patch {name}: reads side tokens {width} wide, got {widths}; give it features of the "
+            f"encoder that it learned from (infer.py: --side {name}=FILE)"
         )
 
 

@@ -14,7 +14,7 @@ from crab_min.errors import DataError
 from crab_min.evaluation.canonical import canonical_text
 from crab_min.evaluation.lenient import lenient_metrics
 from crab_min.evaluation.metrics import best_constant, score
-from crab_min.evaluation.scores import score_all
+from crab_min.evaluation.scores import score_all, training_table
 from crab_min.tasks import TASKS
 
 UNPARSED = Answer(error="no tag", text="...")
@@ -445,3 +445,12 @@ def test_a_base_without_tags_is_right_where_it_names_the_label_alone(task, text,
 def test_events_and_boxes_have_no_lenient_score():
     sample = Sample("0", TASKS["ave"], [], "", Answer(events=[("dog", [(0, 3)])]), {})
     assert lenient_metrics([sample], ["A dog."], []) == {}
+
+
+def test_a_table_without_a_baseline_has_a_dash():
+    result = {"name": "accuracy", "metric": 1.0, "constant": 0.5, "parsed": 1.0, "n": 4}
+    with_base = {**result, "base": 0.25}
+    lines = training_table({"ks": result, "ucf": with_base}).splitlines()
+    assert lines[1].split() == ["ks", "accuracy", "-", "1.000", "0.500", "1.00", "4"]
+    assert lines[2].split() == ["ucf", "accuracy", "0.250", "1.000", "0.500", "1.00", "4"]
+    assert lines[1].index("1.000") == lines[2].index("1.000")

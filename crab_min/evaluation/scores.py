@@ -4,7 +4,6 @@ No answer is skipped. An answer that does not parse counts as wrong and lowers t
 """
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -140,8 +139,9 @@ def training_table(results: dict[str, dict]) -> str:
     """
     lines = ["task      metric              base  trained  constant  parsed     n"]
     for task, r in results.items():
+        base = f"{r['base']:.3f}" if "base" in r else "-"  # --no-baseline
         lines.append(
-            f"{task:<9} {r['name']:<17} {r.get('base', math.nan):>6.3f} {r['metric']:>8.3f} "
+            f"{task:<9} {r['name']:<17} {base:>6} {r['metric']:>8.3f} "
             f"{r['constant']:>9.3f} {r['parsed']:>7.2f} {r['n']:>5}"
         )
     better = sum(result["metric"] > result["constant"] for result in results.values())

@@ -8,7 +8,6 @@ The paper's other side channels are fast, depth and view. At full size: pave-0.5
 --compare-lora LoRA alone is trained first, on the same questions without the side channel.
 """
 
-import math
 from pathlib import Path
 
 from crab_min.config import PaveSettings, with_values
@@ -107,9 +106,10 @@ def comparison_table(lora: dict, patch: dict) -> str:
         lora_alone = common.types_of(task, lora["tasks"][task])
         base = common.types_of(task, lora["base"].get(task, {}))
         for name, with_patch in common.types_of(task, result).items():
-            base_metric = base.get(name, {}).get("metric", math.nan)  # no row of it was asked
+            # the frozen model was perhaps asked no row of it
+            frozen = f"{base[name]['metric']:.3f}" if name in base else "-"
             lines.append(
-                f"{name:<18}{guess:>9.3f}{base_metric:>8.3f}"
+                f"{name:<18}{guess:>9.3f}{frozen:>8}"
                 f"{lora_alone[name]['metric']:>15.3f}{with_patch['metric']:>16.3f}"
                 f"{with_patch['n']:>6}"
             )
