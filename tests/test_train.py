@@ -619,7 +619,7 @@ def bad_inputs(folder: Path, world: Path):
     yield infer.main, [str(good), "--audio", empty, *ask], ["empty.wav"]
     yield infer.main, [str(good), "--demo"], ["what about", "--task"]
     yield infer.main, ["What barks?", "--demo"], ["which clip?", "What barks?"]
-    yield infer.main, [str(good), "--demo", "--task", "a2v"], ["a2v", "video2_path"]
+    yield infer.main, [str(good), "--demo", "--task", "a2v"], ["a2v", "--second-video"]
     yield infer.main, [str(good), "--demo", "--task", "avee"], ["avee", "ave"]
     yield infer.main, [str(good), "--task", "ave", "--run", nothing], ["nothing", "--run"]
 
