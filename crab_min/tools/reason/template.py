@@ -1,6 +1,7 @@
 """Reasoned texts without a model: sentences made of a row's own fields.
 
-They say no more than the label says, but they say it first as prose, and everything runs offline.
+They say no more than labels say, but they say it first as prose, and everything runs offline. A
+question about a clip whose events another row names is answered from these events.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,21 +21,27 @@ class Template:
     def replies(
         self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
     ) -> Iterator[tuple[Job, Reply]]:
+        # path of a clip -> sentences about its events; AV_EVENTS tell more than EVENTS
+        events = {}
+        for form in (EVENTS, AV_EVENTS):
+            for job in jobs:
+                if job.sample.task.form is form:
+                    events[job.sample.media[0].path] = event_evidence(job.sample)
         for job in jobs:
-            yield job, Reply(template(job.sample))
+            yield job, Reply(template(job.sample, events.get(job.sample.media[0].path, "")))
 
 
-def template(sample: Sample) -> str:
-    """Return a text that leads to the label of a row."""
+def template(sample: Sample, events: str = "") -> str:
+    """Return a text that leads to the label of a row.
+
+    Args:
+        events: sentences about the events of its clip, from another row; "" if none has them.
+    """
     form = sample.task.form
     if form is CHOICE:
-        evidence = choice_evidence(sample)
-    elif form in (EVENT, EVENTS):
-        evidence = clauses(sample.gold.events, "seen and heard")
-    elif form is AV_EVENTS:
-        seen = clauses(sample.gold.visual_events, "seen")
-        heard = clauses(sample.gold.audio_events, "heard")
-        evidence = f"{seen} {heard}".strip()
+        evidence = choice_evidence(sample, events)
+    elif form in (EVENT, EVENTS, AV_EVENTS):
+        evidence = event_evidence(sample)
     elif form is EXISTS:
         where = "in the image" if sample.gold.exists else "nowhere in the image"
         thing = str(sample.row.get("description") or sample.row.get("object"))
@@ -44,7 +51,16 @@ def template(sample: Sample) -> str:
     return f"{evidence} {closing_words(sample)}"
 
 
-def choice_evidence(sample: Sample) -> str:
+def event_evidence(sample: Sample) -> str:
+    """Return sentences about the events of a row."""
+    if sample.task.form is AV_EVENTS:
+        seen = clauses(sample.gold.visual_events, "seen")
+        heard = clauses(sample.gold.audio_events, "heard")
+        return f"{seen} {heard}".strip()
+    return clauses(sample.gold.events, "seen and heard")
+
+
+def choice_evidence(sample: Sample, events: str) -> str:
     """Return a sentence for the one label of a row, by family."""
     gold, row = sample.gold.choice, sample.row
     if sample.task.family == "emotion":
@@ -52,16 +68,12 @@ def choice_evidence(sample: Sample) -> str:
     if sample.task.family == "action":
         return f"What is seen and heard is {gold}."
     if sample.task.family != "matching":
-        return f"What is seen and heard decides for {gold}."
+        return events or f"What is seen and heard decides for {gold}."
 
-    # a2v and v2a: what is known of the three media
-    known = []
-    for medium in sample.task.media:
-        field = medium.fields[0].replace("_path", "_event")
-        if row.get(field):
-            known.append(f"{capital(medium.marker)}: the {row[field]}.")
-    other = sample.task.media[-1].kind
-    return " ".join([*known, f"What fits is {other} {gold}."])
+    # a2v and v2a: what the one medium has is in one of the two others
+    one, *_, other = sample.task.media
+    event = row.get(one.fields[0].replace("_path", "_event"), "thing that fits")
+    return f"The {event} is in {other.kind} {gold}."
 
 
 def clauses(events: list[Event], how: str) -> str:
