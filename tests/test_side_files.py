@@ -19,7 +19,9 @@ from crab_min.features import Features
 from crab_min.media.arrays import read_array
 from crab_min.media.read import media_seconds, read_video
 from crab_min.recipes import pave
+from crab_min.runs.asking import asking_words
 from crab_min.side_channels import add_side_channels
+from crab_min.sources.own import question_form
 from crab_min.trained_parts import read_part
 
 SMALL = "--steps 2 --batch-size 2 --test-rows 2 --no-baseline --r 2 --alpha 4 --workers 0"
@@ -190,6 +192,8 @@ def test_a_row_may_name_a_list_of_views(tmp_path):
     (sample,) = add_side_channels(rows, ["view"])
     sides = [(p.kind, p.path) for p in sample.media if p.side]
     assert sides == [("view", str(tmp_path / name)) for name in ("a.mp4", "b.mp4")]
+    form = question_form([rows[0].row], is_label=True)
+    assert asking_words(rows, form) == []  # --side takes one file
 
 
 # --- side tokens in the prompt, to compare the patch with -----------------------------------------

@@ -67,12 +67,13 @@ def asking_words(samples: list[Sample], form: QuestionForm | None) -> list[str]:
 def own_words(sample: Sample, form: QuestionForm) -> list[str]:
     """Return the words that ask the first question of a row of one's own.
 
-    There are none for a row with several videos or pictures, or of a rarer form.
+    There are none for a row with several videos or pictures or views, or of a rarer form.
     """
     row, clip = sample.row, clip_of(sample.row)
     text, question = split_question(conversation_parts(row)[0][0])
     videos, images = row.get("videos") or [], row.get("images") or []
-    if text != form.text or not clip or len(videos) > 1 or len(images) > 1:
+    several_views = any(isinstance(files, list) for files in sides_of(row).values())
+    if text != form.text or not clip or len(videos) > 1 or len(images) > 1 or several_views:
         return []
     words = [clip] if question == form.question else [clip, question]
     if videos and images:
@@ -90,8 +91,8 @@ def own_words(sample: Sample, form: QuestionForm) -> list[str]:
     return words + flags("--side", [f"{name}={file}" for name, file in sides_of(row).items()])
 
 
-def sides_of(row: dict) -> dict[str, str]:
-    """Return the files of side channels that a row names."""
+def sides_of(row: dict) -> dict[str, str | list[str]]:
+    """Return the file, or the views, of each side channel that a row names."""
     return {name: file for name, file in (row.get("sides") or {}).items() if file}
 
 

@@ -1,7 +1,6 @@
 """Reasoned texts without a model: sentences made of a row's own fields.
 
-They say no more than labels say, but they say it first as prose, and everything runs offline. A
-question about a clip whose events another row names is answered from these events.
+They say no more than the label says, but they say it first as prose, and everything runs offline.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,27 +20,21 @@ class Template:
     def replies(
         self, jobs: list[Job], make_conversation: Callable[[Job], list[Message]]
     ) -> Iterator[tuple[Job, Reply]]:
-        # path of a clip -> sentences about its events; AV_EVENTS tell more than EVENTS
-        events = {}
-        for form in (EVENTS, AV_EVENTS):
-            for job in jobs:
-                if job.sample.task.form is form:
-                    events[job.sample.media[0].path] = event_evidence(job.sample)
         for job in jobs:
-            yield job, Reply(template(job.sample, events.get(job.sample.media[0].path, "")))
+            yield job, Reply(template(job.sample))
 
 
-def template(sample: Sample, events: str = "") -> str:
-    """Return a text that leads to the label of a row.
-
-    Args:
-        events: sentences about the events of its clip, from another row; "" if none has them.
-    """
+def template(sample: Sample) -> str:
+    """Return a text that leads to the label of a row."""
     form = sample.task.form
     if form is CHOICE:
-        evidence = choice_evidence(sample, events)
-    elif form in (EVENT, EVENTS, AV_EVENTS):
-        evidence = event_evidence(sample)
+        evidence = choice_evidence(sample)
+    elif form in (EVENT, EVENTS):
+        evidence = clauses(sample.gold.events, "seen and heard")
+    elif form is AV_EVENTS:
+        seen = clauses(sample.gold.visual_events, "seen")
+        heard = clauses(sample.gold.audio_events, "heard")
+        evidence = f"{seen} {heard}".strip()
     elif form is EXISTS:
         where = "in the image" if sample.gold.exists else "nowhere in the image"
         thing = str(sample.row.get("description") or sample.row.get("object"))
@@ -51,16 +44,7 @@ def template(sample: Sample, events: str = "") -> str:
     return f"{evidence} {closing_words(sample)}"
 
 
-def event_evidence(sample: Sample) -> str:
-    """Return sentences about the events of a row."""
-    if sample.task.form is AV_EVENTS:
-        seen = clauses(sample.gold.visual_events, "seen")
-        heard = clauses(sample.gold.audio_events, "heard")
-        return f"{seen} {heard}".strip()
-    return clauses(sample.gold.events, "seen and heard")
-
-
-def choice_evidence(sample: Sample, events: str) -> str:
+def choice_evidence(sample: Sample) -> str:
     """Return a sentence for the one label of a row, by family."""
     gold, row = sample.gold.choice, sample.row
     if sample.task.family == "emotion":
@@ -68,7 +52,7 @@ def choice_evidence(sample: Sample, events: str) -> str:
     if sample.task.family == "action":
         return f"What is seen and heard is {gold}."
     if sample.task.family != "matching":
-        return events or f"What is seen and heard decides for {gold}."
+        return f"What is seen and heard decides for {gold}."
 
     # a2v and v2a: what the one medium has is in one of the two others
     one, *_, other = sample.task.media
