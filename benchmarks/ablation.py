@@ -1,7 +1,7 @@
 """What the heads, the rank and the router of I-LoRA are worth in joint training.
 
     python benchmarks/ablation.py            # over an hour on one core; the same command goes on
-    python benchmarks/ablation.py --quick    # two minutes: fewer tasks, rows, seeds and adapters
+    python benchmarks/ablation.py --quick    # to try it: fewer tasks, rows, seeds and adapters
 
 The joint arms of benchmarks/transfer.py, with one thing changed at a time: heads, rank, or a router
 that gives each head the same weight. Each is compared with REFERENCE on the same test rows.
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from common import ROOT
-from tqdm import tqdm
 from transfer import JOINT, Arm, Study, differences, shares
 
 from crab_min.backbones.load import load_model
@@ -113,13 +112,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     study = Ablation(out, world, tasks, samples, test_rows)
     arms = [Arm(adapter, "reasoning", seed, JOINT) for seed in seeds for adapter in adapters]
-    left = [arm for arm in arms if not study.file(arm).exists()]
-    total = sum(len(study.training_samples(arm)) for arm in left)
+    left = study.left(arms)
     print(f"{len(arms)} arms, {len(left)} of them to be trained")
-    with tqdm(total=total, desc="arms", unit="sample") as bar:
-        for arm in left:
-            bar.set_postfix_str(arm.name)
-            study.run(arm, bar)
+    study.run_all(left)
 
     summary = summarize(study, seeds, adapters, resamples)
     atomic_write(out / "ablation.json", json.dumps(summary, indent=1))

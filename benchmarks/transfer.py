@@ -104,6 +104,18 @@ class Study:
     def file(self, arm: Arm) -> Path:
         return self.out / f"{arm.name}.json"
 
+    def left(self, arms: list[Arm]) -> list[Arm]:
+        """Return the arms that have not ended."""
+        return [arm for arm in arms if not self.file(arm).exists()]
+
+    def run_all(self, arms: list[Arm]) -> None:
+        """Train arms one after the other, with a bar over all of their samples."""
+        total = sum(len(self.training_samples(arm)) for arm in arms)
+        with tqdm(total=total, desc="arms", unit="sample") as bar:
+            for arm in arms:
+                bar.set_postfix_str(arm.name)
+                self.run(arm, bar)
+
     def run(self, arm: Arm, bar: tqdm) -> None:
         """Train an arm, answer the test rows of its tasks, and write its file."""
         settings = with_values(Settings(), seed=arm.seed)
@@ -374,16 +386,12 @@ def main() -> None:
                 names = [task.name for task in study.tested]
                 arms += [Arm(adapter, target, seed, name) for name in [JOINT, *names]]
     own = arms[first - 1 :: step]
-    left = [arm for arm in own if not study.file(arm).exists()]
-    total = sum(len(study.training_samples(arm)) for arm in left)
+    left = study.left(own)
     print(f"{len(arms)} arms, {len(own)} in this share, {len(left)} of them to be trained")
-    with tqdm(total=total, desc="arms", unit="sample") as bar:
-        for arm in left:
-            bar.set_postfix_str(arm.name)
-            study.run(arm, bar)
+    study.run_all(left)
 
     # what came out, once all shares have ended
-    missing = [arm.name for arm in arms if not study.file(arm).exists()]
+    missing = study.left(arms)
     if missing:
         print(
             f"{len(missing)} arms of other shares have not ended; start this again when they have"
